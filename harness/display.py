@@ -1,0 +1,145 @@
+"""A run as people watch it: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.metrics import METRICS
+from harness.results import Job, Record
+
+_SHOWN = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
+_UNITS = {"tokens_per_second": " tok/s", "eval_loss": " nats"}
+_COLOURS = {"ok": "green", "oom": "yellow", "did_not_train": "yellow", "diverged": "yellow"}
+
+
+def outcome(record: Record) -> str:
+    """What a finished trial has to say, in one line."""
+    if record.status == "ok":
+        figures = []
+        for name in _SHOWN:
+            value = record.metrics.get(name)
+            if value is not None:
+                figures.append(METRICS[name].show(value) + _UNITS.get(name, ""))
+        return "  ".join(figures)
+    reached, asked = record.metrics.get("oom_reached_bytes"), record.metrics.get("oom_requested_bytes")
+    show = METRICS["oom_reached_bytes"].show
+    bound = f"; held {show(reached)}" if reached else ""
+    bound += f", asked {show(asked)} more" if asked else ""
+    return f"in {record.phase}{bound}" if record.status == "oom" else f"in {record.phase}: {record.error}"
+
+
+class LiveDisplay:
+    """For a terminal: a bar with the time left, the running trial with its phase, a line per finished one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self._progress.add_task("trials", total=None)
+        self._now = self._progress.add_task("", total=None, visible=False)
+        self._label = ""
+        self._phase = ""
+
+    def __enter__(self) -> LiveDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, total: int, skipped: int) -> None:
+        """Set the bar."""
+        self._progress.update(self._bar, total=total)
+        if skipped:
+            self.console.print(f"[dim]{skipped} trials are recorded already[/]")
+
+    def trial(self, number: int, job: Job) -> None:
+        """Name the running trial."""
+        self._label = escape(job.label if not job.repeat else f"{job.label} (repeat {job.repeat})")
+        self._progress.reset(self._now, description=self._label, visible=True, total=None)
+
+    def event(self, kind: str, value: Any) -> None:
+        """Show its phase, or its step."""
+        if kind == "step":
+            done, of = value
+            self._progress.update(self._now, completed=done, total=of, description=f"{self._label} [dim]train[/]")
+        elif value in ("load", "evaluate", "save"):
+            self._progress.update(self._now, description=f"{self._label} [dim]{value}[/]")
+
+    def finished(self, record: Record) -> None:
+        """Leave a line behind."""
+        colour = _COLOURS.get(record.status, "red")
+        seconds = record.metrics.get("trial_seconds")
+        took = f"[dim]{seconds:6.1f} s[/]" if seconds is not None else ""
+        self.console.print(
+            f"[{colour}]{record.status:>8}[/] {took}  {escape(record.label):32} {escape(outcome(record))}"
+        )
+        self._progress.update(self._now, visible=False)
+        self._progress.advance(self._bar)
+
+    def interrupted(self) -> None:
+        """Say what the interrupt does."""
+        self.console.print("[yellow]finishing the running trial; interrupt again to stop it now[/]")
+
+
+class PlainDisplay:
+    """For a file or a pipe: a line when a trial starts, and one when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._total = 0
+        self._number = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, total: int, skipped: int) -> None:
+        """Say how much there is to do."""
+        self._total = total
+        self._began = time.monotonic()
+        self._say(f"{total} trials to run" + (f", {skipped} recorded already" if skipped else ""))
+
+    def trial(self, number: int, job: Job) -> None:
+        """Remember where we are; the line comes with the figures."""
+        self._number = number
+
+    def event(self, kind: str, value: Any) -> None:
+        """Nothing: steps would fill a log."""
+
+    def finished(self, record: Record) -> None:
+        """One line with the figures, and the time left at this pace."""
+        elapsed = time.monotonic() - self._began
+        left = elapsed / self._number * (self._total - self._number)
+        seconds = record.metrics.get("trial_seconds") or 0.0
+        self._say(
+            f"[{self._number}/{self._total}] {record.status} {record.label}: {outcome(record)} "
+            f"({seconds:.1f} s, about {left / 60:.0f} min left)"
+        )
+
+    def interrupted(self) -> None:
+        """Say what the interrupt does."""
+        self._say("finishing the running trial; interrupt again to stop it now")
+
+
+def display(console: Console) -> LiveDisplay | PlainDisplay:
+    """The one that suits where the output goes."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

@@ -1,0 +1,94 @@
+"""16-bit matrix products at fp32 speed on a CPU without 16-bit instructions.
+
+On such a CPU PyTorch multiplies bf16 and fp16 matrices in plain loops: a training step takes 20
+times as long as in fp32, which says something about those loops and nothing about the technique.
+Here each product is done in fp32 on blocks of the operands and rounded once at the end, which is
+what 16-bit hardware does too (products of 16-bit numbers are exact in fp32, sums are kept in
+fp32). Inputs, outputs and whatever autograd keeps stay 16 bit, so memory is that of the format;
+the blocks are bounded workspace, as inside any matrix library. `Environment.half_matmul` says
+where this is in use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from harness.environment import half_matmul
+
+_HALF = (torch.bfloat16, torch.float16)
+_BLOCK = 2**22
+"""Elements of an operand that are widened at a time: 16 MiB of fp32."""
+
+_WHOLE = (
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+"""Operations whose operands are small enough to be widened whole (a head's attention, a bias)."""
+
+# The library must outlive its registrations, and the kernels that they replace are called by them.
+_library: torch.library.Library | None = None
+_kernels: dict[str, Any] = {}
+
+
+def install() -> bool:
+    """Replace the CPU's 16-bit products in this process, once, where the processor needs it.
+
+    Returns:
+        Whether they are replaced.
+    """
+    global _library
+    if half_matmul() == "native":
+        return False
+    if _library is None:
+        # Replacing a kernel is the point; torch warns of it once per operation.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _library = torch.library.Library("aten", "IMPL")
+            for name in ("mm", *_WHOLE):
+                _kernels[name] = torch.library.get_kernel(f"aten::{name}", "CPU")
+            _library.impl("mm", _mm, "CPU", with_keyset=True)
+            for name in _WHOLE:
+                _library.impl(name, _widened(name), "CPU", with_keyset=True)
+    return True
+
+
+def _mm(keys: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left` (m, k) times `right` (k, n), in blocks of rows and columns; k is never split, so that
+    each element is rounded once."""
+    if left.dtype not in _HALF:
+        return _kernels["mm"].call_boxed(keys, left, right)
+    (m, k), n = left.shape, right.shape[1]
+    out = left.new_empty(m, n)
+    step = max(1, _BLOCK // max(1, k))
+    for i in range(0, m, step):
+        rows = left[i : i + step].float()
+        for j in range(0, n, step):
+            out[i : i + step, j : j + step] = _kernels["mm"].call_boxed(keys, rows, right[:, j : j + step].float())
+    return out
+
+
+def _widened(name: str) -> Any:
+    """The CPU kernel `name`, computing 16-bit operands in fp32."""
+
+    def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))
+        if dtype not in _HALF:
+            return _kernels[name].call_boxed(keys, *args, **kwargs)
+        out = _kernels[name].call_boxed(keys, *map(_widen, args), **{k: _widen(v) for k, v in kwargs.items()})
+        if isinstance(out, torch.Tensor):
+            return out.to(dtype)
+        # Attention gives the output and its log-sum-exp, which is fp32 by contract; its backward three gradients.
+        narrow = 3 if name.endswith("backward") else 1
+        return tuple(o.to(dtype) if i < narrow else o for i, o in enumerate(out))
+
+    return call
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value

@@ -1,0 +1,168 @@
+"""The one table that says what each figure means.
+
+Base units inside (bytes, seconds, nats); `Metric.show` makes the pretty ones. A figure that was
+not measured is null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+GIB = 2**30
+
+
+def show_bytes(value: float) -> str:
+    """Bytes with a binary unit: 1.50 GiB."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def show_count(value: float) -> str:
+    """A count with thousands separated: 4,884,480."""
+    return f"{value:,.0f}"
+
+
+def show_seconds(value: float) -> str:
+    """Seconds, milliseconds below one: 1.25 s, 80 ms."""
+    return f"{value:.2f} s" if abs(value) >= 1 else f"{value * 1000:.0f} ms"
+
+
+def show_rate(value: float) -> str:
+    """Three digits or so: 153, 8.21."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def show_nats(value: float) -> str:
+    """Nats: 3.1416."""
+    return f"{value:.4f}"
+
+
+def show_scientific(value: float) -> str:
+    """4.05e+11."""
+    return f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure: what it is called, counted in, and means."""
+
+    name: str
+    type: Literal["int", "float"]
+    unit: str
+    better: Literal["lower", "higher", None]
+    group: Literal["memory", "speed", "loss", "size"]
+    definition: str
+    show: Callable[[float], str]
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or not self.definition.endswith("."):
+            raise ValueError(f"metric {self.name!r} needs a name that is an identifier, and a sentence")
+
+
+def _bytes(name: str, definition: str, better: Literal["lower", None] = "lower") -> Metric:
+    return Metric(name, "int", "B", better, "memory", definition, show_bytes)
+
+
+def _rate(name: str, unit: str, definition: str) -> Metric:
+    return Metric(name, "float", unit, "higher", "speed", definition, show_rate)
+
+
+def _seconds(name: str, definition: str) -> Metric:
+    return Metric(name, "float", "s", "lower", "speed", definition, show_seconds)
+
+
+def _count(name: str, definition: str) -> Metric:
+    return Metric(name, "int", "", None, "size", definition, show_count)
+
+
+def _nats(name: str, definition: str) -> Metric:
+    return Metric(name, "float", "nats", "lower", "loss", definition, show_nats)
+
+
+_TABLE = (
+    _bytes(
+        "peak_memory_bytes",
+        "Highest sum of live tensor storage over the training steps, weights and all. CUDA: the allocator's "
+        "maximum since the first step; CPU: the live-tensor tracker over the first steps, which are the longest.",
+    ),
+    _bytes("peak_load_bytes", "The same while loading; null where neither device nor tracker sees it."),
+    _bytes("peak_evaluate_bytes", "The same while evaluating."),
+    _bytes("peak_reserved_bytes", "Most that the CUDA allocator held from the driver."),
+    _bytes("peak_process_bytes", "Most that the process held: driver's figure on CUDA (NVML), peak RSS on a CPU."),
+    _bytes("memory_weights_bytes", "Share of the peak held by the base model's weights, quantisation scales included."),
+    _bytes("memory_adapters_bytes", "Share of the peak held by adapter weights."),
+    _bytes("memory_gradients_bytes", "Share of the peak held by accumulated gradients."),
+    _bytes("memory_optimizer_bytes", "Share of the peak held by optimizer state."),
+    _bytes("memory_activations_bytes", "Share of the peak held by everything else: activations and temporaries."),
+    _bytes("oom_reached_bytes", "Out of memory: bytes held when it happened, a lower bound on the need.", None),
+    _bytes("oom_requested_bytes", "Out of memory: bytes asked on top of those.", None),
+    _rate("tokens_per_second", "tok/s", "Non-padding tokens of the timed steps, divided by their seconds."),
+    _rate("supervised_tokens_per_second", "tok/s", "The same for tokens that carry loss."),
+    _rate("padded_tokens_per_second", "tok/s", "The same for all positions, padding included."),
+    _rate("samples_per_second", "1/s", "Examples of the timed steps, divided by their seconds."),
+    _seconds("step_seconds_median", "Median of the timed optimizer steps."),
+    _seconds("step_seconds_p95", "95th percentile of the timed optimizer steps, interpolated."),
+    Metric(
+        "flops_per_token",
+        "float",
+        "FLOP/tok",
+        None,
+        "speed",
+        "Floating-point operations of the tracked steps, recomputation included, per non-padding token; "
+        "counted from matrix products and attention (multiply and add are two).",
+        show_scientific,
+    ),
+    Metric(
+        "flops_per_second",
+        "float",
+        "FLOP/s",
+        "higher",
+        "speed",
+        "flops_per_token times tokens_per_second.",
+        show_scientific,
+    ),
+    _nats("eval_loss", "Loss per completion token on the held-out stories after training, weighted by tokens."),
+    _nats("eval_loss_before", "The same before training: the untouched base at this precision."),
+    Metric("eval_perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
+    _count("trainable_parameters", "Parameters that the optimizer changes."),
+    _count("total_parameters", "Parameters of base and adapters, as if unquantised."),
+    _bytes("adapter_bytes", "Bytes of the adapter's weights as they are saved."),
+    _count("optimizer_steps", "Optimizer steps made."),
+    _count("timed_steps", "Optimizer steps behind the speeds."),
+    _count("trained_tokens", "Non-padding tokens trained on."),
+    _count("truncated_examples", "Training and held-out examples cut to the sequence length."),
+    _count("dropped_examples", "Examples left out: too long, or without a completion token after the cut."),
+    _count("evaluated_stories", "Held-out stories behind eval_loss."),
+    Metric("load_seconds", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
+    Metric("trial_seconds", "float", "s", "lower", "speed", "Seconds of the whole trial.", show_seconds),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+# What a trial that did not train may still say: its memory and sizes are facts, its scores are not.
+SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
+    "load_seconds",
+    "trial_seconds",
+    "eval_loss_before",
+    "flops_per_token",
+}
+
+
+def check(name: str, value: float | int | None) -> float | int | None:
+    """The value as its metric's type; null for null.
+
+    Raises:
+        ValueError: unknown metric, or a number that is not finite: that is a status, not a figure.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}")
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: a figure that is not finite is not a measurement")
+    return int(value) if METRICS[name].type == "int" else float(value)

@@ -1,0 +1,352 @@
+"""The record of a trial, its Arrow schema, and the parquet folder that keeps every one.
+
+`results/<grid>/{trials,steps,stories}/` hold one part per trial, written aside and renamed, so
+that a part is whole or absent. The schema is declared from the spec and the metrics.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import types
+import typing
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from harness import metrics
+from harness.environment import Environment
+from harness.errors import InputError
+from harness.spec import TrialSpec
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed"]
+Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
+Table = Literal["trials", "steps", "stories"]
+
+_COMPACT_ABOVE = 16
+"""More parts than this become one at the end of a run."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Step(_Row):
+    """One optimizer step."""
+
+    step: int
+    """From 1."""
+    tracked: bool
+    """Memory was followed and the time does not count; else the other way round."""
+    seconds: float
+    """Wall time; of a tracked step with the tracker's cost."""
+    loss: float
+    """Nats per supervised token before this step's update."""
+    grad_norm: float | None
+    """Before clipping; null where a fp16 step was skipped by the loss scaler."""
+    learning_rate: float
+    """During this step."""
+    samples: int
+    """Examples."""
+    tokens: int
+    """Non-padding tokens."""
+    supervised_tokens: int
+    """Tokens that carry loss."""
+    padded_tokens: int
+    """All positions."""
+    peak_memory_bytes: int | None
+    """Highest live memory of the step, where it was followed."""
+
+
+class StoryLoss(_Row):
+    """Loss of one held-out story."""
+
+    story_id: str
+    """Hash of its texts."""
+    when: Literal["before", "after"]
+    """Before or after training."""
+    loss: float
+    """Nats per completion token."""
+    tokens: int
+    """Completion tokens."""
+
+
+class Job(_Row):
+    """What a worker is asked to do: a spec, and the trial's place in its grid."""
+
+    grid: str
+    """Name of the grid."""
+    spec: TrialSpec
+    """What to execute."""
+    label: str
+    """The trial's name in its grid."""
+    factor: str | None = None
+    """Factor that sets it apart from the baseline."""
+    level: str | None = None
+    """That factor's level."""
+    repeat: int = 0
+    """Repeat number."""
+    baseline: bool = False
+    """Whether the others are compared with it."""
+
+
+class Record(Job):
+    """How one trial ended, and all that was measured. Exactly one per trial."""
+
+    environment: Environment
+    """Where it ran."""
+    status: Status
+    """How it ended."""
+    phase: Phase | None = None
+    """Where it was when it did not end well."""
+    error_type: str | None = None
+    """Kind of the error."""
+    error: str | None = None
+    """Its first line."""
+    started_at: dt.datetime
+    """UTC."""
+    metrics: dict[str, float | int | None] = {}
+    """Figures by metric name; what is absent is null."""
+    steps: tuple[Step, ...] = ()
+    """Optimizer steps."""
+    stories: tuple[StoryLoss, ...] = ()
+    """Held-out stories."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_and_finite(cls, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
+        return {name: metrics.check(name, value) for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _status_agrees(self) -> Record:
+        if self.status == "ok" and (self.phase or self.error or self.error_type):
+            raise ValueError("an ok record has no phase and no error")
+        if self.status != "ok":
+            scores = [n for n, v in self.metrics.items() if n in metrics.SCORES and v is not None]
+            if scores:
+                raise ValueError(f"a {self.status} record carries no scores, and has {', '.join(scores)}")
+        return self
+
+    @classmethod
+    def of(cls, job: Job, **outcome: Any) -> Record:
+        """The record that ends a job."""
+        return cls(**{name: getattr(job, name) for name in Job.model_fields}, **outcome)
+
+    @property
+    def trial_id(self) -> str:
+        """Spec and environment: the same trial on the same machine has the same id."""
+        return trial_id(self.spec, self.environment)
+
+
+def trial_id(spec: TrialSpec, environment: Environment) -> str:
+    """Identity of a trial: `<spec id>-<environment id>`."""
+    return f"{spec.id}-{environment.id}"
+
+
+# ------------------------------------------------------------------------------------ schema
+
+_IDENTITY = {
+    "trial_id": pa.string(),
+    "spec_id": pa.string(),
+    "environment_id": pa.string(),
+    **{n: pa.string() for n in ("grid", "label", "factor", "level")},
+    "repeat": pa.int64(),
+    "baseline": pa.bool_(),
+    **{n: pa.string() for n in ("status", "phase", "error_type", "error")},
+    "started_at": pa.timestamp("us", tz="UTC"),
+}
+_ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
+
+
+def _arrow(annotation: Any) -> pa.DataType:
+    """Arrow type of a field's annotation; nested models travel as JSON text."""
+    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+    if annotation in plain:
+        return plain[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return pa.string()
+    if origin is typing.Annotated:
+        return _arrow(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _arrow(next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        return pa.string() if isinstance(args[0], type) and issubclass(args[0], BaseModel) else pa.list_(_arrow(args[0]))
+    raise TypeError(f"no Arrow type for {annotation}")
+
+
+def _model_columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
+    return {name: _arrow(field.annotation) for name, field in model.model_fields.items()}
+
+
+_METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m in metrics.METRICS.values()}
+
+SCHEMAS: dict[Table, pa.Schema] = {
+    "trials": pa.schema(
+        _IDENTITY
+        | _model_columns(TrialSpec)
+        | {"effective_batch_size": pa.int64()}
+        | _METRIC_COLUMNS
+        | _ENVIRONMENT,
+        metadata={"schema_version": str(SCHEMA_VERSION)},
+    ),
+    "steps": pa.schema(
+        {"trial_id": pa.string()} | _model_columns(Step), metadata={"schema_version": str(SCHEMA_VERSION)}
+    ),
+    "stories": pa.schema(
+        {"trial_id": pa.string()} | _model_columns(StoryLoss), metadata={"schema_version": str(SCHEMA_VERSION)}
+    ),
+}
+
+
+def _trial_row(record: Record) -> dict[str, Any]:
+    spec = record.spec.model_dump(mode="json")
+    spec["datasets"] = json.dumps(spec["datasets"], sort_keys=True)
+    return {
+        **{name: getattr(record, name) for name in _IDENTITY if name in Record.model_fields},
+        "trial_id": record.trial_id,
+        "spec_id": record.spec.id,
+        "environment_id": record.environment.id,
+        **spec,
+        "effective_batch_size": record.spec.effective_batch_size,
+        **{name: record.metrics.get(name) for name in _METRIC_COLUMNS},
+        "device_type": record.environment.device_type,
+        "device_name": record.environment.device_name,
+        "environment": record.environment.model_dump_json(),
+    }
+
+
+def spec_of(row: Mapping[str, Any]) -> TrialSpec:
+    """The spec of a row of the trials table."""
+    import numpy
+    import pandas
+
+    values: dict[str, Any] = {}
+    for name in TrialSpec.model_fields:
+        value = row[name]
+        if isinstance(value, numpy.ndarray):
+            value = value.tolist()
+        elif value is None or not isinstance(value, list | tuple) and pandas.isna(value):
+            value = None
+        elif isinstance(value, numpy.generic):
+            value = value.item()
+        values[name] = value
+    values["datasets"] = json.loads(values["datasets"])
+    for name in ("memory_budget", "train_samples", "max_steps", "eval_sequence_length"):
+        values[name] = None if values[name] is None else int(values[name])  # pandas holds nullable integers as floats
+    return TrialSpec.model_validate(values)
+
+
+# ------------------------------------------------------------------------------------ store
+
+
+class Store:
+    """The parquet folder of one grid."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, record: Record) -> None:
+        """Keep a record; a former one of the same trial is replaced. The trials part comes last:
+        a trial that is listed has its steps and stories.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        name = record.trial_id
+        for table, rows in (
+            ("steps", [s.model_dump() for s in record.steps]),
+            ("stories", [s.model_dump() for s in record.stories]),
+        ):
+            self._write_part(table, name, [{"trial_id": name, **row} for row in rows])  # type: ignore[arg-type]  # literals
+        self._write_part("trials", name, [_trial_row(record)])
+
+    def _write_part(self, table: Table, name: str, rows: list[dict[str, Any]]) -> None:
+        self._write_table(table, name, pa.Table.from_pylist(rows, schema=SCHEMAS[table]))
+
+    def _write_table(self, table: Table, name: str, content: pa.Table) -> None:
+        folder = self.folder / table
+        folder.mkdir(parents=True, exist_ok=True)
+        # A leading dot keeps readers of the folder away from a part that is being written.
+        aside = folder / f".{name}.{os.getpid()}.aside"
+        try:
+            with aside.open("wb") as file:
+                pq.write_table(content, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, folder / f"{name}.parquet")
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def completed(self) -> dict[str, str]:
+        """Status of each recorded trial, by trial id."""
+        frame = self.read("trials", columns=["trial_id", "status", "started_at"])
+        return dict(zip(frame["trial_id"].to_pylist(), frame["status"].to_pylist(), strict=True))
+
+    def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a table, the latest record of each trial only; empty where nothing was recorded.
+
+        Raises:
+            InputError: a part is not one of ours or is damaged.
+        """
+        schema = SCHEMAS[table]
+        wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
+        # Compacted parts first and single parts after: a trial that is in both was run again.
+        parts = sorted(self._parts(table), key=lambda p: (not p.name.startswith("all-"), p.name))
+        if not parts:
+            return wanted.empty_table()
+        tables = [_read_part(part, wanted) for part in parts]
+        owner = {trial: i for i, part in enumerate(tables) for trial in set(part["trial_id"].to_pylist())}
+        kept = [
+            part.filter(pa.array([owner[trial] == i for trial in part["trial_id"].to_pylist()], pa.bool_()))
+            for i, part in enumerate(tables)
+        ]
+        return pa.concat_tables(kept)
+
+    def _parts(self, table: Table) -> list[Path]:
+        return [p for p in (self.folder / table).glob("*.parquet") if not p.name.startswith(".")]
+
+    def compact(self, above: int = _COMPACT_ABOVE) -> None:
+        """Make one part of many. Rows are written before the parts that held them go; a reader in
+        between sees some rows twice and keeps one."""
+        for table in SCHEMAS:
+            parts = self._parts(table)
+            if len(parts) > above:
+                content = self.read(table)
+                name = f"all-{uuid.uuid4().hex[:8]}"
+                self._write_table(table, name, content)
+                for part in parts:
+                    part.unlink(missing_ok=True)
+
+
+def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        content = pq.read_table(part)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{part}: not a readable parquet file ({str(error).splitlines()[0]}); move it away") from None
+    version = (content.schema.metadata or {}).get(b"schema_version", b"").decode()
+    if not version.isdigit():
+        raise InputError(f"{part}: not written by harness (no schema_version); move it away")
+    if int(version) > SCHEMA_VERSION:
+        raise InputError(f"{part}: schema_version {version} is newer than this harness ({SCHEMA_VERSION}); upgrade it")
+    columns = [
+        content[f.name].cast(f.type) if f.name in content.schema.names else pa.nulls(len(content), f.type)
+        for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Rows whose trial id or spec id begins with `trial`, or whose label is `trial`, in any grid under `root`."""
+    for folder in sorted(p.parent for p in root.glob("*/trials")):
+        for row in Store(folder).read("trials").to_pylist():
+            if row["trial_id"].startswith(trial) or row["label"] == trial:
+                yield folder, row

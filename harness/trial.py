@@ -1,0 +1,334 @@
+"""One measured fine-tuning, in the order things happen: load, evaluate, train, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import math
+import os
+import random
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+
+from harness import data, environment, evaluate_model, model, model_source
+from harness.flops import FlopCounter
+from harness.memory import MemoryMeter, out_of_memory
+from harness.metrics import SCORES
+from harness.results import Job, Phase, Record, Status, Step, StoryLoss
+from harness.training import Diverged, Trainer
+
+TRACKED_STEPS = 2
+"""Optimizer steps whose memory is followed and whose time does not count. Two: the optimizer's state
+is there from the second on."""
+
+Tell = Callable[[Literal["phase", "step"], Any], None]
+"""Told each `phase` by name, and each `step` as (done, of)."""
+
+
+class DidNotTrain(Exception):
+    """The steps went by and nothing was learnt."""
+
+
+def run(
+    job: Job,
+    *,
+    folder: Path | None = None,
+    trust_remote_code: bool = False,
+    tell: Tell = lambda kind, value: None,
+) -> Record:
+    """Execute a job in this process and measure it. Whatever goes wrong ends in a record too.
+
+    Args:
+        job: what to do.
+        folder: where an adapter is kept, if the spec asks for it.
+        trust_remote_code: let a model from the hub run its own code.
+        tell: told how far it is.
+    """
+    device = torch.device(environment.resolve_device(job.spec.device))
+    trial = _Trial(job, device, folder, trust_remote_code, tell)
+    outcome = trial.run()
+    return Record.of(job, environment=environment.current(device.type), **outcome)  # type: ignore[arg-type]  # cpu or cuda
+
+
+class _Trial:
+    """The state of a running trial: what `run` does step by step."""
+
+    def __init__(
+        self, job: Job, device: torch.device, folder: Path | None, trust_remote_code: bool, tell: Tell
+    ) -> None:
+        self.spec = job.spec
+        self.job = job
+        self.device = device
+        self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        self.tell = tell
+        self.phase: Phase = "start"
+        self.metrics: dict[str, float | int | None] = {}
+        self.steps: list[Step] = []
+        self.stories: list[StoryLoss] = []
+        self.pretrained = model_source.resolve(self.spec.base_model).pretrained
+
+    def run(self) -> dict[str, Any]:
+        """The fields of a record that an execution decides."""
+        started_at = dt.datetime.now(dt.UTC)
+        started = time.perf_counter()
+        status: Status = "ok"
+        failure: dict[str, Any] = {}
+        self._enter("start")
+        meter = None
+        try:
+            meter = MemoryMeter(self.device, self.spec.memory_budget)
+            self._execute(meter)
+        except Exception as error:  # a trial's end is a row, whatever it is
+            traceback.print_exc()
+            oom = out_of_memory(error, meter) if meter is not None else None
+            status = _status(error, oom)
+            failure = {"phase": self.phase, "error_type": type(error).__name__, "error": _one_line(error)}
+            self.metrics.update(oom or {})
+        self.metrics["trial_seconds"] = time.perf_counter() - started
+        if status != "ok":
+            self.metrics = {name: value for name, value in self.metrics.items() if name not in SCORES}
+            self.stories = [s for s in self.stories if s.when == "before"]
+        return {
+            "status": status,
+            **failure,
+            "started_at": started_at,
+            "metrics": self.metrics,
+            "steps": tuple(self.steps),
+            "stories": tuple(self.stories),
+        }
+
+    def _execute(self, meter: MemoryMeter) -> None:
+        _seed(self.spec.seed)
+        self._enter("load")
+        tokenizer = model.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
+        # A tokenizer without a padding token pads with anything: the mask says what is padding.
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        stories = data.load(self.spec, tokenizer)
+        self.metrics |= {"truncated_examples": stories.truncated, "dropped_examples": stories.dropped}
+        network = self._load(meter)
+        self._evaluate(network, stories, meter, "before")
+        self._train(network, stories, meter)
+        self._evaluate(network, stories, meter, "after")
+        self.metrics["peak_process_bytes"] = meter.process()
+        self._save(network)
+
+    # -------------------------------------------------------------------------------- load
+
+    def _load(self, meter: MemoryMeter) -> Any:
+        began = time.perf_counter()
+        meter.tracker.component = "weights"
+        with meter.phase(split=True):
+            network = model.load(self.spec, self.device, trust_remote_code=self.trust_remote_code)
+            meter.adopt_model(network, model.adapters(network, self.spec))
+        meter.tracker.component = "activations"
+        self.metrics |= {
+            "load_seconds": time.perf_counter() - began,
+            "peak_load_bytes": meter.peak(),
+            **model.sizes(network, self.spec),
+        }
+        return network
+
+    # -------------------------------------------------------------------------------- evaluate
+
+    def _evaluate(
+        self, network: Any, stories: data.Data, meter: MemoryMeter, when: Literal["before", "after"]
+    ) -> None:
+        if not stories.held_out:
+            return
+        self._enter("evaluate")
+        with meter.phase(split=False):
+            losses = evaluate_model.story_losses(network, stories.held_out, self.spec, self.pad_id, self.device)
+        self.metrics["peak_evaluate_bytes"] = max(meter.peak(), self.metrics.get("peak_evaluate_bytes") or 0)
+        if not self.pretrained:
+            return  # a loss of random weights means nothing
+        loss = evaluate_model.token_mean(losses)
+        if loss is None or not math.isfinite(loss):
+            raise Diverged(f"loss on held-out stories is {loss} {when} training")
+        self.stories += [StoryLoss(story_id=i, when=when, loss=x, tokens=n) for i, x, n in losses]
+        self.metrics["evaluated_stories"] = len(losses)
+        if when == "before":
+            self.metrics["eval_loss_before"] = loss
+        else:
+            self.metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+
+    # -------------------------------------------------------------------------------- train
+
+    def _train(self, network: Any, stories: data.Data, meter: MemoryMeter) -> None:
+        size = self.spec.effective_batch_size
+        samples = data.total_samples(self.spec, len(stories.train))
+        order = data.training_order(stories.train, samples, TRACKED_STEPS * size, self.spec.seed)
+        groups = [order[i : i + size] for i in range(0, samples, size)]
+        if not model.trainable(network):
+            raise DidNotTrain("the model has no trainable parameter")
+        trainer = Trainer(network, self.spec, self.device, len(groups), self._enter)
+        before = _fingerprint(network)
+        flops = FlopCounter()
+
+        meter.restart()
+        peak, shares = 0, {}
+        for number, group in enumerate(groups, start=1):
+            tracked = number <= TRACKED_STEPS
+            if tracked:
+                with meter.phase(split=True), flops, _gradients_adopted(network, meter):
+                    self._step(trainer, group, number, len(groups), meter)
+                if meter.peak() >= peak:
+                    peak = meter.peak()
+                    shares = meter.shares(peak)
+                if number == TRACKED_STEPS:
+                    meter.restart()
+            else:
+                self._step(trainer, group, number, len(groups), None)
+        if self.device.type == "cuda":  # the allocator has seen the timed steps too
+            peak = max(peak, meter.peak())
+        self.metrics |= {"peak_memory_bytes": peak, **shares, "peak_reserved_bytes": meter.reserved()}
+        self._refuse_untrained(before, _fingerprint(network))
+        self._summarise(flops.total)
+
+    def _step(
+        self, trainer: Trainer, group: list[data.Example], number: int, of: int, meter: MemoryMeter | None
+    ) -> None:
+        self._synchronise()
+        began = time.perf_counter()
+        batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
+        if meter is not None:
+            result = self._tracked_step(trainer, batches, meter)
+        else:
+            result = trainer.step(batches)
+        self._synchronise()
+        self.steps.append(
+            Step(
+                step=number,
+                tracked=meter is not None,
+                seconds=time.perf_counter() - began,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                samples=sum(b.samples for b in batches),
+                tokens=sum(b.tokens for b in batches),
+                supervised_tokens=sum(b.supervised_tokens for b in batches),
+                padded_tokens=sum(b.padded_tokens for b in batches),
+                peak_memory_bytes=meter.peak() if meter is not None else None,
+            )
+        )
+        self.tell("step", (number, of))
+
+    def _tracked_step(self, trainer: Trainer, batches: list[data.Batch], meter: MemoryMeter) -> Any:
+        """What the optimizer allocates is its state; what a step leaves behind there stays so."""
+
+        def enter(phase: Phase) -> None:
+            self._enter(phase)
+            meter.tracker.component = "optimizer" if phase == "optimizer" else "activations"
+
+        trainer.on_phase = enter
+        try:
+            return trainer.step(batches)
+        finally:
+            trainer.on_phase = self._enter
+            meter.tracker.component = "activations"
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _refuse_untrained(self, before: list[float], after: list[float]) -> None:
+        norms = [s.grad_norm for s in self.steps if s.grad_norm is not None]
+        if not any(norms):
+            raise DidNotTrain("every gradient is zero" if norms else "the loss scaler skipped every step")
+        if before == after:
+            raise DidNotTrain("no trained weight changed; the learning rate may be below the format's resolution")
+
+    def _summarise(self, flops: int) -> None:
+        timed = [s for s in self.steps if not s.tracked]
+        tracked = [s for s in self.steps if s.tracked]
+        self.metrics |= {
+            "optimizer_steps": len(self.steps),
+            "timed_steps": len(timed),
+            "trained_tokens": sum(s.tokens for s in self.steps),
+            "flops_per_token": flops / sum(s.tokens for s in tracked),
+        }
+        if not timed:
+            return
+        seconds = sum(s.seconds for s in timed)
+        speed = sum(s.tokens for s in timed) / seconds
+        self.metrics |= {
+            "tokens_per_second": speed,
+            "supervised_tokens_per_second": sum(s.supervised_tokens for s in timed) / seconds,
+            "padded_tokens_per_second": sum(s.padded_tokens for s in timed) / seconds,
+            "samples_per_second": sum(s.samples for s in timed) / seconds,
+            "step_seconds_median": float(numpy.median([s.seconds for s in timed])),
+            "step_seconds_p95": float(numpy.percentile([s.seconds for s in timed], 95)),
+            "flops_per_second": self.metrics["flops_per_token"] * speed,  # type: ignore[operator]  # set above
+        }
+
+    # -------------------------------------------------------------------------------- save
+
+    def _save(self, network: Any) -> None:
+        if not self.spec.save_adapter or self.spec.adapter == "none" or self.folder is None:
+            return
+        self._enter("save")
+        folder = self.folder / self.spec.id
+        aside = self.folder / f".{self.spec.id}.{os.getpid()}.aside"
+        try:
+            network.save_pretrained(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase != self.phase or phase == "start":
+            self.phase = phase
+            self.tell("phase", phase)
+
+
+@contextlib.contextmanager
+def _gradients_adopted(network: Any, meter: MemoryMeter) -> Iterator[None]:
+    """Within, a parameter's gradient counts as such from the moment it is accumulated."""
+
+    def adopt(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            meter.tracker.adopt([parameter.grad], "gradients")
+
+    hooks = [p.register_post_accumulate_grad_hook(adopt) for p in model.trainable(network)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fingerprint(network: Any) -> list[float]:
+    """A norm for each trained weight: enough to see whether any changed, without a copy of them."""
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in model.trainable(network)]
+        return torch.stack(norms).tolist()
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath use the global generator
+    torch.manual_seed(seed)
+
+
+def _status(error: BaseException, oom: dict[str, int | None] | None) -> Status:
+    if oom is not None:
+        return "oom"
+    if isinstance(error, Diverged):
+        return "diverged"
+    return "did_not_train" if isinstance(error, DidNotTrain) else "failed"
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error, short, without the user's home folder."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].replace(str(Path.home()), "~")[:500]
+
+

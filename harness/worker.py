@@ -1,0 +1,60 @@
+"""The child's front door: a job comes in as JSON, progress and a record go out as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from harness import half_matmul, trial
+from harness.results import Job
+
+
+def main(job: str, options: dict[str, Any], connection: Connection) -> None:
+    """Run one job and send what becomes of it. Leaves with the runner, should that die first.
+
+    Args:
+        job: a `Job` as JSON.
+        options: `folder` for adapters, `log` for all that is printed, `trust_remote_code`.
+        connection: gets `[kind, value]` in JSON: phases, steps, and the record last.
+    """
+    # An interrupt is for the runner: it decides whether this trial is finished or stopped.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _print_to(Path(options["log"]))
+    threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+    half_matmul.install()
+
+    def tell(kind: str, value: Any) -> None:
+        connection.send_bytes(json.dumps([kind, value]).encode())
+
+    folder = Path(options["folder"]) if options.get("folder") else None
+    record = trial.run(
+        Job.model_validate_json(job), folder=folder, trust_remote_code=options["trust_remote_code"], tell=tell
+    )
+    tell("record", record.model_dump(mode="json"))
+    # Everything is said. An orderly end would spend a second on tearing down what the kernel frees at once.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _print_to(log: Path) -> None:
+    """Point this process's output at the trial's log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def _leave_with(connection: Connection) -> None:
+    """The runner never sends; the end of its side means that it is gone, and nobody wants this trial."""
+    try:
+        connection.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)

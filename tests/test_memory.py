@@ -1,0 +1,134 @@
+"""Exact figures of memory: the tracker, and what it says of whole trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import half_matmul, trial
+from harness.memory import LiveTensors, OutOfBudget
+from harness.results import Job, Record
+from harness.spec import TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+def run(spec: TrialSpec) -> Record:
+    half_matmul.install()
+    record = trial.run(Job(grid="test", spec=spec, label="test"))
+    assert record.status == "ok", record.error
+    return record
+
+
+def figures(spec: TrialSpec) -> dict[str, Any]:
+    return run(spec).metrics
+
+
+def test_tracker_follows_storage_from_creation_to_release() -> None:
+    tracker = LiveTensors("cpu")
+    with tracker:
+        a = torch.zeros(1000)  # 4000 B
+        view = a.view(10, 100)  # the same storage
+        b = a + 1
+        assert tracker.total == 8000
+        del a
+        assert tracker.total == 8000, "the view keeps the storage"
+        del view, b
+    assert tracker.total == 0
+    assert tracker.peak == 8000
+
+
+def test_tracker_sees_what_autograd_keeps_and_creates() -> None:
+    weight = torch.ones(500, 500, requires_grad=True)
+    tracker = LiveTensors("cpu")
+    with tracker:
+        hidden = torch.ones(500, 500) @ weight  # operand 1 MB is kept for backward, output 1 MB
+        loss = hidden.relu().sum()
+        loss.backward()
+        del hidden, loss
+        assert tracker.total == 1_000_000, "only the gradient is left"
+        tracker.adopt([weight.grad], "gradients")  # type: ignore[list-item]  # set by backward
+    assert tracker.live["gradients"] == 1_000_000
+    assert tracker.live["activations"] == 0
+
+
+def test_budget_says_what_was_held_and_what_was_asked() -> None:
+    tracker = LiveTensors("cpu", budget=10_000)
+    with tracker, pytest.raises(OutOfBudget) as caught:
+        held = torch.zeros(2000)
+        held + 1
+    assert (caught.value.reached, caught.value.requested) == (8000, 8000)
+
+
+def test_alpha_changes_no_byte(small: Small) -> None:
+    one, other = (figures(small(lora_alpha=alpha)) for alpha in (4, 128))
+    names = [n for n in one if n.startswith(("memory_", "peak_memory", "peak_evaluate", "peak_load"))]
+    assert len(names) >= 8
+    assert {n: one[n] for n in names} == {n: other[n] for n in names}
+
+
+def test_rank_costs_sixteen_bytes_per_parameter(small: Small) -> None:
+    # In the second micro-batch of a step gradients are there while activations peak.
+    low, high = (figures(small(lora_r=r)) for r in (4, 8))
+    added = high["trainable_parameters"] - low["trainable_parameters"]
+    assert added == low["trainable_parameters"] > 0
+    parts = ("memory_weights_bytes", "memory_adapters_bytes", "memory_gradients_bytes", "memory_optimizer_bytes")
+    assert sum(high[n] - low[n] for n in parts) == 16 * added
+
+
+def test_eight_bit_optimizer_keeps_two_bytes_per_parameter(small: Small) -> None:
+    spec = {"adapter": "none", "precision": "fp32"}
+    full, eight = (figures(small(optimizer=o, **spec)) for o in ("adamw_torch", "adamw_bnb_8bit"))
+    count = full["trainable_parameters"]
+    assert full["memory_optimizer_bytes"] == pytest.approx(8 * count, rel=0.01)
+    # The tiny model's small matrices keep 32-bit state, as bitsandbytes does below 4096 elements.
+    assert 2 * count < eight["memory_optimizer_bytes"] < 4 * count
+
+
+def test_shares_add_up_to_the_peak(small: Small) -> None:
+    found = figures(small())
+    assert sum(v for n, v in found.items() if n.startswith("memory_")) == found["peak_memory_bytes"]
+
+
+def test_checkpointing_lowers_activations(small: Small) -> None:
+    kept, recomputed = (figures(small(gradient_checkpointing=c, sequence_length=512)) for c in (False, True))
+    assert recomputed["memory_activations_bytes"] < 0.8 * kept["memory_activations_bytes"]
+    assert recomputed["flops_per_token"] > 1.2 * kept["flops_per_token"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A shape whose linears are whole blocks of 64, and large beside everything else."""
+    from harness.model_source import ARCHITECTURES
+
+    config = ARCHITECTURES["tiny"] | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    file: Path = tmp_path_factory.mktemp("shape") / "wide.json"
+    file.write_text(json.dumps(config))
+    return f"random:{file}"
+
+
+def test_weight_bytes_are_those_of_the_format(small: Small, wide: str) -> None:
+    hidden, kv, inner, layers, vocabulary = 256, 128, 512, 2, 512
+    linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    rows = layers * (2 * hidden + 2 * kv + 2 * inner + hidden)
+    other = vocabulary * hidden + (2 * layers + 1) * hidden
+    oracle = {
+        "fp32": 4 * (linear + other),
+        "bf16": 2 * (linear + other),
+        "int8": linear + 4 * rows + 2 * other,
+        "nf4": linear * 0.5625 + 2 * other,
+    }
+    measured = {}
+    for precision in oracle:
+        measured[precision] = figures(small(base_model=wide, precision=precision))["memory_weights_bytes"]
+    assert measured["nf4"] < measured["int8"] < measured["bf16"] < measured["fp32"]
+    for precision, size in oracle.items():
+        # What is left are the tables of rotary positions, and of the 16 values of nf4, per layer.
+        assert 0 <= measured[precision] - size < 4096, precision
+    double = figures(small(base_model=wide, precision="nf4", double_quantization=True))["memory_weights_bytes"]
+    assert double - 2 * other == pytest.approx(linear * 0.516, rel=0.05)

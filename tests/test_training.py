@@ -1,0 +1,176 @@
+"""The training step against transformers' Trainer, and against itself under other micro-batchings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer as HuggingFaceTrainer
+from transformers import TrainerCallback, TrainingArguments
+
+from harness import data, model
+from harness.spec import TrialSpec
+from harness.training import Diverged, Trainer
+
+CPU = torch.device("cpu")
+Small = Callable[..., TrialSpec]
+
+
+def prepared(spec: TrialSpec) -> tuple[Any, list[data.Example], int]:
+    """The model of a spec with its seeded adapters, its examples in training order, its pad id."""
+    torch.manual_seed(spec.seed)
+    tokenizer = model.load_tokenizer(spec)
+    stories = data.load(spec, tokenizer)
+    samples = data.total_samples(spec, len(stories.train))
+    order = data.training_order(stories.train, samples, 2 * spec.effective_batch_size, spec.seed)
+    return model.load(spec, CPU), order, tokenizer.pad_token_id
+
+
+def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Loss of each step, and the trained weights."""
+    network, order, pad = prepared(spec)
+    size = spec.effective_batch_size
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    trainer = Trainer(network, spec, CPU, len(groups))
+    losses = [
+        trainer.step(list(data.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups
+    ]
+    return losses, {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    def __init__(self, examples: list[data.Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"example": self.examples[index]}
+
+
+class _InOrder(HuggingFaceTrainer):
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class _Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.seen.append(float(logs["loss"]))
+
+
+def reference_losses(spec: TrialSpec, folder: Path) -> list[float]:
+    """Loss of each step by transformers' own Trainer: same model, data order and configuration."""
+    network, order, pad = prepared(spec)
+    losses = _Losses()
+    trainer = _InOrder(
+        model=network,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=spec.micro_batch_size,
+            gradient_accumulation_steps=spec.gradient_accumulation_steps,
+            num_train_epochs=1,
+            learning_rate=spec.learning_rate,
+            lr_scheduler_type=spec.lr_scheduler,
+            warmup_steps=0,
+            max_grad_norm=spec.max_grad_norm,
+            weight_decay=spec.weight_decay,
+            optim=spec.optimizer,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=spec.seed,
+        ),
+        train_dataset=_Rows(order),
+        data_collator=lambda rows: data.collate([r["example"] for r in rows], pad, CPU).inputs,
+        callbacks=[losses],
+    )
+    trainer.train()
+    return losses.seen
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_losses_equal_those_of_the_transformers_trainer(
+    small: Small, tmp_path: Path, adapter: str, accumulation: int
+) -> None:
+    spec = small(
+        adapter=adapter,
+        gradient_accumulation_steps=accumulation,
+        train_samples=24,
+        learning_rate=5e-3,
+        weight_decay=0.1,
+        lr_scheduler="cosine",
+        sequence_length=384,
+    )
+    ours, _ = train(spec)
+    theirs = reference_losses(spec, tmp_path)
+    assert len(ours) == 24 // (2 * accumulation)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[-1] < ours[0], "it learns"
+
+
+def test_micro_batching_changes_nothing_but_memory_and_time(small: Small) -> None:
+    runs = [
+        train(small(micro_batch_size=m, gradient_accumulation_steps=4 // m, sequence_length=384)) for m in (4, 2, 1)
+    ]
+    (losses, weights), *others = runs
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, abs=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"]
+)
+def test_optimizers_train(small: Small, optimizer: str) -> None:
+    rate = 1.0 if optimizer == "sgd" else 1e-2
+    losses, _ = train(small(optimizer=optimizer, learning_rate=rate, lora_r=16, train_samples=24))
+    assert losses[-1] < losses[0]
+
+
+def test_every_optimizer_of_the_spec_is_known_to_transformers() -> None:
+    from typing import get_args
+
+    from transformers.training_args import OptimizerNames
+    from transformers.trainer_utils import SchedulerType
+
+    from harness.spec import Optimizer, Scheduler
+
+    assert set(get_args(Optimizer)) <= {name.value for name in OptimizerNames}
+    assert set(get_args(Scheduler)) <= {name.value for name in SchedulerType}
+
+
+def test_fp16_scales_its_loss_and_trains(small: Small) -> None:
+    losses, _ = train(small(precision="fp16", train_samples=24, learning_rate=1e-2, lora_r=16))
+    assert losses[-1] < losses[0]
+
+
+def test_clipping_limits_the_update(small: Small) -> None:
+    def moved(limit: float) -> float:
+        _, weights = train(
+            small(max_grad_norm=limit, optimizer="sgd", learning_rate=1.0, train_samples=4, adapter="none")
+        )
+        network, *_ = prepared(small(adapter="none"))
+        start = dict(network.named_parameters())
+        return float(sum((w - start[n]).pow(2).sum() for n, w in weights.items()) ** 0.5)
+
+    assert moved(1e-3) == pytest.approx(1e-3, rel=0.01)
+    assert moved(0) > 1e-2
+
+
+def test_a_loss_that_is_no_number_ends_training(small: Small) -> None:
+    with pytest.raises(Diverged, match="loss is"):
+        train(small(learning_rate=1e30))
