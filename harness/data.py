@@ -70,14 +70,21 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
         raise InputError(f"val_set_size {wanted:g} leaves nothing to train on: there are {len(distinct)} stories")
     kept_out = {s.id for s in distinct[:count]}
 
-    train = _fit([_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in kept_out],
-                 spec.sequence_length, spec.excess_length)
-    held_out = _fit([_tokenise(s, tokenizer, False) for s in distinct[:count]],
-                    spec.eval_sequence_length or spec.sequence_length, spec.excess_length)
+    train = _fit(
+        [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in kept_out],
+        spec.sequence_length,
+        spec.excess_length,
+    )
+    held_out = _fit(
+        [_tokenise(s, tokenizer, False) for s in distinct[:count]],
+        spec.eval_sequence_length or spec.sequence_length,
+        spec.excess_length,
+    )
     if not train.examples:
         raise InputError(f"sequence_length {spec.sequence_length} leaves no completion token of any training story")
-    return Data(train.examples, held_out.examples, train.truncated + held_out.truncated,
-                train.dropped + held_out.dropped)
+    return Data(
+        train.examples, held_out.examples, train.truncated + held_out.truncated, train.dropped + held_out.dropped
+    )
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,11 @@ def _fit(examples: list[Example], length: int, excess: str) -> _Fitted:
             )
         elif excess == "truncate" and example.completion_start < length:
             truncated += 1
-            fitted.append(Example(example.story_id, example.input_ids[:length], example.completion_start,
-                                  example.supervise_prompt))
+            fitted.append(
+                Example(
+                    example.story_id, example.input_ids[:length], example.completion_start, example.supervise_prompt
+                )
+            )
     return _Fitted(tuple(fitted), truncated, len(examples) - len(fitted))
 
 
@@ -157,7 +167,7 @@ def training_order(examples: Sequence[Example], samples: int, front: int, seed: 
     The longest first: memory peaks at once, and so does an out-of-memory show. What an optimizer
     step holds depends on the effective batch alone, so 4x1, 2x2 and 1x4 see the same steps.
     """
-    generator = random.Random(seed)  # noqa: S311 - an order, not a secret
+    generator = random.Random(seed)
     order: list[Example] = []
     while len(order) < samples:
         epoch = list(examples)
@@ -182,7 +192,8 @@ class Batch:
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Pad to the longest example, on the right. Padding is known by the mask, never by the id: a
-    tokenizer may pad with its end token, and that one carries loss."""
+    tokenizer may pad with its end token, and that one carries loss.
+    """
     width = max(map(len, examples))
 
     def stack(rows: list[list[int]], fill: int) -> torch.Tensor:

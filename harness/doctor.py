@@ -40,9 +40,7 @@ def _device() -> list[Check]:
         Check("processor", f"{here.cpu_name}, {here.cpu_cores} cores", None),
     ]
     if environment.cards() and device == "cpu":
-        found.append(
-            Check("CUDA", "a card is there, and torch is a CPU build", False, "install a CUDA build of torch")
-        )
+        found.append(Check("CUDA", "a card is there, and torch is a CPU build", False, "install a CUDA build of torch"))
     elif device == "cpu":
         found.append(Check("CUDA", "no card; trials run on the CPU, in every precision", None))
     if device == "cpu" and here.half_matmul != "native":

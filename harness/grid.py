@@ -75,8 +75,9 @@ class _Level:
         return self.text if self.factor not in self.changes else f"{self.factor}={self.text}"
 
 
-def load(path: Path, *, repeats: int | None = None, overrides: Mapping[str, Any] | None = None,
-         max_trials: int = MAX_TRIALS) -> Grid:
+def load(
+    path: Path, *, repeats: int | None = None, overrides: Mapping[str, Any] | None = None, max_trials: int = MAX_TRIALS
+) -> Grid:
     """Read a grid file, or a training configuration as a grid of one trial.
 
     Args:
@@ -167,14 +168,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        # PyYAML reads `!!int ""`, `!!bool maybe`, `!!timestamp today` and 2025-13-01 so.
-        raise InputError(_one_line(f"{path.name}: not valid YAML: no such number, date or flag ({error})")) from None
+        # PyYAML's answers to `!!int ""`, `!!bool maybe`, `!!timestamp today` and 2025-13-01.
+        detail = f" ({error})" if isinstance(error, ValueError | KeyError) else ""
+        raise InputError(_one_line(f"{path.name}: not valid YAML: no such number, date or flag{detail}")) from None
     if count > _MAX_VALUES:
         raise InputError(_too_much(path.name))
     if not isinstance(document, dict):
-        raise InputError(_one_line(
-            f"{path.name}: holds {_kind(document)}; a grid file is a mapping with name, base and vary"
-        ))
+        raise InputError(
+            _one_line(f"{path.name}: holds {_kind(document)}; a grid file is a mapping with name, base and vary")
+        )
     return document
 
 
@@ -193,8 +195,9 @@ def _count(value: Any, known: dict[int, int]) -> int:
 # ------------------------------------------------------------------------------------ building
 
 
-def _build(document: dict[str, Any], path: Path, repeats: int | None, overrides: dict[str, Any],
-           max_trials: int) -> Grid:
+def _build(
+    document: dict[str, Any], path: Path, repeats: int | None, overrides: dict[str, Any], max_trials: int
+) -> Grid:
     for key in document:
         if key not in GRID_KEYS:
             raise ValueError(_unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
@@ -204,6 +207,7 @@ def _build(document: dict[str, Any], path: Path, repeats: int | None, overrides:
     title = document.get("title", name)
     if not isinstance(title, str):
         raise ValueError(f"title is {_kind(title)}; it must be text")
+    title = _one_line(title)
     design = document.get("design", "list" if "trials" in document else "ablation")
     if design not in get_args(Design):
         raise ValueError(_unknown("design", design, get_args(Design)))
@@ -314,12 +318,12 @@ def _levels(factor: Any, given: Any) -> list[_Level]:
         name = factor if factor in changes else next(iter(changes))
         # `adapter: qlora` sets two keys: what was written names both.
         text = value if name == factor and isinstance(value, str) and len(changes) > 1 else changes[name]
-        levels.append(_Level(name, _text(text), changes, hold))
+        levels.append(_Level(name, _one_line(_text(text)), changes, hold))
     return levels
 
 
 def _bundle(factor: str, label: Any, changes: Any) -> _Level:
-    label = _text(label)
+    label = _one_line(_text(label))
     where = f"{factor}: {label}"
     if not isinstance(changes, dict) or not changes:
         raise ValueError(f"{where} is {_kind(changes)}; a labelled level is a mapping of spec keys")
@@ -348,8 +352,9 @@ def _refuse_too_many(design: Design, factors: list[list[_Level]], repeats: int, 
         raise ValueError(f"{count} trials; the limit is {limit} (raise it with --max-trials {count})")
 
 
-def _design(design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[_Level]],
-            overrides: dict[str, Any]) -> list[Trial]:
+def _design(
+    design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[_Level]], overrides: dict[str, Any]
+) -> list[Trial]:
     baseline = Trial(base_spec, "baseline", None, None, baseline=True)
 
     def apply(levels: Iterable[_Level]) -> TrialSpec:
@@ -375,8 +380,15 @@ def _design(design: Design, base: dict[str, Any], base_spec: TrialSpec, factors:
             spec = apply(levels)
             label = ", ".join(level.label for level in levels)
             one = levels[0] if len(levels) == 1 else None
-            trials.append(Trial(spec, label, one.factor if one else None, one.text if one else None,
-                                baseline=spec.id == base_spec.id))
+            trials.append(
+                Trial(
+                    spec,
+                    label,
+                    one.factor if one else None,
+                    one.text if one else None,
+                    baseline=spec.id == base_spec.id,
+                )
+            )
     elif design == "ladder":
         rungs = [level for levels in factors for level in levels]
         for height, level in enumerate(rungs, start=1):

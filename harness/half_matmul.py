@@ -60,9 +60,10 @@ def install() -> bool:
 
 def _mm(keys: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left` (m, k) times `right` (k, n), in blocks of rows and columns; k is never split, so that
-    each element is rounded once."""
+    each element is rounded once.
+    """
     if left.dtype not in _HALF:
-        return _kernels["mm"].call_boxed(keys, left, right)
+        return _kernels["mm"].call_boxed(keys, left, right)  # type: ignore[no-any-return]  # a boxed kernel
     (m, k), n = left.shape, right.shape[1]
     out = left.new_empty(m, n)
     step = max(1, _BLOCK // max(1, k))

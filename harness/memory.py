@@ -7,6 +7,7 @@ CUDA, so that a peak has the same meaning on both: the highest sum of live tenso
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -49,7 +50,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str, budget: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types for its modes
         self.component: Component = "activations"
         """What new storages are taken for."""
         self.live = dict.fromkeys(COMPONENTS, 0)
@@ -81,14 +82,14 @@ class LiveTensors(TorchDispatchMode):
         size = storage.nbytes()
         if self._budget is not None and self.total + size > self._budget:
             raise OutOfBudget(self.total, size, self._budget)
-        self._storages[key] = (weakref.ref(storage, lambda _, key=key: self._freed(key)), size, component)
+        self._storages[key] = (weakref.ref(storage, functools.partial(self._freed, key)), size, component)
         self.live[component] += size
         self.total += size
         if self.total > self.peak:
             self.peak = self.total
             self.peak_shares = dict(self.live)
 
-    def _freed(self, key: int) -> None:
+    def _freed(self, key: int, _: Any) -> None:
         entry = self._storages.pop(key, None)
         if entry is not None:
             _, size, component = entry
@@ -166,7 +167,8 @@ class MemoryMeter:
 
     def shares(self, peak: int) -> dict[str, int]:
         """The peak by component, as metrics. What the allocator counts and the tracker does not see
-        (workspaces of kernels) goes to the activations, so that the shares add up."""
+        (workspaces of kernels) goes to the activations, so that the shares add up.
+        """
         shares = {f"memory_{name}_bytes": size for name, size in self.tracker.peak_shares.items()}
         shares["memory_activations_bytes"] += peak - sum(shares.values())
         return shares

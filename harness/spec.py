@@ -352,9 +352,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     if "precision" in values:
         named = values["precision"]  # of any type so far; the model refuses what is none
         quantised = isinstance(named, str) and named in QUANTISED
-        wanted = {f"precision: {named}": named} | {
-            k: p for k, p in wanted.items() if not (p == "bf16" and quantised)
-        }
+        wanted = {f"precision: {named}": named} | {k: p for k, p in wanted.items() if not (p == "bf16" and quantised)}
         if named == "fp4":  # both are load_in_4bit
             wanted = {k: "fp4" if p == "nf4" else p for k, p in wanted.items()}
     if given.get("bf16") is False and (not wanted or "bf16" in wanted.values()):

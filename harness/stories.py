@@ -122,8 +122,11 @@ def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
         near = difflib.get_close_matches(path, BUNDLED, n=1)
         raise InputError(
             f"dataset {path!r} is unknown; "
-            + (f"did you mean {near[0]}?" if near else
-               f"give {', '.join(BUNDLED)}, a file ({', '.join(SUFFIXES)}) or a hub id (owner/name)")
+            + (
+                f"did you mean {near[0]}?"
+                if near
+                else f"give {', '.join(BUNDLED)}, a file ({', '.join(SUFFIXES)}) or a hub id (owner/name)"
+            )
         )
     return {column for row in rows for column in row}, rows
 

@@ -54,7 +54,7 @@ def run(
     device = torch.device(environment.resolve_device(job.spec.device))
     trial = _Trial(job, device, folder, trust_remote_code, tell)
     outcome = trial.run()
-    return Record.of(job, environment=environment.current(device.type), **outcome)  # type: ignore[arg-type]  # cpu or cuda
+    return Record.of(job, environment=environment.current(device.type), **outcome)
 
 
 class _Trial:
@@ -138,9 +138,7 @@ class _Trial:
 
     # -------------------------------------------------------------------------------- evaluate
 
-    def _evaluate(
-        self, network: Any, stories: data.Data, meter: MemoryMeter, when: Literal["before", "after"]
-    ) -> None:
+    def _evaluate(self, network: Any, stories: data.Data, meter: MemoryMeter, when: Literal["before", "after"]) -> None:
         if not stories.held_out:
             return
         self._enter("evaluate")
@@ -198,10 +196,7 @@ class _Trial:
         self._synchronise()
         began = time.perf_counter()
         batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
-        if meter is not None:
-            result = self._tracked_step(trainer, batches, meter)
-        else:
-            result = trainer.step(batches)
+        result = self._tracked_step(trainer, batches, meter) if meter is not None else trainer.step(batches)
         self._synchronise()
         self.steps.append(
             Step(
@@ -314,7 +309,7 @@ def _fingerprint(network: Any) -> list[float]:
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath use the global generator
+    numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -330,5 +325,3 @@ def _one_line(error: BaseException) -> str:
     """The first line of an error, short, without the user's home folder."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].replace(str(Path.home()), "~")[:500]
-
-

@@ -11,6 +11,8 @@ import pytest
 from harness.spec import TrialSpec
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of tiny matrices wait for one another longer than they compute; so in the workers too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL: dict[str, Any] = {
     "base_model": "random:tiny",
@@ -22,14 +24,6 @@ SMALL: dict[str, Any] = {
     "val_set_size": 2.0,
     "lora_r": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Threads of tiny matrices wait for one another longer than they compute."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -6,9 +6,13 @@ BASE = "base: {base_model: random:tiny}\n"
 
 _LETTERS = "abcdefghij"
 # Ten factors of ten levels: 10**10 trials, which nobody may begin to list.
-_TOO_MANY = BASE + "design: grid\nvary:\n" + "".join(
-    f"  factor {letter}: {{{', '.join(f'{letter}{n}: {{lora_r: {n + 1}}}' for n in range(10))}}}\n"
-    for letter in _LETTERS
+_TOO_MANY = (
+    BASE
+    + "design: grid\nvary:\n"
+    + "".join(
+        f"  factor {letter}: {{{', '.join(f'{letter}{n}: {{lora_r: {n + 1}}}' for n in range(10))}}}\n"
+        for letter in _LETTERS
+    )
 )
 # Nine aliases of nine aliases of …: 9**10 values in half a kilobyte.
 _BOMB = "a: &a [x]\n" + "".join(
@@ -69,6 +73,8 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "python name": ("base: {base_model: !!python/name:os.system }\n", r"not valid YAML at line 1: .*python/name"),
     "number that is none": (BASE + "repeats: !!int ''\n", r"not valid YAML: no such number"),
     "date that is none": (BASE + "title: 2025-13-01\n", r"not valid YAML: no such number, date .*month"),
+    "time that is none": (BASE + "title: !!timestamp today\n", r"not valid YAML: no such number, date"),
+    "number in base sixty beyond a float": (BASE + f"title: {'59:' * 250}59.5\n", r"not valid YAML: no such number"),
     "flag that is none": (BASE + "title: !!bool maybe\n", r"not valid YAML: no such .*maybe"),
     "aliases of aliases": (_BOMB, r"aliases stand for more than 100000 values"),
     "merges of merges": (_MERGE_BOMB, r"aliases stand for more than 100000 values"),
@@ -80,23 +86,37 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "unknown key in base": (_base("lora_rank: 4"), r"base: unknown key 'lora_rank'; did you mean lora_\w+\?"),
     "unknown key with nothing near it": (_base("qqqqqq: 4"), r"base: unknown key 'qqqqqq'; `harness keys` lists"),
     "key that is a number": (_base("4: 4"), r"base: unknown key 4;"),
-    "unknown factor": (BASE + "vary: {gradient_checkpoint: [true]}\n",
-                       r"unknown factor 'gradient_checkpoint'; did you mean gradient_checkpointing\?"),
-    "unknown key in a labelled level": (BASE + "vary: {technique: {QLoRA: {precison: nf4}}}\n",
-                                        r"technique: QLoRA: unknown key 'precison'; did you mean precision\?"),
-    "unknown key in datasets": (_base("datasets: [{paht: storyteller}]"),
-                                r"datasets\.0: unknown key 'paht'; did you mean path\?"),
-    "unknown key in datasets type": (_data("storyteller", "field_instrution: synopsis"),
-                                     r"datasets\.0\.type: unknown key 'field_instrution'; .*field_instruction\?"),
-    "spec key beside base": (BASE + "lora_r: 4\n",
-                             r"unknown key 'lora_r' \(did you mean to put lora_r under base:\?\)"),
-    "vary beside a training file's keys": ("base_model: random:tiny\nvary: {lora_r: [4]}\n",
-                                           r"unknown key 'base_model' .*under base:"),
+    "unknown factor": (
+        BASE + "vary: {gradient_checkpoint: [true]}\n",
+        r"unknown factor 'gradient_checkpoint'; did you mean gradient_checkpointing\?",
+    ),
+    "unknown key in a labelled level": (
+        BASE + "vary: {technique: {QLoRA: {precison: nf4}}}\n",
+        r"technique: QLoRA: unknown key 'precison'; did you mean precision\?",
+    ),
+    "unknown key in datasets": (
+        _base("datasets: [{paht: storyteller}]"),
+        r"datasets\.0: unknown key 'paht'; did you mean path\?",
+    ),
+    "unknown key in datasets type": (
+        _data("storyteller", "field_instrution: synopsis"),
+        r"datasets\.0\.type: unknown key 'field_instrution'; .*field_instruction\?",
+    ),
+    "spec key beside base": (
+        BASE + "lora_r: 4\n",
+        r"unknown key 'lora_r' \(did you mean to put lora_r under base:\?\)",
+    ),
+    "vary beside a training file's keys": (
+        "base_model: random:tiny\nvary: {lora_r: [4]}\n",
+        r"unknown key 'base_model' .*under base:",
+    ),
     "no base": ("vary: {lora_r: [4]}\n", r"base is empty; it must be a mapping"),
     "base is a number": ("base: 3\n", r"base is 3; it must be a mapping .* or the path of a training file"),
     "base without base_model": ("base: {lora_r: 4}\n", r"base_model is missing; give one: .*smollm2-135m-instruct"),
-    "base names a file that is not there": ("base: grid_bsae.yml\n",
-                                            r"grid_bsae\.yml: no such file; did you mean grid_base\.yml\?"),
+    "base names a file that is not there": (
+        "base: grid_bsae.yml\n",
+        r"grid_bsae\.yml: no such file; did you mean grid_base\.yml\?",
+    ),
     "base names a folder": ("base: .\n", r"is a folder; give a grid file"),
     "base names a file with a list": ("base: base_list.yml\n", r"base_list\.yml: holds a list"),
     "base names another grid": ("base: grid_base.yml\n", r"base: unknown key 'base'"),
@@ -116,15 +136,23 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "empty labelled levels": (BASE + "vary: {technique: {}}\n", r"vary: technique has no levels"),
     "levels not a list": (BASE + "vary: {lora_r: 4}\n", r"vary: lora_r is 4; its levels must be a list like \[4\]"),
     "levels: not a list": (BASE + "vary: {lora_r: {levels: 4}}\n", r"vary: lora_r is 4; .* list like \[4\]"),
-    "labelled level that is a number": (BASE + "vary: {lora_r: {small: 4}}\n",
-                                        r"lora_r: small is 4; a labelled level is a mapping"),
+    "labelled level that is a number": (
+        BASE + "vary: {lora_r: {small: 4}}\n",
+        r"lora_r: small is 4; a labelled level is a mapping",
+    ),
     "level of a wrong type": (BASE + "vary: {lora_r: [4, true]}\n", r"lora_r=true: lora_r is true; it must be a whole"),
-    "level with an impossible value": (BASE + "vary: {technique: {none: {lora_r: -4}}}\n",
-                                       r"none: lora_r is -4; it must be 1 or more"),
-    "label of two lines": (BASE + 'vary: {technique: {"one\\ntwo\\e[31m": {lora_r: 0}}}\n',
-                           r"one two \[31m: lora_r is 0"),
-    "level that switches a flag off": (BASE + "vary: {load_in_4bit: [true, false]}\n",
-                                       r"load_in_4bit: false names no precision; say precision: bf16"),
+    "level with an impossible value": (
+        BASE + "vary: {technique: {none: {lora_r: -4}}}\n",
+        r"none: lora_r is -4; it must be 1 or more",
+    ),
+    "label of two lines": (
+        BASE + 'vary: {technique: {"one\\ntwo\\e[31m": {lora_r: 0}}}\n',
+        r"one two \[31m: lora_r is 0",
+    ),
+    "level that switches a flag off": (
+        BASE + "vary: {load_in_4bit: [true, false]}\n",
+        r"load_in_4bit: false names no precision; say precision: bf16",
+    ),
     "vary with design list": (BASE + "design: list\nvary: {lora_r: [4]}\n", r"design list takes trials:, not vary:"),
     "trials with design grid": (BASE + "design: grid\ntrials: [{lora_r: 4}]\n", r"design grid takes vary:"),
     "trials is a number": (BASE + "trials: 4\n", r"trials is 4; it must be a list of mappings"),
@@ -134,17 +162,23 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         + "vary: {micro_batch_size: {levels: [3], hold: effective_batch_size}}\n",
         r"micro_batch_size 3 does not divide the effective batch of 4",
     ),
-    "hold with another key": (BASE + "vary: {lora_r: {levels: [4], hold: effective_batch_size}}\n",
-                              r"lora_r: hold: effective_batch_size goes with micro_batch_size"),
-    "hold of something else": (BASE + "vary: {micro_batch_size: {levels: [1], hold: tokens}}\n",
-                               r"hold is 'tokens'; use effective_batch_size"),
+    "hold with another key": (
+        BASE + "vary: {lora_r: {levels: [4], hold: effective_batch_size}}\n",
+        r"lora_r: hold: effective_batch_size goes with micro_batch_size",
+    ),
+    "hold of something else": (
+        BASE + "vary: {micro_batch_size: {levels: [1], hold: tokens}}\n",
+        r"hold is 'tokens'; use effective_batch_size",
+    ),
     "hold without levels": (BASE + "vary: {micro_batch_size: {hold: effective_batch_size}}\n", r"has no levels"),
     "hold with labels": (
         BASE + "vary: {micro_batch_size: {levels: {big: {micro_batch_size: 4}}, hold: effective_batch_size}}\n",
         r"hold goes with a list of levels",
     ),
-    "hold misspelt": (BASE + "vary: {micro_batch_size: {levels: [1], hodl: effective_batch_size}}\n",
-                      r"unknown key 'hodl'; did you mean hold\?"),
+    "hold misspelt": (
+        BASE + "vary: {micro_batch_size: {levels: [1], hodl: effective_batch_size}}\n",
+        r"unknown key 'hodl'; did you mean hold\?",
+    ),
     "hold and accumulation in one product": (
         BASE + "design: grid\nvary:\n  micro_batch_size: {levels: [1], hold: effective_batch_size}\n"
         "  gradient_accumulation_steps: [1, 2]\n",
@@ -152,19 +186,29 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     ),
     "too many trials": (_TOO_MANY, r"10000000000 trials; the limit is 500 \(raise it with --max-trials"),
     "too many repeats": (BASE + "repeats: 1000000000000\n", r"1000000000000 trials; the limit is 500"),
-    "exclude matches nothing": (BASE + "vary: {lora_r: [4]}\nexclude: [{lora_r: 5}]\n",
-                                r"exclude: no trial has lora_r=5; drop the rule"),
-    "exclude drops everything": (BASE + "vary: {lora_r: [4]}\nexclude: [{base_model: random:tiny}]\n",
-                                 r"exclude leaves no trial"),
+    "exclude matches nothing": (
+        BASE + "vary: {lora_r: [4]}\nexclude: [{lora_r: 5}]\n",
+        r"exclude: no trial has lora_r=5; drop the rule",
+    ),
+    "exclude drops everything": (
+        BASE + "vary: {lora_r: [4]}\nexclude: [{base_model: random:tiny}]\n",
+        r"exclude leaves no trial",
+    ),
     "exclude is a mapping": (BASE + "exclude: {lora_r: 4}\n", r"exclude is a mapping; it must be a list"),
-    "exclude of a wrong type": (_base("lora_r: 1") + "vary: {lora_r: [4]}\nexclude: [{lora_r: true}]\n",
-                                r"exclude: lora_r is true; it must be a whole number"),
+    "exclude of a wrong type": (
+        _base("lora_r: 1") + "vary: {lora_r: [4]}\nexclude: [{lora_r: true}]\n",
+        r"exclude: lora_r is true; it must be a whole number",
+    ),
     "exclude with an unknown key": (BASE + "exclude: [{lora_rr: 4}]\n", r"exclude: unknown key 'lora_rr'; .*lora_r\?"),
-    "exclude by a flag that is off": (BASE + "exclude: [{load_in_8bit: false}]\n",
-                                      r"exclude: load_in_8bit: false names no precision"),
+    "exclude by a flag that is off": (
+        BASE + "exclude: [{load_in_8bit: false}]\n",
+        r"exclude: load_in_8bit: false names no precision",
+    ),
     "claims is text": (BASE + "claims: all\n", r"claims is 'all'; it must be a list"),
-    "claim without a metric": (BASE + "claims: [{id: a, says: b, compare: {}, expect: ratio < 1}]\n",
-                               r"claims: 'a' lacks metric"),
+    "claim without a metric": (
+        BASE + "claims: [{id: a, says: b, compare: {}, expect: ratio < 1}]\n",
+        r"claims: 'a' lacks metric",
+    ),
     "claim with an unknown metric": (
         BASE + "claims: [{id: a, says: b, compare: {}, metric: peak_memory, expect: ratio < 1}]\n",
         r"claims: a: unknown metric 'peak_memory'; did you mean peak_\w*memory_bytes\?",
@@ -196,10 +240,14 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "lora_dropout 1.0": (_base("lora_dropout: 1.0"), r"lora_dropout is 1\.0; it must be less than 1"),
     "val_set_size neither count nor share": (_base("val_set_size: 1.5"), r"val_set_size: 1\.5 is neither a count"),
     "val_set_size of all stories": (_base("val_set_size: 240"), r"val_set_size 240 leaves nothing to train on.*240"),
-    "unknown optimizer": (_base("optimizer: adamw_bnb_8bits"),
-                          r"unknown optimizer 'adamw_bnb_8bits'; did you mean adamw_bnb_8bit\?"),
-    "unknown optimizer with nothing near it": (_base("optimizer: muon"),
-                                               r"unknown optimizer 'muon'; use adamw_torch, .*sgd"),
+    "unknown optimizer": (
+        _base("optimizer: adamw_bnb_8bits"),
+        r"unknown optimizer 'adamw_bnb_8bits'; did you mean adamw_bnb_8bit\?",
+    ),
+    "unknown optimizer with nothing near it": (
+        _base("optimizer: muon"),
+        r"unknown optimizer 'muon'; use adamw_torch, .*sgd",
+    ),
     "unknown precision": (_base("precision: bf61"), r"unknown precision 'bf61'; did you mean bf16\?"),
     "precision that is a list": (_base("precision: [int8], bf16: true"), r"contradictory precision .*int8.*bf16: true"),
     "unknown adapter": (_base("adapter: loras"), r"unknown adapter 'loras'; did you mean lora\?"),
@@ -216,27 +264,39 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "flag off against precision": (_base("precision: bf16, bf16: false"), r"contradictory precision .*bf16: false"),
     "qlora in 8 bit": (_base("adapter: qlora, load_in_8bit: true"), r"contradictory precision .*adapter: qlora"),
     "two sequence lengths": (_base("sequence_len: 64, sequence_length: 128"), r"sequence_len 64 contradicts"),
-    "int8 with full fine-tuning": (_base("precision: int8, adapter: none"),
-                                   r"precision int8 with full fine-tuning: .*use adapter: lora, or precision: bf16"),
+    "int8 with full fine-tuning": (
+        _base("precision: int8, adapter: none"),
+        r"precision int8 with full fine-tuning: .*use adapter: lora, or precision: bf16",
+    ),
     "nf4 with full fine-tuning": (_base("load_in_4bit: true, adapter: "), r"precision nf4 with full fine-tuning"),
-    "nf4 as a level of full fine-tuning": (_base("adapter: none") + "vary: {precision: [bf16, nf4]}\n",
-                                           r"precision=nf4: precision nf4 with full fine-tuning"),
+    "nf4 as a level of full fine-tuning": (
+        _base("adapter: none") + "vary: {precision: [bf16, nf4]}\n",
+        r"precision=nf4: precision nf4 with full fine-tuning",
+    ),
     "double quantisation of bf16": (_base("double_quantization: true"), r"double_quantization is for precision nf4"),
     "biases of quantised layers": (_base("precision: nf4, lora_bias: all"), r"lora_bias all with precision nf4: use"),
     "max_steps with num_epochs": (_base("max_steps: 3, num_epochs: 1"), r"max_steps and num_epochs exclude each other"),
-    "two kinds of target": (_base("lora_target_linear: true, lora_target_modules: [q_proj]"),
-                            r"lora_target_linear and lora_target_modules exclude each other"),
+    "two kinds of target": (
+        _base("lora_target_linear: true, lora_target_modules: [q_proj]"),
+        r"lora_target_linear and lora_target_modules exclude each other",
+    ),
     "two processes": (_base("num_processes: 2"), r"num_processes 2: .*use 1"),
     # ---- the prompt
     "format without instruction": (_data("storyteller", "format: 'Tell a story'"), r"never names \{instruction\}"),
     "format with braces for instruction": (_data("storyteller", "format: '{{instruction}}'"), r"never names \{instruc"),
-    "format with an unknown placeholder": (_data("storyteller", "format: '{instruction} {plot}'"),
-                                           r"placeholder other than \{instruction\}, \{input\}, \{system\}"),
+    "format with an unknown placeholder": (
+        _data("storyteller", "format: '{instruction} {plot}'"),
+        r"placeholder other than \{instruction\}, \{input\}, \{system\}",
+    ),
     "format with a number": (_data("storyteller", "format: '{instruction} {0}'"), r"placeholder other than"),
-    "format that looks inside": (_data("storyteller", "format: '{instruction} {instruction.__class__}'"),
-                                 r"placeholder other than"),
-    "format that pads without end": (_data("storyteller", "format: '{instruction:>9999999999}'"),
-                                     r"placeholder other than"),
+    "format that looks inside": (
+        _data("storyteller", "format: '{instruction} {instruction.__class__}'"),
+        r"placeholder other than",
+    ),
+    "format that pads without end": (
+        _data("storyteller", "format: '{instruction:>9999999999}'"),
+        r"placeholder other than",
+    ),
     "format with a lone brace": (_data("storyteller", "format: '{instruction} }'"), r"brace that stands alone"),
     # ---- datasets
     "no datasets": (_base("datasets: []"), r"datasets is an empty list; it must have at least one entry"),
@@ -270,18 +330,26 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "CSV in another encoding": (_data("latin1.csv"), r"latin1\.csv cannot be read as \.csv: 'utf-8' codec"),
     "parquet that is none": (_data("junk.parquet"), r"junk\.parquet cannot be read as \.parquet: "),
     # ---- models
-    "unknown base_model": ("base: {base_model: smollm2-135m}\n",
-                           r"base_model 'smollm2-135m' is neither .*; did you mean (random:)?smollm2-135m"),
+    "unknown base_model": (
+        "base: {base_model: smollm2-135m}\n",
+        r"base_model 'smollm2-135m' is neither .*; did you mean (random:)?smollm2-135m",
+    ),
     "unknown base_model with nothing near it": ("base: {base_model: gpt}\n", r"'gpt' is neither .*hub id or random:"),
     "base_model of an unknown user's home": ("base: {base_model: ~nobody-of-that-name}\n", r"is neither a folder nor"),
     "base_model name too long for a folder": (f"base: {{base_model: {'x' * 300}}}\n", r"is neither a folder nor"),
     "base_model empty": ("base: {base_model: ''}\n", r"base_model is ''; it must not be empty"),
     "base_model of two lines": ('base: {base_model: "random:ti\\nny"}\n', r"base_model: .* is not one line"),
     "base_model in a folder without a model": ("base: {base_model: .}\n", r"base_model \.: the folder has no config"),
-    "unknown random architecture": ("base: {base_model: random:llama-3.1-8}\n",
-                                    r"random:llama-3\.1-8: unknown architecture; did you mean llama-3\.1-8b\?"),
-    "random architecture of an incomplete file": ("base: {base_model: random:shape.json}\n",
-                                                  r"random:shape\.json: no model_type and vocab_size"),
-    "random architecture of a missing file": ("base: {base_model: random:nowhere.json}\n",
-                                              r"random:nowhere\.json: No such file .*; give a config\.json"),
+    "unknown random architecture": (
+        "base: {base_model: random:llama-3.1-8}\n",
+        r"random:llama-3\.1-8: unknown architecture; did you mean llama-3\.1-8b\?",
+    ),
+    "random architecture of an incomplete file": (
+        "base: {base_model: random:shape.json}\n",
+        r"random:shape\.json: no model_type and vocab_size",
+    ),
+    "random architecture of a missing file": (
+        "base: {base_model: random:nowhere.json}\n",
+        r"random:nowhere\.json: No such file .*; give a config\.json",
+    ),
 }

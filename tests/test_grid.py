@@ -96,8 +96,27 @@ _SCALARS = (
     | st.integers()
     | st.floats()
     | _PLAIN
-    | st.sampled_from(["random:tiny", "storyteller", "none", "qlora", "nf4", "int8", "auto", "1e-4", "4", "24GiB",
-                       "effective_batch_size", "grid", "ladder", "list", "../x", "{instruction}", "eval_loss"])
+    | st.sampled_from(
+        [
+            "random:tiny",
+            "storyteller",
+            "none",
+            "qlora",
+            "nf4",
+            "int8",
+            "auto",
+            "1e-4",
+            "4",
+            "24GiB",
+            "effective_batch_size",
+            "grid",
+            "ladder",
+            "list",
+            "../x",
+            "{instruction}",
+            "eval_loss",
+        ]
+    )
 )
 _KEYS = st.sampled_from([*GRID_KEYS, *SPEC_KEYS, "levels", "hold", "path", "type", "format", "metric", "id"]) | _PLAIN
 _VALUES = st.recursive(
@@ -297,11 +316,12 @@ def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
 def test_ablation_varies_one_factor_at_a_time(tmp_path: Path) -> None:
     loaded = load(tmp_path, BASE + "design: ablation\nvary: {lora_r: [4, 64], gradient_checkpointing: [true]}\n")
     baseline = spec(loaded, "baseline")
-    for label, changed in [
-        ("lora_r=4", {"lora_r": 4}),
-        ("lora_r=64", {"lora_r": 64}),
-        ("gradient_checkpointing=true", {"gradient_checkpointing": True}),
-    ]:
+    expected: dict[str, dict[str, Any]] = {
+        "lora_r=4": {"lora_r": 4},
+        "lora_r=64": {"lora_r": 64},
+        "gradient_checkpointing=true": {"gradient_checkpointing": True},
+    }
+    for label, changed in expected.items():
         assert spec(loaded, label) == baseline.model_copy(update=changed)
     assert len(loaded.trials) == 4
     by_label = {trial.label: trial for trial in loaded.trials}
@@ -316,10 +336,15 @@ def test_ablation_is_the_default(tmp_path: Path) -> None:
 
 
 def test_ladder_adds_one_technique_after_another(tmp_path: Path) -> None:
-    loaded = load(tmp_path, BASE + "design: ladder\nvary: {precision: [nf4], gradient_checkpointing: [true], "
-                                   "optimizer: [paged_adamw_8bit]}\n")
-    steps = [spec(loaded, f"+ {label}") for label in (
-        "precision=nf4", "gradient_checkpointing=true", "optimizer=paged_adamw_8bit")]
+    loaded = load(
+        tmp_path,
+        BASE + "design: ladder\nvary: {precision: [nf4], gradient_checkpointing: [true], "
+        "optimizer: [paged_adamw_8bit]}\n",
+    )
+    steps = [
+        spec(loaded, f"+ {label}")
+        for label in ("precision=nf4", "gradient_checkpointing=true", "optimizer=paged_adamw_8bit")
+    ]
     assert [(s.precision, s.gradient_checkpointing, s.optimizer) for s in (spec(loaded, "baseline"), *steps)] == [
         ("bf16", False, "adamw_torch"),
         ("nf4", False, "adamw_torch"),
@@ -368,11 +393,22 @@ def test_label_is_what_was_written(tmp_path: Path) -> None:
     assert [d.path for d in data.datasets] == ["a.csv", "b.csv"]
 
 
+def test_title_and_labels_are_lines_for_a_terminal(tmp_path: Path) -> None:
+    loaded = load(
+        tmp_path,
+        BASE + 'title: "One\\n\\e[31mtwo"\nvary: {technique: {"a\\nb": {lora_r: 4}}, '
+        'output_dir: ["c\\td"], lora_target_modules: [["q\\np"]]}\n',
+    )
+    assert loaded.title == "One [31mtwo"
+    assert labels(loaded) == {"baseline", "a b", "lora_target_modules=q p"}
+
+
 def test_level_replaces_the_key_that_it_excludes(tmp_path: Path) -> None:
     changed = level_spec(tmp_path, "num_epochs: 2", "max_steps: [3]", "max_steps=3")
     assert (changed.max_steps, changed.num_epochs) == (3, None)
-    changed = level_spec(tmp_path, "lora_target_modules: [q_proj]", "lora_target_linear: [true]",
-                         "lora_target_linear=true")
+    changed = level_spec(
+        tmp_path, "lora_target_modules: [q_proj]", "lora_target_linear: [true]", "lora_target_linear=true"
+    )
     assert (changed.lora_target_linear, changed.lora_target_modules) == (True, None)
 
 
@@ -382,8 +418,11 @@ def test_effective_batch() -> None:
 
 
 def test_hold_derives_the_accumulation(tmp_path: Path) -> None:
-    loaded = load(tmp_path, BASE.replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 4")
-                  + "vary: {micro_batch_size: {levels: [1, 4, 8], hold: effective_batch_size}}\n")
+    loaded = load(
+        tmp_path,
+        BASE.replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 4")
+        + "vary: {micro_batch_size: {levels: [1, 4, 8], hold: effective_batch_size}}\n",
+    )
     for micro, accumulation in [(1, 8), (4, 2), (8, 1)]:
         held = spec(loaded, f"micro_batch_size={micro}")
         assert (held.micro_batch_size, held.gradient_accumulation_steps) == (micro, accumulation)
@@ -398,17 +437,22 @@ def test_without_hold_the_effective_batch_grows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("design", ["ablation", "ladder", "grid"])
 def test_level_equal_to_the_baseline_runs_once(design: str, tmp_path: Path) -> None:
     # 16 is the default rank, 1.0 and 1e0 are one learning rate; 2 x 2 is the base's own split of the batch.
-    loaded = load(tmp_path, BASE + f"design: {design}\nvary:\n  lora_r: [16]\n  weight_decay: [0, 0.0]\n"
-                                   "  micro_batch_size: {levels: [2], hold: effective_batch_size}\n")
+    loaded = load(
+        tmp_path,
+        BASE + f"design: {design}\nvary:\n  lora_r: [16]\n  weight_decay: [0, 0.0]\n"
+        "  micro_batch_size: {levels: [2], hold: effective_batch_size}\n",
+    )
     (trial,) = loaded.trials
     assert trial.baseline
-    assert trial.spec.id == TrialSpec(
-        base_model="random:tiny", micro_batch_size=2, gradient_accumulation_steps=2).id
+    assert trial.spec.id == TrialSpec(base_model="random:tiny", micro_batch_size=2, gradient_accumulation_steps=2).id
 
 
 def test_levels_that_differ_in_nothing_measured_run_once(tmp_path: Path) -> None:
-    loaded = load(tmp_path, BASE + "vary: {output_dir: [a, b], logging_steps: [5], full: "
-                                   "{one: {adapter: none}, two: {adapter: none, lora_r: 99}}}\n")
+    loaded = load(
+        tmp_path,
+        BASE + "vary: {output_dir: [a, b], logging_steps: [5], full: "
+        "{one: {adapter: none}, two: {adapter: none, lora_r: 99}}}\n",
+    )
     assert labels(loaded) == {"baseline", "one"}
 
 
@@ -432,7 +476,10 @@ def test_exclude_makes_a_product_possible(tmp_path: Path) -> None:
         load(tmp_path, product)
     loaded = load(tmp_path, product + "exclude: [{adapter: none, precision: nf4}]\n")
     assert labels(loaded) == {
-        "adapter=lora, precision=bf16", "adapter=lora, precision=nf4", "adapter=none, precision=bf16"}
+        "adapter=lora, precision=bf16",
+        "adapter=lora, precision=nf4",
+        "adapter=none, precision=bf16",
+    }
 
 
 def test_limit_counts_repeats_and_can_be_raised(tmp_path: Path) -> None:
@@ -482,11 +529,23 @@ def test_id_is_pinned() -> None:
 
 
 def test_id_does_not_depend_on_key_order_or_spelling() -> None:
-    one = {"base_model": "random:tiny", "lora_r": 4, "learning_rate": 1, "val_set_size": 16, "memory_budget": 2**30,
-           "datasets": [{"path": "a.csv", "type": {"field_instruction": "a", "field_output": "b"}}]}
-    other = {"datasets": ({"type": {"field_output": "b", "field_instruction": "a"}, "path": "a.csv"},),
-             "memory_budget": "1GiB", "val_set_size": 16.0, "learning_rate": "1e0", "lora_r": 4,
-             "base_model": "random:tiny", "sequence_len": 512}
+    one = {
+        "base_model": "random:tiny",
+        "lora_r": 4,
+        "learning_rate": 1,
+        "val_set_size": 16,
+        "memory_budget": 2**30,
+        "datasets": [{"path": "a.csv", "type": {"field_instruction": "a", "field_output": "b"}}],
+    }
+    other = {
+        "datasets": ({"type": {"field_output": "b", "field_instruction": "a"}, "path": "a.csv"},),
+        "memory_budget": "1GiB",
+        "val_set_size": 16.0,
+        "learning_rate": "1e0",
+        "lora_r": 4,
+        "base_model": "random:tiny",
+        "sequence_len": 512,
+    }
     first, second = (TrialSpec.model_validate(normalise(values)) for values in (one, other))
     assert first.id == second.id
     assert TrialSpec.model_validate_json(first.model_dump_json()).id == first.id
@@ -496,8 +555,16 @@ def test_id_ignores_what_changes_no_measurement() -> None:
     plain = TrialSpec(base_model="random:tiny")
     assert TrialSpec(base_model="random:tiny", output_dir="x", logging_steps=7).id == plain.id
     full = TrialSpec(base_model="random:tiny", adapter="none")
-    unused: dict[str, Any] = {"lora_r": 99, "lora_alpha": 3, "lora_dropout": 0.5, "lora_bias": "all",
-                              "lora_target_linear": False, "use_rslora": True, "use_dora": True, "save_adapter": True}
+    unused: dict[str, Any] = {
+        "lora_r": 99,
+        "lora_alpha": 3,
+        "lora_dropout": 0.5,
+        "lora_bias": "all",
+        "lora_target_linear": False,
+        "use_rslora": True,
+        "use_dora": True,
+        "save_adapter": True,
+    }
     assert TrialSpec(base_model="random:tiny", adapter="none", **unused).id == full.id
     assert full.id != plain.id
 
@@ -505,22 +572,50 @@ def test_id_ignores_what_changes_no_measurement() -> None:
 def test_id_tells_apart_what_changes_a_measurement() -> None:
     plain: dict[str, Any] = {"base_model": "random:tiny", "lora_target_linear": False}
     changes: dict[str, Any] = {
-        "base_model": "random:smollm2-135m", "datasets": [{"path": "a.csv"}], "sequence_length": 64,
-        "eval_sequence_length": 64, "excess_length": "drop", "train_on_inputs": True, "val_set_size": 8.0,
-        "precision": "nf4", "tf32": True, "attention": "eager", "device": "cpu", "memory_budget": 1,
-        "adapter": "none", "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.1, "lora_bias": "all",
-        "lora_target_linear": True, "lora_target_modules": ["q_proj"], "use_rslora": True, "use_dora": True,
-        "save_adapter": True, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
-        "train_samples": 8, "max_steps": 8, "num_epochs": 8.0, "optimizer": "sgd", "learning_rate": 1.0,
-        "lr_scheduler": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.0, "seed": 1,
+        "base_model": "random:smollm2-135m",
+        "datasets": [{"path": "a.csv"}],
+        "sequence_length": 64,
+        "eval_sequence_length": 64,
+        "excess_length": "drop",
+        "train_on_inputs": True,
+        "val_set_size": 8.0,
+        "precision": "nf4",
+        "tf32": True,
+        "attention": "eager",
+        "device": "cpu",
+        "memory_budget": 1,
+        "adapter": "none",
+        "lora_r": 1,
+        "lora_alpha": 1,
+        "lora_dropout": 0.1,
+        "lora_bias": "all",
+        "lora_target_linear": True,
+        "lora_target_modules": ["q_proj"],
+        "use_rslora": True,
+        "use_dora": True,
+        "save_adapter": True,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "train_samples": 8,
+        "max_steps": 8,
+        "num_epochs": 8.0,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.0,
+        "seed": 1,
     }
     # num_processes has one value so far, and double_quantization goes with 4 bits only.
     assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | {
-        "num_processes", "double_quantization"}
+        "num_processes",
+        "double_quantization",
+    }
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}
     ids["nothing"] = TrialSpec.model_validate(plain).id
-    ids["double_quantization"] = TrialSpec.model_validate(
-        plain | {"precision": "nf4", "double_quantization": True}).id
+    ids["double_quantization"] = TrialSpec.model_validate(plain | {"precision": "nf4", "double_quantization": True}).id
     assert len(set(ids.values())) == len(ids)
 
 
@@ -577,5 +672,6 @@ def test_a_grid_is_checked_without_torch(tmp_path: Path) -> None:
         "grid.preflight(grid.load(Path(sys.argv[1])))\n"
         "assert not {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "grid.yml")], check=True,
-                   cwd=Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "grid.yml")], check=True, cwd=Path(__file__).parent.parent
+    )

@@ -25,7 +25,7 @@ from harness.stories import Story
 # What people's stories hold: quotes, commas, line ends, characters beyond 16 bits, and the line
 # separators of Unicode, at which str.splitlines() cuts and JSON does not.
 ROWS: list[dict[str, str]] = [
-    {"synopsis": "A fox, a hen and a \"friend\".", "short_story": "It ran.\n\nIt hid.\tIt slept."},
+    {"synopsis": 'A fox, a hen and a "friend".', "short_story": "It ran.\n\nIt hid.\tIt slept."},
     {"synopsis": "Ein Märchen 🦊", "short_story": "Es war einmal, 1.0, NA, null."},
     {"synopsis": "NA", "short_story": "007"},
     {"synopsis": "Two lines\u2028in one\u2029string\x85here", "short_story": " Spaces stay. "},
@@ -127,7 +127,10 @@ def test_columns_of_any_name(tmp_path: Path) -> None:
     _write_jsonl(tmp_path / "a.jsonl", [row, row | {"context": ""}, row | {"context": "  "}])
     found = read(tmp_path / "a.jsonl", field_instruction="question", field_input="context", field_output="answer")
     assert [(s.instruction, s.input, s.completion) for s in found] == [
-        ("Why?", "A fox.", "Because."), ("Why?", None, "Because."), ("Why?", None, "Because.")]
+        ("Why?", "A fox.", "Because."),
+        ("Why?", None, "Because."),
+        ("Why?", None, "Because."),
+    ]
 
 
 def test_missing_column_names_those_that_exist(tmp_path: Path) -> None:

@@ -36,9 +36,7 @@ def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     size = spec.effective_batch_size
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     trainer = Trainer(network, spec, CPU, len(groups))
-    losses = [
-        trainer.step(list(data.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups
-    ]
+    losses = [trainer.step(list(data.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups]
     return losses, {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
 
 
@@ -133,7 +131,8 @@ def test_micro_batching_changes_nothing_but_memory_and_time(small: Small) -> Non
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"]
+    "optimizer",
+    ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"],
 )
 def test_optimizers_train(small: Small, optimizer: str) -> None:
     rate = 1.0 if optimizer == "sgd" else 1e-2
@@ -144,8 +143,8 @@ def test_optimizers_train(small: Small, optimizer: str) -> None:
 def test_every_optimizer_of_the_spec_is_known_to_transformers() -> None:
     from typing import get_args
 
-    from transformers.training_args import OptimizerNames
     from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
 
     from harness.spec import Optimizer, Scheduler
 

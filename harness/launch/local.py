@@ -119,7 +119,7 @@ def _silent_end(
         phase=phase,
         started_at=started_at,
         metrics={"trial_seconds": seconds},
-        **outcome,  # type: ignore[arg-type]  # checked by the record itself
+        **outcome,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import threading
@@ -34,10 +35,8 @@ for part in _PARTS:
 
 # bitsandbytes looks at the card when it is imported, and a process that has seen it cannot fork.
 if torch.version.cuda is None:
-    try:
+    with contextlib.suppress(ImportError):
         importlib.import_module("bitsandbytes")
-    except ImportError:
-        pass  # noqa: SIM105 - said by `harness doctor`, and by the trial that needs it
 
 # What is here now stays for good: a trial's collector need not look at it, nor copy its pages.
 gc.collect()

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from harness.environment import cards, current
 from harness.errors import InputError
 from harness.metrics import METRICS, show_bytes
 from harness.results import Store
@@ -46,30 +47,41 @@ class Line:
 
 
 def compare(folder: Path, environment: str | None = None) -> tuple[list[Line], str]:
-    """The comparison of a results folder, and the environment that it holds for.
+    """The comparison of a results folder within one environment, and a description of that one.
 
     Args:
         folder: `results/<grid>`.
-        environment: id of the one to look at, where there are several.
+        environment: id of the environment; without it this machine's, or the only one that there is.
 
     Raises:
-        InputError: nothing was recorded, or in several environments: those are not comparable.
+        InputError: nothing was recorded, or in several other environments: those are not comparable.
     """
     store = Store(folder)
     rows = store.read("trials").to_pylist()
     if not rows:
         raise InputError(f"{folder}: no trials are recorded; `harness run` fills it")
-    environments = sorted({row["environment_id"] for row in rows})
-    if environment is not None:
-        rows = [row for row in rows if row["environment_id"] == environment]
-        if not rows:
-            raise InputError(f"{folder}: no trials of environment {environment!r}; there is {', '.join(environments)}")
-    elif len(environments) > 1:
-        raise InputError(
-            f"{folder}: trials of {len(environments)} environments ({', '.join(environments)}) are not comparable; "
-            "choose one with --environment"
-        )
-    return lines(rows, _story_losses(store)), describe(rows[0])
+    chosen = environment or _environment(folder, rows)
+    kept = [row for row in rows if row["environment_id"] == chosen]
+    if not kept:
+        there = ", ".join(sorted({row["environment_id"] for row in rows}))
+        raise InputError(f"{folder}: no trials of environment {chosen!r}; there is {there}")
+    described = describe(kept[0])
+    if len(kept) < len(rows):
+        described += f" (environment {chosen}; {len(rows) - len(kept)} trials of other environments are left out)"
+    return lines(kept, _story_losses(store)), described
+
+
+def _environment(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """This machine's environment if it is among the rows, else the only one."""
+    there = {row["environment_id"] for row in rows}
+    here = {current(device).id for device in ("cpu", "cuda") if device == "cpu" or cards()} & there
+    for choice in (here, there):
+        if len(choice) == 1:
+            return choice.pop()
+    raise InputError(
+        f"{folder}: trials of {len(there)} environments ({', '.join(sorted(there))}) are not comparable; "
+        "choose one with --environment"
+    )
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""How long until a trial's first line: forked from the server, beside a fresh Python that imports the same.
+
+python benchmarks/startup.py [--trials 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.launch.local import LocalLauncher
+from harness.results import Job
+from harness.spec import TrialSpec
+
+
+def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
+    """Seconds from the launch to the first word of the trial."""
+    spec = TrialSpec(base_model="random:tiny", sequence_length=256, max_steps=1, val_set_size=0, seed=seed)
+    heard: list[float] = []
+
+    def listen(kind: str, value: Any) -> None:
+        heard.append(time.perf_counter())
+
+    options = {"folder": None, "log": str(folder / "log"), "trust_remote_code": False}
+    began = time.perf_counter()
+    record = launcher.run(Job(grid="startup", spec=spec, label="startup"), options, timeout=None, on_event=listen)
+    if record.status != "ok":
+        raise SystemExit(f"the trial ended as {record.status}: {record.error}")
+    return heard[0] - began
+
+
+def fresh() -> float:
+    """Seconds of a new Python until it has imported what a trial needs and says so."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", "import harness.launch.preload; print('here', flush=True)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the first start, the later ones, and fresh processes for comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10)
+    count = parser.parse_args().trials
+    with tempfile.TemporaryDirectory() as folder, LocalLauncher() as launcher:
+        first, *later = [forked(launcher, seed, Path(folder)) for seed in range(count + 1)]
+    fresh_ones = [fresh() for _ in range(3)]
+    print(f"first trial, with the server's own start   {first:6.2f} s")
+    print(f"{count} later trials: median                   {statistics.median(later):6.3f} s, "
+          f"slowest {max(later):.3f} s (0.2 s or less is asked)")  # fmt: skip
+    print(f"fresh process: median of {len(fresh_ones)}                {statistics.median(fresh_ones):6.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The commands as people run them: the real program in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+from malformed import FILES, MALFORMED
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+name: tiny
+base: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, val_set_size: 2, lora_r: 4}
+vary:
+  lora_r: [8]
+  technique:
+    full | fine-tuning <b>: {adapter: none}
+"""
+
+
+def harness(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(5):  # the first call compiles
+        began = time.perf_counter()
+        done = harness("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "harness run grids/smoke.yml" in " ".join(done.stdout.split())
+    assert min(seconds) <= 0.5
+
+
+@pytest.mark.parametrize("command", ["run", "report", "ls", "show", "keys", "doctor"])
+def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
+    done = harness(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"harness {command}" in done.stdout
+
+
+def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yml").write_text(TINY)
+    dry = harness("run", "tiny.yml", "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0
+    assert "lora_r=8" in dry.stdout
+    assert not (tmp_path / "results").exists()
+
+    first = harness("run", "tiny.yml", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "3 trials run (3 ok)" in first.stdout
+    trials = pandas.read_parquet(tmp_path / "results/tiny/trials")
+    assert sorted(trials["label"]) == ["baseline", "full | fine-tuning <b>", "lora_r=8"]
+    assert (trials["status"] == "ok").all()
+    assert trials["eval_loss"].isna().all(), "a loss of random weights means nothing"
+    assert len(pandas.read_parquet(tmp_path / "results/tiny/steps")) == 24
+
+    second = harness("run", "tiny.yml", cwd=tmp_path)
+    assert second.returncode == 0
+    assert "nothing to run" in second.stdout
+    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "results/tiny/trials"), trials)
+
+    report = harness("report", "results/tiny", cwd=tmp_path)
+    assert report.returncode == 0
+    text = (tmp_path / "reports/tiny/report.md").read_text()
+    memory = trials.set_index("label")["peak_memory_bytes"]
+    ratio = memory["lora_r=8"] / memory["baseline"]
+    row = next(line for line in text.splitlines() if "lora_r=8" in line)
+    assert f"{ratio:.2f}" in row
+    assert "full \\| fine-tuning &lt;b>" in text, "a label cannot break the table or become markup"
+
+    listed = harness("ls", cwd=tmp_path)
+    assert "tiny" in listed.stdout
+    assert "3 ok" in listed.stdout
+    shown = harness("show", "lora_r=8", cwd=tmp_path)
+    assert "lora_r: 8" in shown.stdout
+    assert "peak_memory_bytes" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "nowhere.yml"), "no such file"),
+        (("run", "tiny.yml", "--memory", "lots"), "24GiB"),
+        (("run", "tiny.yml", "--device", "gpu"), "cuda"),
+        (("run", "tiny.yml", "--rerun", "broken"), "failed"),
+        (("report", "results/none"), "no such folder"),
+        (("ls", "none"), "no grid"),
+        (("show", "none"), "no trial"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    (tmp_path / "tiny.yml").write_text(TINY)
+    done = harness(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("harness: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_malformed_grids_are_one_line_exit_two_and_start_nothing(tmp_path: Path) -> None:
+    """One process looks at all of them through the command's own entry point: starting 40 would take a minute."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, (text, _) in MALFORMED.items():
+        (tmp_path / f"{name}.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    script = (
+        "import sys, subprocess, multiprocessing.process, multiprocessing.forkserver\n"
+        "from harness import cli\n"
+        "def started(*a, **k): raise SystemError('a process was started')\n"
+        "subprocess.Popen.__init__ = started\n"
+        "multiprocessing.process.BaseProcess.start = started\n"
+        "multiprocessing.forkserver.ensure_running = started\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.argv = ['harness', 'run', name]\n"
+        "    print('==', name, file=sys.stderr, flush=True)\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "        code = 0\n"
+        "    except SystemExit as leave:\n"
+        "        code = leave.code\n"
+        "    print(name, code, 'torch' in sys.modules, flush=True)\n"
+    )
+    names = [f"{name}.yml" for name in MALFORMED]
+    assert len(names) >= 30
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == [f"{name} 2 False" for name in names]
+    said = done.stderr.split("== ")[1:]
+    for block in said:
+        name, *lines = block.strip().splitlines()
+        assert len(lines) == 1, block
+        assert lines[0].startswith("harness: "), block
+    assert len(said) == len(names)
+
+
+def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
+    done = harness("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for what in ("device", "torch", "bitsandbytes", "smollm2-135m-instruct"):
+        assert what in done.stdout
+
+
+def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(tmp_path: Path) -> None:
+    dry = harness("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "1 trials" in dry.stdout

@@ -1,0 +1,191 @@
+"""Trials in processes of their own: every end is a row, and the grid goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.grid import Grid, Trial
+from harness.launch import Launcher, Summary, pending, run_grid
+from harness.launch.local import LocalLauncher
+from harness.results import Job, Record, Store
+from harness.spec import TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+class Watch:
+    """A display that keeps what it is told, and does something at a phase of one trial."""
+
+    def __init__(self, label: str = "", phase: str = "", act: Callable[[], None] = lambda: None) -> None:
+        self.label, self.phase, self.act = label, phase, act
+        self.running = ""
+        self.seen: list[tuple[str, str, Any]] = []
+        self.times: list[float] = []
+
+    def begin(self, total: int, skipped: int) -> None:
+        self.total, self.skipped = total, skipped
+
+    def trial(self, number: int, job: Job) -> None:
+        self.running = job.label
+        self.launched = time.time()
+
+    def event(self, kind: str, value: Any) -> None:
+        self.seen.append((self.running, kind, value))
+        if (self.running, value) == (self.label, self.phase):
+            self.phase = ""
+            self.act()
+
+    def finished(self, record: Record) -> None:
+        pass
+
+    def interrupted(self) -> None:
+        self.seen.append((self.running, "interrupted", None))
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with LocalLauncher() as started:
+        yield started
+
+
+def grid_of(**specs: TrialSpec) -> Grid:
+    return Grid("test", "test", "list", tuple(Trial(s, label, None, None) for label, s in specs.items()))
+
+
+def go(grid: Grid, store: Store, launcher: Launcher, watch: Watch | None = None, **options: Any) -> Summary:
+    return run_grid(grid, store, launcher, watch or Watch(), **options)
+
+
+def workers() -> list[psutil.Process]:
+    """Processes forked from the fork server."""
+    servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    return [child for server in servers for child in server.children()]
+
+
+def kill_worker() -> None:
+    for worker in workers():
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    grid = grid_of(
+        first=small(),
+        murdered=small(seed=1),
+        raises=small(excess_length="raise"),
+        too_large=small(memory_budget=4_000_000),
+        endless=small(train_samples=1_000_000),
+        explodes=small(learning_rate=1e30),
+        last=small(seed=2),
+    )
+    store = Store(tmp_path)
+    go(grid, store, launcher, Watch("murdered", "backward", kill_worker), timeout=20)
+
+    rows = {row["label"]: row for row in store.read("trials").to_pylist()}
+    ends = {label: (row["status"], row["phase"]) for label, row in rows.items()}
+    # A trial that trains for ever is cut off in whichever part of a step it is.
+    assert ends.pop("endless")[0] == "timeout"
+    assert rows["endless"]["phase"] in ("forward", "backward", "optimizer")
+    assert ends == {
+        "first": ("ok", None),
+        "murdered": ("killed", "backward"),
+        "raises": ("failed", "load"),
+        "too_large": ("oom", "forward"),
+        "explodes": ("diverged", "forward"),
+        "last": ("ok", None),
+    }
+    assert rows["murdered"]["error_type"] == "SIGKILL"
+    assert "excess_length" in rows["raises"]["error"]
+    held, asked = rows["too_large"]["oom_reached_bytes"], rows["too_large"]["oom_requested_bytes"]
+    assert held <= 4_000_000 < held + asked
+    assert rows["endless"]["trial_seconds"] >= 20
+    for label, row in rows.items():
+        assert (row["tokens_per_second"] is not None) == (row["status"] == "ok"), label
+    assert not workers(), "no process is left behind"
+
+    again = Watch()
+    assert go(grid, store, launcher, again).skipped == 7
+    assert again.total == 0
+    assert [t.label for t in pending(grid, store, frozenset({"killed", "oom"}))] == ["murdered", "too_large"]
+
+
+def test_an_interrupt_finishes_the_running_trial_and_two_stop_it(
+    small: Small, tmp_path: Path, launcher: Launcher
+) -> None:
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    grid = grid_of(one=small(), two=small(seed=1), three=small(seed=2))
+    store = Store(tmp_path)
+    summary = go(grid, store, launcher, Watch("one", "forward", interrupt))
+    assert [r.status for r in summary.records] == ["ok"]
+    assert summary.left == 2
+
+    def twice() -> None:
+        interrupt()
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        go(grid, store, launcher, Watch("two", "forward", twice))
+    assert len(store.completed()) == 1, "the finished trial is kept, the stopped one is not recorded"
+    assert not workers()
+    assert go(grid, store, launcher).skipped == 1
+    assert len(store.completed()) == 3
+
+
+def test_a_worker_leaves_when_its_runner_is_gone(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    import subprocess
+    import sys
+
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from harness.launch.local import LocalLauncher\n"
+        "from harness.results import Job\n"
+        "job = Job.model_validate_json(sys.argv[1])\n"
+        "with LocalLauncher() as launcher:\n"
+        "    launcher.run(job, {'folder': None, 'log': sys.argv[2], 'trust_remote_code': False}, timeout=None,\n"
+        "                 on_event=lambda kind, value: print(kind, flush=True))\n"
+    )
+    job = Job(grid="test", spec=small(train_samples=1_000_000), label="endless")
+    runner = subprocess.Popen(
+        [sys.executable, "-c", script, job.model_dump_json(), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    )
+    assert runner.stdout is not None
+    assert any(line == "step\n" for line in runner.stdout), "it trains"
+    family = psutil.Process(runner.pid).children(recursive=True)
+    runner.kill()
+    runner.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+
+
+def test_same_spec_same_losses_in_every_process(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    grid = grid_of(one=small(lora_dropout=0.1))
+    losses = []
+    for name in ("a", "b"):
+        store = Store(tmp_path / name)
+        go(grid, store, launcher)
+        losses.append(store.read("steps")["loss"].to_pylist())
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    spec = small(save_adapter=True)
+    go(grid_of(one=spec), Store(tmp_path), launcher)
+    folder = tmp_path / "adapters" / spec.id
+    assert (folder / "adapter_config.json").is_file()
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 - no mapping
+    row = Store(tmp_path).read("trials").to_pylist()[0]
+    assert row["adapter_bytes"] == saved == 4 * row["trainable_parameters"]

@@ -1,0 +1,143 @@
+"""Models against published counts, every precision for real, and the bundled model itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from harness import half_matmul, model, model_source, trial
+from harness.results import Job, Record
+from harness.spec import QUANTISED, Precision, TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+def run(spec: TrialSpec) -> Record:
+    half_matmul.install()
+    return trial.run(Job(grid="test", spec=spec, label="test"))
+
+
+def on_meta(architecture: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = model_source.random_config(architecture)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def test_shapes_have_the_published_sizes() -> None:
+    sizes = {n: on_meta(n).num_parameters() for n in model_source.ARCHITECTURES if n != "tiny"}
+    assert sizes == {
+        "smollm2-135m": 134_515_008,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+        "llama-3.1-8b": 8_030_261_248,
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec", "trained"),
+    [
+        ("llama-3.1-8b", {"lora_r": 32}, 83_886_080),
+        ("llama-3.1-8b", {"lora_r": 1}, 2_621_440),
+        ("llama-3.2-3b", {"lora_r": 32, "lora_target_modules": ["q_proj", "v_proj"]}, 9_175_040),
+        ("llama-3.2-3b", {"lora_r": 32, "lora_target_linear": False}, 9_175_040),
+    ],
+)
+def test_adapters_have_the_published_sizes(architecture: str, spec: dict[str, Any], trained: int) -> None:
+    values = {"base_model": f"random:{architecture}", **spec}
+    if "lora_target_modules" in values:
+        values["lora_target_linear"] = False
+    chosen = TrialSpec.model_validate(values)
+    with torch.device("meta"):
+        network = model._with_adapters(on_meta(architecture), chosen)
+    sizes = model.sizes(network, chosen)
+    assert sizes["trainable_parameters"] == trained
+    assert sizes["adapter_bytes"] == 4 * trained  # 35.0 MiB for q and v of the 3B at rank 32
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter"),
+    [(p, a) for p in get_args(Precision) for a in ("lora", "none") if a == "lora" or p not in QUANTISED],
+)
+def test_every_precision_trains_in_its_own_formats(small: Small, precision: str, adapter: str) -> None:
+    rate = 1e-2 if adapter == "lora" else 1e-3
+    spec = small(precision=precision, adapter=adapter, lora_r=16, learning_rate=rate, train_samples=24)
+    network = model.load(spec, torch.device("cpu"))
+    trained = {p.dtype for p in model.trainable(network)}
+    frozen = {p.dtype for p in network.parameters() if not p.requires_grad and p.dim() == 2}
+    sixteen = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if adapter == "none":
+        assert trained == {sixteen or torch.float32}
+        assert not frozen
+    else:
+        assert trained == {torch.float32}
+        quantised = {"int8": torch.int8, "nf4": torch.uint8, "fp4": torch.uint8}.get(precision)
+        if quantised:
+            assert frozen == {quantised, torch.bfloat16}  # embeddings and head stay
+        else:
+            assert frozen == {sixteen or torch.float32}
+    record = run(spec)
+    if (precision, adapter) == ("fp16", "none"):
+        # Adam's epsilon is zero in fp16: without master weights it may well diverge, and is told so.
+        assert record.status in ("ok", "diverged")
+        return
+    assert record.status == "ok", record.error
+    losses = [s.loss for s in record.steps]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("option", ["use_rslora", "use_dora"])
+def test_lora_variants_train(small: Small, option: str) -> None:
+    plain, variant = run(small(learning_rate=1e-2)), run(small(learning_rate=1e-2, **{option: True}))
+    assert variant.status == "ok", variant.error
+    assert [s.loss for s in variant.steps] != [s.loss for s in plain.steps]
+
+
+def test_a_model_that_learns_nothing_is_told_so(small: Small) -> None:
+    record = run(small(precision="bf16", adapter="none", learning_rate=1e-12))
+    assert (record.status, record.error_type) == ("did_not_train", "DidNotTrain")
+    assert record.metrics.get("peak_memory_bytes"), "its memory is a fact"
+    assert record.metrics.get("tokens_per_second") is None
+
+
+def test_missing_kernel_is_a_failure_to_load(small: Small) -> None:
+    record = run(small(attention="flash_attention_2"))
+    assert (record.status, record.phase) == ("failed", "load")
+    assert record.error
+
+
+def test_the_bundled_model_is_the_real_one_and_learns_stories() -> None:
+    record = run(
+        TrialSpec(
+            base_model="smollm2-135m-instruct",
+            sequence_length=160,
+            micro_batch_size=2,
+            train_samples=10,
+            val_set_size=2,
+            learning_rate=1e-3,
+            lr_scheduler="constant",
+        )
+    )
+    assert record.status == "ok", record.error
+    found = record.metrics
+    assert found["total_parameters"] == 134_515_008 + found["trainable_parameters"]  # type: ignore[operator]  # set
+    before, after = found["eval_loss_before"], found["eval_loss"]
+    assert before is not None
+    assert after is not None
+    # Random weights would say ln(49152) = 10.8 nats; a chat model has read English.
+    assert 2.0 < before < 5.0
+    assert after < before
+    assert found["eval_perplexity"] == pytest.approx(math.exp(after))
+    assert found["memory_weights_bytes"] == pytest.approx(2 * 134_515_008, rel=1e-4)
+    after_rows = [s for s in record.stories if s.when == "after"]
+    weighted = sum(s.loss * s.tokens for s in after_rows) / sum(s.tokens for s in after_rows)
+    assert weighted == pytest.approx(after)
+    # Frozen weights need no gradient of their own: 4 operations per parameter and token, adapters 6. Attention:
+    # two products forward and five backward of 2 x 160 positions x 576 channels, in 30 layers.
+    flops = 4 * 134_515_008 + 6 * found["trainable_parameters"] + 7 * 2 * 160 * 576 * 30  # type: ignore[operator]  # set
+    assert found["flops_per_token"] == pytest.approx(flops, rel=0.01)
