@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from harness import stories
+from harness.environment import resolve_device
 from harness.errors import InputError
 from harness.metrics import METRICS
 from harness.spec import PRECISION_FLAGS, DatasetSpec, PromptSpec, TrialSpec, merge, normalise
@@ -494,11 +495,17 @@ def _one_line(text: str) -> str:
     return line if len(line) <= 600 else f"{line[:300]} … {line[-250:]}"
 
 
+_FEW = 8
+"""So many choices are all named, beside the nearest."""
+
+
 def _unknown(what: str, given: Any, known: Collection[str], hint: str = "") -> str:
     near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.6)
     if not hint:
         everything = f"use {', '.join(known)}" if len(known) < 40 else "`harness keys` lists what there is"
         hint = f"; did you mean {near[0]}?" if near else f"; {everything}"
+        if near and len(known) <= _FEW:
+            hint += f" ({', '.join(known)})"
     return f"unknown {what} {given!r}{hint}"
 
 

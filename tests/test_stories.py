@@ -250,6 +250,21 @@ def test_unreachable_hub_is_said_at_once() -> None:
 
 
 @pytest.mark.usefixtures("unreachable")
+def test_silent_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall that drops packets never answers."""
+
+    def connect(address: tuple[str, int], timeout: float | None = None) -> None:
+        assert address == ("127.0.0.1", 1)
+        assert timeout is not None
+        assert timeout <= 10
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(InputError, match=r"cannot be reached \(timed out\)"):
+        read("owner/name")
+
+
+@pytest.mark.usefixtures("unreachable")
 def test_offline_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
