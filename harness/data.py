@@ -64,10 +64,7 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     """
     rows = sorted((s for d in spec.datasets for s in stories.read(d)), key=lambda s: s.id)
     distinct = list({s.id: s for s in rows}.values())
-    wanted = spec.val_set_size
-    count = round(wanted * len(distinct)) if wanted < 1 else int(wanted)
-    if count >= len(distinct):
-        raise InputError(f"val_set_size {wanted:g} leaves nothing to train on: there are {len(distinct)} stories")
+    count = stories.held_out(spec.val_set_size, len(distinct))
     kept_out = {s.id for s in distinct[:count]}
 
     train = _fit(

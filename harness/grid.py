@@ -100,13 +100,18 @@ def load(
 
 
 def preflight(grid: Grid) -> None:
-    """Look at what the trials need from outside: datasets with their columns and enough rows, models.
+    """Look at what the trials need from outside: a card, datasets with their columns and enough rows, models.
 
     Raises:
         InputError: something is not there.
     """
     from harness import model_source
 
+    if any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
+        raise InputError(
+            f"{grid.name}: device is cuda, and there is no card that torch could use; "
+            "give --device cpu, or look at harness doctor"
+        )
     ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}
     for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
         stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))

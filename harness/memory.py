@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.flops import operations
+
 Component = Literal["weights", "adapters", "gradients", "optimizer", "activations"]
 COMPONENTS: tuple[Component, ...] = ("weights", "adapters", "gradients", "optimizer", "activations")
 
@@ -41,6 +43,8 @@ class OutOfBudget(Exception):
 class LiveTensors(TorchDispatchMode):
     """Sum of live tensor storage on one device, its peak, and the peak's split into components.
 
+    It counts floating-point operations on the way: a second mode would double the cost of a call.
+
     Only storages that were created under the mode, or adopted, are counted. A kernel's inner
     workspace is not seen.
 
@@ -53,6 +57,8 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types for its modes
         self.component: Component = "activations"
         """What new storages are taken for."""
+        self.flops = 0
+        """Operations of matrix products and attention under the mode so far."""
         self.live = dict.fromkeys(COMPONENTS, 0)
         self.total = 0
         self.peak = 0
@@ -63,7 +69,9 @@ class LiveTensors(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int, Component]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.flops += operations(func, args, kwargs, out)
         if isinstance(out, torch.Tensor):
             self._add(out, self.component)
         elif out is not None:

@@ -303,6 +303,10 @@ class TrialSpec(_Frozen):
     def canonical(self) -> dict[str, Any]:
         """The keys that decide what is measured, as plain JSON values."""
         values = self.model_dump(mode="json", exclude=set(self.WITHOUT_EFFECT))
+        # What is left out means the same as what it stands for.
+        values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
+        if self.train_samples is None and self.max_steps is None:
+            values["num_epochs"] = self.num_epochs or 1.0
         if self.adapter == "none":
             values = {k: v for k, v in values.items() if not k.startswith(("lora_", "use_")) and k != "save_adapter"}
         return values

@@ -18,7 +18,6 @@ import numpy
 import torch
 
 from harness import data, environment, evaluate_model, model, model_source
-from harness.flops import FlopCounter
 from harness.memory import MemoryMeter, out_of_memory
 from harness.metrics import SCORES
 from harness.results import Job, Phase, Record, Status, Step, StoryLoss
@@ -168,14 +167,13 @@ class _Trial:
             raise DidNotTrain("the model has no trainable parameter")
         trainer = Trainer(network, self.spec, self.device, len(groups), self._enter)
         before = _fingerprint(network)
-        flops = FlopCounter()
-
+        meter.tracker.flops = 0
         meter.restart()
         peak, shares = 0, {}
         for number, group in enumerate(groups, start=1):
             tracked = number <= TRACKED_STEPS
             if tracked:
-                with meter.phase(split=True), flops, _gradients_adopted(network, meter):
+                with meter.phase(split=True), _gradients_adopted(network, meter):
                     self._step(trainer, group, number, len(groups), meter)
                 if meter.peak() >= peak:
                     peak = meter.peak()
@@ -188,7 +186,7 @@ class _Trial:
             peak = max(peak, meter.peak())
         self.metrics |= {"peak_memory_bytes": peak, **shares, "peak_reserved_bytes": meter.reserved()}
         self._refuse_untrained(before, _fingerprint(network))
-        self._summarise(flops.total)
+        self._summarise(meter.tracker.flops)
 
     def _step(
         self, trainer: Trainer, group: list[data.Example], number: int, of: int, meter: MemoryMeter | None

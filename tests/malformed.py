@@ -339,6 +339,8 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         r"base_model 'smollm2-135m' is neither .*; did you mean (random:)?smollm2-135m",
     ),
     "unknown base_model with nothing near it": ("base: {base_model: gpt}\n", r"'gpt' is neither .*hub id or random:"),
+    "base_model with half a hub id": ("base: {base_model: owner/}\n", r"'owner/' is neither a folder nor a known name"),
+    "base_model in a folder that is not there": ("base: {base_model: ./models/mine}\n", r"is neither a folder nor"),
     "base_model of an unknown user's home": ("base: {base_model: ~nobody-of-that-name}\n", r"is neither a folder nor"),
     "base_model name too long for a folder": (f"base: {{base_model: {'x' * 300}}}\n", r"is neither a folder nor"),
     "base_model empty": ("base: {base_model: ''}\n", r"base_model is ''; it must not be empty"),

@@ -12,6 +12,8 @@ import pandas
 import pytest
 from malformed import FILES, MALFORMED
 
+from harness import grid
+
 ROOT = Path(__file__).parent.parent
 TINY = """
 name: tiny
@@ -96,6 +98,7 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
         (("run", "nowhere.yml"), "no such file"),
         (("run", "tiny.yml", "--memory", "lots"), "24GiB"),
         (("run", "tiny.yml", "--device", "gpu"), "cuda"),
+        (("run", "tiny.yml", "--device", "cuda"), "no card"),
         (("run", "tiny.yml", "--rerun", "broken"), "failed"),
         (("report", "results/none"), "no such folder"),
         (("ls", "none"), "no grid"),
@@ -165,3 +168,13 @@ def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(tmp_path
     dry = harness("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "1 trials" in dry.stdout
+
+
+def test_the_shipped_grids_are_whole(tmp_path: Path) -> None:
+    trials = {"techniques": 22, "smoke": 8, "llama3-8b": 22}
+    for name, least in trials.items():
+        loaded = grid.load(ROOT / "grids" / f"{name}.yml")
+        assert len(loaded.trials) >= least, name
+        assert sum(t.baseline for t in loaded.trials) == 1
+    precisions = {t.spec.precision for t in grid.load(ROOT / "grids/techniques.yml").trials}
+    assert precisions >= {"fp32", "bf16", "int8", "nf4"}

@@ -25,6 +25,12 @@ def run(spec: TrialSpec) -> Record:
     return record
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """The first trial of a process makes a few constants that libraries keep; each has its own process in a run."""
+    run(TrialSpec(base_model="random:tiny", precision="fp32", sequence_length=256, max_steps=1, val_set_size=1))
+
+
 def figures(spec: TrialSpec) -> dict[str, Any]:
     return run(spec).metrics
 

@@ -334,7 +334,7 @@ _ROW = st.dictionaries(st.sampled_from(["synopsis", "short_story", "system"]), s
 _JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5) | _ROW, st.lists, max_leaves=5)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     content=st.binary(max_size=40)
     | st.text('ab,"\n\r\t {}[]:\\\0', max_size=40).map(lambda tail: ("synopsis,short_story\n" + tail).encode())
