@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,24 +104,27 @@ def run(
     from harness import launch
     from harness.display import display
     from harness.launch.local import LocalLauncher
+    from harness.report import techniques
 
     out.print(f"[bold]{escape(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
-    if not launch.pending(loaded, store, statuses):
-        out.print("all of them are recorded already; nothing to run", highlight=False)
-    else:
-        with LocalLauncher() as launcher, display(out) as shown:
-            summary = launch.run_grid(
-                loaded,
-                store,
-                launcher,
-                shown,
-                timeout=timeout,
-                rerun=statuses,
-                limit=limit,
-                trust_remote_code=trust_remote_code,
-            )
-        _print_summary(summary, store, grid)
-    _print_comparison(store.folder)
+    shown = display(out)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shown)
+        # A server that imports torch is not started for nothing.
+        launcher = stack.enter_context(LocalLauncher()) if launch.pending(loaded, store, statuses) else None
+        summary = launch.run_grid(
+            loaded,
+            store,
+            launcher,
+            shown,
+            timeout=timeout,
+            rerun=statuses,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+        )
+    _print_summary(summary, store, grid)
+    found, environment = techniques.compare(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
+    out.print(techniques.terminal(loaded.name, found, environment))
 
 
 def _statuses(given: list[str]) -> frozenset[Any]:
@@ -140,12 +144,12 @@ def _print_trials(loaded: Any, store: Any) -> None:
 
     from harness import launch
 
-    todo = {(t.spec.id) for t in launch.pending(loaded, store)}
+    todo = launch.pending(loaded, store)
     table = Table(title=f"{escape(loaded.title)}: {len(loaded.trials)} trials, {len(todo)} to run")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)
     for number, trial in enumerate(loaded.trials, start=1):
-        recorded = "" if trial.spec.id in todo else "yes"
+        recorded = "" if trial in todo else "yes"
         table.add_row(str(number), escape(trial.label), str(trial.repeat), trial.spec.id, recorded)
     out.print(table)
 
@@ -153,21 +157,19 @@ def _print_trials(loaded: Any, store: Any) -> None:
 def _print_summary(summary: Any, store: Any, grid: Path) -> None:
     from collections import Counter
 
+    from harness import launch
+
+    if not summary.records:
+        out.print("all of them are recorded already; nothing to run", highlight=False)
+        return
     counts = Counter(record.status for record in summary.records)
     said = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     out.print(f"{len(summary.records)} trials run ({said}), kept in {store.folder}", highlight=False)
     for record in summary.records:
         if record.status in ("failed", "killed"):
-            out.print(f"[red]{escape(record.label)}[/]: see {store.folder}/logs/{record.spec.id}.log", highlight=False)
+            out.print(f"[red]{escape(record.label)}[/]: see {launch.log_path(store, record)}", highlight=False)
     if summary.left:
         out.print(f"{summary.left} trials are left; go on with: harness run {grid}", highlight=False)
-
-
-def _print_comparison(folder: Path) -> None:
-    from harness.report import techniques
-
-    found, environment = techniques.compare(folder)
-    out.print(techniques.terminal(folder.name, found, environment))
 
 
 @app.command(epilog="[dim]Example:[/]  harness report results/techniques")

@@ -48,8 +48,16 @@ class Trial:
     """That factor's level, as text."""
     repeat: int = 0
     """Repeat k of every trial has the same seed."""
-    baseline: bool = False
-    """Whether the others are compared with this one."""
+    baseline_id: str | None = None
+    """Id of the spec that this one is compared with: the baseline of its repeat, itself if it is that one. Null
+    where the grid has no baseline."""
+    twin: bool = False
+    """Whether this is the baseline run a second time: what the two differ by is noise (A/A)."""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether the others are compared with this one."""
+        return self.spec.id == self.baseline_id and not self.twin
 
 
 @dataclass(frozen=True)
@@ -233,12 +241,22 @@ def _build(
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
     trials = _merge_duplicates(trials)
-    repeated = [
-        replace(t, repeat=k, spec=t.spec.model_copy(update={"seed": t.spec.seed + k}))
-        for k in range(times)
-        for t in trials
-    ]
+    repeated = [trial for k in range(times) for trial in _repeat(trials, base_spec, k)]
     return Grid(name, title, design, tuple(_interleave(repeated, name)), _claims(document.get("claims", [])))
+
+
+def _repeat(trials: list[Trial], base: TrialSpec, number: int) -> list[Trial]:
+    """The trials under the seed of that repeat, each with the id of its baseline, which is run twice."""
+
+    def seeded(spec: TrialSpec) -> TrialSpec:
+        return spec.model_copy(update={"seed": spec.seed + number})
+
+    has_baseline = any(t.spec.id == base.id for t in trials)
+    baseline_id = seeded(base).id if has_baseline else None
+    found = [replace(t, repeat=number, spec=seeded(t.spec), baseline_id=baseline_id) for t in trials]
+    if len(trials) > 1:  # alone, it is compared with nothing
+        found += [replace(t, label=f"{t.label} again", twin=True) for t in found if t.baseline]
+    return found
 
 
 def _belongs_in_base(key: Any) -> str:
@@ -361,7 +379,7 @@ def _refuse_too_many(design: Design, factors: list[list[_Level]], repeats: int, 
 def _design(
     design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[_Level]], overrides: dict[str, Any]
 ) -> list[Trial]:
-    baseline = Trial(base_spec, "baseline", None, None, baseline=True)
+    baseline = Trial(base_spec, "baseline", None, None)
 
     def apply(levels: Iterable[_Level]) -> TrialSpec:
         values = base
@@ -386,15 +404,7 @@ def _design(
             spec = apply(levels)
             label = ", ".join(level.label for level in levels)
             one = levels[0] if len(levels) == 1 else None
-            trials.append(
-                Trial(
-                    spec,
-                    label,
-                    one.factor if one else None,
-                    one.text if one else None,
-                    baseline=spec.id == base_spec.id,
-                )
-            )
+            trials.append(Trial(spec, label, one.factor if one else None, one.text if one else None))
     elif design == "ladder":
         rungs = [level for levels in factors for level in levels]
         for height, level in enumerate(rungs, start=1):

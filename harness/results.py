@@ -94,8 +94,10 @@ class Job(_Row):
     """That factor's level."""
     repeat: int = 0
     """Repeat number."""
-    baseline: bool = False
-    """Whether the others are compared with it."""
+    baseline_id: str | None = None
+    """Id of the spec that it is compared with; its own for a baseline."""
+    twin: bool = False
+    """The baseline run a second time."""
 
 
 class Record(Job):
@@ -143,12 +145,12 @@ class Record(Job):
     @property
     def trial_id(self) -> str:
         """Spec and environment: the same trial on the same machine has the same id."""
-        return trial_id(self.spec, self.environment)
+        return trial_id(self.spec, self.environment, twin=self.twin)
 
 
-def trial_id(spec: TrialSpec, environment: Environment) -> str:
-    """Identity of a trial: `<spec id>-<environment id>`."""
-    return f"{spec.id}-{environment.id}"
+def trial_id(spec: TrialSpec, environment: Environment, *, twin: bool = False) -> str:
+    """Identity of a trial: `<spec id>-<environment id>`, and `-twin` where it is the baseline's second run."""
+    return f"{spec.id}-{environment.id}" + "-twin" * twin
 
 
 # ------------------------------------------------------------------------------------ schema
@@ -159,7 +161,8 @@ _IDENTITY = {
     "environment_id": pa.string(),
     **{n: pa.string() for n in ("grid", "label", "factor", "level")},
     "repeat": pa.int64(),
-    "baseline": pa.bool_(),
+    "baseline_id": pa.string(),
+    "twin": pa.bool_(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error")},
     "started_at": pa.timestamp("us", tz="UTC"),
 }
@@ -286,8 +289,19 @@ class Store:
 
     def completed(self) -> dict[str, str]:
         """Status of each recorded trial, by trial id."""
-        frame = self.read("trials", columns=["trial_id", "status", "started_at"])
-        return dict(zip(frame["trial_id"].to_pylist(), frame["status"].to_pylist(), strict=True))
+        rows = self.read("trials", columns=["trial_id", "status"])
+        return dict(zip(rows["trial_id"].to_pylist(), rows["status"].to_pylist(), strict=True))
+
+    def rename(self, names: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give recorded trials the place that they have in the grid now: it may have been edited since.
+
+        Args:
+            names: by trial id, any of `label`, `factor`, `level`, `repeat` and `baseline_id`.
+        """
+        for row in self.read("trials").to_pylist():
+            wanted = names.get(row["trial_id"])
+            if wanted and any(row[key] != value for key, value in wanted.items()):
+                self._write_part("trials", row["trial_id"], [row | wanted])
 
     def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, the latest record of each trial only; empty where nothing was recorded.

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow.compute
 import pytest
+from conftest import SMALL
 from scipy import stats as scipy_stats
 
 from harness.environment import current
@@ -19,19 +21,22 @@ from harness.results import Job, Record, Store, StoryLoss
 from harness.spec import TrialSpec
 from harness.stats import paired_difference
 
+LATER = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
 Small = Callable[..., TrialSpec]
 
 
 def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figures: Any) -> None:
     environment = figures.pop("environment", current("cpu"))
     status = figures.pop("status", "ok")
+    started_at = figures.pop("started_at", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
+    baseline_id = figures.pop("baseline_id", TrialSpec.model_validate(SMALL | {"seed": spec.seed}).id)
     failure = {} if status == "ok" else {"phase": "forward", "error": "no", "error_type": "X"}
     stories = [StoryLoss(story_id=str(i), when="after", loss=x, tokens=10) for i, x in enumerate(losses)]
     store.write(
         Record.of(
             Job(grid="g", spec=spec, label=label, factor=None if label == "baseline" else "f",
-                baseline=label == "baseline", repeat=spec.seed),
-            environment=environment, status=status, **failure, started_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+                baseline_id=baseline_id, repeat=spec.seed),
+            environment=environment, status=status, **failure, started_at=started_at,
             metrics=figures, stories=tuple(stories),
         )
     )  # fmt: skip
@@ -87,8 +92,34 @@ def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
         techniques.compare(tmp_path, "12345678")
 
 
+def test_former_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    former, now = small(sequence_length=512).id, small().id
+    keep(store, small(sequence_length=512), "baseline", [2.0], peak_memory_bytes=50, baseline_id=former)
+    keep(store, small(sequence_length=512, lora_r=8), "lora_r=8", [2.0], peak_memory_bytes=80, baseline_id=former)
+    keep(store, small(), "baseline", [2.0], peak_memory_bytes=10, started_at=LATER)
+    keep(store, small(lora_r=8), "lora_r=8", [2.0], peak_memory_bytes=20, started_at=LATER)
+    found, described = techniques.compare(tmp_path)
+    assert [(line.label, line.memory_bytes, line.memory_ratio) for line in found] == [
+        ("baseline", 10, 1.0),
+        ("lora_r=8", 20, 2.0),
+    ]
+    assert "2 trials of other versions of the grid are left out" in described
+    found, _ = techniques.compare(tmp_path, baseline_ids={former})
+    assert [line.memory_bytes for line in found] == [50, 80]
+    # A trial that the edited grid still has takes its new place.
+    trial = store.read("trials").filter(pyarrow.compute.field("spec_id") == now)["trial_id"].to_pylist()[0]
+    store.rename({trial: {"label": "shorter", "factor": "f", "baseline_id": former}})
+    found, _ = techniques.compare(tmp_path, baseline_ids={former})
+    assert [(line.label, line.memory_ratio) for line in found] == [
+        ("baseline", 1.0),
+        ("lora_r=8", 1.6),
+        ("shorter", 0.2),
+    ]
+
+
 def test_without_a_baseline_there_are_figures_and_no_ratios(small: Small, tmp_path: Path) -> None:
-    keep(Store(tmp_path), small(), "alone", [2.0], peak_memory_bytes=5)
+    keep(Store(tmp_path), small(), "alone", [2.0], peak_memory_bytes=5, baseline_id=None)
     found, where = techniques.compare(tmp_path)
     assert found[0].memory_bytes == 5
     assert found[0].memory_ratio is None

@@ -59,17 +59,27 @@ def pending(grid: Grid, store: Store, rerun: frozenset[Status] = frozenset()) ->
     done = store.completed()
 
     def is_done(trial: Trial) -> bool:
-        here = environment.current(environment.resolve_device(trial.spec.device))
-        status = done.get(trial_id(trial.spec, here))
+        status = done.get(_id(trial))
         return status is not None and status not in rerun
 
     return [trial for trial in grid.trials if not is_done(trial)]
 
 
+def _id(trial: Trial) -> str:
+    """The trial's id in this environment."""
+    here = environment.current(environment.resolve_device(trial.spec.device))
+    return trial_id(trial.spec, here, twin=trial.twin)
+
+
+def _place(trial: Trial) -> dict[str, Any]:
+    """Where a trial stands in its grid."""
+    return {name: getattr(trial, name) for name in ("label", "factor", "level", "repeat", "baseline_id")}
+
+
 def run_grid(
     grid: Grid,
     store: Store,
-    launcher: Launcher,
+    launcher: Launcher | None,
     display: Display,
     *,
     timeout: float | None = None,
@@ -84,7 +94,7 @@ def run_grid(
     Args:
         grid: validated trials.
         store: where records are kept.
-        launcher: runs each trial.
+        launcher: runs each trial; null where none is pending.
         display: shows it.
         timeout: seconds that a trial may take; null: any.
         rerun: statuses of recorded trials that are run again.
@@ -96,27 +106,21 @@ def run_grid(
         OSError: a record cannot be kept.
     """
     trials = pending(grid, store, rerun)
+    store.rename({_id(trial): _place(trial) for trial in grid.trials})
     skipped = len(grid.trials) - len(trials)
     todo = trials[:limit]
     display.begin(len(todo), skipped)
     records: list[Record] = []
     with _interrupts(display.interrupted) as asked_to_stop:
         for number, trial in enumerate(todo, start=1):
-            job = Job(
-                grid=grid.name,
-                spec=trial.spec,
-                label=trial.label,
-                factor=trial.factor,
-                level=trial.level,
-                repeat=trial.repeat,
-                baseline=trial.baseline,
-            )
+            job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
             options = {
                 "folder": str(store.folder / "adapters"),
                 "log": str(log_path(store, job)),
                 "trust_remote_code": trust_remote_code,
             }
             display.trial(number, job)
+            assert launcher is not None  # noqa: S101 - the caller's promise
             record = launcher.run(job, options, timeout=timeout, on_event=display.event)
             store.write(record)
             records.append(record)
@@ -129,7 +133,7 @@ def run_grid(
 
 def log_path(store: Store, job: Job) -> Path:
     """Where a trial's output goes."""
-    return store.folder / "logs" / f"{job.spec.id}.log"
+    return store.folder / "logs" / f"{job.spec.id}{'-twin' * job.twin}.log"
 
 
 @contextmanager

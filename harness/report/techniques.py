@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,18 @@ class Line:
     repeats: int
 
 
-def compare(folder: Path, environment: str | None = None) -> tuple[list[Line], str]:
-    """The comparison of a results folder within one environment, and a description of that one.
+def compare(
+    folder: Path, environment: str | None = None, baseline_ids: Collection[str | None] | None = None
+) -> tuple[list[Line], str]:
+    """The comparison of a results folder within one environment and one version of its grid.
 
     Args:
         folder: `results/<grid>`.
         environment: id of the environment; without it this machine's, or the only one that there is.
+        baseline_ids: baselines of the grid's version; without it the newest of each repeat.
+
+    Returns:
+        The lines, and a description of the environment that says what was left out.
 
     Raises:
         InputError: nothing was recorded, or in several other environments: those are not comparable.
@@ -61,14 +67,25 @@ def compare(folder: Path, environment: str | None = None) -> tuple[list[Line], s
     if not rows:
         raise InputError(f"{folder}: no trials are recorded; `harness run` fills it")
     chosen = environment or _environment(folder, rows)
-    kept = [row for row in rows if row["environment_id"] == chosen]
-    if not kept:
+    here = [row for row in rows if row["environment_id"] == chosen]
+    if not here:
         there = ", ".join(sorted({row["environment_id"] for row in rows}))
         raise InputError(f"{folder}: no trials of environment {chosen!r}; there is {there}")
-    described = describe(kept[0])
-    if len(kept) < len(rows):
-        described += f" (environment {chosen}; {len(rows) - len(kept)} trials of other environments are left out)"
+    # An edited grid has another baseline: what was compared with the former one stays in the parquet.
+    current_ids = baseline_ids if baseline_ids is not None else _newest_baselines(here)
+    kept = [row for row in here if row["baseline_id"] in current_ids]
+    described = f"{describe(here[0])}; environment {chosen}"
+    if len(here) < len(rows):
+        described += f" ({len(rows) - len(here)} trials of other environments are left out)"
+    if len(kept) < len(here):
+        described += f" ({len(here) - len(kept)} trials of other versions of the grid are left out)"
     return lines(kept, _story_losses(store)), described
+
+
+def _newest_baselines(rows: list[dict[str, Any]]) -> set[str | None]:
+    """For each repeat, what its latest trial was compared with."""
+    latest = {row["repeat"]: row["baseline_id"] for row in sorted(rows, key=lambda r: r["started_at"])}
+    return set(latest.values())
 
 
 def _environment(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -106,13 +123,17 @@ def _story_losses(store: Store) -> dict[str, dict[str, float]]:
 
 def lines(rows: list[dict[str, Any]], stories: dict[str, dict[str, float]]) -> list[Line]:
     """One line per configuration, the baseline first, then factor by factor."""
-    baselines = {row["repeat"]: row for row in rows if row["baseline"] and row["status"] == "ok"}
+    baselines = {row["spec_id"]: row for row in rows if _is_baseline(row) and row["status"] == "ok"}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda r: r["repeat"]):
         groups.setdefault(row["label"], []).append(row)
     order = list(dict.fromkeys(row["factor"] for row in sorted(rows, key=lambda r: r["factor"] or "")))
     found = [_line(group, baselines, stories) for group in groups.values()]
     return sorted(found, key=lambda x: (x.label != "baseline", order.index(x.factor), _natural(x.label)))
+
+
+def _is_baseline(row: dict[str, Any]) -> bool:
+    return row["spec_id"] == row["baseline_id"] and not row["twin"]
 
 
 def _natural(label: str) -> tuple[str, float, str]:
@@ -129,7 +150,7 @@ def _line(
 ) -> Line:
     measured = [row for row in group if row["status"] == "ok"]
     first = group[0]
-    pairs = [(row, baselines[row["repeat"]]) for row in measured if row["repeat"] in baselines]
+    pairs = [(row, baselines[row["baseline_id"]]) for row in measured if row["baseline_id"] in baselines]
     failed = next((row for row in group if row["status"] != "ok"), None)
     return Line(
         factor=first["factor"],
@@ -141,7 +162,7 @@ def _line(
         tokens_per_second=_mean(row["tokens_per_second"] for row in measured),
         speed_ratio=_ratio(pairs, "tokens_per_second"),
         eval_loss=_mean(row["eval_loss"] for row in measured),
-        loss_difference=None if first["baseline"] else _loss_difference(pairs, stories),
+        loss_difference=None if _is_baseline(first) else _loss_difference(pairs, stories),
         repeats=len(measured),
     )
 
