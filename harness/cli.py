@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,10 @@ from rich.markup import escape
 
 from harness import __version__
 from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
+    from harness.grid import Grid
+    from harness.report.measurements import Measurements
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,6 +81,10 @@ def run(
     rerun: Annotated[
         list[str] | None, typer.Option(help="Run recorded trials of this status again (failed, oom, …, or all).")
     ] = None,
+    until_decided: Annotated[
+        int | None,
+        typer.Option("--until-decided", min=2, help="Go on repeating, up to so many times, what is not yet decided."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Run at most so many trials now.")] = None,
     max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")] = False,
@@ -93,38 +101,57 @@ def run(
         overrides["memory_budget"] = memory
     if device is not None:
         overrides["device"] = device
-    loaded = grids.load(grid, repeats=repeats, overrides=overrides, max_trials=max_trials or grids.MAX_TRIALS)
+    most_trials = max_trials or grids.MAX_TRIALS
+
+    def grid_of(times: int | None) -> Grid:
+        return grids.load(grid, repeats=times, overrides=overrides, max_trials=most_trials)
+
+    loaded = grid_of(repeats)
+    if until_decided is not None and until_decided < loaded.repeats:
+        raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
     statuses = _statuses(rerun or [])
     store = Store(results / loaded.name)
     if dry_run:
         _print_trials(loaded, store)
         return
-    grids.preflight(loaded)
+    grids.preflight(loaded if until_decided is None else grid_of(until_decided))
 
     from harness import launch
     from harness.display import display
     from harness.launch.local import LocalLauncher
-    from harness.report import techniques
+    from harness.report import faces, measurements, tables
+    from harness.until_decided import until_decided as decide
 
     out.print(f"[bold]{escape(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
-    shown = display(out)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(shown)
-        # A server that imports torch is not started for nothing.
-        launcher = stack.enter_context(LocalLauncher()) if launch.pending(loaded, store, statuses) else None
-        summary = launch.run_grid(
-            loaded,
-            store,
-            launcher,
-            shown,
-            timeout=timeout,
-            rerun=statuses,
-            limit=limit,
-            trust_remote_code=trust_remote_code,
-        )
-    _print_summary(summary, store, grid)
-    found, environment = techniques.compare(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
-    out.print(techniques.terminal(loaded.name, found, environment))
+
+    def execute(grid_now: Grid) -> bool:
+        with contextlib.ExitStack() as stack:
+            # A server that imports torch is not started for nothing.
+            pending = launch.pending(grid_now, store, statuses)
+            launcher = stack.enter_context(LocalLauncher()) if pending else None
+            shown = display(out)
+            stack.enter_context(shown)
+            summary = launch.run_grid(
+                grid_now,
+                store,
+                launcher,
+                shown,
+                timeout=timeout,
+                rerun=statuses,
+                limit=limit,
+                trust_remote_code=trust_remote_code,
+            )
+        _print_summary(summary, store, grid)
+        return summary.left == 0
+
+    if until_decided is None:
+        execute(loaded)
+    else:
+        still_open = decide(grid_of, loaded.repeats, until_decided, execute, store.folder)
+        said = ", ".join(sorted(still_open)) or "none"
+        out.print(f"not decided within {until_decided} repeats: {escape(said)}", highlight=False)
+    found = measurements.load(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
+    out.print(faces.terminal(tables.compare(found)))
 
 
 def _statuses(given: list[str]) -> frozenset[Any]:
@@ -172,25 +199,125 @@ def _print_summary(summary: Any, store: Any, grid: Path) -> None:
         out.print(f"{summary.left} trials are left; go on with: harness run {grid}", highlight=False)
 
 
-@app.command(epilog="[dim]Example:[/]  harness report results/techniques")
+_Folder = Annotated[Path, typer.Argument(help="Results of a grid.", show_default=True)]
+_EnvironmentId = Annotated[str | None, typer.Option(help="Environment id, where there are several.")]
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness report   |   harness report results/smoke --output /srv/pages/smoke   |   "
+    "harness report results/techniques --environment 3f2a1b00"
+)
 def report(
-    folder: Annotated[Path, typer.Argument(help="Results of a grid.")] = Path("results/techniques"),
+    folder: _Folder = Path("results/techniques"),
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the report; default reports/<grid>.")
     ] = None,
-    environment: Annotated[str | None, typer.Option(help="Environment id, where there are several.")] = None,
+    environment: _EnvironmentId = None,
 ) -> None:
-    """Write the technique comparison of a grid as Markdown, and print it."""
-    from harness.report import techniques
+    """Write the report of a grid: a page, Markdown, CSV, LaTeX and plots; and print its comparison."""
+    from harness.report import document, faces
+
+    found = _measurements(folder, environment)
+    target = output or Path("reports") / folder.resolve().name
+    with out.status("reading the rows") as status:
+        said = document.document(found, folder)
+        written = faces.write(said, target, lambda name: status.update(f"writing {name}"))
+    out.print(faces.terminal(said.comparison))
+    out.print("[bold]On this machine[/]")
+    for sentence in said.summary:
+        out.print(f"- {escape(sentence)}", highlight=False)
+    out.print(f"{len(written)} files written; open {target / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _measurements(folder: Path, environment: str | None) -> Measurements:
+    from harness.report import measurements
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give results/<grid>, which `harness run` writes")
-    found, where = techniques.compare(folder, environment)
-    target = (output or Path("reports") / folder.name) / "report.md"
+    return measurements.load(folder, environment)
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness recommend results/techniques --memory 600MiB   |   "
+    "harness recommend --max-loss 3.7 --min-speed 100 --output best.yml"
+)
+def recommend(
+    folder: _Folder = Path("results/techniques"),
+    memory: Annotated[str | None, typer.Option(help="Memory that there is, like 12GiB.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Highest eval loss, in nats.")] = None,
+    min_speed: Annotated[float | None, typer.Option(help="Least tokens per second.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for its YAML; default reports/<grid>/recommended.yml.")
+    ] = None,
+    environment: _EnvironmentId = None,
+) -> None:
+    """Name the best measured configuration within limits, say what it trades, and write its YAML."""
+    from rich.table import Table
+
+    from harness.metrics import show_bytes
+    from harness.report import recommend as recommending
+    from harness.report import words
+    from harness.spec import parse_bytes
+
+    try:
+        limit = None if memory is None else parse_bytes(memory)
+    except ValueError as error:
+        raise InputError(f"--memory: {error}") from None
+    found = _measurements(folder, environment)
+    best = recommending.recommend(found, memory=limit, max_loss=max_loss, min_speed=min_speed)
+    table = Table(
+        "configuration", "memory", "tokens/s", "eval loss", title="What no other one beats, within the limits"
+    )
+    for number, row in best.choices.iterrows():
+        figures = [words.figure(metric, row[metric]) for metric in ("tokens_per_second", "eval_loss")]
+        style = "bold" if number == best.config else None
+        table.add_row(escape(row["label"]), show_bytes(row["memory"]), *figures, style=style)
+    out.print(table)
+    for sentence in best.sentences:
+        out.print(escape(sentence), highlight=False)
+    target = output or Path("reports") / folder.resolve().name / "recommended.yml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(techniques.markdown(folder.name, found, where), encoding="utf-8")
-    out.print(techniques.terminal(folder.name, found, where))
-    out.print(f"written to {target}", highlight=False)
+    target.write_text(best.yaml, encoding="utf-8")
+    out.print(f"written to {target}; run it with: harness run {target}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness compare laptop/results/techniques results/techniques   |   "
+    "harness compare A B --across-environments"
+)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results that are compared with.")],
+    second: Annotated[Path, typer.Argument(help="Results that are looked at.")],
+    environment: Annotated[
+        list[str] | None, typer.Option(help="Environment id in the first, and again in the second.")
+    ] = None,
+    across_environments: Annotated[
+        bool, typer.Option("--across-environments", help="Compare speeds of different machines or versions too.")
+    ] = False,
+) -> None:
+    """Compare two runs of a grid, on two machines or under two versions, and say what differs between them."""
+    from rich.table import Table
+
+    from harness.report.versus import versus
+
+    ids = environment or []
+    if len(ids) > 2:
+        raise InputError(f"--environment is given {len(ids)} times; there are two results")
+    one, other = (_measurements(folder, ids[i] if i < len(ids) else None) for i, folder in enumerate((first, second)))
+    found = versus(one, other, across_environments=across_environments)
+    if found.environments:
+        table = Table("environment", "first", "second", title="What differs between the two")
+        for names in found.environments:
+            table.add_row(*map(escape, names))
+        out.print(table)
+    else:
+        out.print("both ran in the same environment")
+    table = Table(*map(escape, found.table.headings), title=escape(found.table.title))
+    for row in found.table.rows:
+        table.add_row(*(escape(cell.text) for cell in row))
+    out.print(table)
+    if found.warning:
+        out.print(f"[yellow]{escape(found.warning)}[/]", highlight=False)
 
 
 @app.command(epilog="[dim]Examples:[/]  harness ls   |   harness ls techniques")

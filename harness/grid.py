@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from harness import stories
+from harness.claims import Claim, unique
 from harness.environment import resolve_device
 from harness.errors import InputError
-from harness.metrics import METRICS
 from harness.spec import PRECISION_FLAGS, DatasetSpec, PromptSpec, TrialSpec, merge, normalise
 
 Design = Literal["ablation", "ladder", "grid", "list"]
 
 GRID_KEYS = ("name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "claims")
 SPEC_KEYS = (*TrialSpec.model_fields, "sequence_len", *PRECISION_FLAGS)
-CLAIM_KEYS = ("id", "says", "compare", "metric", "expect")
 
 MAX_TRIALS = 500
 """More than this many trials (repeats included) need `--max-trials`."""
@@ -68,7 +67,17 @@ class Grid:
     title: str
     design: Design
     trials: tuple[Trial, ...]
-    claims: tuple[dict[str, Any], ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def repeats(self) -> int:
+        """How many times each trial is in it."""
+        return 1 + max(trial.repeat for trial in self.trials)
+
+    def only(self, labels: Collection[str]) -> Grid:
+        """The grid with no more than these trials, and the baseline that they are compared with."""
+        kept = tuple(t for t in self.trials if t.baseline or t.twin or t.label in labels)
+        return replace(self, trials=kept)
 
 
 @dataclass(frozen=True)
@@ -463,21 +472,19 @@ def _interleave(trials: list[Trial], name: str) -> list[Trial]:
     return ordered
 
 
-def _claims(given: Any) -> tuple[dict[str, Any], ...]:
+def _claims(given: Any) -> tuple[Claim, ...]:
     if not isinstance(given, list):
         raise ValueError(f"claims is {_kind(given)}; it must be a list")
-    for claim in given:
+    claims = []
+    for number, claim in enumerate(given, start=1):
         if not isinstance(claim, dict):
-            raise ValueError(f"claims: {_kind(claim)} is not a mapping with {', '.join(CLAIM_KEYS)}")
-        for key in claim:
-            if key not in CLAIM_KEYS:
-                raise ValueError(f"claims: {_unknown('key', key, CLAIM_KEYS)}")
-        missing = [key for key in CLAIM_KEYS if key not in claim]
-        if missing:
-            raise ValueError(f"claims: {claim.get('id', 'a claim')!r} lacks {', '.join(missing)}")
-        if claim["metric"] not in list(METRICS):
-            raise ValueError(f"claims: {claim['id']}: {_unknown('metric', claim['metric'], METRICS)}")
-    return tuple(given)
+            keys = ", ".join(key for key, field in Claim.model_fields.items() if field.is_required())
+            raise ValueError(f"claims: {_kind(claim)} is not a mapping with {keys} and compare or where")
+        try:
+            claims.append(Claim.model_validate(claim))
+        except ValidationError as error:
+            raise ValueError(f"claims: {_text(claim.get('id', number))}: {_explain(error, Claim)}") from None
+    return unique(claims)
 
 
 # ------------------------------------------------------------------------------------ words
@@ -543,14 +550,15 @@ _RULES = {
 }
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel] = TrialSpec) -> str:
     """The first of pydantic's errors, in one line; a misspelt key before what is missing without it."""
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     kind, context, given = first["type"], first.get("ctx", {}), first["input"]
     place = ".".join(str(part) for part in first["loc"])
-    owner = PromptSpec if "type" in first["loc"] else DatasetSpec if "datasets" in first["loc"] else TrialSpec
+    owner = PromptSpec if "type" in first["loc"] else DatasetSpec if "datasets" in first["loc"] else model
     if kind == "extra_forbidden":
-        return f"{place.rpartition('.')[0]}: {_unknown('key', first['loc'][-1], owner.model_fields)}"
+        inside = place.rpartition(".")[0]
+        return f"{inside}: " * bool(inside) + _unknown("key", first["loc"][-1], owner.model_fields)
     if kind == "missing":
         return f"{place} is missing; give one: {owner.model_fields[str(first['loc'][-1])].description}"
     if kind == "literal_error":

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.flops import operations
+from harness.metrics import COMPONENTS
 
 Component = Literal["weights", "adapters", "gradients", "optimizer", "activations"]
-COMPONENTS: tuple[Component, ...] = ("weights", "adapters", "gradients", "optimizer", "activations")
 
 
 class OutOfBudget(Exception):
@@ -59,7 +59,7 @@ class LiveTensors(TorchDispatchMode):
         """What new storages are taken for."""
         self.flops = 0
         """Operations of matrix products and attention under the mode so far."""
-        self.live = dict.fromkeys(COMPONENTS, 0)
+        self.live: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
         self.total = 0
         self.peak = 0
         self.peak_shares = dict(self.live)

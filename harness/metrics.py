@@ -13,6 +13,9 @@ from typing import Literal
 
 GIB = 2**30
 
+COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "activations")
+"""What holds memory at the peak; each has its figure, `memory_<component>_bytes`."""
+
 
 def show_bytes(value: float) -> str:
     """Bytes with a binary unit: 1.50 GiB."""
@@ -47,6 +50,9 @@ def show_scientific(value: float) -> str:
     return f"{value:.3g}"
 
 
+_NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01}
+
+
 @dataclass(frozen=True)
 class Metric:
     """One figure: what it is called, counted in, and means."""
@@ -58,14 +64,26 @@ class Metric:
     group: Literal["memory", "speed", "loss", "size"]
     definition: str
     show: Callable[[float], str]
+    exact: bool = False
+    """Whether the same trial gives the same figure each time, to the byte: one pair decides a comparison."""
+
+    @property
+    def scale(self) -> Literal["ratio", "difference"]:
+        """How two of them are compared."""
+        return "difference" if self.group == "loss" else "ratio"
+
+    @property
+    def negligible(self) -> float:
+        """Effects up to this size are called the same: a share for ratios, nats for differences."""
+        return _NEGLIGIBLE[self.group]
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.definition.endswith("."):
             raise ValueError(f"metric {self.name!r} needs a name that is an identifier, and a sentence")
 
 
-def _bytes(name: str, definition: str, better: Literal["lower", None] = "lower") -> Metric:
-    return Metric(name, "int", "B", better, "memory", definition, show_bytes)
+def _bytes(name: str, definition: str, better: Literal["lower", None] = "lower", *, exact: bool = True) -> Metric:
+    return Metric(name, "int", "B", better, "memory", definition, show_bytes, exact)
 
 
 def _rate(name: str, unit: str, definition: str) -> Metric:
@@ -77,7 +95,7 @@ def _seconds(name: str, definition: str) -> Metric:
 
 
 def _count(name: str, definition: str) -> Metric:
-    return Metric(name, "int", "", None, "size", definition, show_count)
+    return Metric(name, "int", "", None, "size", definition, show_count, exact=True)
 
 
 def _nats(name: str, definition: str) -> Metric:
@@ -92,8 +110,17 @@ _TABLE = (
     ),
     _bytes("peak_load_bytes", "The same while loading; null where neither device nor tracker sees it."),
     _bytes("peak_evaluate_bytes", "The same while evaluating."),
-    _bytes("peak_reserved_bytes", "Most that the CUDA allocator held from the driver."),
-    _bytes("peak_process_bytes", "Most that the process held: driver's figure on CUDA (NVML), peak RSS on a CPU."),
+    _bytes("peak_reserved_bytes", "Most that the CUDA allocator held from the driver.", exact=False),
+    _bytes(
+        "peak_process_bytes",
+        "Most that the process held: driver's figure on CUDA (NVML), peak RSS on a CPU.",
+        exact=False,
+    ),
+    _bytes(
+        "predicted_peak_memory_bytes",
+        "What was predicted for peak_memory_bytes; null where nothing predicted it.",
+        None,
+    ),
     _bytes("memory_weights_bytes", "Share of the peak held by the base model's weights, quantisation scales included."),
     _bytes("memory_adapters_bytes", "Share of the peak held by adapter weights."),
     _bytes("memory_gradients_bytes", "Share of the peak held by accumulated gradients."),

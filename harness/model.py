@@ -65,6 +65,7 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         trust_remote_code=trust_remote_code,
         **_quantisation(spec),
     )
+    _keep_gradients(model)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         # The reentrant variant would need inputs with gradients, which frozen embeddings do not give.
@@ -90,6 +91,17 @@ def _quantisation(spec: TrialSpec) -> dict[str, Any]:
             bnb_4bit_compute_dtype=_COMPUTE[spec.precision],
         )
     }
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep 4-bit layers in the form that they are trained in.
+
+    On a CPU with bf16 instructions bitsandbytes (0.50) brings a layer's weights, at its first evaluation and for
+    good, into a form whose product has no gradient: training after it learns from a part of the layers alone.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapters(model: Any, spec: TrialSpec) -> Any:

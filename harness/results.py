@@ -274,18 +274,41 @@ class Store:
         self._write_table(table, name, pa.Table.from_pylist(rows, schema=SCHEMAS[table]))
 
     def _write_table(self, table: Table, name: str, content: pa.Table) -> None:
-        folder = self.folder / table
-        folder.mkdir(parents=True, exist_ok=True)
+        written = pa.BufferOutputStream()
+        pq.write_table(content, written, compression="zstd")
+        self._replace(self.folder / table / f"{name}.parquet", written.getvalue())
+
+    @staticmethod
+    def _replace(file: Path, content: Any) -> None:
+        """Write aside and rename: the file is whole, old or new, whenever it is read."""
+        file.parent.mkdir(parents=True, exist_ok=True)
         # A leading dot keeps readers of the folder away from a part that is being written.
-        aside = folder / f".{name}.{os.getpid()}.aside"
+        aside = file.with_name(f".{file.stem}.{os.getpid()}.aside")
         try:
-            with aside.open("wb") as file:
-                pq.write_table(content, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, folder / f"{name}.parquet")
+            with aside.open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(aside, file)
         finally:
             aside.unlink(missing_ok=True)
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Keep what the grid says of itself (title, claims) beside its rows, for the report.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if about != self.description():
+            self._replace(self.folder / "grid.json", json.dumps(about, indent=1).encode())
+
+    def description(self) -> dict[str, Any]:
+        """What the grid said of itself; empty where nothing is known."""
+        try:
+            found = json.loads((self.folder / "grid.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def completed(self) -> dict[str, str]:
         """Status of each recorded trial, by trial id."""

@@ -210,15 +210,15 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "claims is text": (BASE + "claims: all\n", r"claims is 'all'; it must be a list"),
     "claim without a metric": (
         BASE + "claims: [{id: a, says: b, compare: {}, expect: ratio < 1}]\n",
-        r"claims: 'a' lacks metric",
+        r"claims: a: metric is missing; give one",
     ),
     "claim with an unknown metric": (
         BASE + "claims: [{id: a, says: b, compare: {}, metric: peak_memory, expect: ratio < 1}]\n",
-        r"claims: a: unknown metric 'peak_memory'; did you mean peak_\w*memory_bytes\?",
+        r"claims: a: metric: unknown metric 'peak_memory'; did you mean peak_\w*memory_bytes\?",
     ),
     "claim with a list of metrics": (
         BASE + "claims: [{id: a, says: b, compare: {}, metric: [eval_loss], expect: ratio < 1}]\n",
-        r"claims: a: unknown metric \['eval_loss'\]",
+        r"claims: a: metric is a list; it must be text",
     ),
     # ---- values
     "true is no integer": (_base("lora_r: true"), r"base: lora_r is true; it must be a whole number"),

@@ -47,7 +47,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "report", "ls", "show", "keys", "doctor"])
+@pytest.mark.parametrize("command", ["run", "report", "recommend", "compare", "ls", "show", "keys", "doctor"])
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     done = harness(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -63,12 +63,12 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
 
     first = harness("run", "tiny.yml", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "3 trials run (3 ok)" in first.stdout
+    assert "4 trials run (4 ok)" in first.stdout
     trials = pandas.read_parquet(tmp_path / "results/tiny/trials")
-    assert sorted(trials["label"]) == ["baseline", "full | fine-tuning <b>", "lora_r=8"]
+    assert sorted(trials["label"]) == ["baseline", "baseline again", "full | fine-tuning <b>", "lora_r=8"]
     assert (trials["status"] == "ok").all()
     assert trials["eval_loss"].isna().all(), "a loss of random weights means nothing"
-    assert len(pandas.read_parquet(tmp_path / "results/tiny/steps")) == 24
+    assert len(pandas.read_parquet(tmp_path / "results/tiny/steps")) == 32
 
     second = harness("run", "tiny.yml", cwd=tmp_path)
     assert second.returncode == 0
@@ -86,7 +86,7 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
 
     listed = harness("ls", cwd=tmp_path)
     assert "tiny" in listed.stdout
-    assert "3 ok" in listed.stdout
+    assert "4 ok" in listed.stdout
     shown = harness("show", "lora_r=8", cwd=tmp_path)
     assert "lora_r: 8" in shown.stdout
     assert "peak_memory_bytes" in shown.stdout

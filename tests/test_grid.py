@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from malformed import FILES, MALFORMED
 
 from harness import grid, model_source
+from harness.claims import Claim
 from harness.errors import InputError
 from harness.grid import GRID_KEYS, SPEC_KEYS, Grid
 from harness.spec import TrialSpec, normalise, parse_bytes
@@ -150,7 +151,7 @@ _NEARLY = st.fixed_dictionaries(
         "design": st.sampled_from(["ablation", "ladder", "grid", "list"]),
         "exclude": st.lists(st.dictionaries(_SPEC_KEYS, _VALUES, max_size=2), max_size=2),
         "repeats": st.integers(-1, 3) | _SCALARS,
-        "claims": st.lists(st.fixed_dictionaries(dict.fromkeys(grid.CLAIM_KEYS, _VALUES)), max_size=2),
+        "claims": st.lists(st.fixed_dictionaries(dict.fromkeys(Claim.model_fields, _VALUES)), max_size=2),
     },
 )
 

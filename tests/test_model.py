@@ -98,6 +98,30 @@ def test_lora_variants_train(small: Small, option: str) -> None:
     assert [s.loss for s in variant.steps] != [s.loss for s in plain.steps]
 
 
+@pytest.mark.parametrize("precision", sorted(QUANTISED))
+def test_evaluating_changes_nothing_of_what_training_learns(small: Small, precision: str) -> None:
+    """bitsandbytes has forms of its weights for evaluation alone; a layer that takes one passes no gradient on."""
+    spec = small(precision=precision)
+    tokens = torch.arange(40).reshape(2, 20)
+    found = []
+    for evaluate in (False, True):
+        torch.manual_seed(0)
+        network = model.load(spec, torch.device("cpu"))
+        if evaluate:
+            network.eval()
+            with torch.no_grad(), model.autocast(spec, torch.device("cpu")):
+                network(input_ids=tokens)
+            network.train()
+        with model.autocast(spec, torch.device("cpu")):
+            network(input_ids=tokens, labels=tokens).loss.backward()
+        found.append({name: p.grad for name, p in network.named_parameters() if p.requires_grad})
+    fresh, evaluated = found
+    assert all(grad is not None for grad in evaluated.values())
+    for name, grad in fresh.items():
+        torch.testing.assert_close(evaluated[name], grad)
+    assert all(grad.abs().sum() > 0 for name, grad in fresh.items() if "lora_B" in name)
+
+
 def test_a_model_that_learns_nothing_is_told_so(small: Small) -> None:
     record = run(small(precision="bf16", adapter="none", learning_rate=1e-12))
     assert (record.status, record.error_type) == ("did_not_train", "DidNotTrain")

@@ -1,76 +1,122 @@
-"""The comparison: ratios to the baseline, doubt beside the loss, and nothing that was not measured."""
+"""Measurements into comparisons, tables, claims, recommendations and files."""
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
 import math
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow.compute
+import pandas
 import pytest
-from conftest import SMALL
-from scipy import stats as scipy_stats
+import yaml
+from rows import keep
 
+from harness.claims import Claim, Contrast
 from harness.environment import current
 from harness.errors import InputError
-from harness.report import techniques
-from harness.results import Job, Record, Store, StoryLoss
+from harness.report import document, faces, measurements, plots, recommend, tables, verdicts, versus, words
+from harness.report.measurements import Measurements
+from harness.results import Store
 from harness.spec import TrialSpec
-from harness.stats import paired_difference
 
+ROOT = Path(__file__).parent.parent
 LATER = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
 Small = Callable[..., TrialSpec]
+BASE = {"peak_memory_bytes": 1000, "tokens_per_second": 100.0, "eval_loss": 2.0}
 
 
-def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figures: Any) -> None:
-    environment = figures.pop("environment", current("cpu"))
-    status = figures.pop("status", "ok")
-    started_at = figures.pop("started_at", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
-    baseline_id = figures.pop("baseline_id", TrialSpec.model_validate(SMALL | {"seed": spec.seed}).id)
-    failure = {} if status == "ok" else {"phase": "forward", "error": "no", "error_type": "X"}
-    stories = [StoryLoss(story_id=str(i), when="after", loss=x, tokens=10) for i, x in enumerate(losses)]
-    store.write(
-        Record.of(
-            Job(grid="g", spec=spec, label=label, factor=None if label == "baseline" else "f",
-                baseline_id=baseline_id, repeat=spec.seed),
-            environment=environment, status=status, **failure, started_at=started_at,
-            metrics=figures, stories=tuple(stories),
-        )
-    )  # fmt: skip
+def row(found: Measurements, label: str) -> tuple[str, ...]:
+    """The technique comparison's cells for a label."""
+    (cells,) = [cells for cells in tables.techniques(tables.compare(found)).rows if cells[0].text == label]
+    return tuple(cell.text for cell in cells[1:])
+
+
+def estimate(found: Measurements, label: str, metric: str) -> measurements.Estimate:
+    (config,) = found.configs.index[found.configs["label"] == label]
+    result = tables.compare(found).of(metric, config)
+    assert result is not None
+    return result
+
+
+def claim(**given: Any) -> Claim:
+    return Claim.model_validate({"id": "c", "says": "so", "metric": "peak_memory_bytes"} | given)
+
+
+def verdict(found: Measurements, **given: Any) -> verdicts.ClaimVerdict:
+    """What is made of one claim."""
+    return verdicts.judge(found, [claim(**given)])[0]
+
+
+# ------------------------------------------------------------------------------------ comparisons
 
 
 def test_ratios_are_to_the_baseline_of_the_same_repeat(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
-    base = {"peak_memory_bytes": 1000, "tokens_per_second": 100.0, "eval_loss": 2.0}
     for seed, slow in ((0, 1.0), (1, 0.5)):  # the machine was slower in the second repeat
-        keep(store, small(seed=seed), "baseline", [2.0, 2.0, 2.0], **base | {"tokens_per_second": 100 * slow})
+        keep(store, small(seed=seed), "baseline", [2.0, 2.0, 2.0], **BASE | {"tokens_per_second": 100 * slow})
         other = {"peak_memory_bytes": 600, "tokens_per_second": 80 * slow, "eval_loss": 1.9}
         keep(store, small(seed=seed, lora_r=8), "lora_r=8", [1.8, 1.9, 2.0], **other)
     keep(store, small(lora_r=64), "lora_r=64", [], status="oom", oom_reached_bytes=2**30, oom_requested_bytes=2**30)
-    found, _ = techniques.compare(tmp_path)
-    assert [line.label for line in found] == ["baseline", "lora_r=8", "lora_r=64"]
-    line = found[1]
-    assert line.memory_ratio == pytest.approx(0.6)
-    assert line.speed_ratio == pytest.approx(0.8)
-    assert line.repeats == 2
-    assert line.loss_difference is not None
-    assert line.loss_difference.mean == pytest.approx(-0.1)
-    assert line.loss_difference.n == 3, "a story counts once, however often it was repeated"
-    text = techniques.markdown("g", found, "a machine")
-    assert "oom in forward, needs at least 2.00 GiB" in text
-    assert "| lora_r=64 | oom in forward, needs at least 2.00 GiB | – | – | – | – | – |" in text
+    found = measurements.load(tmp_path)
+    memory, speed, loss = (estimate(found, "lora_r=8", metric) for metric in tables.HEADLINE)
+    assert (memory.value, memory.verdict, memory.n) == (pytest.approx(0.6), "better", 2)
+    assert (speed.value, speed.n, speed.basis) == (pytest.approx(0.8), 2, "repeats")
+    assert loss.value == pytest.approx(-0.1)
+    assert loss.n == 3, "a story counts once, however often it was repeated"
+    assert "×0.60 high savings" in row(found, "lora_r=8")
+    failed = "lora_r=64 (oom in forward, needs at least 2.00 GiB)"
+    assert row(found, failed) == (*["–"] * 6, "0")
 
 
-def test_losses_on_other_tokens_are_not_compared(small: Small, tmp_path: Path) -> None:
+def test_losses_are_compared_on_equal_tokens_only(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     keep(store, small(), "baseline", [2.0, 2.0], eval_loss=2.0)
-    keep(store, small(sequence_length=512), "longer", [1.0, 1.1], eval_loss=1.0)
-    found, _ = techniques.compare(tmp_path)
-    assert found[1].eval_loss == 1.0
-    assert found[1].loss_difference is None
+    keep(store, small(sequence_length=512), "longer", [1.0, 1.1], eval_loss=1.0, story_tokens=20)
+    found = measurements.load(tmp_path)
+    assert row(found, "longer")[4:6] == ("1.0000", "–")
+
+
+def test_one_repeat_has_an_interval_over_its_steps(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    keep(store, small(), "baseline", [], rates=[100, 102, 98, 100], **BASE)
+    keep(store, small(lora_r=8), "half", [], rates=[50, 51, 49, 50], **BASE | {"tokens_per_second": 50.0})
+    keep(store, small(lora_r=9), "unsteady", [], rates=[50, 150, 60, 120], **BASE | {"tokens_per_second": 90.0})
+    keep(store, small(lora_r=10), "one step", [], rates=[50], **BASE | {"tokens_per_second": 50.0})
+    found = measurements.load(tmp_path)
+    half = estimate(found, "half", "tokens_per_second")
+    assert (half.value, half.basis, half.verdict) == (pytest.approx(0.5), "steps", "worse")
+    assert half.low is not None
+    assert half.low < 0.5 < (half.high or 0)
+    assert estimate(found, "unsteady", "tokens_per_second").verdict == "not distinguishable"
+    assert estimate(found, "one step", "tokens_per_second").low is None
+
+
+def test_a_second_run_of_the_baseline_is_noise_and_sets_the_floor(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed, twin in enumerate((110.0, 92.0, 105.0)):
+        keep(store, small(seed=seed), "baseline", [], **BASE)
+        keep(
+            store, small(seed=seed), "baseline again", [], twin=True, factor=None, **BASE | {"tokens_per_second": twin}
+        )
+        keep(store, small(seed=seed, lora_r=8), "slower", [], **BASE | {"tokens_per_second": 95.0 + seed / 100})
+        keep(store, small(seed=seed, lora_r=9), "much slower", [], **BASE | {"tokens_per_second": 60.0 + seed / 100})
+    found = measurements.load(tmp_path)
+    squares = [math.log(x / 100) ** 2 for x in (110, 92, 105)]
+    assert found.floor == pytest.approx(2 * math.sqrt(sum(squares) / 3) / math.sqrt(3))
+    assert estimate(found, "slower", "tokens_per_second").verdict == "not distinguishable", (
+        "steady, and below the floor"
+    )
+    assert estimate(found, "much slower", "tokens_per_second").verdict == "worse"
+    again = row(found, "baseline again")
+    assert again[3] == "the noise between two equal runs"
+    assert again[1] == "–"
+    assert found.undecided() == {"slower"}
 
 
 def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
@@ -79,72 +125,340 @@ def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
     elsewhere = here.model_copy(update={"cpu_name": "another"})
     third = here.model_copy(update={"cpu_name": "a third"})
     keep(store, small(), "baseline", [], environment=elsewhere, peak_memory_bytes=5)
-    assert techniques.compare(tmp_path)[0][0].memory_bytes == 5, "the only one there is"
+    assert measurements.load(tmp_path).environment_id == elsewhere.id, "the only one there is"
     keep(store, small(), "baseline", [], environment=third, peak_memory_bytes=7)
     with pytest.raises(InputError, match="2 environments"):
-        techniques.compare(tmp_path)
-    assert techniques.compare(tmp_path, third.id)[0][0].memory_bytes == 7
+        measurements.load(tmp_path)
+    assert row(measurements.load(tmp_path, third.id), "baseline")[0] == "7 B"
     keep(store, small(), "baseline", [], peak_memory_bytes=9)
-    found, described = techniques.compare(tmp_path)
-    assert found[0].memory_bytes == 9, "this machine's own"
-    assert "2 trials of other environments are left out" in described
+    found = measurements.load(tmp_path)
+    assert row(found, "baseline")[0] == "9 B", "this machine's own"
+    assert found.left_out == ("2 trials of other environments",)
     with pytest.raises(InputError, match="no trials of environment"):
-        techniques.compare(tmp_path, "12345678")
+        measurements.load(tmp_path, "12345678")
 
 
 def test_former_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     former, now = small(sequence_length=512).id, small().id
-    keep(store, small(sequence_length=512), "baseline", [2.0], peak_memory_bytes=50, baseline_id=former)
-    keep(store, small(sequence_length=512, lora_r=8), "lora_r=8", [2.0], peak_memory_bytes=80, baseline_id=former)
-    keep(store, small(), "baseline", [2.0], peak_memory_bytes=10, started_at=LATER)
-    keep(store, small(lora_r=8), "lora_r=8", [2.0], peak_memory_bytes=20, started_at=LATER)
-    found, described = techniques.compare(tmp_path)
-    assert [(line.label, line.memory_bytes, line.memory_ratio) for line in found] == [
-        ("baseline", 10, 1.0),
-        ("lora_r=8", 20, 2.0),
-    ]
-    assert "2 trials of other versions of the grid are left out" in described
-    found, _ = techniques.compare(tmp_path, baseline_ids={former})
-    assert [line.memory_bytes for line in found] == [50, 80]
+    keep(store, small(sequence_length=512), "baseline", [], peak_memory_bytes=50, baseline_id=former)
+    keep(store, small(sequence_length=512, lora_r=8), "lora_r=8", [], peak_memory_bytes=80, baseline_id=former)
+    keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=LATER)
+    keep(store, small(lora_r=8), "lora_r=8", [], peak_memory_bytes=20, started_at=LATER)
+    found = measurements.load(tmp_path)
+    assert (row(found, "baseline")[0], row(found, "lora_r=8")[0]) == ("10 B", "20 B")
+    assert found.left_out == ("2 trials of other versions of the grid",)
+    assert row(measurements.load(tmp_path, baseline_ids={former}), "lora_r=8")[:2] == ("80 B", "×1.60 more")
     # A trial that the edited grid still has takes its new place.
-    trial = store.read("trials").filter(pyarrow.compute.field("spec_id") == now)["trial_id"].to_pylist()[0]
+    (trial,) = [r["trial_id"] for r in store.read("trials").to_pylist() if r["spec_id"] == now]
     store.rename({trial: {"label": "shorter", "factor": "f", "baseline_id": former}})
-    found, _ = techniques.compare(tmp_path, baseline_ids={former})
-    assert [(line.label, line.memory_ratio) for line in found] == [
-        ("baseline", 1.0),
-        ("lora_r=8", 1.6),
-        ("shorter", 0.2),
+    assert row(measurements.load(tmp_path, baseline_ids={former}), "shorter")[:2] == ("10 B", "×0.20 very high savings")
+    # A level that was edited under its name leaves its former trials behind.
+    keep(store, small(lora_r=8, learning_rate=1e-3), "lora_r=8", [], peak_memory_bytes=30, started_at=LATER)
+    keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=LATER)
+    assert row(measurements.load(tmp_path), "lora_r=8")[0] == "30 B"
+
+
+# ------------------------------------------------------------------------------------ contrasts and claims
+
+
+def ablation(small: Small, tmp_path: Path) -> Measurements:
+    """LoRA at two ranks, full fine-tuning with its own learning rate, micro-batches at equal effective batch."""
+    store = Store(tmp_path)
+    for label, memory, speed, changes in (
+        ("baseline", 1000, 100.0, {}),
+        ("lora_r=64", 1300, 98.0, {"lora_r": 64}),
+        ("full", 4000, 80.0, {"adapter": "none", "learning_rate": 1e-5}),
+        ("micro 4", 1500, 120.0, {"micro_batch_size": 4, "gradient_accumulation_steps": 1}),
+        ("micro 1", 700, 70.0, {"micro_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ("dropout", 1000, 99.0, {"lora_dropout": 0.1}),
+        ("both", 1234, 50.0, {"lora_r": 64, "lora_dropout": 0.1, "gradient_checkpointing": True}),
+    ):
+        for seed in range(3):
+            figures = {"peak_memory_bytes": memory, "tokens_per_second": speed * (1 + seed / 1000)}
+            keep(store, small(seed=seed, **changes), label, [], **figures)
+    keep(store, small(memory_budget=2**30), "budget", [], status="oom")
+    return measurements.load(tmp_path)
+
+
+def named(found: Measurements, contrast: Contrast) -> list[tuple[str, ...]]:
+    return [tuple(measurements.labels(found, pair)) for pair in found.pairs(contrast).to_numpy().tolist()]
+
+
+def test_pairs_differ_in_what_is_named_and_in_nothing_else(small: Small, tmp_path: Path) -> None:
+    found = ablation(small, tmp_path)
+    assert named(found, Contrast(compare={"lora_r": ("highest", "lowest")})) == [("lora_r=64", "baseline")]
+    assert named(found, Contrast(compare={"lora_dropout": (0.0, "highest")})) == [("baseline", "dropout")]
+    assert named(found, Contrast(compare={"gradient_checkpointing": (False, True)})) == [], "two more keys differ there"
+    full = Contrast(compare={"adapter": ("none", "lora")}, free=("learning_rate", "lora_r", "lora_dropout"))
+    assert named(found, full) == [("full", "baseline")], "the pair that differs least"
+    held = Contrast(
+        compare={"micro_batch_size": ("lowest", "highest")},
+        free=("gradient_accumulation_steps",),
+        hold=("effective_batch_size",),
+    )
+    assert named(found, held) == [("micro 1", "micro 4")]
+    assert named(found, held.model_copy(update={"where": {"lora_r": 64}})) == []
+    assert named(found, Contrast(compare={"precision": ("fp32", ["bf16", "fp16"])})) == []
+
+
+def test_claims_are_judged_by_where_the_interval_lies(small: Small, tmp_path: Path) -> None:
+    found = ablation(small, tmp_path)
+    rank = {"compare": {"lora_r": ["highest", "lowest"]}}
+    assert verdict(found, **rank, expect="ratio < 1").word == "supported"
+    assert verdict(found, **rank, expect="ratio <= 0.5").word == "contradicted"
+    assert verdict(found, **rank, expect="ratio < 1").rests_on == "lora_r=64 → baseline"
+    dropout = {"compare": {"lora_dropout": [0.0, "highest"]}}
+    assert verdict(found, **dropout, expect="ratio = 1").word == "supported"
+    assert verdict(found, **dropout, expect="ratio > 1").word == "contradicted", "equal is not more"
+    checkpointing = {"compare": {"gradient_checkpointing": [False, True]}}
+    assert verdict(found, **checkpointing, expect="ratio < 1").word == "not measured here"
+    speed = {**rank, "metric": "tokens_per_second"}
+    assert verdict(found, **speed, expect="ratio > 1").word == "supported"
+    assert verdict(found, **speed, expect="ratio > 1.5").word == "contradicted"
+    assert verdict(found, **speed, expect="ratio between 0.9 and 1.1").word == "supported"
+
+
+def test_claims_within_the_noise_are_not_judged(small: Small, tmp_path: Path) -> None:
+    for seed in range(3):
+        twin = {"twin": True, "factor": None, "peak_memory_bytes": 1000, "tokens_per_second": 110.0}
+        keep(Store(tmp_path), small(seed=seed), "baseline again", [], **twin)
+    found = ablation(small, tmp_path)
+    speed = {"compare": {"lora_r": ["highest", "lowest"]}, "metric": "tokens_per_second"}
+    assert verdict(found, **speed, expect="ratio > 1").word == "not distinguishable"
+    assert verdict(found, **speed, expect="ratio > 1.5").word == "contradicted"
+
+
+def test_claims_about_figures_and_ends(small: Small, tmp_path: Path) -> None:
+    found = ablation(small, tmp_path)
+    memory = {"where": {"adapter": "none"}, "per": None}
+    assert verdict(found, **memory, expect="value between 3000 and 5000").word == "supported"
+    assert verdict(found, **memory, expect="value < 3000").size == "3.91 KiB"
+    assert verdict(found, where={"adapter": "lora"}, expect="value < 1100").word == "not distinguishable", "some are"
+    ends = {"where": {"memory_budget": 2**30}}
+    assert verdict(found, **ends, expect="status oom").word == "supported"
+    assert verdict(found, **ends, expect="status ok").word == "contradicted"
+    assert verdict(found, where={"memory_budget": 5}, expect="status oom").word == "not measured here"
+
+
+def test_every_claim_has_a_verdict_and_every_lesson_row_a_cell(small: Small, tmp_path: Path) -> None:
+    found = ablation(small, tmp_path)
+    judged = verdicts.judge(found)
+    assert len(judged) >= 20
+    words_ = {v.claim.id: v.word for v in judged}
+    assert words_["lora-memory-80"] == "contradicted"
+    assert words_["batch-memory"] == "supported"
+    assert words_["system-prompt-loss"] == "not measured here"
+    every = {table.id: table for table in tables.all_tables(tables.compare(found))}
+    formats = [[cell.text for cell in cells] for cells in every["formats"].rows]
+    assert all(cells[1] == "not measured" for cells in formats), "nothing is guessed"
+    lora = next(cells for cells in every["methods"].rows if cells[0].text == "LoRA")
+    assert lora[2].text == "×0.25 very high savings"
+    assert lora[3].text == "high savings", "the lesson's word stands beside it"
+    assert [cells[0].text for cells in every["batch-sequence"].rows][:3] == [
+        "micro-batch 1",
+        "micro-batch 2",
+        "micro-batch 4",
     ]
 
 
-def test_without_a_baseline_there_are_figures_and_no_ratios(small: Small, tmp_path: Path) -> None:
-    keep(Store(tmp_path), small(), "alone", [2.0], peak_memory_bytes=5, baseline_id=None)
-    found, where = techniques.compare(tmp_path)
-    assert found[0].memory_bytes == 5
-    assert found[0].memory_ratio is None
-    assert "alone" in techniques.markdown("g", found, where)
-    with pytest.raises(InputError, match="no trials are recorded"):
-        techniques.compare(tmp_path / "empty")
+def test_words_follow_the_printed_thresholds() -> None:
+    def of(metric: str, value: float, said: str = "better") -> str:
+        return words.word(measurements.Estimate(metric, value, None, None, 3, "repeats", 0.01, said))  # type: ignore[arg-type]
+
+    assert of("peak_memory_bytes", 0.75) == "high savings"
+    assert of("peak_memory_bytes", 0.751) == "medium savings"
+    assert of("tokens_per_second", 0.5) == "much slower"
+    assert of("eval_loss", 0.3) == "noticeable loss"
+    assert of("eval_loss", 0.3, "not distinguishable") == "not distinguishable"
+    assert of("tokens_per_second", 1.01, "same") == "same within 2%"
+    assert "high savings up to 0.75×" in words.thresholds()[0]
 
 
-def test_intervals_are_students() -> None:
-    reference = {"a": 1.0, "b": 2.0, "c": 4.0}
-    values = {"a": 1.5, "b": 2.1, "c": 4.6, "only here": 9.0}
-    found = paired_difference(values, reference)
-    assert found is not None
-    expected = scipy_stats.ttest_1samp([0.5, 0.1, 0.6], 0).confidence_interval(0.95)
-    assert (found.low, found.high, found.n) == (pytest.approx(expected.low), pytest.approx(expected.high), 3)
-    assert not found.distinguishable
-    assert paired_difference({"a": 1.0}, {"a": 2.0}) is None
+# ------------------------------------------------------------------------------------ the whole report
 
 
-def test_intervals_cover_what_they_promise() -> None:
-    generator = numpy.random.default_rng(0)
-    hits = 0
-    for _ in range(1000):
-        noise = generator.normal(0.3, 1.0, 6)
-        found = paired_difference(dict(enumerate(noise)), dict.fromkeys(range(6), 0.0))  # type: ignore[arg-type]  # keys
-        assert found is not None
-        hits += found.low <= 0.3 <= found.high
-    assert math.isclose(hits / 1000, 0.95, abs_tol=0.02)
+def full_report(folder: Path, out: Path) -> document.Document:
+    said = document.document(measurements.load(folder), folder)
+    faces.write(said, out)
+    return said
+
+
+def measured(small: Small, folder: Path) -> None:
+    """Three techniques and a twin, three repeats, every figure that the tables show."""
+    generator = random.Random(5)
+    store = Store(folder)
+    kinds: dict[str, tuple[float, dict[str, Any]]] = {
+        "baseline": (1.0, {}),
+        "baseline again": (1.0, {}),
+        "lora_r=8": (1.3, {"lora_r": 8}),
+        "=cmd|'<script>alert(1)</script>": (0.8, {"gradient_checkpointing": True}),
+        "full": (4.0, {"adapter": "none"}),
+    }
+    for seed in range(3):
+        for label, (size, changes) in kinds.items():
+            speed = 100.0 / size * generator.uniform(0.98, 1.02)
+            losses = [2.0 + i / 10 + size / 20 + generator.uniform(-0.01, 0.01) for i in range(6)]
+            parts = {f"memory_{c}_bytes": int(200 * size) for c in ("weights", "adapters", "gradients", "optimizer")}
+            keep(
+                store, small(seed=seed, **changes), label, losses, twin=label == "baseline again",
+                peak_memory_bytes=int(1000 * size), tokens_per_second=speed, eval_loss=sum(losses) / 6,
+                memory_activations_bytes=int(200 * size), total_parameters=100, trainable_parameters=1,
+                rates=[speed, speed * 1.01], step_seconds_median=1.0, optimizer_steps=4,
+                predicted_peak_memory_bytes=int(990 * size), **parts,
+            )  # fmt: skip
+
+
+def test_a_report_has_every_face(small: Small, tmp_path: Path) -> None:
+    folder, out = tmp_path / "results" / "g", tmp_path / "out"
+    measured(small, folder)
+    said = full_report(folder, out)
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    for chart in ("memory", "pareto", "effects", "loss", "predicted"):
+        assert {f"plots/{chart}.svg", f"plots/{chart}.png"} <= files
+        assert (out / f"plots/{chart}.png").read_bytes().startswith(b"\x89PNG")
+    for table in ("techniques", "components", "bytes-per-parameter", "lora-parameters", "formats", "methods", "summary",
+                  "practice", "batch-sequence", "effective-batch", "merged"):  # fmt: skip
+        assert {f"tables/{table}.csv", f"tables/{table}.tex"} <= files
+    assert {"report.html", "report.md", "comparisons.csv", "claims.csv"} <= files
+    assert not any(name.startswith(".") for name in files)
+
+    markdown = (out / "report.md").read_text()
+    assert "![Peak memory by component](plots/memory.svg)" in markdown
+    assert "<script" not in markdown
+    assert all(line in markdown for line in ("## Claims", "## Caveats", "high savings up to 0.75×"))
+    assert said.summary[0].startswith("4 configurations with 3 repeats")
+
+    page = (out / "report.html").read_text()
+    assert "<script>alert(1)" not in page
+    assert "lora_r: 8" in page, "each configuration can be copied"
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
+
+    rows = list(csv.DictReader((out / "comparisons.csv").open()))
+    hostile = [r["technique"] for r in rows if "script" in r["technique"]]
+    assert hostile
+    assert all(name.startswith("'=") for name in hostile), "no spreadsheet computes a label"
+    latex = (out / "tables/techniques.tex").read_text()
+    assert r"lora\_r=8" in latex
+    assert r"\textless{}script\textgreater{}" in latex
+    assert r"\toprule" in latex
+
+
+def test_figures_can_be_recomputed_from_the_parquet(small: Small, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "g"
+    measured(small, folder)
+    found = measurements.load(folder)
+    _recompute(document.document(found, folder), at_least=9)
+
+
+def _recompute(said: document.Document, at_least: int) -> None:
+    """Run the appendix's code and hold each figure of the comparison against what it gives."""
+    names: dict[str, Any] = {"pandas": pandas, "numpy": numpy}
+    labels = said.comparison.measurements.configs["label"]
+    cells = 0
+    for metric, snippet in zip(tables.HEADLINE, said.snippets, strict=True):
+        lines = snippet.code.splitlines()
+        assert len(lines) == 3
+        exec(compile(snippet.code, "appendix", "exec"), names)  # noqa: S102 - our own code, as printed
+        for config, estimate_ in said.comparison.estimates[metric].items():
+            assert names["result"][labels[config]] == pytest.approx(estimate_.value), (metric, labels[config])
+            cells += 1
+    assert cells >= at_least
+
+
+@pytest.mark.parametrize("case", ["one trial", "all failed", "only ooms", "no baseline", "baseline failed"])
+def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, case: str) -> None:
+    store = Store(tmp_path / "g")
+    if case == "one trial":
+        keep(store, small(), "baseline", [2.0], **BASE)
+    elif case in ("all failed", "only ooms"):
+        status = "failed" if case == "all failed" else "oom"
+        for r in (4, 8):
+            keep(store, small(lora_r=r), "baseline" if r == 4 else "lora_r=8", [], status=status)
+    elif case == "no baseline":
+        keep(store, small(lora_r=8), "lora_r=8", [2.0, 2.1], baseline_id=None, **BASE)
+        keep(store, small(lora_r=16), "lora_r=16", [2.0, 2.1], baseline_id=None, **BASE)
+    else:
+        keep(store, small(), "baseline", [], status="failed")
+        keep(store, small(lora_r=8), "lora_r=8", [2.0, 2.1], **BASE)
+    said = full_report(tmp_path / "g", tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert ("baseline" if case == "one trial" else "lora_r=8") in text
+    assert not re.search(r"\bnan\b", text)
+    if case in ("no baseline", "baseline failed"):
+        assert any("nothing is compared" in caveat for caveat in said.caveats)
+    if case == "only ooms":
+        assert "oom in forward" in text
+    if case != "one trial":
+        assert "ended as" in text
+
+
+def test_a_front_is_what_nothing_beats() -> None:
+    figures = pandas.DataFrame({"a": [1, 2, 3, 2, math.nan, 1], "b": [3, 2, 1, 3, 0, 3]})
+    assert plots.pareto_front(figures).tolist() == [True, True, True, False, False, True]
+
+
+# ------------------------------------------------------------------------------------ recommend, compare
+
+
+def test_recommendation_keeps_the_limits_and_says_the_price(small: Small, tmp_path: Path) -> None:
+    measured(small, tmp_path)
+    found = measurements.load(tmp_path)
+    best = recommend.recommend(found)
+    assert best.label == "=cmd|'<script>alert(1)</script>", "lowest loss, fastest and smallest"
+    within = recommend.recommend(found, max_loss=2.32, min_speed=90, memory=1000)
+    assert TrialSpec.model_validate(yaml.safe_load(within.yaml)).lora_r == 4
+    assert "needs 800 B of 1000 B" in within.sentences[0]
+    with pytest.raises(InputError, match=r"nothing measured is within memory 5 B; the best: =cmd.* has 800 B"):
+        recommend.recommend(found, memory=5)
+
+
+def test_noise_does_not_decide_a_recommendation(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    losses = {"a": [2.0, 2.4, 1.9, 2.2], "b": [2.1, 2.2, 1.95, 2.26], "c": [3.0, 3.4, 2.9, 3.2]}
+    for seed in range(3):
+        for number, (label, stories) in enumerate(losses.items()):
+            speed = {"a": 50.0, "b": 100.0, "c": 200.0}[label] * (1 + seed / 500)
+            keep(
+                store, small(seed=seed, lora_r=4 + number), "baseline" if label == "a" else label, stories,
+                tokens_per_second=speed, eval_loss=sum(stories) / 4, peak_memory_bytes=100,
+            )  # fmt: skip
+    best = recommend.recommend(measurements.load(tmp_path))
+    assert best.label == "b", "its loss cannot be told from the lowest, and it is twice as fast"
+    assert any(sentence.startswith("For more speed take c") for sentence in best.sentences)
+
+
+def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small, tmp_path: Path) -> None:
+    elsewhere = current("cpu").model_copy(update={"cpu_name": "another", "device_name": "another"})
+    for name, environment, factor in (("a", current("cpu"), 1.0), ("b", elsewhere, 2.0), ("c", current("cpu"), 2.0)):
+        for seed in range(3):
+            for label, r in (("baseline", 4), ("lora_r=8", 8)):
+                figures = BASE | {
+                    "tokens_per_second": factor * (100.0 + seed / 10),
+                    "peak_memory_bytes": int(1000 / factor),
+                }
+                keep(
+                    Store(tmp_path / name),
+                    small(seed=seed, lora_r=r),
+                    label,
+                    [2.0, 2.1],
+                    environment=environment,
+                    **figures,
+                )
+    a, b, c = (measurements.load(tmp_path / name) for name in "abc")
+    refused = versus.versus(a, b)
+    assert {names[0] for names in refused.environments} == {"cpu_name", "device_name"}
+    assert refused.warning is not None
+    assert "not compared" in refused.warning
+    first = [cell.text for cell in refused.table.rows[0]]
+    assert first[3] == "×0.50 very high savings"
+    assert first[6] == "–"
+    asked = versus.versus(a, b, across_environments=True)
+    assert asked.table.rows[0][6].text.startswith("×2.00")
+    assert "may be the machine's" in (asked.warning or "")
+    same = versus.versus(a, c)
+    assert (same.environments, same.warning) == ((), None)
+    assert same.table.rows[0][6].text.startswith("×2.00")
+    keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
+    with pytest.raises(InputError, match="no measured configuration in common"):
+        versus.versus(a, measurements.load(tmp_path / "d"))

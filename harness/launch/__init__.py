@@ -107,6 +107,7 @@ def run_grid(
     """
     trials = pending(grid, store, rerun)
     store.rename({_id(trial): _place(trial) for trial in grid.trials})
+    store.describe({"title": grid.title, "claims": [claim.model_dump(mode="json") for claim in grid.claims]})
     skipped = len(grid.trials) - len(trials)
     todo = trials[:limit]
     display.begin(len(todo), skipped)

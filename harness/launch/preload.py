@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import threading
 
 import torch
@@ -32,6 +33,9 @@ tqdm.tqdm.set_lock(threading.RLock())
 
 for part in _PARTS:
     importlib.import_module(part)
+
+# It says at import that a kernel for inference is missing, which would come from a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # bitsandbytes looks at the card when it is imported, and a process that has seen it cannot fork.
 if torch.version.cuda is None:

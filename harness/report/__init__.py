@@ -1,1 +1,1 @@
-"""Tables from measurements."""
+"""From rows to what people read: tables, claims, plots, page, recommendation, comparison of runs."""

@@ -1,0 +1,253 @@
+"""The faces of a report: Markdown, CSV, LaTeX, images and one page. Whatever came from data is escaped in each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from harness.metrics import METRICS
+from harness.report.document import MOST_ROWS, Document
+from harness.report.measurements import describe
+from harness.report.plots import Chart
+from harness.report.tables import Cell, Comparison, Table, techniques
+
+_PNG_SCALE = 2.0
+_THEME = {
+    "background": "white",
+    "font": "sans-serif",
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"},
+    "title": {"anchor": "start", "fontSize": 14},
+    "view": {"stroke": "#cccccc"},
+}
+
+
+def write(document: Document, folder: Path, progress: Callable[[str], None] = lambda what: None) -> list[Path]:
+    """Write every face into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/.
+
+    Args:
+        document: what is said.
+        folder: made where it is missing; files of the same names are replaced.
+        progress: told what is being written.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    (folder / "plots").mkdir(exist_ok=True)
+    written: list[Path] = []
+
+    def keep(name: str, content: str | bytes) -> None:
+        progress(name)
+        file = folder / name
+        aside = file.with_name(f".{file.name}.aside")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, file)
+        written.append(file)
+
+    keep("report.md", markdown(document))
+    keep("comparisons.csv", comparisons_csv(document))
+    claims = ([Cell(text) for text in row] for row in _claim_rows(document))
+    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims))
+    for table in document.tables:
+        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows))
+        keep(f"tables/{table.id}.tex", latex(table))
+    for chart in document.charts:
+        svg, png = images(chart)
+        keep(f"plots/{chart.id}.svg", svg)
+        keep(f"plots/{chart.id}.png", png)
+    keep("report.html", html(document))
+    return written
+
+
+# ------------------------------------------------------------------------------------ terminal
+
+
+def terminal(comparison: Comparison) -> RichTable:
+    """The technique comparison for a terminal: each figure over what it is against the baseline."""
+    m = comparison.measurements
+    left_out = f"; left out: {', '.join(m.left_out)}" if m.left_out else ""
+    where = f"{describe(m.environment)}; environment {m.environment_id}{left_out}"
+    shown = RichTable(title=escape(m.title), caption=escape(where), title_justify="left", caption_justify="left")
+    for number, heading in enumerate(("Technique", "Peak memory", "Tokens/s", "Eval loss", "n")):
+        shown.add_column(heading, justify="right" if number == 4 else "left")
+    for technique, *cells, repeats in techniques(comparison).rows[:MOST_ROWS]:
+        figures = [
+            f"{escape(value.text)}\n[dim]{escape(against.text)}[/]"
+            for value, against in zip(cells[::2], cells[1::2], strict=True)
+        ]
+        shown.add_row(escape(technique.text), *figures, repeats.text)
+    return shown
+
+
+# ------------------------------------------------------------------------------------ Markdown
+
+
+def markdown(document: Document) -> str:
+    """The report as a Markdown page that links its plots."""
+    parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
+    parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
+    first, *rest = document.tables
+    parts.append(_md_table(first))
+    parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]
+    parts.append("## Claims\n\n" + _md_rows(_CLAIM_HEADINGS, _claim_rows(document)))
+    parts += [_md_table(table) for table in rest]
+    parts.append("## What the words mean\n\n" + "\n".join(f"- {_md(line)}" for line in document.thresholds) + _READING)
+    parts.append("## Caveats\n\n" + "\n".join(f"- {_md(caveat)}" for caveat in document.caveats))
+    if document.snippets:
+        parts.append(_APPENDIX)
+        parts += [
+            f"{_md(snippet.title)} (for example {_md(snippet.example)}):\n\n```python\n{snippet.code}\n```"
+            for snippet in document.snippets
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+_READING = """
+- *not distinguishable*: the interval, adjusted over all comparisons of the same figure (Holm), holds "no effect", or
+  a speed differs by less than two runs of the same thing do
+- *same within x*: the whole interval lies within x of no effect
+- *not measured*: no two trials that differ in this alone were run; nothing is guessed"""
+
+_APPENDIX = """## Appendix: recompute it
+
+Every figure can be recomputed from the parquet, after `import numpy, pandas`."""
+
+
+def _md(text: str) -> str:
+    """Text that cannot end a cell, begin markup, or load anything."""
+    line = " ".join(text.split())
+    for sign in "\\`*[]|":
+        line = line.replace(sign, f"\\{sign}")
+    return line.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _md_table(table: Table) -> str:
+    rows = [[cell.text for cell in row] for row in table.rows[:MOST_ROWS]]
+    note = f"\n\n{_md(table.note)}" if table.note else ""
+    return f"## {_md(table.title)}\n\n{_md_rows(table.headings, rows)}{note}"
+
+
+def _md_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(map(_md, headings)) + " |", "|" + " --- |" * len(headings)]
+    lines += ["| " + " | ".join(map(_md, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+_CLAIM_HEADINGS = ("Claim", "Where", "Expected", "Verdict", "Measured", "Over", "Rests on")
+
+
+def _claim_rows(document: Document) -> list[list[str]]:
+    return [
+        [
+            v.claim.says,
+            v.claim.section,
+            f"{v.claim.metric}{' / ' + v.claim.per if v.claim.per else ''}: {v.claim.expect}",
+            v.word,
+            v.size,
+            v.pairs,
+            v.rests_on,
+        ]
+        for v in document.verdicts
+    ]
+
+
+# ------------------------------------------------------------------------------------ CSV, LaTeX
+
+
+def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_no_formula, headings))
+    writer.writerows([_no_formula(c.text) if c.value is None else c.text for c in row] for row in rows)
+    return out.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """Spreadsheets would compute a label that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def comparisons_csv(document: Document) -> str:
+    """One row per configuration and figure, in base units and unrounded."""
+    comparison = document.comparison
+    m = comparison.measurements
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("technique", "metric", "mean", "effect", "low", "high", "n", "basis", "p_holm", "verdict"))
+    labels = m.configs["label"].astype(str).to_dict()
+    for metric, estimates in comparison.estimates.items():
+        for config, mean in comparison.means[metric].dropna().items():
+            e = estimates.get(config)  # type: ignore[call-overload]  # the index holds configurations
+            rest = (e.value, e.low, e.high, e.n, e.basis, e.p, e.verdict) if e else (None,) * 7
+            writer.writerow((_no_formula(labels[config]), metric, mean, *rest))
+    return out.getvalue()
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\rightarrow$", "÷": r"$\div$", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def latex(table: Table) -> str:
+    """A booktabs table."""
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{table}",
+        f"\\caption{{{_tex(table.title)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(table.headings) - 1)}}}",
+        "\\toprule",
+        " & ".join(map(_tex, table.headings)) + r" \\",
+        "\\midrule",
+        *(" & ".join(_tex(cell.text) for cell in row) + r" \\" for row in table.rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------ images, page
+
+
+def images(chart: Chart) -> tuple[str, bytes]:
+    """SVG and PNG of a chart, for print: on white."""
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(chart.spec(), config=_THEME)
+    return svg, vl_convert.svg_to_png(svg, scale=_PNG_SCALE)
+
+
+def html(document: Document) -> str:
+    """One page that needs no network: styles, scripts, charts and data are in it."""
+    import jinja2
+    import vl_convert
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        document=document,
+        claim_headings=_CLAIM_HEADINGS,
+        claim_rows=_claim_rows(document),
+        most_rows=MOST_ROWS,
+        charts={chart.id: chart.spec() for chart in document.charts},
+        metrics=METRICS.values(),
+        environment_text=json.dumps(document.environment, indent=2),
+        vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # its stub asks for what has a default
+    )

@@ -1,0 +1,372 @@
+"""The report's charts: one declaration each gives the interactive one, SVG and PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair
+import numpy
+import pandas
+
+from harness.claims import Contrast
+from harness.metrics import COMPONENTS, GIB, METRICS
+from harness.report.measurements import changes
+from harness.report.tables import HEADLINE, Comparison, order
+from harness.report.words import effect_and_word, figure
+
+# Okabe and Ito's colours (2008), which people with any colour vision tell apart.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a8a8a"
+_LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#7f6d00", GREY)
+
+_MOST_BARS = 40
+_MOST_POINTS = 2000
+_WIDTH = 640
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, and what it shows in a sentence."""
+
+    id: str
+    title: str
+    caption: str
+    chart: Any
+
+    def spec(self) -> dict[str, Any]:
+        """Vega-Lite, without colours of a scheme."""
+        found: dict[str, Any] = self.chart.to_dict()
+        return found
+
+
+def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
+    """Every chart for which something was measured.
+
+    Args:
+        comparison: against the baseline.
+        steps: optimizer steps with the columns config, repeat, step, loss and tokens.
+    """
+    drawn = (
+        memory(comparison),
+        pareto(comparison),
+        effects(comparison),
+        loss_curves(comparison, steps),
+        levels(comparison),
+        predicted(comparison),
+    )
+    return [chart for chart in drawn if chart is not None]
+
+
+def _described(comparison: Comparison, configs: Sequence[int]) -> pandas.DataFrame:
+    """What tooltips say of configurations: label, figures, and how they differ from the baseline."""
+    m = comparison.measurements
+    rows = []
+    for config in configs:
+        means = comparison.mean(config)
+        differs = changes(m.configs, config, m.baseline) if config != m.baseline else {}
+        rows.append(
+            {
+                "config": config,
+                "technique": str(m.configs.at[config, "label"]),
+                "differs": ", ".join(f"{k}: {v}" for k, v in differs.items()) or "the baseline",
+                **{f"{metric}_said": figure(metric, means[metric]) for metric in HEADLINE},
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+_TOOLTIP = [
+    altair.Tooltip("technique:N", title="technique"),
+    altair.Tooltip("differs:N", title="differs in"),
+    altair.Tooltip("peak_memory_bytes_said:N", title="peak memory"),
+    altair.Tooltip("tokens_per_second_said:N", title="tokens/s"),
+    altair.Tooltip("eval_loss_said:N", title="eval loss"),
+]
+
+
+_NAMES = altair.Axis(labelLimit=260)
+
+
+def _shown(comparison: Comparison, most: int) -> list[int]:
+    """Measured configurations, the baseline first, its second run apart."""
+    m = comparison.measurements
+    return [c for c in order(m) if c in comparison.means.index and not m.configs.at[c, "twin"]][:most]
+
+
+def _memory_unit(largest: float) -> tuple[str, float]:
+    return ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", 2.0**20)
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def memory(comparison: Comparison) -> Chart | None:
+    """Peak memory of each technique, split into what holds it."""
+    means = comparison.means.reindex(_shown(comparison, len(comparison.means)))
+    peaks = means["peak_memory_bytes"].dropna().sort_values().head(_MOST_BARS)
+    parts = means.loc[peaks.index, [f"memory_{c}_bytes" for c in COMPONENTS]]
+    if parts.dropna(how="all").empty:
+        return None
+    unit, size = _memory_unit(peaks.max())
+    described = _described(comparison, peaks.index.tolist())
+    data = parts.set_axis(list(COMPONENTS), axis=1).rename_axis("config").reset_index()
+    data = data.melt("config", var_name="component", value_name="bytes").merge(described, on="config")
+    data["size"] = data["bytes"] / size
+    data["component_said"] = [figure("peak_memory_bytes", value) for value in data["bytes"]]
+    data["rank"] = data["component"].map({c: i for i, c in enumerate(COMPONENTS)})
+    colours = altair.Scale(domain=list(COMPONENTS), range=[BLUE, ORANGE, GREEN, PINK, SKY])
+    chart = (
+        altair.Chart(data)
+        .mark_bar()
+        .encode(
+            y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=_NAMES),
+            x=altair.X("sum(size):Q", title=f"Peak memory ({unit})"),
+            color=altair.Color("component:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
+            order="rank:O",
+            tooltip=[altair.Tooltip("component:N"), altair.Tooltip("component_said:N", title="size"), *_TOOLTIP],
+        )
+        .properties(width=_WIDTH, title="Peak memory by component")
+    )
+    return Chart("memory", "Peak memory by component", "What holds memory at the moment of the peak.", chart)
+
+
+# ------------------------------------------------------------------------------------ Pareto
+
+
+def pareto_front(figures: pandas.DataFrame) -> pandas.Series:
+    """Which rows no other row beats: as good in every column and better in one. Lower is better throughout.
+
+    Rows with a null are on no front. Sorted by the first column, a row can only be beaten by those before it.
+    """
+    known = figures.dropna()
+    order = known.sort_values(list(known.columns), kind="stable")
+    values = order.to_numpy(float)
+    front: list[int] = []
+    kept = numpy.empty((0, values.shape[1]))
+    for position, row in enumerate(values):
+        beaten = ((kept <= row).all(axis=1) & (kept < row).any(axis=1)).any()
+        if not beaten:
+            front.append(position)
+            kept = values[front]
+    return pandas.Series(figures.index.isin(order.index[front]), figures.index)
+
+
+def pareto(comparison: Comparison) -> Chart | None:
+    """Loss (or speed, where no loss means anything) against memory, speed as colour, the front joined."""
+    shown = _shown(comparison, _MOST_POINTS)
+    means = comparison.means.loc[shown]
+    with_loss = bool(means["eval_loss"].notna().any())
+    y = "eval_loss" if with_loss else "tokens_per_second"
+    means = means.dropna(subset=["peak_memory_bytes", y])
+    if means.empty:
+        return None
+    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    figures = means[["peak_memory_bytes"]].assign(slowness=-means["tokens_per_second"].fillna(0.0))
+    if with_loss:
+        figures["loss"] = means["eval_loss"]
+    data = _described(comparison, means.index.tolist()).set_index("config")
+    data["memory"] = means["peak_memory_bytes"] / size
+    data["y"] = means[y]
+    data["speed"] = means["tokens_per_second"]
+    data["front"] = numpy.where(pareto_front(figures), "on the front", "beaten by another")
+    titles = {"eval_loss": "Eval loss (nats per token)", "tokens_per_second": "Tokens per second"}
+    base = altair.Chart(data.reset_index()).encode(
+        x=altair.X("memory:Q", title=f"Peak memory ({unit})", scale=altair.Scale(zero=False, padding=24)),
+        y=altair.Y("y:Q", title=titles[y], scale=altair.Scale(zero=False, padding=18)),
+        tooltip=_TOOLTIP,
+    )
+    points = base.mark_point(size=110, filled=True, opacity=0.95).encode(
+        color=altair.Color("speed:Q", title="Tokens/s", scale=altair.Scale(scheme="viridis")),
+        shape=altair.Shape(
+            "front:N",
+            title=None,
+            scale=altair.Scale(domain=["on the front", "beaten by another"], range=["circle", "triangle"]),
+            legend=altair.Legend(orient="top"),
+        ),
+    )
+    names = base.transform_filter(altair.datum.front == "on the front").mark_text(
+        align="left", dx=8, dy=-7, fontSize=10
+    )
+    chart = (points + names.encode(text="technique:N")).properties(
+        width=_WIDTH, height=400, title="Memory, loss and speed" if with_loss else "Memory and speed"
+    )
+    caption = "A configuration is on the front when no other one is at least as good in all of these and better in one."
+    return Chart("pareto", "Memory, speed and loss", caption, chart.interactive())
+
+
+# ------------------------------------------------------------------------------------ effects
+
+_VERDICTS = ("better", "worse", "same", "not distinguishable")
+
+
+def effects(comparison: Comparison) -> Chart | None:
+    """Every technique's effect on memory, speed and loss, with its interval."""
+    m = comparison.measurements
+    others = [c for c in _shown(comparison, _MOST_BARS + 1) if c != m.baseline]
+    if not others or m.baseline is None:
+        return None
+    described = _described(comparison, others)
+    panels: list[Any] = []
+    for metric, title in zip(HEADLINE, ("Peak memory (×)", "Tokens per second (×)", "Eval loss (nats)"), strict=True):
+        rows = []
+        for config in others:
+            estimate = comparison.of(metric, config)
+            if estimate is not None:
+                rows.append(
+                    {"config": config, "value": estimate.value, "low": estimate.low, "high": estimate.high,
+                     "verdict": estimate.verdict, "said": effect_and_word(estimate)}
+                )  # fmt: skip
+        if rows:
+            data = pandas.DataFrame(rows).merge(described, on="config")
+            panels.append(_effect_panel(data, title, METRICS[metric].scale, described, first=not panels))
+    if not panels:
+        return None
+    chart = altair.hconcat(*panels, title="Effect of each technique against the baseline").resolve_scale(color="shared")
+    return Chart("effects", "Effects with their intervals", "Dots are estimates, lines their 95 % intervals.", chart)
+
+
+def _effect_panel(data: pandas.DataFrame, title: str, scale: str, described: pandas.DataFrame, *, first: bool) -> Any:
+    nothing = 1.0 if scale == "ratio" else 0.0
+    axis = _NAMES if first else altair.Axis(labels=False, ticks=False)
+    x_scale = altair.Scale(type="log") if scale == "ratio" else altair.Scale(zero=False)
+    colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
+    shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
+    base = altair.Chart(data).encode(
+        y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=axis),
+        color=altair.Color("verdict:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
+        tooltip=[altair.Tooltip("said:N", title="effect"), *_TOOLTIP],
+    )
+    line = altair.Chart(pandas.DataFrame({"at": [nothing]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
+    ticks = _ratio_ticks(data) if scale == "ratio" else None
+    x_axis = altair.Axis(values=ticks, format="~g") if ticks else altair.Axis()
+    bars = base.mark_rule(strokeWidth=2).encode(
+        x=altair.X("low:Q", title=title, scale=x_scale, axis=x_axis), x2=altair.X2("high:Q")
+    )
+    dots = base.mark_point(size=70, filled=True, opacity=1).encode(
+        x=altair.X("value:Q", title=title, scale=x_scale, axis=x_axis),
+        shape=altair.Shape("verdict:N", scale=shapes, title=None, legend=altair.Legend(orient="top")),
+    )
+    return (line + bars + dots).properties(width=240)
+
+
+def _ratio_ticks(data: pandas.DataFrame) -> list[float]:
+    low = min(data[["value", "low"]].min().min(), 1.0)
+    high = max(data[["value", "high"]].max().max(), 1.0)
+    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0]
+    if high / low < 1.8:
+        ticks = [round(0.5 + 0.1 * i, 1) for i in range(16)]
+    return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
+
+
+# ------------------------------------------------------------------------------------ curves
+
+
+def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None:
+    """Training loss over tokens, and over the seconds that these tokens take at the measured speed."""
+    m = comparison.measurements
+    if not comparison.means["eval_loss"].notna().any():
+        return None  # losses of random weights mean nothing
+    speed = comparison.means["tokens_per_second"]
+    drawn = [c for c in _curves_of_interest(comparison) if pandas.notna(speed.get(c))]
+    data = steps[steps["config"].isin(drawn)].sort_values(["config", "repeat", "step"])
+    if data.empty:
+        return None
+    data = data.assign(tokens=data.groupby(["config", "repeat"])["tokens"].cumsum())
+    data = data.groupby(["config", "step"])[["tokens", "loss"]].mean().reset_index()
+    data["seconds"] = data["tokens"] / data["config"].map(speed)
+    data["technique"] = data["config"].map(m.configs["label"]).astype(str)
+    names = [str(m.configs.at[c, "label"]) for c in drawn]
+    colours = altair.Scale(domain=names, range=list(_LINES[: len(names)]))
+    legend = altair.Legend(labelLimit=220)
+    panels = []
+    for x, title in (("tokens", "Tokens trained on"), ("seconds", "Seconds at the measured speed")):
+        base = altair.Chart(data).encode(
+            x=altair.X(f"{x}:Q", title=title),
+            y=altair.Y("loss:Q", title="Training loss (nats per token)", scale=altair.Scale(zero=False)),
+            color=altair.Color("technique:N", scale=colours, title=None, legend=legend),
+            strokeDash=altair.StrokeDash("technique:N", scale=altair.Scale(domain=names), title=None, legend=legend),
+            tooltip=["technique:N", altair.Tooltip(f"{x}:Q", title=title, format=",.1f"), "loss:Q", "step:Q"],
+        )
+        panels.append(base.mark_line(point=True).properties(width=300, height=260))
+    chart = altair.hconcat(*panels, title="Training loss")
+    caption = "Loss of each optimizer step before its update, averaged over repeats; steps see different stories."
+    return Chart("loss", "Loss over tokens and seconds", caption, chart)
+
+
+def _curves_of_interest(comparison: Comparison) -> Iterator[int]:
+    """The baseline, and those whose speed or loss differs most from it: eight lines are what eyes can follow."""
+    m = comparison.measurements
+    if m.baseline is None:
+        yield from _shown(comparison, len(_LINES))
+        return
+    sizes: dict[int, float] = {}
+    for config in _shown(comparison, _MOST_POINTS):
+        loss, speed = comparison.of("eval_loss", config), comparison.of("tokens_per_second", config)
+        sizes[config] = (abs(loss.value) if loss else 0.0) + (abs(math.log(speed.value)) if speed else 0.0)
+    sizes[m.baseline] = math.inf
+    yield from sorted(sizes, key=lambda c: -sizes[c])[: len(_LINES)]
+
+
+def levels(comparison: Comparison) -> Chart | None:
+    """Peak memory and speed over micro-batch size (at equal effective batch) and sequence length."""
+    m = comparison.measurements
+    micro = Contrast(
+        compare={"micro_batch_size": (None, None)},
+        free=("gradient_accumulation_steps",),
+        hold=("effective_batch_size",),
+    )
+    length = Contrast(compare={"sequence_length": (None, None)})
+    columns = []
+    for contrast, key, title in (
+        (micro, "micro_batch_size", "Micro-batch size, at equal effective batch"),
+        (length, "sequence_length", "Sequence length (tokens)"),
+    ):
+        configs = m.family(contrast)
+        if len(configs) > 1:
+            columns.append(_level_panels(comparison, configs, key, title))
+    if not columns:
+        return None
+    chart = altair.hconcat(*columns, title="Micro-batch and sequence length")
+    return Chart("levels", "Micro-batch and sequence length", "Each point is a measured configuration.", chart)
+
+
+def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, title: str) -> Any:
+    means = comparison.means.loc[configs.index]
+    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    data = _described(comparison, configs.index.tolist())
+    data["level"] = configs[key].to_numpy()
+    data["memory"] = (means["peak_memory_bytes"] / size).to_numpy()
+    data["speed"] = means["tokens_per_second"].to_numpy()
+    x = altair.X("level:Q", title=title, axis=altair.Axis(values=sorted({*data["level"].tolist()}), format="d"))
+    panels = [
+        altair.Chart(data)
+        .mark_line(point=altair.OverlayMarkDef(size=60, filled=True), color=colour)
+        .encode(x=x, y=altair.Y(f"{column}:Q", title=said, scale=altair.Scale(zero=True)), tooltip=_TOOLTIP)
+        .properties(width=300, height=170)
+        for column, said, colour in (("memory", f"Peak memory ({unit})", BLUE), ("speed", "Tokens per second", RED))
+    ]
+    return altair.vconcat(*panels)
+
+
+def predicted(comparison: Comparison) -> Chart | None:
+    """Measured against predicted peak memory, where there was a prediction."""
+    means = comparison.means.loc[_shown(comparison, _MOST_POINTS)]
+    means = means.dropna(subset=["predicted_peak_memory_bytes", "peak_memory_bytes"])
+    if means.empty:
+        return None
+    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    data = _described(comparison, means.index.tolist())
+    data["predicted"] = (means["predicted_peak_memory_bytes"] / size).to_numpy()
+    data["measured"] = (means["peak_memory_bytes"] / size).to_numpy()
+    most = float(data[["predicted", "measured"]].max().max()) * 1.05
+    diagonal = altair.Chart(pandas.DataFrame({"at": [0.0, most]})).mark_line(color=GREY, strokeDash=[4, 3])
+    points = altair.Chart(data).mark_point(size=70, filled=True, color=BLUE, opacity=1)
+    chart = diagonal.encode(x="at:Q", y="at:Q") + points.encode(
+        x=altair.X("predicted:Q", title=f"Predicted peak memory ({unit})"),
+        y=altair.Y("measured:Q", title=f"Measured peak memory ({unit})"),
+        tooltip=_TOOLTIP,
+    )
+    chart = chart.properties(width=340, height=340, title="Predicted and measured")
+    return Chart("predicted", "Predicted and measured", "Points above the line needed more than was predicted.", chart)

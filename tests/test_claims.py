@@ -1,0 +1,69 @@
+"""Claims: what is accepted, and how measurements judge them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from harness.claims import CONDITIONS, Claim, Expectation, lesson
+from harness.metrics import METRICS
+
+GOOD = {
+    "id": "checkpointing",
+    "says": "Checkpointing saves memory",
+    "compare": {"gradient_checkpointing": [False, True]},
+    "metric": "peak_memory_bytes",
+    "expect": "ratio <= 0.75",
+}
+
+
+def test_expectations_are_regions() -> None:
+    assert Expectation.parse("ratio <= 0.75") == Expectation(quantity="ratio", high=0.75)
+    assert Expectation.parse("difference between -0.01 and 0.05") == Expectation(
+        quantity="difference", low=-0.01, high=0.05
+    )
+    assert Expectation.parse("ratio = 1").same
+    assert Expectation.parse("ratio < 1").high < 1, "what is equal is not less"
+    assert Expectation.parse("value > 8").low > 8
+    assert Expectation.parse("status oom").status == "oom"
+    assert Expectation.parse("difference >= -0.5").high == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"expect": "less"}, "no expectation"),
+        ({"expect": "status broken"}, "no status"),
+        ({"expect": "ratio between 2 and 1"}, "swap"),
+        ({"expect": "ratio = 2"}, "no effect"),
+        ({"expect": "difference < 0"}, "compared by ratio"),
+        ({"expect": "value < 3"}, "takes ratio or difference"),
+        ({"compare": {"gradient_checkpoint": [False, True]}}, "did you mean gradient_checkpointing"),
+        ({"compare": {"lora_r": [1, 2, 3]}}, "too_long|at most 2"),
+        ({"compare": {}}, "takes value or status"),
+        ({"free": ["learningrate"]}, "did you mean learning_rate"),
+        ({"metric": "peak_memory"}, "did you mean"),
+        ({"says": "two\nlines"}, "one line"),
+        ({"id": "a b"}, "pattern"),
+        ({"unheard": 1}, "extra"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(changes: dict[str, object], says: str) -> None:
+    Claim.model_validate(GOOD)
+    with pytest.raises(ValidationError, match=says):
+        Claim.model_validate(GOOD | changes)
+
+
+def test_the_lessons_claims_are_whole() -> None:
+    claims = lesson().claims
+    assert len(claims) >= 20
+    assert len({claim.id for claim in claims}) == len(claims)
+    keys = {key for claim in claims for key in (*claim.compare, *claim.where)}
+    assert keys <= {*CONDITIONS}
+    # What the lesson speaks of.
+    assert keys >= {"adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "precision",
+                    "micro_batch_size", "sequence_length", "gradient_accumulation_steps", "gradient_checkpointing",
+                    "memory_budget", "system_prompt", "optimizer"}  # fmt: skip
+    assert {claim.metric for claim in claims} <= set(METRICS)

@@ -1,0 +1,112 @@
+"""The page in a real browser, from disk, with the network off."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import full_report, measured
+
+from harness.spec import TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium without a screen. Where it is missing the tests are skipped, except where CI is set."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver) and not os.environ.get("CI"):
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium or "chromium"
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",  # CI runs as root
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1400,1000",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver or "chromedriver"))
+    try:
+        started.execute_cdp_cmd("Network.enable", {})
+        conditions = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+        started.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+        yield started
+    finally:
+        started.quit()
+
+
+def test_the_page_works_from_disk_without_a_network(browser: Any, small: Small, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    measured(small, tmp_path / "results" / "g")
+    said = full_report(tmp_path / "results" / "g", tmp_path / "out")
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
+
+    # Every chart is drawn, and marks with it.
+    charts = browser.find_elements(By.CSS_SELECTOR, "[data-chart]")
+    assert [chart.get_attribute("data-chart") for chart in charts] == [chart.id for chart in said.charts]
+    for chart in charts:
+        drawn = chart.find_element(By.CSS_SELECTOR, "svg")
+        assert drawn.size["width"] > 200
+        assert drawn.find_elements(By.CSS_SELECTOR, "path, rect")
+
+    # What came from data is text.
+    assert not browser.find_elements(By.XPATH, "//td//script | //li//script | //summary//script")
+    table = browser.find_element(By.ID, "techniques-rows")
+    assert "<script>alert(1)</script>" in table.text
+
+    def column(number: int) -> list[str]:
+        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr:not([hidden])")
+        return [row.find_elements(By.TAG_NAME, "td")[number].text for row in rows]
+
+    # Sorting goes by size, not by text: 800 B comes before 1000 B.
+    memory = table.find_elements(By.CSS_SELECTOR, "th button")[1]
+    memory.click()
+    assert column(1) == ["800 B", "1000 B", "1000 B", "1.27 KiB", "3.91 KiB"]
+    memory.click()
+    assert column(1)[0] == "3.91 KiB"
+
+    field = browser.find_element(By.CSS_SELECTOR, "[data-table=techniques-rows]")
+    field.send_keys("lora_r=8")
+    assert column(0) == ["lora_r=8"]
+    assert browser.find_element(By.CSS_SELECTOR, "#techniques .tools span").text == "1 of 5"
+
+    # The title of a row is its configuration.
+    assert "lora_r: 8" in table.find_element(By.CSS_SELECTOR, "tbody tr:not([hidden])").get_attribute("title")
+
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert not errors, errors
+
+
+def test_both_colour_schemes_are_drawn(browser: Any, small: Small, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    measured(small, tmp_path / "results" / "g")
+    full_report(tmp_path / "results" / "g", tmp_path / "out")
+    colours = set()
+    for scheme in ("dark", "light"):
+        feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+        browser.get((tmp_path / "out" / "report.html").as_uri())
+        WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
+        label = browser.find_element(By.CSS_SELECTOR, "[data-chart=memory] .role-axis-title text")
+        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        colours.add((paper, label.get_attribute("fill")))
+    assert colours == {("rgb(20, 23, 26)", "#e6e9ec"), ("rgb(255, 255, 255)", "#1b1f24")}

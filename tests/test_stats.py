@@ -1,0 +1,120 @@
+"""Effects and verdicts against known truths."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pandas
+import pytest
+from scipy import stats as scipy_stats
+
+from harness import stats
+
+FAMILY = 20
+
+
+def pairs(values: numpy.ndarray) -> tuple[pandas.Series, pandas.Series]:
+    """One row of `values` per comparison, one column per pair."""
+    comparisons = numpy.repeat(numpy.arange(values.shape[0]), values.shape[1])
+    return pandas.Series(values.ravel()), pandas.Series(comparisons)
+
+
+def verdicts(values: numpy.ndarray, floor: float | None = None, negligible: float = 0.0) -> pandas.DataFrame:
+    return stats.verdicts(stats.paired(*pairs(values)), "higher", negligible, floor)
+
+
+def test_intervals_and_p_values_are_students() -> None:
+    values = numpy.array([[0.5, 0.1, 0.6, 0.2], [0.0, -0.3, 0.1, 0.1]])
+    found = stats.paired(*pairs(values))
+    for row, given in zip(found.itertuples(), values, strict=True):
+        expected = scipy_stats.ttest_1samp(given, 0)
+        low, high = expected.confidence_interval(0.95)
+        assert (row.low, row.high, row.p) == pytest.approx((low, high, expected.pvalue))
+        assert row.n == 4
+
+
+def test_welch_is_scipys() -> None:
+    a, b = numpy.array([5.0, 5.2, 4.9]), numpy.array([4.1, 4.6, 4.0, 4.3])
+    columns = [pandas.DataFrame({"mean": [x.mean()], "var": [x.var(ddof=1)], "count": [len(x)]}) for x in (a, b)]
+    found = stats.welch(*columns).iloc[0]
+    expected = scipy_stats.ttest_ind(a, b, equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, low, high))
+
+
+def test_one_pair_has_an_effect_and_no_interval() -> None:
+    found = verdicts(numpy.array([[0.7]])).iloc[0]
+    assert found.effect == 0.7
+    assert math.isnan(found.low)
+    assert math.isnan(found.p)
+    assert found.verdict == "not distinguishable"
+    assert stats.paired(pandas.Series([math.nan]), pandas.Series([0])).empty
+
+
+def test_exact_figures_need_one_pair() -> None:
+    differences, by = pairs(numpy.array([[0.0], [-0.3], [0.002]]))
+    found = stats.verdicts(stats.exact(differences, by), "lower", 0.01)
+    assert found["verdict"].tolist() == ["same", "better", "same"]
+
+
+def test_holm_is_the_step_down_procedure() -> None:
+    found = stats.holm(pandas.Series([0.01, 0.04, 0.03, 0.005, math.nan]))
+    assert found.tolist()[:4] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert math.isnan(found[4])
+
+
+def test_no_effect_is_seldom_called_one() -> None:
+    """Family-wise: 1,000 families of 20 null comparisons at n = 6, the noise floor unknown."""
+    generator = numpy.random.default_rng(1)
+    wrong = 0
+    for _ in range(1000):
+        found = verdicts(generator.normal(0.0, 0.02, (FAMILY, 6)))
+        wrong += bool((found["verdict"] != "not distinguishable").any())
+    assert wrong / 1000 <= 0.06
+
+
+def test_a_grid_of_equal_trials_shows_no_difference() -> None:
+    """As above, with the floor that its own baseline, run twice, gives: the share of wrong grids falls further."""
+    generator = numpy.random.default_rng(2)
+    wrong = 0
+    for _ in range(500):
+        floor = stats.noise_floor(pandas.Series(generator.normal(0.0, 0.02, 6)))
+        found = verdicts(generator.normal(0.0, 0.02, (FAMILY, 6)), floor)
+        wrong += bool(found["verdict"].isin(["better", "worse"]).any())
+    assert wrong / 500 <= 0.05
+
+
+def test_three_per_cent_are_found_in_two_per_cent_of_noise() -> None:
+    generator = numpy.random.default_rng(3)
+    hits = 0
+    for _ in range(500):
+        floor = stats.noise_floor(pandas.Series(generator.normal(0.0, 0.02, 8)))
+        hits += verdicts(generator.normal(math.log(1.03), 0.02, (1, 8)), floor)["verdict"].iloc[0] == "better"
+    assert hits / 500 >= 0.85
+
+
+def test_intervals_cover_what_they_promise() -> None:
+    """Loss differences of stories that differ from one another, each seen in three repeats."""
+    generator = numpy.random.default_rng(4)
+    truth, stories, repeats, times = 0.03, 12, 3, 3000
+    of_story = truth + generator.normal(0.0, 0.1, (times, stories, 1))
+    seen = (of_story + generator.normal(0.0, 0.05, (times, stories, repeats))).mean(axis=2)
+    found = stats.paired(*pairs(seen))
+    assert 0.93 <= ((found["low"] <= truth) & (truth <= found["high"])).mean() <= 0.97
+
+
+def test_nothing_below_the_noise_floor_is_a_difference() -> None:
+    steady = numpy.array([[0.050, 0.051, 0.049, 0.050]])
+    assert verdicts(steady)["verdict"].tolist() == ["better"]
+    assert verdicts(steady, floor=0.06)["verdict"].tolist() == ["not distinguishable"]
+    assert stats.noise_floor(pandas.Series([0.03, -0.03, 0.03, -0.03])) == pytest.approx(0.03)
+    assert stats.noise_floor(pandas.Series([0.04])) == pytest.approx(0.08)
+    assert stats.noise_floor(pandas.Series([math.nan])) is None
+
+
+def test_same_needs_the_whole_interval() -> None:
+    narrow, wide = numpy.array([[0.001, 0.002, 0.0, 0.001]]), numpy.array([[0.03, -0.03, 0.02, -0.02]])
+    assert verdicts(narrow, negligible=0.02)["verdict"].tolist() == ["same"]
+    assert verdicts(wide, negligible=0.02)["verdict"].tolist() == ["not distinguishable"]
+    assert verdicts(narrow, floor=0.05, negligible=0.02)["verdict"].tolist() == ["not distinguishable"]
