@@ -146,8 +146,8 @@ def holm(p: pandas.Series) -> pandas.Series:
 def noise_floor(twins: pandas.Series) -> float | None:
     """The effect below which nothing is called a difference, from a baseline run twice (A/A).
 
-    Twice the standard error of the mean of what two runs of the same thing differ by, whose true mean is 0:
-    2 × sqrt(mean of squares) ÷ sqrt(n).
+    The standard error of the mean of what two runs of the same thing differ by, whose true mean is 0:
+    sqrt(mean of squares) ÷ sqrt(n). A single difference says little of its own size and counts twice.
 
     Args:
         twins: one difference a repeat.
@@ -158,7 +158,7 @@ def noise_floor(twins: pandas.Series) -> float | None:
     values = twins.dropna().to_numpy(float)
     if not len(values):
         return None
-    return float(2 * math.sqrt(numpy.mean(values**2)) / math.sqrt(len(values)))
+    return float((2 if len(values) == 1 else 1) * math.sqrt(numpy.mean(values**2)) / math.sqrt(len(values)))
 
 
 def verdicts(

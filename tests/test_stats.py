@@ -65,7 +65,7 @@ def test_holm_is_the_step_down_procedure() -> None:
 
 
 def test_no_effect_is_seldom_called_one() -> None:
-    """Family-wise: 1,000 families of 20 null comparisons at n = 6, the noise floor unknown."""
+    """Family-wise: families of 20 null comparisons at n = 6, each with a Student's t of its own."""
     generator = numpy.random.default_rng(1)
     wrong = 0
     for _ in range(1000):
@@ -74,24 +74,59 @@ def test_no_effect_is_seldom_called_one() -> None:
     assert wrong / 1000 <= 0.06
 
 
-def test_a_grid_of_equal_trials_shows_no_difference() -> None:
-    """As above, with the floor that its own baseline, run twice, gives: the share of wrong grids falls further."""
+def grid_of_speeds(
+    generator: numpy.random.Generator, effects: list[float], repeats: int, with_floor: bool
+) -> pandas.DataFrame:
+    """Verdicts on a grid: each trial has 2 % of noise, each repeat a drift of 10 %, and the baseline runs twice."""
+    levels = numpy.array([0.0, 0.0, *effects])
+    values = generator.normal(0.0, 0.02, (len(levels), repeats)) + levels[:, None]
+    values += generator.normal(0.0, 0.1, repeats)
+    treatment = numpy.array([0, 0, *range(1, 1 + len(effects))])
+    every = pandas.Series(values.ravel())
+    noise = stats.noise(
+        every,
+        pandas.Series(numpy.repeat(treatment, repeats)),
+        pandas.Series(numpy.tile(numpy.arange(repeats), len(levels))),
+    )
+    assert noise is not None
+    found = stats.paired(*pairs(values[2:] - values[:2].mean(axis=0)))
+    weights = pandas.Series(1 / repeats + 1 / (2 * repeats), found.index)
+    floor = stats.noise_floor(pandas.Series(values[1] - values[0])) if with_floor else None
+    return stats.verdicts(stats.in_blocks(found, weights, noise), "higher", 0.0, floor)
+
+
+@pytest.mark.parametrize("with_floor", [False, True])
+def test_a_grid_of_equal_trials_shows_no_difference(with_floor: bool) -> None:
+    """8,000 null comparisons in 400 grids at n = 6: the share of grids that show a difference."""
     generator = numpy.random.default_rng(2)
-    wrong = 0
-    for _ in range(500):
-        floor = stats.noise_floor(pandas.Series(generator.normal(0.0, 0.02, 6)))
-        found = verdicts(generator.normal(0.0, 0.02, (FAMILY, 6)), floor)
-        wrong += bool(found["verdict"].isin(["better", "worse"]).any())
-    assert wrong / 500 <= 0.05
+    grids = [grid_of_speeds(generator, [0.0] * FAMILY, 6, with_floor)["verdict"] for _ in range(400)]
+    wrong = sum(bool(verdict.isin(["better", "worse"]).any()) for verdict in grids)
+    assert wrong / 400 <= (0.03 if with_floor else 0.06)
 
 
 def test_three_per_cent_are_found_in_two_per_cent_of_noise() -> None:
     generator = numpy.random.default_rng(3)
-    hits = 0
-    for _ in range(500):
-        floor = stats.noise_floor(pandas.Series(generator.normal(0.0, 0.02, 8)))
-        hits += verdicts(generator.normal(math.log(1.03), 0.02, (1, 8)), floor)["verdict"].iloc[0] == "better"
-    assert hits / 500 >= 0.85
+    effect = [math.log(1.03)]
+    found = [grid_of_speeds(generator, effect, 8, with_floor=True)["verdict"].iloc[0] for _ in range(300)]
+    assert found.count("better") / 300 >= 0.8
+    assert "worse" not in found
+
+
+def test_noise_is_what_configuration_and_repeat_leave() -> None:
+    generator = numpy.random.default_rng(5)
+    rows = [
+        (config, repeat, 10 * config - 3 * repeat + generator.normal(0.0, 0.5))
+        for config in range(30)
+        for repeat in range(8)
+        if (config + repeat) % 5  # not every configuration is in every repeat
+    ]
+    frame = pandas.DataFrame(rows, columns=["config", "repeat", "value"])
+    found = stats.noise(frame["value"], frame["config"], frame["repeat"])
+    assert found is not None
+    assert found.df == len(frame) - 30 - 8 + 1
+    assert found.sigma == pytest.approx(0.5, rel=0.1)
+    single = frame[frame["repeat"] == 0]
+    assert stats.noise(single["value"], single["config"], single["repeat"]) is None
 
 
 def test_intervals_cover_what_they_promise() -> None:
@@ -108,7 +143,7 @@ def test_nothing_below_the_noise_floor_is_a_difference() -> None:
     steady = numpy.array([[0.050, 0.051, 0.049, 0.050]])
     assert verdicts(steady)["verdict"].tolist() == ["better"]
     assert verdicts(steady, floor=0.06)["verdict"].tolist() == ["not distinguishable"]
-    assert stats.noise_floor(pandas.Series([0.03, -0.03, 0.03, -0.03])) == pytest.approx(0.03)
+    assert stats.noise_floor(pandas.Series([0.03, -0.03, 0.03, -0.03])) == pytest.approx(0.015)
     assert stats.noise_floor(pandas.Series([0.04])) == pytest.approx(0.08)
     assert stats.noise_floor(pandas.Series([math.nan])) is None
 

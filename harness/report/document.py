@@ -21,6 +21,9 @@ MOST_ROWS = 500
 """Configurations that a page or a Markdown table shows; the CSV has them all."""
 
 
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it is there
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One configuration, ready to be run again."""
@@ -194,7 +197,7 @@ def _configurations(m: Measurements) -> list[Configuration]:
         if row["twin"]:
             continue
         values = {k: v for k, v in spec(m.configs, number).canonical().items() if v is not None}
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
         found.append(Configuration(int(number), str(row["label"]), str(row["status"]), text))
     return found
 

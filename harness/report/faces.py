@@ -80,7 +80,7 @@ def terminal(comparison: Comparison) -> RichTable:
     shown = RichTable(title=escape(m.title), caption=escape(where), title_justify="left", caption_justify="left")
     for number, heading in enumerate(("Technique", "Peak memory", "Tokens/s", "Eval loss", "n")):
         shown.add_column(heading, justify="right" if number == 4 else "left")
-    for technique, *cells, repeats in techniques(comparison).rows[:MOST_ROWS]:
+    for technique, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
         figures = [
             f"{escape(value.text)}\n[dim]{escape(against.text)}[/]"
             for value, against in zip(cells[::2], cells[1::2], strict=True)
@@ -193,15 +193,15 @@ def comparisons_csv(document: Document) -> str:
     return out.getvalue()
 
 
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\rightarrow$", "÷": r"$\div$", "±": r"$\pm$",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return " ".join(text.split()).translate(_LATEX)
 
 
 def latex(table: Table) -> str:

@@ -473,16 +473,15 @@ def describe(environment: dict[str, Any]) -> str:
     )
 
 
-def changes(configs: pandas.DataFrame, config: int, base: int | None) -> dict[str, Any]:
-    """The keys in which a configuration differs from another; all of its keys where there is none."""
-    row = configs.loc[config]
-    found = {}
-    for key in _KEYS:
-        value = row[key]
-        if base is not None and (value == configs.at[base, key] or (_null(value) and _null(configs.at[base, key]))):
-            continue
-        found[key] = None if _null(value) else value
-    return found
+def changes(m: Measurements, configs: Sequence[int]) -> list[dict[str, Any]]:
+    """The keys in which each configuration differs from the baseline; all of its keys where there is none."""
+    base = {} if m.baseline is None else _keys(m.configs, [m.baseline])[0]
+    return [{k: v for k, v in row.items() if k not in base or v != base[k]} for row in _keys(m.configs, configs)]
+
+
+def _keys(configs: pandas.DataFrame, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    rows = configs.loc[list(numbers), list(_KEYS)].to_dict("records")
+    return [{str(key): None if _null(value) else value for key, value in row.items()} for row in rows]
 
 
 def spec(configs: pandas.DataFrame, config: int) -> TrialSpec:

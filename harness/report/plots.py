@@ -13,8 +13,8 @@ import pandas
 
 from harness.claims import Contrast
 from harness.metrics import COMPONENTS, GIB, METRICS
-from harness.report.measurements import changes
-from harness.report.tables import HEADLINE, Comparison, order
+from harness.report.measurements import changes, labels
+from harness.report.tables import HEADLINE, Comparison
 from harness.report.words import effect_and_word, figure
 
 # Okabe and Ito's colours (2008), which people with any colour vision tell apart.
@@ -22,7 +22,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#C
 _LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#7f6d00", GREY)
 
 _MOST_BARS = 40
-_MOST_POINTS = 2000
+_MOST_POINTS = 500
 _WIDTH = 640
 
 
@@ -63,13 +63,12 @@ def _described(comparison: Comparison, configs: Sequence[int]) -> pandas.DataFra
     """What tooltips say of configurations: label, figures, and how they differ from the baseline."""
     m = comparison.measurements
     rows = []
-    for config in configs:
+    for config, label, differs in zip(configs, labels(m, configs), changes(m, configs), strict=True):
         means = comparison.mean(config)
-        differs = changes(m.configs, config, m.baseline) if config != m.baseline else {}
         rows.append(
             {
                 "config": config,
-                "technique": str(m.configs.at[config, "label"]),
+                "technique": label,
                 "differs": ", ".join(f"{k}: {v}" for k, v in differs.items()) or "the baseline",
                 **{f"{metric}_said": figure(metric, means[metric]) for metric in HEADLINE},
             }
@@ -89,12 +88,6 @@ _TOOLTIP = [
 _NAMES = altair.Axis(labelLimit=260)
 
 
-def _shown(comparison: Comparison, most: int) -> list[int]:
-    """Measured configurations, the baseline first, its second run apart."""
-    m = comparison.measurements
-    return [c for c in order(m) if c in comparison.means.index and not m.configs.at[c, "twin"]][:most]
-
-
 def _memory_unit(largest: float) -> tuple[str, float]:
     return ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", 2.0**20)
 
@@ -104,7 +97,7 @@ def _memory_unit(largest: float) -> tuple[str, float]:
 
 def memory(comparison: Comparison) -> Chart | None:
     """Peak memory of each technique, split into what holds it."""
-    means = comparison.means.reindex(_shown(comparison, len(comparison.means)))
+    means = comparison.means.reindex(comparison.shown)
     peaks = means["peak_memory_bytes"].dropna().sort_values().head(_MOST_BARS)
     parts = means.loc[peaks.index, [f"memory_{c}_bytes" for c in COMPONENTS]]
     if parts.dropna(how="all").empty:
@@ -155,7 +148,7 @@ def pareto_front(figures: pandas.DataFrame) -> pandas.Series:
 
 def pareto(comparison: Comparison) -> Chart | None:
     """Loss (or speed, where no loss means anything) against memory, speed as colour, the front joined."""
-    shown = _shown(comparison, _MOST_POINTS)
+    shown = comparison.shown[:_MOST_POINTS]
     means = comparison.means.loc[shown]
     with_loss = bool(means["eval_loss"].notna().any())
     y = "eval_loss" if with_loss else "tokens_per_second"
@@ -173,7 +166,7 @@ def pareto(comparison: Comparison) -> Chart | None:
     data["front"] = numpy.where(pareto_front(figures), "on the front", "beaten by another")
     titles = {"eval_loss": "Eval loss (nats per token)", "tokens_per_second": "Tokens per second"}
     base = altair.Chart(data.reset_index()).encode(
-        x=altair.X("memory:Q", title=f"Peak memory ({unit})", scale=altair.Scale(zero=False, padding=24)),
+        x=altair.X("memory:Q", title=f"Peak memory ({unit})", scale=altair.Scale(type="log", nice=False, padding=24)),
         y=altair.Y("y:Q", title=titles[y], scale=altair.Scale(zero=False, padding=18)),
         tooltip=_TOOLTIP,
     )
@@ -204,7 +197,7 @@ _VERDICTS = ("better", "worse", "same", "not distinguishable")
 def effects(comparison: Comparison) -> Chart | None:
     """Every technique's effect on memory, speed and loss, with its interval."""
     m = comparison.measurements
-    others = [c for c in _shown(comparison, _MOST_BARS + 1) if c != m.baseline]
+    others = [c for c in comparison.shown[: _MOST_BARS + 1] if c != m.baseline]
     if not others or m.baseline is None:
         return None
     described = _described(comparison, others)
@@ -230,7 +223,7 @@ def effects(comparison: Comparison) -> Chart | None:
 def _effect_panel(data: pandas.DataFrame, title: str, scale: str, described: pandas.DataFrame, *, first: bool) -> Any:
     nothing = 1.0 if scale == "ratio" else 0.0
     axis = _NAMES if first else altair.Axis(labels=False, ticks=False)
-    x_scale = altair.Scale(type="log") if scale == "ratio" else altair.Scale(zero=False)
+    x_scale = altair.Scale(type="log", nice=False, padding=10) if scale == "ratio" else altair.Scale(zero=False)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
     base = altair.Chart(data).encode(
@@ -299,10 +292,10 @@ def _curves_of_interest(comparison: Comparison) -> Iterator[int]:
     """The baseline, and those whose speed or loss differs most from it: eight lines are what eyes can follow."""
     m = comparison.measurements
     if m.baseline is None:
-        yield from _shown(comparison, len(_LINES))
+        yield from comparison.shown[: len(_LINES)]
         return
     sizes: dict[int, float] = {}
-    for config in _shown(comparison, _MOST_POINTS):
+    for config in comparison.shown[:_MOST_POINTS]:
         loss, speed = comparison.of("eval_loss", config), comparison.of("tokens_per_second", config)
         sizes[config] = (abs(loss.value) if loss else 0.0) + (abs(math.log(speed.value)) if speed else 0.0)
     sizes[m.baseline] = math.inf
@@ -352,7 +345,7 @@ def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, t
 
 def predicted(comparison: Comparison) -> Chart | None:
     """Measured against predicted peak memory, where there was a prediction."""
-    means = comparison.means.loc[_shown(comparison, _MOST_POINTS)]
+    means = comparison.means.loc[comparison.shown[:_MOST_POINTS]]
     means = means.dropna(subset=["predicted_peak_memory_bytes", "peak_memory_bytes"])
     if means.empty:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas
@@ -53,9 +54,20 @@ class Comparison:
         """The estimate, or null where it was not measured."""
         return self.estimates[metric].get(config)
 
-    def mean(self, config: Any) -> Any:
-        """The figures of a measured configuration, by metric."""
-        return self.means.loc[config]
+    @cached_property
+    def shown(self) -> list[int]:
+        """Measured configurations in the report's order, the baseline's second run apart."""
+        m = self.measurements
+        there = set(m.configs.index[m.configs["measured"] & ~m.configs["twin"]])
+        return [config for config in order(m) if config in there]
+
+    def mean(self, config: Any) -> dict[str, float]:
+        """The figures of a configuration, by metric; empty where none was measured."""
+        return self._rows.get(config, {})
+
+    @cached_property
+    def _rows(self) -> dict[int, dict[str, float]]:
+        return {int(config): row for config, row in zip(self.means.index, self.means.to_dict("records"), strict=True)}  # type: ignore[misc]
 
 
 def compare(measurements: Measurements) -> Comparison:
@@ -86,13 +98,18 @@ def all_tables(comparison: Comparison) -> list[Table]:
 # ------------------------------------------------------------------------------------ every configuration
 
 
-def techniques(comparison: Comparison) -> Table:
-    """One row per configuration: its figures, and each beside the baseline's."""
+def techniques(comparison: Comparison, most: int | None = None) -> Table:
+    """One row per configuration: its figures, and each beside the baseline's.
+
+    Args:
+        comparison: what is shown.
+        most: rows; null: all.
+    """
     m = comparison.measurements
-    rows, configs = [], []
-    for config in order(m):
-        rows.append(_technique(comparison, config))
-        configs.append(config)
+    configs = order(m)[:most]
+    about = ["label", "status", "phase", "twin", "repeats", "oom_reached_bytes", "oom_requested_bytes"]
+    described = m.configs.loc[configs, about].to_dict("records")
+    rows = [_technique(comparison, config, row) for config, row in zip(configs, described, strict=True)]
     return Table(
         "techniques",
         "Technique comparison",
@@ -117,14 +134,13 @@ def order(m: Measurements) -> list[int]:
     return keys.sort_values(["group", "factor", "number", "label"], kind="stable").index.tolist()
 
 
-def _technique(comparison: Comparison, config: int) -> tuple[Cell, ...]:
-    row: Any = comparison.measurements.configs.loc[config]
+def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...]:
     label = str(row["label"])
     if row["status"] != "ok":
         label += f" ({failure(row)})"
     cells = [Cell(label)]
     for metric in HEADLINE:
-        mean = comparison.means[metric].get(config)
+        mean = comparison.mean(config).get(metric)
         estimate = comparison.of(metric, config)
         cells.append(Cell(figure(metric, mean), mean))
         if estimate is not None:
@@ -147,14 +163,12 @@ def failure(row: Any) -> str:
 
 def components(comparison: Comparison) -> Table:
     """The peak of each configuration, split into what holds it."""
-    m = comparison.measurements
-    rows, configs = [], []
-    for config in order(m):
-        if m.configs.at[config, "twin"] or config not in comparison.means.index:
-            continue
+    rows = []
+    configs = comparison.shown
+    for config, label in zip(configs, labels(comparison.measurements, configs), strict=True):
         means = comparison.mean(config)
         peak, weights = means["peak_memory_bytes"], means["memory_weights_bytes"]
-        cells = [Cell(str(m.configs.at[config, "label"]))]
+        cells = [Cell(label)]
         for component in COMPONENTS:
             size = means[f"memory_{component}_bytes"]
             share = f" ({size / peak:.0%})" if size > 0 and peak > 0 else ""
@@ -165,20 +179,20 @@ def components(comparison: Comparison) -> Table:
             Cell(MISSING if ratio is None or pandas.isna(ratio) else f"{ratio:.2f}", ratio),
         ]
         rows.append(tuple(cells))
-        configs.append(config)
     headings = ("Technique", *(c.capitalize() for c in COMPONENTS), "Peak", "Peak ÷ weights")
     note = "Live tensors at the moment of the peak; activations are everything that is none of the others."
     return Table("components", "Memory usage breakdown", headings, tuple(rows), note, tuple(configs))
 
 
+_MOST_COLUMNS = 8
 _LESSON_BYTES = {"weights": "2", "gradients": "2", "optimizer": "4 to 8", "activations": "variable", "total": "8 to 12"}
 
 
 def bytes_per_parameter(comparison: Comparison) -> Table:
     """Full fine-tuning in bytes per parameter, beside the rule of thumb for 16-bit weights."""
     m = comparison.measurements
-    full = [c for c in order(m) if c in comparison.means.index and m.configs.at[c, "adapter"] == "none"]
-    full = [c for c in full if not m.configs.at[c, "twin"]]
+    adapters = m.configs.loc[comparison.shown, "adapter"]
+    full = adapters.index[adapters == "none"].tolist()[:_MOST_COLUMNS]
     rows = []
     for component in ("weights", "gradients", "optimizer", "activations", "total"):
         name = "peak_memory_bytes" if component == "total" else f"memory_{component}_bytes"
@@ -219,9 +233,9 @@ def compared(m: Measurements, found: pandas.DataFrame) -> str:
     """What stands beside what: `precision=fp32 → baseline`."""
     if found.empty:
         return NOT_MEASURED
-    several = [" → ".join(labels(m, pair)) for pair in found[["reference", "config"]].to_numpy().tolist()]
-    shown = "; ".join(several[:3])
-    return shown if len(several) <= 3 else f"{shown}; and {len(several) - 3} more"
+    first = found[["reference", "config"]].head(3).to_numpy().tolist()
+    shown = "; ".join(" → ".join(labels(m, pair)) for pair in first)
+    return shown if len(found) <= 3 else f"{shown}; and {len(found) - 3} more"
 
 
 # ------------------------------------------------------------------------------------ batch and sequence
