@@ -31,11 +31,11 @@ _PARTS = (
 # tqdm's own lock is a semaphore that a worker's quick end would leave behind.
 tqdm.tqdm.set_lock(threading.RLock())
 
-for part in _PARTS:
-    importlib.import_module(part)
-
 # It says at import that a kernel for inference is missing, which would come from a hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+for part in _PARTS:
+    importlib.import_module(part)
 
 # bitsandbytes looks at the card when it is imported, and a process that has seen it cannot fork.
 if torch.version.cuda is None:
