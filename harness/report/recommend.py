@@ -102,11 +102,17 @@ def _where(values: pandas.Series, *, lowest: bool) -> int:
 
 
 def _as_good(m: Measurements, figures: pandas.DataFrame, best: int, metric: str) -> list[int]:
-    """The best, and those that are not measurably worse than it."""
+    """The best, and those whose interval holds "as good", or which are worse by no more than noise.
+
+    The intervals are those of each comparison for itself: adjusted over all of them they grow with every
+    configuration that was tried, and a choice would care less and less for what was measured.
+    """
     others = [c for c in figures.index if c != best]
-    pairs = pandas.DataFrame({"comparison": others, "config": others, "reference": best})
-    judged = m.compare(pairs, metric) if others else {}
-    return [best, *(c for c in others if c in judged and judged[c].verdict != "worse")]
+    effects = m.effects(pandas.DataFrame({"comparison": others, "config": others, "reference": best}), metric)
+    lower = METRICS[metric].better == "lower"
+    worse_by, at_least = (effects["effect"], effects["low"]) if lower else (-effects["effect"], -effects["high"])
+    noise = (m.floor or 0.0) if METRICS[metric].group == "speed" else 0.0
+    return [best, *effects.index[(at_least <= 0) | (worse_by <= noise)]]
 
 
 def _sentences(

@@ -112,7 +112,7 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
     rows = [_technique(comparison, config, row) for config, row in zip(configs, described, strict=True)]
     return Table(
         "techniques",
-        "Technique comparison",
+        "Techniques against the baseline",
         ("Technique", "Peak memory", "against baseline", "Tokens/s", "against baseline", "Eval loss",
          "against baseline", "Repeats"),
         tuple(rows),
