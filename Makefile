@@ -29,10 +29,12 @@ check: $(INSTALLED) ## Lint, formatting and types
 report: $(INSTALLED) ## Write the report of results/techniques anew
 	$(BIN)/harness report results/techniques
 
-bench: $(INSTALLED) ## Measure harness itself: fidelity of its figures, start-up time, cost of a report
+bench: $(INSTALLED) ## Measure harness itself: fidelity of its figures, start-up time, cost of a report and of a search (25 min)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report_scale.py
+	$(BIN)/python benchmarks/tune_front.py
+	$(BIN)/python benchmarks/tune_cost.py
 
 clean: ## Remove .venv, caches and build folders; results/ and reports/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

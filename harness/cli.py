@@ -154,6 +154,77 @@ def run(
     out.print(faces.terminal(tables.compare(found)))
 
 
+@app.command(
+    epilog="[dim]Examples:[/]  harness tune grids/tune.yml --from results/techniques   |   "
+    "harness tune grids/tune.yml --trials 60 --export best.yml   |   harness tune my.yml --memory 12GiB --sampler gp"
+)
+def tune(
+    grid: Annotated[Path, typer.Argument(help="A grid file with a tune: section.")],
+    results: Results = Path("results"),
+    source: Annotated[
+        list[Path] | None, typer.Option("--from", help="Results whose rows the search starts from; may be repeated.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the file's.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds in which a trial may begin.")] = None,
+    trial_timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that one trial may take.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, like 12GiB, instead of the file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2, random or brute-force.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler, instead of the file's.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; default an SQLite file, results/<grid>/study.db.")
+    ] = None,
+    export: Annotated[Path | None, typer.Option(help="Write the recommended configuration as a grid file.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Search a space for the best configuration within bounds, and confirm what was found in fresh repeats.
+
+    The same command goes on with the same study, and several of them may work on it at once.
+    """
+    from harness import grid as grids
+    from harness import search as searches
+    from harness.grid import Grid, Trial
+    from harness.results import Store
+
+    overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
+    search = searches.load(grid, overrides)
+    search = searches.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
+    grids.preflight(Grid(search.name, search.title, "list", (Trial(search.base, "baseline", None, None),)))
+    for folder in source or []:
+        if not (folder / "trials").is_dir():
+            raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")
+
+    from harness import tune as tuning
+    from harness.display import display
+    from harness.launch.local import LocalLauncher
+    from harness.report import measurements
+    from harness.report import tuning as reporting
+
+    store = Store(results / search.name)
+    said = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
+    out.print(f"[bold]{escape(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
+    opened = tuning.open_storage(storage, store)
+    options = tuning.Options(opened, tuple(source or ()), trial_timeout, trust_remote_code)
+    with LocalLauncher() as launcher, display(out) as shown:
+        done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(escape(line), style="dim"))
+    before = f", {done.warm} known before" if done.warm else ""
+    out.print(f"{done.tried} trials{before} in study {done.study}, kept in {store.folder}", highlight=False)
+    if done.left:
+        out.print(f"{done.left} trials are left; go on with: harness tune {grid}", highlight=False)
+    found = reporting.findings(measurements.load(store.folder, baseline_ids=None), store.folder)
+    if found is None:
+        raise InputError(f"{search.name}: no trial of the study ended well; look at harness ls {search.name}")
+    for sentence in found.sentences:
+        out.print(f"- {escape(sentence)}", highlight=False)
+    if export is not None:
+        export.parent.mkdir(parents=True, exist_ok=True)
+        export.write_text(found.yaml, encoding="utf-8")
+        out.print(f"written to {export}; run it with: harness run {export}", highlight=False, soft_wrap=True)
+    out.print(f"see it with: harness report {store.folder}", highlight=False)
+
+
 def _statuses(given: list[str]) -> frozenset[Any]:
     from typing import get_args
 

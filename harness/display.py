@@ -61,7 +61,7 @@ class LiveDisplay:
 
     def begin(self, total: int, skipped: int) -> None:
         """Set the bar."""
-        self._progress.update(self._bar, total=total)
+        self._progress.reset(self._bar, total=total)
         if skipped:
             self.console.print(f"[dim]{skipped} trials are recorded already[/]")
 

@@ -8,23 +8,24 @@ import math
 import os
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from harness import stories
 from harness.claims import Claim, unique
 from harness.environment import resolve_device
 from harness.errors import InputError
-from harness.spec import PRECISION_FLAGS, DatasetSpec, PromptSpec, TrialSpec, merge, normalise
+from harness.spec import PRECISION_FLAGS, TrialSpec, merge, normalise
+from harness.wording import as_written, explain, kind_of, one_line, unknown
 
 Design = Literal["ablation", "ladder", "grid", "list"]
 
-GRID_KEYS = ("name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "claims")
+GRID_KEYS = ("name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "claims", "tune")
 SPEC_KEYS = (*TrialSpec.model_fields, "sequence_len", *PRECISION_FLAGS)
 
 MAX_TRIALS = 500
@@ -68,6 +69,14 @@ class Grid:
     design: Design
     trials: tuple[Trial, ...]
     claims: tuple[Claim, ...] = ()
+    tune: Mapping[str, Any] | None = None
+    """The search that its trials come from, as `search.read` takes it."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a report needs to know beside the rows, as plain JSON values."""
+        said = {"title": self.title, "claims": [claim.model_dump(mode="json") for claim in self.claims]}
+        return said if self.tune is None else said | {"tune": dict(self.tune)}
 
     @property
     def repeats(self) -> int:
@@ -81,7 +90,9 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
+    """One value of a factor, and the spec keys that it sets."""
+
     factor: str
     text: str
     changes: dict[str, Any]
@@ -90,6 +101,7 @@ class _Level:
 
     @property
     def label(self) -> str:
+        """`lora_r=4`; of a labelled bundle its label alone."""
         return self.text if self.factor not in self.changes else f"{self.factor}={self.text}"
 
 
@@ -107,13 +119,13 @@ def load(
     Raises:
         InputError: with one line that says what is wrong and what would do.
     """
-    document = _read_yaml(path)
+    document = read_yaml(path)
     try:
         if "base_model" in document and not document.keys() & set(GRID_KEYS):
             document = {"base": document, "design": "list"}
         return _build(document, path, repeats, dict(overrides or {}), max_trials)
     except ValueError as error:
-        raise InputError(_one_line(f"{path.name}: {error}")) from None
+        raise InputError(one_line(f"{path.name}: {error}")) from None
 
 
 def preflight(grid: Grid) -> None:
@@ -153,7 +165,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool) and key is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{_kind(key)} is no key", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{kind_of(key)} is no key", key_node.start_mark)
         if key in given:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         if id(key_node) in own:
@@ -165,7 +177,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: there is none, or it is too large, too deep or not plain YAML.
+    """
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes; a grid file has at most {_MAX_FILE_BYTES}")
@@ -174,18 +191,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
         hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.absolute()}"
-        raise InputError(_one_line(f"{path}: no such file; {hint}")) from None
+        raise InputError(one_line(f"{path}: no such file; {hint}")) from None
     except IsADirectoryError:
-        raise InputError(_one_line(f"{path} is a folder; give a grid file like grids/techniques.yml")) from None
+        raise InputError(one_line(f"{path} is a folder; give a grid file like grids/techniques.yml")) from None
     except OSError as error:
-        raise InputError(_one_line(f"{path}: cannot be read ({error.strerror})")) from None
+        raise InputError(one_line(f"{path}: cannot be read ({error.strerror})")) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise InputError(_one_line(f"{path.name}: not valid YAML{line}: {problem}")) from None
+        raise InputError(one_line(f"{path.name}: not valid YAML{line}: {problem}")) from None
     except RecursionError:
         raise InputError(f"{path.name}: not valid YAML: nested too deeply") from None
     except InputError:
@@ -193,12 +210,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # PyYAML's answers to `!!int ""`, `!!bool maybe`, `!!timestamp today` and 2025-13-01.
         detail = f" ({error})" if isinstance(error, ValueError | KeyError) else ""
-        raise InputError(_one_line(f"{path.name}: not valid YAML: no such number, date or flag{detail}")) from None
+        raise InputError(one_line(f"{path.name}: not valid YAML: no such number, date or flag{detail}")) from None
     if count > _MAX_VALUES:
         raise InputError(_too_much(path.name))
     if not isinstance(document, dict):
         raise InputError(
-            _one_line(f"{path.name}: holds {_kind(document)}; a grid file is a mapping with name, base and vary")
+            one_line(f"{path.name}: holds {kind_of(document)}; a grid file is a mapping with name, base and vary")
         )
     return document
 
@@ -221,25 +238,18 @@ def _count(value: Any, known: dict[int, int]) -> int:
 def _build(
     document: dict[str, Any], path: Path, repeats: int | None, overrides: dict[str, Any], max_trials: int
 ) -> Grid:
-    for key in document:
-        if key not in GRID_KEYS:
-            raise ValueError(_unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
-    name = document.get("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "grid")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(f"name is {_kind(name)}, no folder name; use letters, digits, '.', '_' and '-'")
-    title = document.get("title", name)
-    if not isinstance(title, str):
-        raise ValueError(f"title is {_kind(title)}; it must be text")
-    title = _one_line(title)
+    name, title = header(document, path)
+    if "tune" in document and not document.keys() & {"vary", "trials"}:
+        raise ValueError(f"it says what to tune and nothing to vary; run it with harness tune {path}")
     design = document.get("design", "list" if "trials" in document else "ablation")
     if design not in get_args(Design):
-        raise ValueError(_unknown("design", design, get_args(Design)))
+        raise ValueError(unknown("design", design, get_args(Design)))
     times = document.get("repeats", 1) if repeats is None else repeats
     if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-        raise ValueError(f"repeats is {_kind(times)}; it must be a whole number of 1 or more")
+        raise ValueError(f"repeats is {kind_of(times)}; it must be a whole number of 1 or more")
 
-    base = _normalised(_base(document, path), "base")
-    base_spec = _spec(merge(base, overrides), "base")
+    base = base_of(document, path)
+    base_spec = make_spec(merge(base, overrides), "base")
     factors = _factors(document, design)
     _refuse_too_many(design, factors, times, max_trials)
     trials = _design(design, base, base_spec, factors, overrides)
@@ -250,11 +260,29 @@ def _build(
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
     trials = _merge_duplicates(trials)
-    repeated = [trial for k in range(times) for trial in _repeat(trials, base_spec, k)]
-    return Grid(name, title, design, tuple(_interleave(repeated, name)), _claims(document.get("claims", [])))
+    repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
+    return Grid(name, title, design, tuple(interleave(repeated, name)), _claims(document.get("claims", [])))
 
 
-def _repeat(trials: list[Trial], base: TrialSpec, number: int) -> list[Trial]:
+def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
+    """Name and title of a grid file, whose keys are looked at on the way.
+
+    Raises:
+        ValueError: a key is unknown, the name is no folder's, the title no text.
+    """
+    for key in document:
+        if key not in GRID_KEYS:
+            raise ValueError(unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
+    name = document.get("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "grid")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"name is {kind_of(name)}, no folder name; use letters, digits, '.', '_' and '-'")
+    title = document.get("title", name)
+    if not isinstance(title, str):
+        raise ValueError(f"title is {kind_of(title)}; it must be text")
+    return name, one_line(title)
+
+
+def repeat(trials: Sequence[Trial], base: TrialSpec, number: int) -> list[Trial]:
     """The trials under the seed of that repeat, each with the id of its baseline, which is run twice."""
 
     def seeded(spec: TrialSpec) -> TrialSpec:
@@ -272,42 +300,59 @@ def _belongs_in_base(key: Any) -> str:
     return f" (did you mean to put {key} under base:?)" if key in SPEC_KEYS else ""
 
 
-def _base(document: dict[str, Any], path: Path) -> dict[str, Any]:
+def base_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The values of `base`, or of the training file that it names, under the keys of a spec.
+
+    Raises:
+        ValueError: there are none, or one is unknown.
+    """
     base = document.get("base")
     if isinstance(base, str):
-        base = _read_yaml(path.parent / os.path.expanduser(base))  # Path's raises for ~nobody
+        base = read_yaml(path.parent / os.path.expanduser(base))  # Path's raises for ~nobody
     if not isinstance(base, dict):
-        raise ValueError(f"base is {_kind(base)}; it must be a mapping of spec keys, or the path of a training file")
-    return base
+        raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
+    return normalised(base, "base")
 
 
-def _normalised(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def normalised(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Spec keys under the names of a spec.
+
+    Raises:
+        ValueError: one is unknown, or two contradict each other.
+    """
     for key in values:
         if key not in SPEC_KEYS:
-            raise ValueError(f"{where}: {_unknown('key', key, SPEC_KEYS)}")
+            raise ValueError(f"{where}: {unknown('key', key, SPEC_KEYS)}")
     try:
         return normalise(values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _changes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def changes_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """As `_normalised`, for keys that replace the base's: a flag that is off replaces no precision by none."""
-    changes = _normalised(values, where)
+    changes = normalised(values, where)
     off = [key for key in values if key in PRECISION_FLAGS]
     if off and "precision" not in changes:
-        raise ValueError(f"{where}: {off[0]}: {_text(values[off[0]])} names no precision; say precision: bf16 or fp32")
+        raise ValueError(
+            f"{where}: {off[0]}: {as_written(values[off[0]])} names no precision; say precision: bf16 or fp32"
+        )
     return changes
 
 
-def _spec(values: Mapping[str, Any], where: str, *, keys_alone: bool = False) -> TrialSpec:
+def make_spec(values: Mapping[str, Any], where: str, *, keys_alone: bool = False) -> TrialSpec:
+    """A spec of these values; `keys_alone` leaves it open whether they go together.
+
+    Raises:
+        ValueError: with one line that says what is wrong, after `where`.
+    """
     try:
         return TrialSpec.model_validate(values, context="keys alone" if keys_alone else None)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_explain(error)}") from None
+        raise ValueError(f"{where}: {explain(error)}") from None
 
 
-def _factors(document: dict[str, Any], design: Design) -> list[list[_Level]]:
+def _factors(document: dict[str, Any], design: Design) -> list[list[Level]]:
     """The levels of each factor, in file order."""
     if design == "list":
         if "vary" in document:
@@ -317,67 +362,74 @@ def _factors(document: dict[str, Any], design: Design) -> list[list[_Level]]:
         raise ValueError(f"trials: is for design list; design {design} takes vary:")
     vary = document.get("vary", {})
     if not isinstance(vary, dict):
-        raise ValueError(f"vary is {_kind(vary)}; it must be a mapping of factors to levels")
-    return [_levels(factor, given) for factor, given in vary.items()]
+        raise ValueError(f"vary is {kind_of(vary)}; it must be a mapping of factors to levels")
+    return [levels_of(factor, given) for factor, given in vary.items()]
 
 
-def _levels(factor: Any, given: Any) -> list[_Level]:
+def levels_of(factor: Any, given: Any, where: str = "vary") -> list[Level]:
+    """The levels that a factor is given: a list of values, labelled bundles, or either with `hold`.
+
+    Raises:
+        ValueError: they are none of these; `where` says in which part of the file.
+    """
     hold = False
     if isinstance(given, dict) and ("levels" in given or "hold" in given):
         extra = [key for key in given if key not in ("levels", "hold")]
         if extra:
-            raise ValueError(f"vary: {factor}: {_unknown('key', extra[0], ('levels', 'hold'))}")
+            raise ValueError(f"{where}: {factor}: {unknown('key', extra[0], ('levels', 'hold'))}")
         if given.get("hold", "effective_batch_size") != "effective_batch_size":
-            raise ValueError(f"vary: {factor}: hold is {_kind(given['hold'])}; use effective_batch_size")
+            raise ValueError(f"{where}: {factor}: hold is {kind_of(given['hold'])}; use effective_batch_size")
         hold = "hold" in given
         given = given.get("levels")
         if hold and isinstance(given, dict):
-            raise ValueError(f"vary: {factor}: hold goes with a list of levels, not with labelled ones")
+            raise ValueError(f"{where}: {factor}: hold goes with a list of levels, not with labelled ones")
     if hold and factor != "micro_batch_size":
-        raise ValueError(f"vary: {factor}: hold: effective_batch_size goes with micro_batch_size")
+        raise ValueError(f"{where}: {factor}: hold: effective_batch_size goes with micro_batch_size")
     if isinstance(given, dict):
         if not given:
-            raise ValueError(f"vary: {factor} has no levels; give at least one")
-        return [_bundle(_text(factor), label, changes) for label, changes in given.items()]
+            raise ValueError(f"{where}: {factor} has no levels; give at least one")
+        return [_bundle(as_written(factor), label, changes) for label, changes in given.items()]
     if factor not in SPEC_KEYS:
-        raise ValueError(f"vary: {_unknown('factor', factor, SPEC_KEYS)}")
+        raise ValueError(f"{where}: {unknown('factor', factor, SPEC_KEYS)}")
     if given is None or given == []:
-        raise ValueError(f"vary: {factor} has no levels; give at least one")
+        raise ValueError(f"{where}: {factor} has no levels; give at least one")
     if not isinstance(given, list):
-        raise ValueError(f"vary: {factor} is {_kind(given)}; its levels must be a list like [{_text(given)}]")
+        raise ValueError(f"{where}: {factor} is {kind_of(given)}; its levels must be a list like [{as_written(given)}]")
     levels = []
     for value in given:
-        changes = _changes({factor: value}, f"vary: {factor}")
+        changes = changes_of({factor: value}, f"{where}: {factor}")
         name = factor if factor in changes else next(iter(changes))
         # `adapter: qlora` sets two keys: what was written names both.
         text = value if name == factor and isinstance(value, str) and len(changes) > 1 else changes[name]
-        levels.append(_Level(name, _one_line(_text(text)), changes, hold))
+        levels.append(Level(name, one_line(as_written(text)), changes, hold))
     return levels
 
 
-def _bundle(factor: str, label: Any, changes: Any) -> _Level:
-    label = _one_line(_text(label))
+def _bundle(factor: str, label: Any, changes: Any) -> Level:
+    label = one_line(as_written(label))
     where = f"{factor}: {label}"
     if not isinstance(changes, dict) or not changes:
-        raise ValueError(f"{where} is {_kind(changes)}; a labelled level is a mapping of spec keys")
-    return _Level(factor, label, _changes(changes, where))
+        raise ValueError(f"{where} is {kind_of(changes)}; a labelled level is a mapping of spec keys")
+    return Level(factor, label, changes_of(changes, where))
 
 
-def _list_levels(given: Any) -> list[_Level]:
+def _list_levels(given: Any) -> list[Level]:
     if isinstance(given, dict):
         return [_bundle("trials", label, changes) for label, changes in given.items()]
     if not isinstance(given, list):
-        raise ValueError(f"trials is {_kind(given)}; it must be a list of mappings, or a mapping of labels to mappings")
+        raise ValueError(
+            f"trials is {kind_of(given)}; it must be a list of mappings, or a mapping of labels to mappings"
+        )
     levels = []
     for changes in given:
         if not isinstance(changes, dict) or not changes:
-            raise ValueError(f"trials: {_kind(changes)} is not a mapping of spec keys")
-        label = ", ".join(f"{key}={_text(value)}" for key, value in changes.items())
+            raise ValueError(f"trials: {kind_of(changes)} is not a mapping of spec keys")
+        label = ", ".join(f"{key}={as_written(value)}" for key, value in changes.items())
         levels.append(_bundle("trials", label, changes))
     return levels
 
 
-def _refuse_too_many(design: Design, factors: list[list[_Level]], repeats: int, limit: int) -> None:
+def _refuse_too_many(design: Design, factors: list[list[Level]], repeats: int, limit: int) -> None:
     """Counted before anything is expanded: a product of ten factors must not fill the memory first."""
     sizes = [len(levels) for levels in factors]
     count = (math.prod(sizes) if design == "grid" else sum(sizes) + 1) * repeats
@@ -386,11 +438,11 @@ def _refuse_too_many(design: Design, factors: list[list[_Level]], repeats: int, 
 
 
 def _design(
-    design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[_Level]], overrides: dict[str, Any]
+    design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[Level]], overrides: dict[str, Any]
 ) -> list[Trial]:
     baseline = Trial(base_spec, "baseline", None, None)
 
-    def apply(levels: Iterable[_Level]) -> TrialSpec:
+    def apply(levels: Iterable[Level]) -> TrialSpec:
         values = base
         where = []
         for level in levels:
@@ -398,7 +450,7 @@ def _design(
             where.append(level.label)
             if level.hold:
                 values = _hold_effective_batch(values, base_spec, level)
-        return _spec(merge(values, overrides), ", ".join(where), keys_alone=True)
+        return make_spec(merge(values, overrides), ", ".join(where), keys_alone=True)
 
     trials = [baseline]
     if design == "grid":
@@ -424,11 +476,11 @@ def _design(
     return trials
 
 
-def _hold_effective_batch(values: dict[str, Any], base: TrialSpec, level: _Level) -> dict[str, Any]:
+def _hold_effective_batch(values: dict[str, Any], base: TrialSpec, level: Level) -> dict[str, Any]:
     micro = values.get("micro_batch_size")
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1 or base.effective_batch_size % micro:
         raise ValueError(
-            f"{level.label}: micro_batch_size {_kind(micro)} does not divide the effective batch of "
+            f"{level.label}: micro_batch_size {kind_of(micro)} does not divide the effective batch of "
             f"{base.effective_batch_size} that is held"
         )
     return values | {"gradient_accumulation_steps": base.effective_batch_size // micro}
@@ -437,17 +489,17 @@ def _hold_effective_batch(values: dict[str, Any], base: TrialSpec, level: _Level
 def _exclude(trials: list[Trial], rules: Any) -> list[Trial]:
     """Drop the trials that agree with every key of a rule. The baseline may be dropped too."""
     if not isinstance(rules, list):
-        raise ValueError(f"exclude is {_kind(rules)}; it must be a list of mappings of spec keys")
+        raise ValueError(f"exclude is {kind_of(rules)}; it must be a list of mappings of spec keys")
     kept = trials
     for rule in rules:
         if not isinstance(rule, dict) or not rule:
-            raise ValueError(f"exclude: {_kind(rule)} is not a mapping of spec keys")
-        wanted = _changes(rule, "exclude")
-        example = _spec({"base_model": "any"} | wanted, "exclude", keys_alone=True)
+            raise ValueError(f"exclude: {kind_of(rule)} is not a mapping of spec keys")
+        wanted = changes_of(rule, "exclude")
+        example = make_spec({"base_model": "any"} | wanted, "exclude", keys_alone=True)
         before = len(kept)
         kept = [t for t in kept if any(getattr(t.spec, key) != getattr(example, key) for key in wanted)]
         if len(kept) == before:
-            said = ", ".join(f"{key}={_text(value)}" for key, value in rule.items())
+            said = ", ".join(f"{key}={as_written(value)}" for key, value in rule.items())
             raise ValueError(f"exclude: no trial has {said}; drop the rule")
     if not kept:
         raise ValueError("exclude leaves no trial; drop a rule")
@@ -462,7 +514,7 @@ def _merge_duplicates(trials: list[Trial]) -> list[Trial]:
     return list(first.values())
 
 
-def _interleave(trials: list[Trial], name: str) -> list[Trial]:
+def interleave(trials: list[Trial], name: str) -> list[Trial]:
     """Each repeat in a random order of its own, so that a drift of the machine falls on no one trial."""
     ordered: list[Trial] = []
     for repeat, group in itertools.groupby(trials, key=lambda t: t.repeat):
@@ -474,96 +526,14 @@ def _interleave(trials: list[Trial], name: str) -> list[Trial]:
 
 def _claims(given: Any) -> tuple[Claim, ...]:
     if not isinstance(given, list):
-        raise ValueError(f"claims is {_kind(given)}; it must be a list")
+        raise ValueError(f"claims is {kind_of(given)}; it must be a list")
     claims = []
     for number, claim in enumerate(given, start=1):
         if not isinstance(claim, dict):
             keys = ", ".join(key for key, field in Claim.model_fields.items() if field.is_required())
-            raise ValueError(f"claims: {_kind(claim)} is not a mapping with {keys} and compare or where")
+            raise ValueError(f"claims: {kind_of(claim)} is not a mapping with {keys} and compare or where")
         try:
             claims.append(Claim.model_validate(claim))
         except ValidationError as error:
-            raise ValueError(f"claims: {_text(claim.get('id', number))}: {_explain(error, Claim)}") from None
+            raise ValueError(f"claims: {as_written(claim.get('id', number))}: {explain(error, Claim)}") from None
     return unique(claims)
-
-
-# ------------------------------------------------------------------------------------ words
-
-
-def _kind(value: Any) -> str:
-    """What a YAML value is, in a user's words."""
-    if isinstance(value, dict | list):
-        name = "mapping" if isinstance(value, dict) else "list"
-        return f"a {name}" if value else f"an empty {name}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "empty"}[value]
-    return repr(value) if isinstance(value, str | int | float) else f"{type(value).__name__} {value}"
-
-
-def _text(value: Any) -> str:
-    """A level as people write it in YAML."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list | tuple):
-        return "+".join(map(_text, value))
-    if isinstance(value, dict):
-        return str(value.get("path", value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _one_line(text: str) -> str:
-    """Whatever a user's text holds, an error is one line that a terminal can show."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 600 else f"{line[:300]} … {line[-250:]}"
-
-
-_FEW = 8
-"""So many choices are all named, beside the nearest."""
-
-
-def _unknown(what: str, given: Any, known: Collection[str], hint: str = "") -> str:
-    near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.6)
-    if not hint:
-        everything = f"use {', '.join(known)}" if len(known) < 40 else "`harness keys` lists what there is"
-        hint = f"; did you mean {near[0]}?" if near else f"; {everything}"
-        if near and len(known) <= _FEW:
-            hint += f" ({', '.join(known)})"
-    return f"unknown {what} {given!r}{hint}"
-
-
-# What pydantic calls a broken rule, in a user's words.
-_RULES = {
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "string_too_short": "must not be empty",
-    "string_too_long": "must have at most {max_length} characters",
-    "tuple_type": "must be a list",
-    "too_short": "must have at least one entry",
-    "model_type": "must be a mapping",
-    "greater_than_equal": "must be {ge:.15g} or more",
-    "greater_than": "must be more than {gt:.15g}",
-    "less_than_equal": "must be {le:.15g} or less",
-    "less_than": "must be less than {lt:.15g}",
-}
-
-
-def _explain(error: ValidationError, model: type[BaseModel] = TrialSpec) -> str:
-    """The first of pydantic's errors, in one line; a misspelt key before what is missing without it."""
-    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    kind, context, given = first["type"], first.get("ctx", {}), first["input"]
-    place = ".".join(str(part) for part in first["loc"])
-    owner = PromptSpec if "type" in first["loc"] else DatasetSpec if "datasets" in first["loc"] else model
-    if kind == "extra_forbidden":
-        inside = place.rpartition(".")[0]
-        return f"{inside}: " * bool(inside) + _unknown("key", first["loc"][-1], owner.model_fields)
-    if kind == "missing":
-        return f"{place} is missing; give one: {owner.model_fields[str(first['loc'][-1])].description}"
-    if kind == "literal_error":
-        return _unknown(place, given, re.findall(r"'([^']*)'", context["expected"]))
-    if kind == "value_error":
-        return ": ".join(filter(None, (place, str(context["error"]))))
-    rule = _RULES[kind].format(**context) if kind in _RULES else first["msg"]
-    return f"{place} is {_kind(given)}; it {rule}"

@@ -171,6 +171,9 @@ _TABLE = (
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
+FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
+"""What fits is decided by the highest of these."""
+
 # What a trial that did not train may still say: its memory and sizes are facts, its scores are not.
 SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
     "load_seconds",

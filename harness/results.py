@@ -6,6 +6,7 @@ that a part is whole or absent. The schema is declared from the spec and the met
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
@@ -31,6 +33,7 @@ Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", 
 Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
 Table = Literal["trials", "steps", "stories"]
 
+_MOST_LOOKS = 10
 _COMPACT_ABOVE = 16
 """More parts than this become one at the end of a run."""
 
@@ -98,6 +101,10 @@ class Job(_Row):
     """Id of the spec that it is compared with; its own for a baseline."""
     twin: bool = False
     """The baseline run a second time."""
+    study: str | None = None
+    """Name of the search that proposed it."""
+    study_trial: int | None = None
+    """Its number there."""
 
 
 class Record(Job):
@@ -163,6 +170,8 @@ _IDENTITY = {
     "repeat": pa.int64(),
     "baseline_id": pa.string(),
     "twin": pa.bool_(),
+    "study": pa.string(),
+    "study_trial": pa.int64(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error")},
     "started_at": pa.timestamp("us", tz="UTC"),
 }
@@ -326,12 +335,40 @@ class Store:
             if wanted and any(row[key] != value for key, value in wanted.items()):
                 self._write_part("trials", row["trial_id"], [row | wanted])
 
+    def part(self, trial_id: str) -> dict[str, Any] | None:
+        """The row of a trial that was recorded since the parts were last made one; null where it was not."""
+        try:
+            content = _read_part(self.folder / "trials" / f"{trial_id}.parquet", SCHEMAS["trials"])
+        except FileNotFoundError:
+            return None
+        return content.to_pylist()[0]  # type: ignore[no-any-return]  # pyarrow has no types
+
+    def adopt(self, source: Store, trial_id: str, row: Mapping[str, Any]) -> None:
+        """Keep a trial of another folder as `row`, with its steps and stories.
+
+        Args:
+            source: where it is recorded.
+            trial_id: its id there.
+            row: all columns of its row here.
+        """
+        tables: tuple[Table, ...] = ("steps", "stories")
+        for table in tables:
+            found = source.read(table).filter(pc.field("trial_id") == trial_id).to_pylist()
+            self._write_part(table, row["trial_id"], [each | {"trial_id": row["trial_id"]} for each in found])
+        self._write_part("trials", row["trial_id"], [dict(row)])
+
     def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, the latest record of each trial only; empty where nothing was recorded.
 
         Raises:
             InputError: a part is not one of ours or is damaged.
         """
+        for _ in range(_MOST_LOOKS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(table, columns)
+        raise InputError(f"{self.folder}: its parts vanish while they are read; is somebody moving them?")
+
+    def _read(self, table: Table, columns: list[str] | None) -> pa.Table:
         schema = SCHEMAS[table]
         wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
         # Compacted parts first and single parts after: a trial that is in both was run again.
@@ -366,6 +403,8 @@ class Store:
 def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
     try:
         content = pq.read_table(part)
+    except FileNotFoundError:
+        raise  # somebody compacted the folder meanwhile: its rows are in another part
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{part}: not a readable parquet file ({str(error).splitlines()[0]}); move it away") from None
     version = (content.schema.metadata or {}).get(b"schema_version", b"").decode()
@@ -373,6 +412,8 @@ def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
         raise InputError(f"{part}: not written by harness (no schema_version); move it away")
     if int(version) > SCHEMA_VERSION:
         raise InputError(f"{part}: schema_version {version} is newer than this harness ({SCHEMA_VERSION}); upgrade it")
+    if content.schema.equals(schema):
+        return content
     columns = [
         content[f.name].cast(f.type) if f.name in content.schema.names else pa.nulls(len(content), f.type)
         for f in schema

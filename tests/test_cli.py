@@ -47,7 +47,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "report", "recommend", "compare", "ls", "show", "keys", "doctor"])
+@pytest.mark.parametrize("command", ["run", "tune", "report", "recommend", "compare", "ls", "show", "keys", "doctor"])
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     done = harness(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -178,3 +178,61 @@ def test_the_shipped_grids_are_whole(tmp_path: Path) -> None:
         assert sum(t.baseline for t in loaded.trials) == 1
     precisions = {t.spec.precision for t in grid.load(ROOT / "grids/techniques.yml").trials}
     assert precisions >= {"fp32", "bf16", "int8", "nf4"}
+
+
+TUNE = """
+name: search
+base: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 6, val_set_size: 2, lora_r: 4}
+tune:
+  space: {lora_r: [4, 8, 16], gradient_checkpointing: [false, true]}
+  objectives: [tokens_per_second, peak_memory_bytes]
+  constraints: ["peak_memory_bytes <= 1GiB"]
+  trials: 4
+  confirm: 1
+"""
+
+
+def test_tune_export_run_and_report(tmp_path: Path) -> None:
+    (tmp_path / "search.yml").write_text(TUNE)
+    refused = harness("run", "search.yml", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "run it with harness tune" in refused.stderr
+
+    done = harness("tune", "search.yml", "--export", "best.yml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 trials in study search-" in done.stdout
+    assert "Against the baseline" in done.stdout or "Take baseline" in done.stdout
+    rows = pandas.read_parquet(tmp_path / "results/search/trials")
+    assert (rows["status"] == "ok").all()
+    assert set(rows["repeat"]) == {0, 1}
+    assert (rows["memory_budget"] == 2**30).all()
+
+    best = harness("run", "best.yml", "--dry-run", cwd=tmp_path)
+    assert best.returncode == 0, best.stderr
+    assert "1 to run" in best.stdout
+
+    report = harness("report", "results/search", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    written = tmp_path / "reports/search"
+    assert (written / "recommended.yml").read_text() == (tmp_path / "best.yml").read_text()
+    assert {"tuning-front.svg", "tuning-history.svg", "tuning-slices.svg"} <= {f.name for f in written.glob("plots/*")}
+    assert "The winner and its rivals" in (written / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tune", "tiny.yml"], "tiny.yml: tune is missing"),
+        (["tune", "search.yml", "--sampler", "tpa"], "unknown sampler 'tpa'; did you mean tpe"),
+        (["tune", "search.yml", "--from", "nowhere"], "--from nowhere: no trials there"),
+        (["tune", "search.yml", "--memory", "lots"], "'lots' is not a size"),
+        (["tune", "search.yml", "--storage", "nodb://x"], "the study's storage cannot be opened"),
+    ],
+)
+def test_tune_refuses_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "search.yml").write_text(TUNE)
+    (tmp_path / "tiny.yml").write_text(TINY)
+    done = harness(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+    assert len(done.stderr.strip().splitlines()) == 1

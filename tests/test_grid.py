@@ -652,7 +652,8 @@ def test_bundled_grids_load_and_pass() -> None:
     files = sorted((Path(__file__).parent.parent / "grids").glob("*.yml"))
     assert files
     for file in files:
-        assert len(grid.load(file).trials) > 1
+        if file.stem != "tune":  # nothing to vary: tests/test_search.py has it
+            assert len(grid.load(file).trials) > 1
     grid.preflight(grid.load(next(file for file in files if file.stem == "smoke")))
 
 

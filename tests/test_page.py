@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import formula
 import pytest
+from test_launch import Watch
 from test_report import full_report, measured
 
+from harness.launch.local import LocalLauncher
+from harness.results import Store
 from harness.spec import TrialSpec
+from harness.tune import tune
 
 Small = Callable[..., TrialSpec]
 
@@ -110,3 +115,24 @@ def test_both_colour_schemes_are_drawn(browser: Any, small: Small, tmp_path: Pat
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         colours.add((paper, label.get_attribute("fill")))
     assert colours == {("rgb(20, 23, 26)", "#e6e9ec"), ("rgb(255, 255, 255)", "#1b1f24")}
+
+
+def test_a_search_is_drawn_and_its_recommendation_can_be_copied(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    store = Store(tmp_path / "results" / "t")
+    with LocalLauncher(formula.child, preload="harness.search") as launcher:
+        tune(formula.search(trials=25, confirm=1), store, launcher, Watch())
+    said = full_report(store.folder, tmp_path / "out")
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
+    there = {chart.id for chart in said.charts}
+    assert {"tuning-front", "tuning-history", "tuning-importance", "tuning-slices"} <= there
+    for chart in browser.find_elements(By.CSS_SELECTOR, "[data-chart^=tuning]"):
+        assert chart.find_elements(By.CSS_SELECTOR, "svg path")
+    recommended = browser.find_element(By.CSS_SELECTOR, "#summary pre").text
+    assert recommended.strip() == (tmp_path / "out" / "recommended.yml").read_text().strip()
+    assert "lora_r:" in recommended
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert not errors, errors

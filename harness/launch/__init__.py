@@ -107,25 +107,18 @@ def run_grid(
     """
     trials = pending(grid, store, rerun)
     store.rename({_id(trial): _place(trial) for trial in grid.trials})
-    store.describe({"title": grid.title, "claims": [claim.model_dump(mode="json") for claim in grid.claims]})
+    store.describe(grid.about)
     skipped = len(grid.trials) - len(trials)
     todo = trials[:limit]
     display.begin(len(todo), skipped)
     records: list[Record] = []
-    with _interrupts(display.interrupted) as asked_to_stop:
+    with interrupts(display.interrupted) as asked_to_stop:
         for number, trial in enumerate(todo, start=1):
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
-            options = {
-                "folder": str(store.folder / "adapters"),
-                "log": str(log_path(store, job)),
-                "trust_remote_code": trust_remote_code,
-            }
             display.trial(number, job)
             assert launcher is not None  # noqa: S101 - the caller's promise
-            record = launcher.run(job, options, timeout=timeout, on_event=display.event)
-            store.write(record)
+            record = execute(job, store, launcher, display, timeout=timeout, trust_remote_code=trust_remote_code)
             records.append(record)
-            display.finished(record)
             if asked_to_stop():
                 break
     store.compact()
@@ -137,8 +130,34 @@ def log_path(store: Store, job: Job) -> Path:
     return store.folder / "logs" / f"{job.spec.id}{'-twin' * job.twin}.log"
 
 
+def execute(
+    job: Job,
+    store: Store,
+    launcher: Launcher,
+    display: Display,
+    *,
+    timeout: float | None = None,
+    trust_remote_code: bool = False,
+) -> Record:
+    """Run one job and keep its record.
+
+    Raises:
+        KeyboardInterrupt: interrupted twice.
+        OSError: the record cannot be kept.
+    """
+    options = {
+        "folder": str(store.folder / "adapters"),
+        "log": str(log_path(store, job)),
+        "trust_remote_code": trust_remote_code,
+    }
+    record = launcher.run(job, options, timeout=timeout, on_event=display.event)
+    store.write(record)
+    display.finished(record)
+    return record
+
+
 @contextmanager
-def _interrupts(on_first: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+def interrupts(on_first: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Within, the first interrupt is remembered and the second raises. Yields what asks for the first."""
     seen: list[int] = []
 

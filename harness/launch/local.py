@@ -22,23 +22,35 @@ from harness.results import Job, Phase, Record
 OnEvent = Callable[[str, Any], None]
 
 
-def _child(job: str, options: dict[str, Any], channel: connection.Connection) -> None:
+def measure(job: str, options: dict[str, Any], channel: connection.Connection) -> None:
+    """What a child does: one measured fine-tuning."""
     from harness import worker  # the runner never imports torch; the fork server has
 
     worker.main(job, options, channel)
 
 
 class LocalLauncher:
-    """One process at a time. Use as a context manager: the fork server starts on entry."""
+    """One process at a time. Use as a context manager: the fork server starts on entry.
 
-    def __init__(self) -> None:
+    Args:
+        child: what each process does with its job (JSON), its options and the connection that it answers on.
+        preload: module that the fork server imports once.
+    """
+
+    def __init__(
+        self,
+        child: Callable[[str, dict[str, Any], connection.Connection], None] = measure,
+        preload: str = "harness.launch.preload",
+    ) -> None:
+        self._child = child
+        self._preload = preload
         self._context = multiprocessing.get_context("forkserver")
 
     def __enter__(self) -> LocalLauncher:
         # Asking for cards through NVML keeps CUDA untouched, without which no fork could use it.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._context.set_forkserver_preload(["harness.launch.preload"])
+        self._context.set_forkserver_preload([self._preload])
         forkserver.ensure_running()
         return self
 
@@ -58,7 +70,7 @@ class LocalLauncher:
             KeyboardInterrupt: passed on from `on_event` or the terminal; the process is killed first.
         """
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_child, args=(job.model_dump_json(), options, theirs), daemon=True)
+        process = self._context.Process(target=self._child, args=(job.model_dump_json(), options, theirs), daemon=True)
         started_at, deadline = dt.datetime.now(dt.UTC), None if timeout is None else time.monotonic() + timeout
         with _main_module_hidden():
             process.start()

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import yaml
 
 from harness.metrics import METRICS
-from harness.report import plots, tables, verdicts, words
+from harness.report import plots, tables, tuning, verdicts, words
 from harness.report.measurements import Measurements, describe, labels, spec
 from harness.results import Store
 
@@ -31,6 +31,14 @@ class Configuration:
     number: int
     label: str
     status: str
+    yaml: str
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """What a search found best, ready to be run."""
+
+    label: str
     yaml: str
 
 
@@ -60,6 +68,7 @@ class Document:
     caveats: tuple[str, ...]
     thresholds: tuple[str, ...]
     snippets: tuple[Snippet, ...]
+    recommended: Recommended | None = None
 
 
 def document(measurements: Measurements, folder: Path) -> Document:
@@ -71,15 +80,19 @@ def document(measurements: Measurements, folder: Path) -> Document:
     """
     comparison = tables.compare(measurements)
     judged = tuple(verdicts.judge(measurements))
+    searched = tuning.findings(measurements, folder)
+    first, *rest = tables.all_tables(comparison)
+    charts = plots.all_charts(comparison, _steps(measurements, folder))
     return Document(
         name=measurements.name,
         title=measurements.title,
         where=f"{describe(measurements.environment)}; environment {measurements.environment_id}",
-        summary=tuple(_summary(comparison, judged)),
+        summary=(*(searched.sentences if searched else ()), *_summary(comparison, judged)),
         comparison=comparison,
-        tables=tuple(tables.all_tables(comparison)),
+        tables=(first, *(searched.tables if searched else ()), *rest),
         verdicts=judged,
-        charts=tuple(plots.all_charts(comparison, _steps(measurements, folder))),
+        charts=(*(searched.charts if searched else ()), *charts),
+        recommended=Recommended(searched.label, searched.yaml) if searched else None,
         configurations=tuple(_configurations(measurements)),
         environment=measurements.environment,
         caveats=tuple(_caveats(comparison)),

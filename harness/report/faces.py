@@ -65,6 +65,8 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
         svg, png = images(chart)
         keep(f"plots/{chart.id}.svg", svg)
         keep(f"plots/{chart.id}.png", png)
+    if document.recommended is not None:
+        keep("recommended.yml", document.recommended.yaml)
     keep("report.html", html(document))
     return written
 
@@ -96,6 +98,8 @@ def markdown(document: Document) -> str:
     """The report as a Markdown page that links its plots."""
     parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
     parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
+    if document.recommended is not None:
+        parts.append(f"The recommended configuration, {_md(document.recommended.label)}, is in recommended.yml.")
     first, *rest = document.tables
     parts.append(_md_table(first))
     parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]

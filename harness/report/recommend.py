@@ -10,13 +10,10 @@ import pandas
 import yaml
 
 from harness.errors import InputError
-from harness.metrics import METRICS, show_bytes
+from harness.metrics import FITS, METRICS, show_bytes
 from harness.report import words
 from harness.report.measurements import Measurements, labels, spec
 from harness.report.plots import pareto_front
-
-NEED = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
-"""What fits is decided by the highest of these."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def _figures(m: Measurements) -> pandas.DataFrame:
         raise InputError(f"{m.name}: no trial ended well; there is nothing to recommend")
     means = ok.groupby("config")[["tokens_per_second", "eval_loss"]].mean()
     # Each repeat must fit.
-    return means.assign(memory=ok.groupby("config")[list(NEED)].max().max(axis=1)).dropna(subset=["memory"])
+    return means.assign(memory=ok.groupby("config")[list(FITS)].max().max(axis=1)).dropna(subset=["memory"])
 
 
 def _to_minimise(figures: pandas.DataFrame) -> pandas.DataFrame:

@@ -1,0 +1,101 @@
+"""What a search costs beside trying everything: seconds of trials, and whether it finds the same best cell.
+
+    python benchmarks/tune_cost.py [--trials 16]
+
+Real fine-tunings of SmolLM2 on the bundled stories over a space of 48 cells, within a memory budget. First every
+cell (brute-force), then the default sampler with a third of the trials, each in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas
+from rich.console import Console
+from rich.table import Table
+
+from harness.display import display
+from harness.launch.local import LocalLauncher
+from harness.report import measurements
+from harness.results import Store
+from harness.search import Search, parse
+from harness.tune import tune
+
+BASE = {
+    "base_model": "smollm2-135m-instruct", "sequence_length": 96, "eval_sequence_length": 96, "val_set_size": 8.0,
+    "micro_batch_size": 2, "train_samples": 12, "lora_r": 16, "learning_rate": 5e-4, "lr_scheduler": "constant",
+}  # fmt: skip
+SPACE = {
+    "precision": ["fp32", "bf16", "nf4"],
+    "lora_r": [4, 16],
+    "lora_alpha": [16, 64],
+    "learning_rate": [1e-4, 5e-4, 2e-3, 5e-3],
+}
+
+
+def search(sampler: str, trials: int) -> Search:
+    """Lowest loss of the space within a budget that rules some of it out."""
+    tune_section = {
+        "space": SPACE, "objectives": ["eval_loss"], "constraints": ["peak_memory_bytes <= 800MiB"], "confirm": 0,
+        "sampler": sampler, "trials": trials,
+    }  # fmt: skip
+    return parse("cost", "cost", BASE, tune_section)
+
+
+def run(sampler: str, trials: int, folder: Path, console: Console) -> pandas.DataFrame:
+    """The rows of a search, its best first."""
+    store = Store(folder)
+    with LocalLauncher() as launcher, display(console) as shown:
+        tune(search(sampler, trials), store, launcher, shown)
+    rows = store.read("trials").to_pandas()
+    return rows[~rows["twin"] & rows["study"].notna()].sort_values("eval_loss")
+
+
+def verdict(one: Path, label: str, other: Path, other_label: str) -> tuple[str, float]:
+    """How the found cell compares with the best of all, story by story."""
+    m = measurements.load(one)
+    losses = {}
+    for name, folder, wanted in (("found", other, other_label), ("best", one, label)):
+        found = measurements.load(folder) if folder != one else m
+        trial = found.trials.index[(found.trials["label"] == wanted) & ~found.trials["twin"]][0]
+        stories = found.stories[found.stories["trial"] == trial]
+        losses[name] = stories.set_index("story")["loss"]
+    from harness import stats
+
+    differences = (losses["found"] - losses["best"]).dropna()
+    effect = stats.paired(differences, pandas.Series(0, differences.index)).loc[0]
+    if differences.abs().max() < 1e-6:
+        return "the same cell", 0.0
+    said = "not distinguishable" if effect["low"] <= 0 else "worse"
+    return f"{effect['effect']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) nats: {said}", effect["low"]
+
+
+def main() -> int:
+    """Print both; 1 where the search is worse, or costs more than 35 %."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--results", type=Path, help="Folder to keep the rows in, and to go on from.")
+    given = parser.parse_args()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = given.results or Path(temporary)
+        every = run("brute-force", 48, root / "cost-all", console)
+        some = run("tpe", given.trials, root / "cost-tpe", console)
+        share = some["trial_seconds"].sum() / every["trial_seconds"].sum()
+        table = Table("", "cells", "seconds", "best", "eval loss", title="Searching a space of 48 cells")
+        for name, rows in (("all of them", every), ("tpe", some)):
+            best = rows.iloc[0]
+            seconds = f"{rows['trial_seconds'].sum():.0f}"
+            table.add_row(name, str(len(rows)), seconds, best["label"], f"{best['eval_loss']:.4f}")
+        Console().print(table)
+        labels = (every.iloc[0]["label"], some.iloc[0]["label"])
+        said, low = verdict(root / "cost-all", labels[0], root / "cost-tpe", labels[1])
+        print(f"trial-seconds: {share:.0%} of all; the found cell against the best: {said}")
+        return int(share > 0.35 or low > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

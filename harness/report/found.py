@@ -1,0 +1,161 @@
+"""A search as its rows tell it: the trials of the newest study, ranked, and what mattered in them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas
+
+from harness.errors import InputError
+from harness.metrics import METRICS
+from harness.report.measurements import Estimate, Measurements, spec
+from harness.report.plots import pareto_front
+from harness.results import Store
+from harness.search import BEFORE, Search, parse
+from harness.spec import TrialSpec
+
+_LEAST_FOR_IMPORTANCE = 8
+"""Fewer trials do not say what mattered."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The trials of a study, and what the search wanted of them."""
+
+    search: Search
+    measurements: Measurements
+    points: pandas.DataFrame
+    """One row per trial of the study, by configuration: number, label, status, before, whole (not a shorter rung),
+    feasible, seconds, the objectives by metric, and `params`."""
+
+    @cached_property
+    def ranked(self) -> pandas.DataFrame:
+        """Whole trials within the bounds, the best by the first objective first."""
+        first = self.search.objectives[0]
+        good = self.points[self.points["whole"] & self.points["feasible"]].dropna(subset=[first.metric])
+        return good.sort_values(
+            [first.metric, "number"], ascending=[first.direction == "minimize", True], kind="stable"
+        )
+
+    @cached_property
+    def front(self) -> pandas.DataFrame:
+        """Those that no other one beats in every objective, in the order of the first."""
+        to_minimise = pandas.DataFrame(
+            {o.metric: self.ranked[o.metric] * (1 if o.direction == "minimize" else -1) for o in self.search.objectives}
+        )
+        return self.ranked[pareto_front(to_minimise)]
+
+    @property
+    def winner(self) -> int:
+        """The configuration that is best by the first objective."""
+        return int(self.ranked.index[0])
+
+    @property
+    def rivals(self) -> dict[str, int]:
+        """Whom the winner has to meet, by what they are."""
+        m, others = self.measurements, self.ranked.index[1:]
+        found = {} if m.baseline in (None, self.winner) else {"the baseline": int(m.baseline or 0)}
+        if len(others):
+            found["the runner-up"] = int(others[0])
+        before = self.ranked.index[self.ranked["before"]]
+        if len(before) and before[0] != self.winner:
+            found["the best that was measured before"] = int(before[0])
+        return found
+
+    def label(self, config: int) -> str:
+        """What a configuration is called."""
+        return str(self.measurements.configs.at[config, "label"])
+
+    def spec(self, config: int) -> TrialSpec:
+        """A configuration under the seed of the search."""
+        return spec(self.measurements.configs, config).model_copy(update={"seed": self.search.base.seed})
+
+    @cached_property
+    def fresh(self) -> Measurements:
+        """The repeats that had no part in the choice."""
+        trials = self.measurements.trials
+        return replace(self.measurements, trials=trials[trials["repeat"] > 0])
+
+    def against(self, rival: int, metric: str) -> tuple[Estimate | None, int]:
+        """The winner beside a rival, over fresh repeats where there are any, and how many there are."""
+        pair = pandas.DataFrame({"comparison": [0], "config": [self.winner], "reference": [rival]})
+        ok = self.fresh.trials[self.fresh.trials["status"] == "ok"]
+        repeats = [set(ok.loc[ok["stands_for"] == config, "repeat"]) for config in (self.winner, rival)]
+        shared = len(repeats[0] & repeats[1])
+        return (self.fresh if shared else self.measurements).compare(pair, metric).get(0), shared
+
+
+def read(m: Measurements, folder: Path) -> Found | None:
+    """The newest study of a results folder; null where there is none.
+
+    Raises:
+        InputError: what the folder says of its search is not readable.
+    """
+    about = Store(folder).description().get("tune")
+    mine = m.trials[m.trials["study"].notna() & (m.trials["repeat"] == 0) & ~m.trials["twin"]]
+    if about is None or mine.empty:
+        return None
+    try:
+        search = parse(m.name, m.title, about["base"], about["tune"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'grid.json'}: says nothing readable of its search ({error})") from None
+    newest = mine.sort_values("started_at")["study"].iloc[-1]
+    study = mine[mine["study"] == newest].drop_duplicates("config", keep="last")
+    rows = []
+    for row in study.to_dict("records"):
+        made = spec(m.configs, row["config"]).model_copy(update={"seed": search.base.seed})
+        params = search.place(made)
+        figures = {name: None if pandas.isna(row[name]) else row[name] for name in METRICS}
+        score = search.score(row["status"], figures)
+        values = score.values if score else (None,) * len(search.objectives)
+        rows.append(
+            {
+                "config": row["config"],
+                "number": int(row["study_trial"]),
+                "label": row["label"],
+                "status": row["status"],
+                "before": row["level"] == BEFORE,
+                "whole": params is not None,
+                "feasible": score is not None and score.feasible,
+                "seconds": row["trial_seconds"],
+                "params": params,
+                **{o.metric: v for o, v in zip(search.objectives, values, strict=True)},
+            }
+        )
+    points = pandas.DataFrame(rows).set_index("config").sort_values("number")
+    for objective in search.objectives:
+        points[objective.metric] = points[objective.metric].astype(float)
+    return Found(search, m, points)
+
+
+def importances(found: Found, metric: str) -> dict[str, float]:
+    """Share of each parameter in what separates the good trials from the rest (PED-ANOVA, Watanabe et al. 2023).
+
+    The study is made again from the rows, so that parquet stays the only record. Empty where there are too few trials.
+    """
+    import optuna
+
+    from harness.tune import distribution
+
+    objective = next(o for o in found.search.objectives if o.metric == metric)
+    parameters = {p.name: p for p in found.search.parameters}
+    known = found.points[found.points["whole"]].dropna(subset=[metric])
+    if len(known) < _LEAST_FOR_IMPORTANCE:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(direction=objective.direction)
+        study.add_trials([
+            optuna.trial.create_trial(
+                params=params, distributions={name: distribution(parameters[name]) for name in params}, value=value
+            )
+            for params, value in zip(known["params"], known[metric], strict=True)
+        ])  # fmt: skip
+        try:
+            return dict(optuna.importance.get_param_importances(study))
+        except (ValueError, RuntimeError):
+            return {}  # every trial is as good as every other one

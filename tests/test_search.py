@@ -1,0 +1,160 @@
+"""The tune: section of a grid: what is accepted, what is refused, and what a spec's place in a space is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness import search
+from harness.errors import InputError
+from harness.search import Search
+
+BASE: dict[str, Any] = {"base_model": "smollm2-135m-instruct", "train_samples": 36, "lora_r": 16}
+
+
+def made(tmp_path: Path, base: dict[str, Any] | None = None, **tune: Any) -> Search:
+    tune.setdefault("space", {"lora_r": [4, 16]})
+    file = tmp_path / "t.yml"
+    file.write_text(yaml.safe_dump({"base": BASE | (base or {}), "tune": tune}))
+    return search.load(file)
+
+
+def test_the_bundled_search_loads() -> None:
+    found = search.load(Path(__file__).parent.parent / "grids" / "tune.yml")
+    assert found.place(found.base), "the configuration of the lesson is a point of its space"
+    assert found.memory == 640 * 2**20
+    assert [o.direction for o in found.objectives] == ["minimize", "minimize"]
+
+
+def test_walk_and_place_are_each_others_inverse(tmp_path: Path) -> None:
+    found = made(
+        tmp_path,
+        space={
+            "adapter": ["lora", "none"],
+            "lora_r": {"low": 2, "high": 64, "log": True, "when": {"adapter": "lora"}},
+            "lora_target_modules": {"levels": [["q_proj", "v_proj"], ["q_proj"]], "when": {"adapter": "lora"}},
+            "learning_rate": {"low": "1e-5", "high": 1e-2, "log": True},
+            "lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.05, "when": {"adapter": ["lora"]}},
+            "batch": {"2 x 2": {"micro_batch_size": 2, "gradient_accumulation_steps": 2}, "1 x 1": {"bf16": True}},
+        },
+    )
+    values = {
+        "adapter": "lora", "lora_r": 23, "lora_target_modules": "q_proj", "learning_rate": 3e-4,
+        "lora_dropout": 0.15, "batch": "2 x 2",
+    }  # fmt: skip
+    chosen, spec = found.walk(lambda parameter: values[parameter.name])
+    assert chosen == values
+    assert (spec.lora_r, spec.lora_target_modules, spec.micro_batch_size) == (23, ("q_proj",), 2)
+    assert found.place(spec) == values
+
+    chosen, full = found.walk(lambda parameter: (values | {"adapter": "none"})[parameter.name])
+    assert chosen == {"adapter": "none", "learning_rate": 3e-4, "batch": "2 x 2"}, "what has no meaning is not asked"
+    assert found.place(full) == chosen
+
+    outside = {"lora_r": 65, "lora_dropout": 0.11, "seed": 9, "learning_rate": 1.0, "sequence_length": 64}
+    for key, value in outside.items():
+        assert found.place(spec.model_copy(update={key: value})) is None, key
+
+
+def test_held_batches_and_rungs(tmp_path: Path) -> None:
+    found = made(
+        tmp_path,
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
+        space={"micro_batch_size": {"levels": [1, 2, 4], "hold": "effective_batch_size"}},
+        pruner={"factor": 3, "rungs": 2},
+    )
+    _, spec = found.walk(lambda parameter: 1)
+    assert (spec.micro_batch_size, spec.gradient_accumulation_steps) == (1, 4)
+    assert found.rungs == (1, 3)
+    assert [found.at_rung(spec, rung).train_samples for rung in found.rungs] == [12, 36]
+    assert found.at_rung(spec, 3).id == spec.id
+
+
+def test_a_bound_on_the_peak_is_the_enforced_budget(tmp_path: Path) -> None:
+    found = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB", "tokens_per_second >= 50"])
+    assert found.base.memory_budget == 2**30
+    ok = {"peak_memory_bytes": 2**29, "peak_evaluate_bytes": 3 * 2**28, "eval_loss": 3.0, "tokens_per_second": 40.0}
+    score = found.score("ok", ok)
+    assert score is not None
+    assert score.violations["memory"] == pytest.approx(-0.25), "what fits is decided by the highest peak"
+    assert score.violations["tokens_per_second >= 50"] == pytest.approx(0.2)
+    assert not score.feasible
+    oom = found.score("oom", {"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**29})
+    assert oom is not None
+    assert oom.values == (None,)
+    assert oom.violations == {"memory": pytest.approx(0.5)}
+    assert found.score("diverged", ok) is None
+    assert found.score("ok", ok | {"eval_loss": None}) is None, "a missing figure is no score"
+
+
+def test_what_a_report_needs_is_plain_json(tmp_path: Path) -> None:
+    found = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB"])
+    given = json.loads(json.dumps(found.given))
+    again = search.parse(found.name, found.title, given["base"], given["tune"])
+    assert again.base.id == found.base.id
+    assert again.parameters == found.parameters
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no space": ({"space": None}, "space is missing"),
+    "unknown key": ({"trails": 3}, "unknown key 'trails'; did you mean trials"),
+    "unknown parameter": ({"space": {"lora_rank": [1, 2]}}, "unknown factor 'lora_rank'; did you mean lora_"),
+    "unknown range": ({"space": {"lora_rr": {"low": 1, "high": 2}}}, "'lora_rr'; did you mean lora_r"),
+    "bad level": ({"space": {"lora_r": [0, 4]}}, "lora_r is 0; it must be 1 or more"),
+    "bad bound of a range": ({"space": {"lora_r": {"low": 0, "high": 4}}}, "lora_r is 0; it must be 1 or more"),
+    "half a rank": ({"space": {"lora_r": {"low": 1.5, "high": 4}}}, "lora_r is 1.5"),
+    "range of words": ({"space": {"precision": {"low": 1, "high": 4}}}, "precision"),
+    "range upside down": ({"space": {"lora_r": {"low": 8, "high": 4}}}, "low 8 is not below high 4"),
+    "range with half a key": ({"space": {"lora_r": {"low": 8, "hi": 4}}}, "unknown key 'hi'"),
+    "range without high": ({"space": {"lora_r": {"low": 8}}}, "high is missing"),
+    "log with step": ({"space": {"lora_r": {"low": 1, "high": 8, "log": True, "step": 2}}}, "log goes with"),
+    "log of zero": ({"space": {"lora_dropout": {"low": 0, "high": 0.5, "log": True}}}, "log goes with a low above 0"),
+    "same key twice": ({"space": {"lora_r": [4, 8], "size": {"big": {"lora_r": 64}}}}, "both set lora_r"),
+    "impossible": (
+        {"space": {"adapter": ["lora", "none"], "precision": ["bf16", "nf4"]}},
+        "quantised weights cannot be trained.*say when:",
+    ),
+    "when of nothing": ({"space": {"lora_r": {"low": 1, "high": 4, "when": {"adaptor": "lora"}}}}, "mean adapter"),
+    "when never": ({"space": {"lora_r": {"low": 1, "high": 4, "when": {"adapter": "lore"}}}}, "unknown adapter 'lore'"),
+    "objective": ({"objectives": ["eval_los"]}, "unknown figure 'eval_los'; did you mean eval_loss"),
+    "objective without a better": ({"objectives": ["trainable_parameters"]}, "unknown figure 'trainable_parameters'"),
+    "direction": ({"objectives": {"eval_loss": "minimise"}}, "did you mean minimize"),
+    "four objectives": (
+        {"objectives": ["eval_loss", "peak_memory_bytes", "tokens_per_second", "samples_per_second"]}, "one to three"),
+    "constraint": ({"constraints": ["peak_memory_bytes < 3GiB"]}, "write it like"),
+    "constraint figure": ({"constraints": ["peak_memory <= 3GiB"]}, "did you mean peak_memory_bytes"),
+    "constraint bound": ({"constraints": ["peak_memory_bytes <= much"]}, "'much' is no bound; write it like 12GiB"),
+    "constraint the wrong way": ({"constraints": ["peak_memory_bytes >= 3GiB"]}, "has an upper bound"),
+    "sampler": ({"sampler": "tpa"}, "unknown sampler 'tpa'; did you mean tpe"),
+    "trials": ({"trials": 0}, "trials is 0; it must be a whole number from 1"),
+    "timeout": ({"timeout": -1}, "timeout is -1"),
+    "pruner": ({"pruner": "hyperbandit"}, "use none, halving"),
+    "pruner for two": ({"pruner": "halving", "objectives": ["eval_loss", "load_seconds"]}, "goes with one objective"),
+    "pruner too deep": ({"pruner": {"factor": 4, "rungs": 4}}, "too short for 4 rungs of factor 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    given, said = REFUSED[case]
+    with pytest.raises(InputError, match=said) as error:
+        made(tmp_path, **given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_of_random_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="eval_loss of random weights means nothing"):
+        made(tmp_path, {"base_model": "random:tiny"})
+    found = made(tmp_path, {"base_model": "random:tiny"}, objectives=["tokens_per_second"])
+    assert found.objectives[0].direction == "maximize"
+
+
+def test_a_file_without_a_search_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "t.yml"
+    file.write_text("base: {base_model: random:tiny}\n")
+    with pytest.raises(InputError, match="tune is missing"):
+        search.load(file)

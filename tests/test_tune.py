@@ -1,0 +1,316 @@
+"""Searching: through the real launcher, with trials that compute a formula whose best values are known."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import formula
+import optuna
+import pandas
+import pytest
+from rows import keep
+from test_launch import Watch
+
+from harness.errors import InputError
+from harness.launch.local import LocalLauncher
+from harness.report import found, measurements
+from harness.report import tuning as reporting
+from harness.results import Store, spec_of
+from harness.tune import Options, open_storage, tune
+
+made = formula.search
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[LocalLauncher]:
+    with LocalLauncher(formula.child, preload="harness.search") as started:
+        yield started
+
+
+def trials(store: Store) -> pandas.DataFrame:
+    return store.read("trials").to_pandas()
+
+
+# ------------------------------------------------------------------------------------ the front
+
+
+def test_the_front_is_found_sooner_than_by_chance(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """One seed; `benchmarks/tune_front.py` has five."""
+    store = Store(tmp_path / "tpe" / "t")
+    tune(made(trials=60), store, launcher, Watch())
+    after = formula.reached(trials(store))
+    assert after is not None, "not within 5 % of the true front after 60 trials"
+    store = Store(tmp_path / "random" / "t")
+    tune(made(sampler="random", trials=after), store, launcher, Watch())
+    assert formula.reached(trials(store)) is None
+
+
+# ------------------------------------------------------------------------------------ what is told
+
+
+def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp_path: Path) -> None:
+    search = made(sampler="random", seed=8, trials=30)
+    store = Store(tmp_path / "t")
+    said: list[str] = []
+    done = tune(search, store, launcher, Watch(), say=said.append)
+    rows = trials(store)
+    study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
+    assert len(study.trials) == done.tried == 30
+    assert set(rows[~rows["twin"]]["study"]) == {done.study}
+    by_number = rows[~rows["twin"]].astype({"study_trial": int}).set_index("study_trial").sort_index()
+    assert by_number.index.tolist() == list(range(30)), "a row for each trial, under its number"
+    assert by_number.loc[0, "label"] == "baseline", "the configuration that one would take anyway comes first"
+    states = {t.number: t.state.name for t in study.trials}
+    for number, row in by_number.iterrows():
+        trial = study.trials[number]
+        spec = spec_of(row)
+        assert search.place(spec) == trial.params
+        if row["status"] == "diverged":
+            assert states[number] == "FAIL"
+            continue
+        assert states[number] == "COMPLETE"
+        memory, loss = formula.figures(spec)
+        if row["status"] == "oom":
+            assert trial.constraints == {"memory": pytest.approx(memory / formula.BUDGET - 1)}
+            assert trial.constraints["memory"] > 0
+        else:
+            assert trial.values == pytest.approx([loss, memory])
+            assert trial.constraints["memory"] <= 0
+    assert {"ok", "oom", "diverged"} <= set(rows["status"]), "the formula has every end"
+    assert any("best eval_loss so far" in line for line in said)
+
+
+def test_going_on_adds_no_trial_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    first = tune(made(trials=6), store, launcher, Watch())
+    again = Watch()
+    same = tune(made(trials=6), store, launcher, again)
+    assert (same.study, same.tried, again.seen) == (first.study, 6, [])
+    more = tune(made(trials=9), store, launcher, Watch())
+    assert (more.study, more.tried) == (first.study, 9)
+    assert len(trials(store).query("~twin")) == 9
+
+
+def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLauncher, tmp_path: Path) -> None:
+    class Impatient(Watch):
+        def __init__(self, at: int, times: int) -> None:
+            super().__init__()
+            self.at, self.times = at, times
+
+        def event(self, kind: str, value: Any) -> None:
+            if self.number == self.at:
+                for _ in range(self.times):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        def trial(self, number: int, job: Any) -> None:
+            self.number = number
+
+    store = Store(tmp_path / "t")
+    done = tune(made(trials=6), store, launcher, Impatient(2, 1))
+    assert (done.tried, done.left) == (2, 4)
+    with pytest.raises(KeyboardInterrupt):
+        tune(made(trials=6), store, launcher, Impatient(1, 2))
+    done = tune(made(trials=6), store, launcher, Watch())
+    assert done.tried == 6
+    assert len(trials(store).query("~twin")) == 6
+
+
+# ------------------------------------------------------------------------------------ killed, and two at once
+
+RUNNER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import formula
+from test_launch import Watch
+from test_tune import made
+from harness.launch.local import LocalLauncher
+from harness.results import Store
+from harness.tune import tune
+with LocalLauncher(formula.child, preload="harness.search") as launcher:
+    tune(made(trials={trials}), Store(Path({folder!r})), launcher, Watch())
+"""
+
+
+def runner(folder: Path, count: int, **environment: str) -> subprocess.Popen[bytes]:
+    code = RUNNER.format(tests=str(Path(__file__).parent), trials=count, folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | environment)
+
+
+def test_a_killed_search_goes_on_and_counts_nothing_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    process = runner(folder, 12, FORMULA_SECONDS="0.2")
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("trials/*.parquet"))) < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = set(trials(Store(folder))["trial_id"])
+    done = tune(made(trials=12), Store(folder), launcher, Watch())
+    assert done.tried == 12
+    rows = trials(Store(folder)).query("~twin")
+    assert before <= set(rows["trial_id"])
+    assert len(rows) == 12
+    study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{folder / 'study.db'}")
+    finished = [t for t in study.trials if t.state.name == "COMPLETE"]
+    failed = [t for t in study.trials if t.state.name == "FAIL" and "status" in t.user_attrs]
+    assert len(finished) + len([t for t in failed if f"given back {t.number}" not in study.user_attrs]) == 12
+    assert not [t for t in study.trials if t.state.name == "RUNNING"]
+
+
+def test_two_processes_share_a_study(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    both = [runner(folder, 16, FORMULA_SECONDS="0.3") for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    rows = trials(Store(folder)).query("~twin")
+    # The last proposal may have been made by both at once.
+    assert 16 <= len(rows) <= 17
+    assert rows["study"].nunique() == 1
+    overlapping = rows.sort_values("started_at")["started_at"].diff().dt.total_seconds().dropna()
+    assert (overlapping < 0.25).sum() >= 4, "they work at the same time"
+
+
+# ------------------------------------------------------------------------------------ what ends a search
+
+
+def test_nothing_fits_is_said_early(launcher: LocalLauncher, tmp_path: Path) -> None:
+    search = made(trials=100, constraints=["peak_memory_bytes <= 50MB"])
+    store = Store(tmp_path / "t")
+    with pytest.raises(
+        InputError, match=r"none of 12 trials keeps within 47.68 MiB of memory; the nearest is \d+\.\d% "
+    ):
+        tune(search, store, launcher, Watch())
+    assert len(trials(store)) == 12, "what was tried is kept"
+
+
+def test_nothing_trains_is_said_early(launcher: LocalLauncher, tmp_path: Path) -> None:
+    space = {"learning_rate": {"low": 8.1e-3, "high": 9.9e-3}}
+    with pytest.raises(InputError, match=r"none of 12 trials ended well \(diverged\)"):
+        tune(made({"learning_rate": 9.5e-3}, space=space, trials=100), Store(tmp_path / "t"), launcher, Watch())
+
+
+def test_brute_force_ends_with_the_space(launcher: LocalLauncher, tmp_path: Path) -> None:
+    space = {"lora_r": [4, 8, 16], "gradient_checkpointing": [False, True]}
+    store = Store(tmp_path / "t")
+    done = tune(made(space=space, sampler="brute-force", trials=100), store, launcher, Watch())
+    assert done.tried == 6
+    assert len(trials(store).query("~twin")) == 6
+    with pytest.raises(InputError, match="brute-force needs a step for learning_rate"):
+        tune(made(sampler="brute-force"), Store(tmp_path / "u"), launcher, Watch())
+
+
+def test_a_small_space_is_not_asked_for_ever(launcher: LocalLauncher, tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    tune(made(space={"lora_r": [4, 8]}, trials=5000), store, launcher, Watch())
+    assert len(trials(store).query("~twin")) == 2
+
+
+@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
+def test_the_other_samplers_work_too(sampler: str, launcher: LocalLauncher, tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    assert tune(made(sampler=sampler, trials=14), store, launcher, Watch()).tried == 14
+
+
+def test_a_storage_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the study's storage cannot be opened") as error:
+        open_storage("mysql://me:secret@nowhere/x", Store(tmp_path / "t"))
+    assert "secret" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ warm start, rungs, confirmation
+
+
+def test_what_was_measured_before_is_the_start(launcher: LocalLauncher, tmp_path: Path) -> None:
+    search = made(trials=4)
+    plain = search.base.model_copy(update={"memory_budget": None})
+    source = Store(tmp_path / "before")
+    for label, changes in {
+        "baseline": {}, "fits": {"lora_r": 8}, "too large": {"lora_r": 64}, "outside": {"sequence_length": 64},
+    }.items():  # fmt: skip
+        spec = plain.model_copy(update=changes)
+        memory, loss = formula.figures(spec)
+        keep(source, spec, label, [loss] * 3, peak_memory_bytes=memory, eval_loss=loss, tokens_per_second=9.0)
+    store = Store(tmp_path / "t")
+    said: list[str] = []
+    done = tune(search, store, launcher, Watch(), Options(sources=(source.folder,)), said.append)
+    assert (done.warm, done.tried) == (3, 4)
+    assert any("3 used, 1 outside the space" in line for line in said)
+    study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
+    warm = {t.user_attrs["label"]: t for t in study.trials if "source" in t.user_attrs}
+    beyond = {label.split(", ")[0].split(" ", 1)[-1]: t.constraints["memory"] > 0 for label, t in warm.items()}
+    assert beyond == {"baseline": False, "fits": False, "too large": True}
+    rows = trials(store).query("~twin").set_index("label")
+    assert rows.loc["baseline", "tokens_per_second"] == 9.0, "it is not measured again"
+    copied = [label for label in rows.index if "measured before" in label]
+    assert [label.split(" ", 1)[1] for label in copied] == ["fits, measured before"]
+    stories = store.read("stories").to_pandas()
+    assert (stories["trial_id"] == rows.loc[copied[0], "trial_id"]).sum() == 3, "its stories came along"
+
+
+def test_halving_stops_what_is_behind(launcher: LocalLauncher, tmp_path: Path) -> None:
+    search = made(objectives=["eval_loss"], pruner="halving", trials=24)
+    store = Store(tmp_path / "t")
+    done = tune(search, store, launcher, Watch())
+    study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
+    states = [t.state.name for t in study.trials]
+    assert states.count("PRUNED") >= 8
+    rows = trials(store).query("~twin and repeat == 0 and status == 'ok'")
+    assert sorted(rows["train_samples"].unique()) == [4, 12, 36]
+    whole = rows[rows["train_samples"] == 36]
+    finished = {t.number for t in study.trials if t.state.name == "COMPLETE" and t.constraints["memory"] <= 0}
+    assert set(whole["study_trial"]) == finished
+    m = measurements.load(store.folder)
+    findings = reporting.findings(m, store.folder)
+    assert findings is not None
+    assert any("Successive halving stopped" in sentence for sentence in findings.sentences)
+
+
+def test_the_winner_meets_its_rivals_in_fresh_repeats(launcher: LocalLauncher, tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    search = made(trials=15, confirm=2)
+    tune(search, store, launcher, Watch())
+    m = measurements.load(store.folder)
+    read = found.read(m, store.folder)
+    assert read is not None
+    winner = read.points.loc[read.winner]
+    feasible = read.points[read.points["feasible"]]
+    assert winner["eval_loss"] == feasible["eval_loss"].min()
+    assert set(read.fresh.trials["repeat"]) == {1, 2}
+    assert set(read.rivals) == {"the baseline", "the runner-up"}
+    for rival in read.rivals.values():
+        estimate, repeats = read.against(rival, "eval_loss")
+        assert repeats == 2
+        assert estimate is not None
+        assert estimate.value == pytest.approx(winner["eval_loss"] - read.points.loc[rival, "eval_loss"])
+    sentences = reporting.findings(m, store.folder).sentences  # type: ignore[union-attr]
+    assert any("Against the runner-up" in s and "in 2 fresh repeats" in s for s in sentences)
+
+
+def test_unconfirmed_is_said(launcher: LocalLauncher, tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    tune(made(trials=8), store, launcher, Watch())
+    findings = reporting.findings(measurements.load(store.folder), store.folder)
+    assert findings is not None
+    assert any("not confirmed in fresh repeats" in sentence for sentence in findings.sentences)
+
+
+def test_what_mattered(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """Checkpointing has no part in the loss of the formula, the learning rate has the largest."""
+    store = Store(tmp_path / "t")
+    tune(made(trials=40, sampler="random"), store, launcher, Watch())
+    read = found.read(measurements.load(store.folder), store.folder)
+    assert read is not None
+    shares = found.importances(read, "eval_loss")
+    assert max(shares, key=lambda name: shares[name]) in ("learning_rate", "lora_r")
+    assert shares["gradient_checkpointing"] == min(shares.values())
+    memory = found.importances(read, "peak_memory_bytes")
+    assert max(memory, key=lambda name: memory[name]) == "lora_r"
