@@ -40,6 +40,7 @@ class Trainer:
         device: where the model is.
         steps: optimizer steps that the schedule spans.
         on_phase: told `forward`, `backward` and `optimizer` as each begins.
+        read: how a number is had from a tensor; a tensor without contents has none to give.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Trainer:
         device: torch.device,
         steps: int,
         on_phase: Callable[[Phase], None] = lambda phase: None,
+        read: Callable[[torch.Tensor], float] = float,
     ) -> None:
         self.model = model
         self.spec = spec
@@ -58,6 +60,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type) if compute_dtype(spec) is torch.float16 else None
         self._parameters = trainable(model)
         self.on_phase = on_phase
+        self._read = read
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of one effective batch.
@@ -78,7 +81,7 @@ class Trainer:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             losses.append(loss.detach())
             del loss  # its graph, else freed only when the next micro-batch's loss replaces it
-        total = float(torch.stack(losses).sum())
+        total = self._read(torch.stack(losses).sum())
         if not math.isfinite(total):
             self.on_phase("forward")  # that is where it arose
             raise Diverged(f"loss is {total}")
@@ -90,7 +93,7 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = self.spec.max_grad_norm or math.inf
-        norm: float | None = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        norm: float | None = self._read(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if norm is not None and not math.isfinite(norm):
             if self.scaler is None:
                 self.on_phase("backward")

@@ -226,7 +226,7 @@ class _Tuning:
             trial.set_user_attr("label", label)
             self._run(trial, label, spec, number)
         except BaseException:
-            _give_back(self.study, trial.number, trial.params)
+            _give_back(self.study, trial.number, trial.params, trial.user_attrs.get("label"))
             raise
 
     def _run(self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int) -> None:
