@@ -16,7 +16,9 @@ from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
     from harness.grid import Grid
+    from harness.launch.planner import Planned
     from harness.report.measurements import Measurements
+    from harness.spec import TrialSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +90,7 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="Run at most so many trials now.")] = None,
     max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")] = False,
+    predict: Annotated[bool, typer.Option(help="Predict each peak beforehand, to be kept beside the measured.")] = True,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
     ] = False,
@@ -127,8 +130,9 @@ def run(
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
             # A server that imports torch is not started for nothing.
-            pending = launch.pending(grid_now, store, statuses)
+            pending = launch.pending(grid_now, store, statuses)[:limit]
             launcher = stack.enter_context(LocalLauncher()) if pending else None
+            predicted = _predicted([t.spec for t in pending], trust_remote_code) if predict else {}
             shown = display(out)
             stack.enter_context(shown)
             summary = launch.run_grid(
@@ -140,6 +144,7 @@ def run(
                 rerun=statuses,
                 limit=limit,
                 trust_remote_code=trust_remote_code,
+                predicted=predicted,
             )
         _print_summary(summary, store, grid)
         return summary.left == 0
@@ -223,6 +228,89 @@ def tune(
         export.write_text(found.yaml, encoding="utf-8")
         out.print(f"written to {export}; run it with: harness run {export}", highlight=False, soft_wrap=True)
     out.print(f"see it with: harness report {store.folder}", highlight=False)
+
+
+def _predicted(specs: list[TrialSpec], trust_remote_code: bool) -> dict[str, int]:
+    """Predicted peaks by spec id; what cannot be predicted is run all the same."""
+    return {
+        planned.spec.id: planned.peak_memory_bytes
+        for planned in _plans(specs, trust_remote_code)
+        if planned.peak_memory_bytes is not None
+    }
+
+
+def _plans(specs: list[TrialSpec], trust_remote_code: bool) -> list[Planned]:
+    """Predictions with a bar while they are made."""
+    from rich.progress import track
+
+    from harness.launch.planner import plan_all
+
+    made = plan_all(specs, trust_remote_code=trust_remote_code)
+    return list(track(made, "predicting peaks", total=len(specs), console=out, transient=True))
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness plan grids/llama3-8b.yml --memory 24GiB   |   "
+    "harness plan my.yml --json plan.json"
+)
+def plan(
+    grid: Annotated[Path, typer.Argument(help="A grid file, or a training file as a grid of one trial.")],
+    memory: Annotated[
+        list[str] | None, typer.Option(help="Memory that there is, like 24GiB; may be repeated, a column for each.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions there.")] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Predict the peak memory of every trial, without a GPU and without weights, and say what fits."""
+    import json
+
+    from rich.table import Table
+
+    from harness import grid as grids
+    from harness.metrics import COMPONENTS, GIB
+    from harness.spec import parse_bytes
+
+    try:
+        limits = {text: parse_bytes(text) for text in memory or []}
+    except ValueError as error:
+        raise InputError(f"--memory: {error}") from None
+    loaded = grids.load(grid, repeats=1, max_trials=max_trials or grids.MAX_TRIALS)
+    grids.preflight(loaded, devices=False)
+    trials = [trial for trial in loaded.trials if not trial.twin]
+    found = {planned.spec.id: planned for planned in _plans([t.spec for t in trials], trust_remote_code)}
+    largest = max((planned.peak_memory_bytes or 0 for planned in found.values()), default=0)
+    unit, size = ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", 2.0**20)
+    table = Table(title=f"{escape(loaded.title)}: predicted peaks, {unit}", title_justify="left")
+    table.add_column("trial")
+    for heading in ("peak", *COMPONENTS, *limits):
+        table.add_column(heading, justify="right")
+    rows = []
+    for trial in sorted(trials, key=lambda t: not t.baseline):
+        planned = found[trial.spec.id]
+        peak = planned.peak_memory_bytes
+        rows.append(
+            {"label": trial.label, "spec_id": trial.spec.id, "predicted_peak_memory_bytes": peak,
+             **planned.shares, "error": planned.error}
+        )  # fmt: skip
+        if peak is None:
+            table.add_row(escape(trial.label), f"[red]{escape(planned.error or 'unknown')}[/]")
+            continue
+        shares = (f"{planned.shares[f'memory_{name}_bytes'] / size:.2f}" for name in COMPONENTS)
+        fits = (_fits(peak, limit) for limit in limits.values())
+        table.add_row(escape(trial.label), f"[bold]{peak / size:.2f}[/]", *shares, *fits)
+    out.print(table)
+    out.print("live tensors of the training step; a CUDA card needs its context and workspaces besides", style="dim")
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        out.print(f"written to {json_file}", highlight=False, soft_wrap=True)
+
+
+def _fits(peak: int, limit: int) -> str:
+    share = peak / limit
+    return f"[green]fits[/] ({share:.0%})" if share <= 1 else f"[red]no[/] ({share:.0%})"
 
 
 def _statuses(given: list[str]) -> frozenset[Any]:

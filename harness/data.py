@@ -175,6 +175,13 @@ def training_order(examples: Sequence[Example], samples: int, front: int, seed: 
     return [order[i] for i in longest] + [e for i, e in enumerate(order) if i not in chosen]
 
 
+def optimizer_steps(spec: TrialSpec, examples: Sequence[Example], front: int) -> list[list[Example]]:
+    """The examples of each optimizer step of a spec; the longest in the `front` first ones."""
+    size, samples = spec.effective_batch_size, total_samples(spec, len(examples))
+    order = training_order(examples, samples, front * size, spec.seed)
+    return [order[i : i + size] for i in range(0, samples, size)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on its device, and its counts (taken before it went there)."""

@@ -128,15 +128,19 @@ def load(
         raise InputError(one_line(f"{path.name}: {error}")) from None
 
 
-def preflight(grid: Grid) -> None:
+def preflight(grid: Grid, *, devices: bool = True) -> None:
     """Look at what the trials need from outside: a card, datasets with their columns and enough rows, models.
+
+    Args:
+        grid: what shall be run.
+        devices: whether a card has to be there; a plan needs none.
 
     Raises:
         InputError: something is not there.
     """
     from harness import model_source
 
-    if any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
+    if devices and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
         raise InputError(
             f"{grid.name}: device is cuda, and there is no card that torch could use; "
             "give --device cpu, or look at harness doctor"

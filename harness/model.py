@@ -65,6 +65,51 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         trust_remote_code=trust_remote_code,
         **_quantisation(spec),
     )
+    return _prepared(model, spec)
+
+
+def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
+    """The model of a spec without its weights: all that `load` gives, on the device `meta`, from the config alone.
+
+    Quantised layers are there, and their weights have the shapes from before.
+
+    Raises:
+        InputError: the model's config cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(spec.base_model, trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=_WEIGHTS[spec.precision],
+            attn_implementation=spec.attention,
+            trust_remote_code=trust_remote_code,
+        )
+    if spec.precision in QUANTISED:
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        quantisation = _quantisation(spec)["quantization_config"]
+        model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantisation)
+        # peft asks a model, not its layers, whether it is quantised.
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantisation.load_in_8bit, quantisation.load_in_4bit
+    return _prepared(model, spec)
+
+
+def _config(base_model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source.resolve(base_model)
+    if source.kind == "random":
+        return AutoConfig.for_model(**model_source.random_config(source.name))
+    if source.kind == "bundled":
+        return AutoConfig.for_model(**model_source.ARCHITECTURES[model_source.BUNDLED_SHAPE])
+    return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
+
+
+def _prepared(model: Any, spec: TrialSpec) -> Any:
+    """The base model ready to be trained: checkpointing, adapters, training mode."""
     _keep_gradients(model)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
@@ -121,7 +166,8 @@ def _with_adapters(model: Any, spec: TrialSpec) -> Any:
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
     )
-    return get_peft_model(model, config)  # adapters of 16-bit and quantised models are made fp32 by peft
+    # Adapters of 16-bit and quantised models are made fp32 by peft; those of a skeleton have no weights either.
+    return get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
 
 
 def compute_dtype(spec: TrialSpec) -> torch.dtype | None:

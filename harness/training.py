@@ -11,9 +11,14 @@ from typing import Any
 import torch
 
 from harness.data import Batch
+from harness.memory import LiveTensors
 from harness.model import autocast, compute_dtype, trainable
 from harness.results import Phase
 from harness.spec import TrialSpec
+
+TRACKED_STEPS = 2
+"""Optimizer steps whose memory is followed and whose time does not count. Two: the optimizer's state
+is there from the second on."""
 
 
 class Diverged(Exception):
@@ -86,9 +91,40 @@ class Trainer:
             self.on_phase("forward")  # that is where it arose
             raise Diverged(f"loss is {total}")
         self.on_phase("optimizer")
-        return self._update(total)
+        return self.update(total)
 
-    def _update(self, loss: float) -> StepResult:
+    def tracked_step(self, batches: Sequence[Batch], tracker: LiveTensors) -> StepResult:
+        """A step under the tracker, which tells gradients and the optimizer's state from activations.
+
+        A gradient counts as such from the moment it is accumulated. What the optimizer allocates is its state; what
+        a step leaves behind there stays so.
+        """
+        report = self.on_phase
+
+        def enter(phase: Phase) -> None:
+            report(phase)
+            tracker.component = "optimizer" if phase == "optimizer" else "activations"
+
+        def adopt(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                tracker.adopt([parameter.grad], "gradients")
+
+        hooks = [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
+        self.on_phase = enter
+        try:
+            return self.step(batches)
+        finally:
+            self.on_phase = report
+            tracker.component = "activations"
+            for hook in hooks:
+                hook.remove()
+
+    def update(self, loss: float) -> StepResult:
+        """Clip the gradients that are there, let the optimizer take its step, and forget them.
+
+        Raises:
+            Diverged: the gradient is not finite.
+        """
         rate = float(self.optimizer.param_groups[0]["lr"])
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

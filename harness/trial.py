@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import math
 import os
@@ -10,7 +9,7 @@ import random
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +20,7 @@ from harness import data, environment, evaluate_model, model, model_source
 from harness.memory import MemoryMeter, out_of_memory
 from harness.metrics import SCORES
 from harness.results import Job, Phase, Record, Status, Step, StoryLoss
-from harness.training import Diverged, Trainer
-
-TRACKED_STEPS = 2
-"""Optimizer steps whose memory is followed and whose time does not count. Two: the optimizer's state
-is there from the second on."""
+from harness.training import TRACKED_STEPS, Diverged, Trainer
 
 Tell = Callable[[Literal["phase", "step"], Any], None]
 """Told each `phase` by name, and each `step` as (done, of)."""
@@ -159,10 +154,7 @@ class _Trial:
     # -------------------------------------------------------------------------------- train
 
     def _train(self, network: Any, stories: data.Data, meter: MemoryMeter) -> None:
-        size = self.spec.effective_batch_size
-        samples = data.total_samples(self.spec, len(stories.train))
-        order = data.training_order(stories.train, samples, TRACKED_STEPS * size, self.spec.seed)
-        groups = [order[i : i + size] for i in range(0, samples, size)]
+        groups = data.optimizer_steps(self.spec, stories.train, TRACKED_STEPS)
         if not model.trainable(network):
             raise DidNotTrain("the model has no trainable parameter")
         trainer = Trainer(network, self.spec, self.device, len(groups), self._enter)
@@ -173,7 +165,7 @@ class _Trial:
         for number, group in enumerate(groups, start=1):
             tracked = number <= TRACKED_STEPS
             if tracked:
-                with meter.phase(split=True), _gradients_adopted(network, meter):
+                with meter.phase(split=True):
                     self._step(trainer, group, number, len(groups), meter)
                 if meter.peak() >= peak:
                     peak = meter.peak()
@@ -194,7 +186,7 @@ class _Trial:
         self._synchronise()
         began = time.perf_counter()
         batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
-        result = self._tracked_step(trainer, batches, meter) if meter is not None else trainer.step(batches)
+        result = trainer.step(batches) if meter is None else trainer.tracked_step(batches, meter.tracker)
         self._synchronise()
         self.steps.append(
             Step(
@@ -212,20 +204,6 @@ class _Trial:
             )
         )
         self.tell("step", (number, of))
-
-    def _tracked_step(self, trainer: Trainer, batches: list[data.Batch], meter: MemoryMeter) -> Any:
-        """What the optimizer allocates is its state; what a step leaves behind there stays so."""
-
-        def enter(phase: Phase) -> None:
-            self._enter(phase)
-            meter.tracker.component = "optimizer" if phase == "optimizer" else "activations"
-
-        trainer.on_phase = enter
-        try:
-            return trainer.step(batches)
-        finally:
-            trainer.on_phase = self._enter
-            meter.tracker.component = "activations"
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -280,22 +258,6 @@ class _Trial:
         if phase != self.phase or phase == "start":
             self.phase = phase
             self.tell("phase", phase)
-
-
-@contextlib.contextmanager
-def _gradients_adopted(network: Any, meter: MemoryMeter) -> Iterator[None]:
-    """Within, a parameter's gradient counts as such from the moment it is accumulated."""
-
-    def adopt(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            meter.tracker.adopt([parameter.grad], "gradients")
-
-    hooks = [p.register_post_accumulate_grad_hook(adopt) for p in model.trainable(network)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _fingerprint(network: Any) -> list[float]:

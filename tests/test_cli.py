@@ -47,7 +47,9 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "tune", "report", "recommend", "compare", "ls", "show", "keys", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "tune", "report", "recommend", "compare", "ls", "show", "keys", "doctor"]
+)
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     done = harness(command, "--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ def run_grid(
     rerun: frozenset[Status] = frozenset(),
     limit: int | None = None,
     trust_remote_code: bool = False,
+    predicted: Mapping[str, int] | None = None,
 ) -> Summary:
     """Run what is pending, one trial after another, each kept as soon as it ends.
 
@@ -100,6 +101,7 @@ def run_grid(
         rerun: statuses of recorded trials that are run again.
         limit: most trials to run now; null: all.
         trust_remote_code: let models from the hub run their own code.
+        predicted: bytes by spec id, kept beside what is measured.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -117,7 +119,15 @@ def run_grid(
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
             display.trial(number, job)
             assert launcher is not None  # noqa: S101 - the caller's promise
-            record = execute(job, store, launcher, display, timeout=timeout, trust_remote_code=trust_remote_code)
+            record = execute(
+                job,
+                store,
+                launcher,
+                display,
+                timeout=timeout,
+                trust_remote_code=trust_remote_code,
+                predicted=(predicted or {}).get(trial.spec.id),
+            )
             records.append(record)
             if asked_to_stop():
                 break
@@ -138,8 +148,9 @@ def execute(
     *,
     timeout: float | None = None,
     trust_remote_code: bool = False,
+    predicted: int | None = None,
 ) -> Record:
-    """Run one job and keep its record.
+    """Run one job and keep its record, with the peak that was predicted for it.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -151,6 +162,9 @@ def execute(
         "trust_remote_code": trust_remote_code,
     }
     record = launcher.run(job, options, timeout=timeout, on_event=display.event)
+    if predicted is not None:
+        metrics = record.metrics | {"predicted_peak_memory_bytes": predicted}
+        record = record.model_copy(update={"metrics": metrics})
     store.write(record)
     display.finished(record)
     return record

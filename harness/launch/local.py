@@ -72,7 +72,7 @@ class LocalLauncher:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=self._child, args=(job.model_dump_json(), options, theirs), daemon=True)
         started_at, deadline = dt.datetime.now(dt.UTC), None if timeout is None else time.monotonic() + timeout
-        with _main_module_hidden():
+        with main_module_hidden():
             process.start()
         theirs.close()
         phase: Phase = "start"
@@ -144,7 +144,7 @@ def _last_line(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def main_module_hidden() -> Iterator[None]:
     """A child would import the runner's main module again; it needs nothing from it."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

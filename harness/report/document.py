@@ -139,10 +139,25 @@ def _summary(comparison: tables.Comparison, judged: tuple[verdicts.ClaimVerdict,
             f"Two runs of the baseline differ in speed so much that effects below {math.expm1(m.floor):.1%} "
             "are noise here; none of them is called a difference."
         )
+    found += _foreseen(m)
     tally = Counter(verdict.word for verdict in judged)
     order: tuple[verdicts.Word, ...] = ("supported", "contradicted", "not distinguishable", "not measured here")
     found.append(f"Of {len(judged)} claims: " + ", ".join(f"{tally[w]} {w}" for w in order if tally[w]) + ".")
     return found
+
+
+def _foreseen(m: Measurements) -> list[str]:
+    """How well peaks were predicted, where they were."""
+    ok = m.trials[m.trials["status"] == "ok"].drop_duplicates("config")
+    known = ok[["predicted_peak_memory_bytes", "peak_memory_bytes"]].dropna()
+    if known.empty:
+        return []
+    error = known["predicted_peak_memory_bytes"] / known["peak_memory_bytes"] - 1
+    return [
+        f"Peaks were predicted before the trials ran: {error.abs().median():.2%} off in the median and "
+        f"{error.abs().max():.2%} at most, over {len(error)} configurations; {int((error < -0.005).sum())} of them "
+        "needed over 0.5% more than was predicted."
+    ]
 
 
 def _span(numbers: list[int]) -> str:
