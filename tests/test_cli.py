@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas
@@ -36,12 +36,18 @@ def harness(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _seconds_of_children() -> float:
+    """Processor time: that of the clock depends on what runs beside."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     seconds = []
     for _ in range(5):  # the first call compiles
-        began = time.perf_counter()
+        began = _seconds_of_children()
         done = harness("--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_seconds_of_children() - began)
         assert done.returncode == 0
         assert "harness run grids/smoke.yml" in " ".join(done.stdout.split())
     assert min(seconds) <= 0.5
@@ -189,7 +195,7 @@ tune:
   space: {lora_r: [4, 8, 16], gradient_checkpointing: [false, true]}
   objectives: [tokens_per_second, peak_memory_bytes]
   constraints: ["peak_memory_bytes <= 1GiB"]
-  trials: 4
+  trials: 3
   confirm: 1
 """
 
@@ -202,7 +208,7 @@ def test_tune_export_run_and_report(tmp_path: Path) -> None:
 
     done = harness("tune", "search.yml", "--export", "best.yml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 trials in study search-" in done.stdout
+    assert "3 trials in study search-" in done.stdout
     assert "Against the baseline" in done.stdout or "Take baseline" in done.stdout
     rows = pandas.read_parquet(tmp_path / "results/search/trials")
     assert (rows["status"] == "ok").all()

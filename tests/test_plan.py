@@ -12,7 +12,6 @@ import torch
 from test_cli import harness
 
 from harness import plan, trial
-from harness.launch.planner import plan_all
 from harness.results import Job
 from harness.spec import TrialSpec
 
@@ -22,25 +21,18 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
-    "bf16-mixed": {"precision": "bf16-mixed"},
     "int8": {"precision": "int8"},
     "nf4": {"precision": "nf4"},
     "fp4, double": {"precision": "fp4", "double_quantization": True},
     "full": {"adapter": "none"},
-    "full bf16": {"adapter": "none", "precision": "bf16"},
     "full, 8-bit": {"adapter": "none", "optimizer": "adamw_bnb_8bit"},
     "paged 8-bit, nf4, checkpointing": {
         "precision": "nf4", "optimizer": "paged_adamw_8bit", "gradient_checkpointing": True},
-    "checkpointing": {"gradient_checkpointing": True},
     "dropout": {"lora_dropout": 0.1},
     "DoRA": {"use_dora": True},
-    "q and v": {"lora_target_modules": ["q_proj", "v_proj"]},
-    "one step at a time": {"gradient_accumulation_steps": 1},
     "four": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
     "padded": {"sequence_length": 2048, "excess_length": "drop"},
     "eager": {"attention": "eager"},
-    "sgd": {"optimizer": "sgd"},
-    "adafactor": {"optimizer": "adafactor"},
     "lion": {"optimizer": "lion_8bit"},
 }  # fmt: skip
 
@@ -75,13 +67,6 @@ def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch
 def test_what_takes_no_memory_is_predicted_once(small: Small) -> None:
     assert small(lora_alpha=64, learning_rate=1.0).memory_key == small().memory_key
     assert small(lora_r=8).memory_key != small().memory_key
-    planned = list(plan_all([small(), small(lora_alpha=64), small(lora_r=8)]))
-    peaks = {p.spec.lora_r: set() for p in planned}
-    for p in planned:
-        peaks[p.spec.lora_r].add(p.peak_memory_bytes)
-    assert len(planned) == 3
-    assert all(len(found) == 1 and None not in found for found in peaks.values())
-    assert peaks[4] != peaks[8]
 
 
 def test_plan_says_what_fits_and_a_run_keeps_the_prediction(tmp_path: Path) -> None:
@@ -89,13 +74,15 @@ def test_plan_says_what_fits_and_a_run_keeps_the_prediction(tmp_path: Path) -> N
 
     (tmp_path / "g.yml").write_text(
         "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
-        "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], adapter: [none]}\n"
+        "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
     )
     done = harness("plan", "g.yml", "--memory", "1MiB", "--memory", "1GiB", "--json", "plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert rows[0]["label"] == "baseline"
     assert all(row["predicted_peak_memory_bytes"] > 0 for row in rows)
+    peaks = {row["label"]: row["predicted_peak_memory_bytes"] for row in rows}
+    assert peaks["lora_alpha=64"] == peaks["baseline"] < peaks["lora_r=64"]
     assert "no (" in done.stdout
     assert "fits (" in done.stdout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,11 @@ class Planned:
     shares: dict[str, int]
     """That peak by component, `memory_<component>_bytes`."""
     error: str | None = None
+
+
+def _ignore_interrupts() -> None:
+    """An interrupt is for the runner."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _predict(text: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -57,14 +63,18 @@ def plan_all(specs: Iterable[TrialSpec], *, trust_remote_code: bool = False) -> 
     context.set_forkserver_preload(["harness.launch.preload"])
     forkserver.ensure_running()
     workers = min(len(groups), os.cpu_count() or 1)
-    with main_module_hidden(), ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with main_module_hidden(), ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
         running: dict[Future[dict[str, Any]], list[TrialSpec]] = {
             pool.submit(_predict, group[0].model_dump_json(), trust_remote_code): group for group in groups.values()
         }
-        for future in as_completed(running):
-            try:
-                said = future.result()
-            except BrokenProcessPool:
-                said = {"error": "the process that predicted it was ended"}
-            for spec in running[future]:
-                yield Planned(spec, said.get("peak"), said.get("shares", {}), said.get("error"))
+        try:
+            for future in as_completed(running):
+                try:
+                    said = future.result()
+                except BrokenProcessPool:
+                    said = {"error": "the process that predicted it was ended"}
+                for spec in running[future]:
+                    yield Planned(spec, said.get("peak"), said.get("shares", {}), said.get("error"))
+        except BaseException:  # interrupted: what has not begun is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -19,6 +19,7 @@ from harness.spec import TrialSpec
 
 _LEAST_FOR_IMPORTANCE = 8
 """Fewer trials do not say what mattered."""
+_LEAST_BEST = 10
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,12 @@ def importances(found: Found, metric: str) -> dict[str, float]:
             for params, value in zip(known["params"], known[metric], strict=True)
         ])  # fmt: skip
         try:
-            return dict(optuna.importance.get_param_importances(study))
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=target_share(found.points))
+            return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
         except (ValueError, RuntimeError):
             return {}  # every trial is as good as every other one
+
+
+def target_share(points: pandas.DataFrame) -> float:
+    """Share of the trials that counts as the best: a tenth, and with few trials so much that there are ten."""
+    return max(0.1, min(0.5, _LEAST_BEST / max(1, int(points["whole"].sum()))))

@@ -9,7 +9,7 @@ import altair
 import pandas
 
 from harness.metrics import GIB, METRICS
-from harness.report.found import Found, importances
+from harness.report.found import Found, importances, target_share
 from harness.report.plots import BLUE, GREY, ORANGE, RED, Chart
 from harness.report.words import figure
 from harness.wording import as_written
@@ -142,7 +142,11 @@ def importance(found: Found) -> Chart | None:
         .facet(column=altair.Column("objective:N", title=None), title="What mattered")
         .resolve_scale(y="independent")
     )
-    caption = "PED-ANOVA: how far the values of the best tenth of the trials stand out from those of all."
+    share = target_share(found.points)
+    caption = (
+        f"PED-ANOVA: how far the values of the best {share:.0%} of the trials stand out from those of all. A search "
+        "that closes in makes whatever it held there look important; a difference between two trials says more."
+    )
     return Chart("tuning-importance", "What mattered", caption, chart)
 
 
@@ -167,7 +171,8 @@ def slices(found: Found) -> Chart | None:
             )
         else:
             data["x"] = [float(value) for value in values]
-            scale = altair.Scale(type="log") if parameter.log else altair.Scale(zero=False)
+            bounds = [parameter.low, parameter.high]
+            scale = altair.Scale(type="log" if parameter.log else "linear", domain=bounds, nice=False)
             x = altair.X("x:Q", title=parameter.name, scale=scale, axis=altair.Axis(format="~g", tickCount=5))
         y = altair.Y("y:Q", title=title, scale=altair.Scale(zero=False))
         panels.append(_marks(altair.Chart(data).encode(x=x, y=y), found, None).properties(width=200, height=170))
