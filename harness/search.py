@@ -1,7 +1,7 @@
 """What is tuned: a space of specs, what is wanted of them, and how long to look.
 
 The `tune:` section of a grid file. No optimiser is known here: `walk` goes through the space with whoever chooses,
-so that proposing a spec, finding a spec's place in the space and counting its cells are one piece of code.
+so that proposing a spec and finding a spec's place in the space are one piece of code.
 """
 
 from __future__ import annotations
@@ -267,7 +267,11 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         if not isinstance(document.get("tune"), dict):
             given = kind_of(document["tune"]) if "tune" in document else "missing"
             raise ValueError(f"tune is {given}; it must be a mapping with at least space, as in grids/tune.yml")
-        return parse(name, title, base_of(document, path) | dict(overrides or {}), document["tune"])
+        base, changed = base_of(document, path), dict(overrides or {})
+        bounded = any(c.metric == "peak_memory_bytes" for c in _constraints(document["tune"].get("constraints", [])))
+        if bounded and base.get("memory_budget") is not None and "memory_budget" not in changed:
+            raise ValueError("base has a memory_budget and tune a bound on peak_memory_bytes; keep one of them")
+        return parse(name, title, base | changed, document["tune"])
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 

@@ -153,6 +153,12 @@ def test_a_loss_of_random_weights_is_refused(tmp_path: Path) -> None:
     assert found.objectives[0].direction == "maximize"
 
 
+def test_two_budgets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="base has a memory_budget and tune a bound on peak_memory_bytes; keep one"):
+        made(tmp_path, {"memory_budget": "2GiB"}, constraints=["peak_memory_bytes <= 1GiB"])
+    assert made(tmp_path, {"memory_budget": "2GiB"}).memory == 2 * 2**30
+
+
 def test_a_file_without_a_search_says_so(tmp_path: Path) -> None:
     file = tmp_path / "t.yml"
     file.write_text("base: {base_model: random:tiny}\n")
