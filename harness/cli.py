@@ -15,9 +15,12 @@ from harness import __version__
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
-    from harness.grid import Grid
-    from harness.launch.planner import Planned
+    from harness.grid import Grid, Trial
+    from harness.launch.planner import Planned, Planner
+    from harness.prediction import Expected
     from harness.report.measurements import Measurements
+    from harness.report.planned import Plan
+    from harness.roofline import Rates
     from harness.spec import TrialSpec
 
 app = typer.Typer(
@@ -91,6 +94,9 @@ def run(
     max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")] = False,
     predict: Annotated[bool, typer.Option(help="Predict each peak beforehand, to be kept beside the measured.")] = True,
+    skip_infeasible: Annotated[
+        bool, typer.Option("--skip-infeasible", help="Do not start what is predicted not to fit; record it as skipped.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
     ] = False,
@@ -112,16 +118,20 @@ def run(
     loaded = grid_of(repeats)
     if until_decided is not None and until_decided < loaded.repeats:
         raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
-    statuses = _statuses(rerun or [])
+    if skip_infeasible and not predict:
+        raise InputError("--skip-infeasible needs the predictions; leave --no-predict out")
+    # What was skipped is run by whoever does not ask for skipping.
+    statuses = _statuses([*(rerun or []), *([] if skip_infeasible else ["skipped"])])
     store = Store(results / loaded.name)
     if dry_run:
-        _print_trials(loaded, store)
+        _print_trials(loaded, store, statuses)
         return
     grids.preflight(loaded if until_decided is None else grid_of(until_decided))
 
     from harness import launch
     from harness.display import display
     from harness.launch.local import LocalLauncher
+    from harness.prediction import NOTHING_EXPECTED
     from harness.report import faces, measurements, tables
     from harness.until_decided import until_decided as decide
 
@@ -132,7 +142,7 @@ def run(
             # A server that imports torch is not started for nothing.
             pending = launch.pending(grid_now, store, statuses)[:limit]
             launcher = stack.enter_context(LocalLauncher()) if pending else None
-            predicted = _predicted([t.spec for t in pending], trust_remote_code) if predict else {}
+            expected = _expected([t.spec for t in pending], trust_remote_code) if predict else NOTHING_EXPECTED
             shown = display(out)
             stack.enter_context(shown)
             summary = launch.run_grid(
@@ -144,7 +154,8 @@ def run(
                 rerun=statuses,
                 limit=limit,
                 trust_remote_code=trust_remote_code,
-                predicted=predicted,
+                expected=expected,
+                skip_infeasible=skip_infeasible,
             )
         _print_summary(summary, store, grid)
         return summary.left == 0
@@ -204,6 +215,7 @@ def tune(
     from harness import tune as tuning
     from harness.display import display
     from harness.launch.local import LocalLauncher
+    from harness.launch.planner import Planner
     from harness.report import measurements
     from harness.report import tuning as reporting
 
@@ -211,8 +223,19 @@ def tune(
     said = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
     out.print(f"[bold]{escape(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
     opened = tuning.open_storage(storage, store)
-    options = tuning.Options(opened, tuple(source or ()), trial_timeout, trust_remote_code)
-    with LocalLauncher() as launcher, display(out) as shown:
+    with (
+        LocalLauncher() as launcher,
+        Planner(trust_remote_code=trust_remote_code) as planner,
+        display(out) as shown,
+    ):
+        options = tuning.Options(
+            storage=opened,
+            sources=tuple(source or ()),
+            trial_timeout=trial_timeout,
+            trust_remote_code=trust_remote_code,
+            planner=planner,
+            rates=_rates(search.base),
+        )
         done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(escape(line), style="dim"))
     before = f", {done.warm} known before" if done.warm else ""
     out.print(f"{done.tried} trials{before} in study {done.study}, kept in {store.folder}", highlight=False)
@@ -230,87 +253,201 @@ def tune(
     out.print(f"see it with: harness report {store.folder}", highlight=False)
 
 
-def _predicted(specs: list[TrialSpec], trust_remote_code: bool) -> dict[str, int]:
-    """Predicted peaks by spec id; what cannot be predicted is run all the same."""
-    return {
-        planned.spec.id: planned.peak_memory_bytes
-        for planned in _plans(specs, trust_remote_code)
-        if planned.peak_memory_bytes is not None
-    }
+def _expected(specs: list[TrialSpec], trust_remote_code: bool) -> Expected:
+    """What is known of the trials before they begin; what cannot be predicted is run all the same."""
+    from harness.launch.planner import Planner
+    from harness.prediction import NOTHING_EXPECTED, Expected
+
+    if not specs:
+        return NOTHING_EXPECTED
+    rates = _rates(specs[0])
+    with Planner(trust_remote_code=trust_remote_code) as planner:
+        planned = _planned(planner, specs)
+    return Expected({p.spec.id: p.prediction for p in planned if p.prediction is not None}, rates)
 
 
-def _plans(specs: list[TrialSpec], trust_remote_code: bool) -> list[Planned]:
+def _planned(planner: Planner, specs: list[TrialSpec]) -> list[Planned]:
     """Predictions with a bar while they are made."""
     from rich.progress import track
 
-    from harness.launch.planner import plan_all
+    return list(track(planner.plan(specs), "predicting peaks", total=len(specs), console=out, transient=True))
 
-    made = plan_all(specs, trust_remote_code=trust_remote_code)
-    return list(track(made, "predicting peaks", total=len(specs), console=out, transient=True))
+
+def _rates(spec: TrialSpec) -> Rates:
+    """The rates of the device that a spec is trained on; measured once for each environment."""
+    from harness import environment
+    from harness.launch import planner
+
+    device_type = environment.resolve_device(spec.device)
+    known = planner.rates(device_type)
+    if known is not None:
+        return known
+    with out.status("measuring once what this device can do"):
+        found = planner.measure_rates(device_type)
+    out.print(f"this {device_type} at its best: {found.said()}", style="dim", highlight=False)
+    return found
 
 
 @app.command(
-    epilog="[dim]Examples:[/]  harness plan grids/llama3-8b.yml --memory 24GiB   |   "
-    "harness plan my.yml --json plan.json"
+    epilog="[dim]Examples:[/]  harness plan grids/llama3-8b.yml --gpu rtx4090,a100-80   |   "
+    "harness plan my.yml --memory 24GiB --output plans/my   |   "
+    "harness plan my.yml --gpu l4 --largest micro_batch_size   |   harness plan --calibrate results"
 )
 def plan(
-    grid: Annotated[Path, typer.Argument(help="A grid file, or a training file as a grid of one trial.")],
+    grid: Annotated[Path | None, typer.Argument(help="A grid file, or a training file as a grid of one trial.")] = None,
     memory: Annotated[
         list[str] | None, typer.Option(help="Memory that there is, like 24GiB; may be repeated, a column for each.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions there.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="Cards, like rtx4090,l4,a100-80; a column for each.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's; cards are cuda.")] = None,
+    largest: Annotated[
+        str | None, typer.Option(help="Largest value that fits: micro_batch_size, sequence_length or lora_r.")
+    ] = None,
+    full_length: Annotated[
+        bool, typer.Option("--full-length", help="As if every example filled the sequence, however short the stories.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for plan.json, plan.parquet, plan.svg and plan.png.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Results to learn the predictions' error from; kept for later plans.")
+    ] = None,
+    results: Results = Path("results"),
     max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
     ] = False,
 ) -> None:
-    """Predict the peak memory of every trial, without a GPU and without weights, and say what fits."""
-    import json
-
-    from rich.table import Table
-
+    """Predict the peak memory and time of every trial, without a GPU and without weights, and say what fits."""
+    if calibrate is not None:
+        _calibrate(calibrate, results, trust_remote_code)
+        if grid is None:
+            return
+    if grid is None:
+        raise InputError("harness plan needs a grid file, or --calibrate with a results folder")
+    from harness import calibration, environment
     from harness import grid as grids
-    from harness.metrics import COMPONENTS, GIB
+    from harness.launch import planner as planning
+    from harness.report import planned
+
+    rooms = _rooms(memory or [], gpu or [])
+    overrides = {} if device is None else {"device": device}
+    loaded = grids.load(grid, repeats=1, overrides=overrides, max_trials=max_trials or grids.MAX_TRIALS)
+    grids.preflight(loaded, devices=False)
+    trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)
+    asked = "cuda" if gpu and device is None else trials[0].spec.device
+    target = environment.resolve_device(asked)
+    here = environment.current(environment.resolve_device("auto"))
+    if target == here.device_type and not gpu:
+        rooms = rooms or {"this machine": here.device_memory_bytes}
+    about: dict[str, Any] = {
+        "title": loaded.title,
+        "device_type": target,
+        "rooms": rooms,
+        "calibration": calibration.kept(results, target, here),
+        "rates": planning.rates(target) if target == here.device_type and not gpu else None,
+    }
+    with planning.Planner(
+        target, full_length=full_length or largest is not None, trust_remote_code=trust_remote_code
+    ) as p:
+        if largest is not None:
+            _print_largest(planned.Plan(lines=(), **about), p, {t.spec.id: (t.label, t.spec) for t in trials}, largest)
+            return
+        found = {each.spec.id: each for each in _planned(p, [t.spec for t in trials])}
+    lines = tuple(planned.Line(t.label, t.spec, found[t.spec.id].prediction, found[t.spec.id].error) for t in trials)
+    made = planned.Plan(lines=lines, **about)
+    out.print(planned.terminal(made, out.width))
+    for note in made.footnotes():
+        out.print(escape(note), style="dim", highlight=False)
+    if output is not None:
+        written = planned.write(made, output)
+        out.print(f"{', '.join(file.name for file in written)} written to {output}", highlight=False, soft_wrap=True)
+
+
+def _by_factor(trial: Trial) -> tuple[Any, ...]:
+    """The baseline first, then factor by factor, levels in their natural order."""
+    number = trial.level if isinstance(trial.level, str) else ""
+    natural = float(number) if number.replace(".", "", 1).isdigit() else float("inf")
+    return not trial.baseline, trial.factor or "", natural, trial.label
+
+
+def _rooms(memory: list[str], gpu: list[str]) -> dict[str, int]:
+    """Bytes that there are, by the name of a card or the amount as it was given."""
+    from harness import cards
     from harness.spec import parse_bytes
 
-    try:
-        limits = {text: parse_bytes(text) for text in memory or []}
-    except ValueError as error:
-        raise InputError(f"--memory: {error}") from None
-    loaded = grids.load(grid, repeats=1, max_trials=max_trials or grids.MAX_TRIALS)
-    grids.preflight(loaded, devices=False)
-    trials = [trial for trial in loaded.trials if not trial.twin]
-    found = {planned.spec.id: planned for planned in _plans([t.spec for t in trials], trust_remote_code)}
-    largest = max((planned.peak_memory_bytes or 0 for planned in found.values()), default=0)
-    unit, size = ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", 2.0**20)
-    table = Table(title=f"{escape(loaded.title)}: predicted peaks, {unit}", title_justify="left")
-    table.add_column("trial")
-    for heading in ("peak", *COMPONENTS, *limits):
-        table.add_column(heading, justify="right")
-    rows = []
-    for trial in sorted(trials, key=lambda t: not t.baseline):
-        planned = found[trial.spec.id]
-        peak = planned.peak_memory_bytes
-        rows.append(
-            {"label": trial.label, "spec_id": trial.spec.id, "predicted_peak_memory_bytes": peak,
-             **planned.shares, "error": planned.error}
-        )  # fmt: skip
-        if peak is None:
-            table.add_row(escape(trial.label), f"[red]{escape(planned.error or 'unknown')}[/]")
+    rooms = {}
+    for text in memory:
+        try:
+            rooms[text] = parse_bytes(text)
+        except ValueError as error:
+            raise InputError(f"--memory: {error}") from None
+    for name in (part.strip().lower() for names in gpu for part in names.split(",")):
+        try:
+            rooms[name] = cards.available(name)
+        except ValueError as error:
+            raise InputError(f"--gpu: {error}") from None
+    return rooms
+
+
+def _print_largest(plan: Plan, planner: Planner, trials: dict[str, tuple[str, TrialSpec]], key: str) -> None:
+    """The largest value of a key that fits, for each trial and each amount of memory."""
+    from harness import largest as searching
+    from harness.report import planned
+
+    if not plan.rooms:
+        raise InputError("--largest needs to know what there is: give --memory 24GiB or --gpu rtx4090")
+    specs = [spec for _, spec in trials.values()]
+    of = len(specs) * len(plan.rooms)
+    with out.status("searching") as status:
+        try:
+            found = searching.largest(
+                planner, specs, key, plan.rooms, plan.need, lambda done: status.update(f"{done} of {of} answers")
+            )
+        except ValueError as error:
+            raise InputError(f"--largest: {error}") from None
+    labels = {spec_id: label for spec_id, (label, _) in trials.items()}
+    most = searching.MOST[key]
+    out.print(planned.terminal_largest(plan.title, key, labels, list(plan.rooms), found, most))
+    note = f"In brackets its predicted need, with a margin of {plan.margin:.1%}; every example fills the sequence."
+    out.print(note, style="dim", highlight=False)
+
+
+def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
+    """Learn from measured rows how far their predictions are off, for each environment in them."""
+    from harness import calibration
+    from harness.environment import Environment
+    from harness.launch.planner import Planner
+    from harness.results import spec_of
+
+    rows = _measured_rows(folder)
+    if not rows:
+        raise InputError(f"--calibrate {folder}: no trial ended ok there; give results, or results/<grid>")
+    for text in sorted({row["environment"] for row in rows}):
+        where = Environment.model_validate_json(text)
+        mine = [(spec_of(row), row["peak_memory_bytes"]) for row in rows if row["environment"] == text]
+        with Planner(where.device_type, trust_remote_code=trust_remote_code) as planner:
+            predictions = {p.spec.memory_key: p.prediction for p in _planned(planner, [spec for spec, _ in mine])}
+        measured = {spec.memory_key: peak for spec, peak in mine}
+        pairs = [calibration.Pair(p.shares, measured[key]) for key, p in predictions.items() if p is not None]
+        try:
+            found = calibration.fit(pairs, where)
+        except ValueError as error:
+            out.print(f"environment {where.id}: {error}", style="yellow", highlight=False)
             continue
-        shares = (f"{planned.shares[f'memory_{name}_bytes'] / size:.2f}" for name in COMPONENTS)
-        fits = (_fits(peak, limit) for limit in limits.values())
-        table.add_row(escape(trial.label), f"[bold]{peak / size:.2f}[/]", *shares, *fits)
-    out.print(table)
-    out.print("live tensors of the training step; a CUDA card needs its context and workspaces besides", style="dim")
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        out.print(f"written to {json_file}", highlight=False, soft_wrap=True)
+        file = calibration.keep(found, results)
+        out.print(f"{escape(found.said())}; written to {file}", highlight=False, soft_wrap=True)
 
 
-def _fits(peak: int, limit: int) -> str:
-    share = peak / limit
-    return f"[green]fits[/] ({share:.0%})" if share <= 1 else f"[red]no[/] ({share:.0%})"
+def _measured_rows(folder: Path) -> list[dict[str, Any]]:
+    folders = [folder] if (folder / "trials").is_dir() else sorted(p.parent for p in folder.glob("*/trials"))
+    return [
+        row
+        for each in folders
+        for row in store_rows(each)
+        # Repeats are the same configuration again: their rows would vouch for one another.
+        if row["status"] == "ok" and row["peak_memory_bytes"] is not None and not row["twin"] and not row["repeat"]
+    ]
 
 
 def _statuses(given: list[str]) -> frozenset[Any]:
@@ -325,12 +462,12 @@ def _statuses(given: list[str]) -> frozenset[Any]:
     return frozenset(known if "all" in given else given)
 
 
-def _print_trials(loaded: Any, store: Any) -> None:
+def _print_trials(loaded: Any, store: Any, statuses: frozenset[Any]) -> None:
     from rich.table import Table
 
     from harness import launch
 
-    todo = launch.pending(loaded, store)
+    todo = launch.pending(loaded, store, statuses)
     table = Table(title=f"{escape(loaded.title)}: {len(loaded.trials)} trials, {len(todo)} to run")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)

@@ -14,7 +14,7 @@ from harness.results import Job, Record
 
 _SHOWN = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
 _UNITS = {"tokens_per_second": " tok/s", "eval_loss": " nats"}
-_COLOURS = {"ok": "green", "oom": "yellow", "did_not_train": "yellow", "diverged": "yellow"}
+_COLOURS = {"ok": "green", "oom": "yellow", "did_not_train": "yellow", "diverged": "yellow", "skipped": "yellow"}
 
 
 def outcome(record: Record) -> str:
@@ -26,6 +26,8 @@ def outcome(record: Record) -> str:
             if value is not None:
                 figures.append(METRICS[name].show(value) + _UNITS.get(name, ""))
         return "  ".join(figures)
+    if record.status == "skipped":
+        return str(record.error)
     reached, asked = record.metrics.get("oom_reached_bytes"), record.metrics.get("oom_requested_bytes")
     show = METRICS["oom_reached_bytes"].show
     bound = f"; held {show(reached)}" if reached else ""

@@ -16,7 +16,7 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
 
     torch's FlopCounterMode says the same from inside a mode of its own, whose module hooks would
     disturb the memory that is followed beside it. Its table lacks the CPU's attention and
-    bitsandbytes' int8 product, which are added here.
+    bitsandbytes' int8 and 4-bit products, which are added here.
 
     Args:
         func: the operator overload that a dispatch mode was given.
@@ -34,4 +34,7 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     if func.namespace == "bitsandbytes" and packet.__name__ in ("int8_mixed_scaled_mm", "int8_scaled_mm"):
         (rows, inner), (columns, _) = (a.shape for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.int8)
         return int(2 * rows * inner * columns)
+    if func.namespace == "bitsandbytes" and packet.__name__ == "gemm_4bit":
+        columns, inner = args[2]  # of the weight, before it was packed
+        return int(2 * (args[0].numel() // inner) * inner * columns)
     return 0

@@ -68,6 +68,11 @@ class LiveTensors(TorchDispatchMode):
         # Keyed by the storage's address, which is unique while it lives; the callback removes it.
         self._storages: dict[int, tuple[weakref.ref[Any], int, Component]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap each dispatch to keep its compiler out; nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -81,13 +86,13 @@ class LiveTensors(TorchDispatchMode):
         return out
 
     def _add(self, tensor: torch.Tensor, component: Component) -> None:
-        if tensor.device.type != self._device_type or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages:
+        if key in self._storages or not self._is_counted(tensor):
             return
-        size = storage.nbytes()
+        size = self._size(storage)
         if self._budget is not None and self.total + size > self._budget:
             raise OutOfBudget(self.total, size, self._budget)
         self._storages[key] = (weakref.ref(storage, functools.partial(self._freed, key)), size, component)
@@ -96,6 +101,12 @@ class LiveTensors(TorchDispatchMode):
         if self.total > self.peak:
             self.peak = self.total
             self.peak_shares = dict(self.live)
+
+    def _is_counted(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self._device_type
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return storage.nbytes()
 
     def _freed(self, key: int, _: Any) -> None:
         entry = self._storages.pop(key, None)

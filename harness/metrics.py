@@ -45,6 +45,11 @@ def show_nats(value: float) -> str:
     return f"{value:.4f}"
 
 
+def show_share(value: float) -> str:
+    """A percentage: 43%."""
+    return f"{value:.0%}"
+
+
 def show_scientific(value: float) -> str:
     """4.05e+11."""
     return f"{value:.3g}"
@@ -134,6 +139,20 @@ _TABLE = (
     _rate("samples_per_second", "1/s", "Examples of the timed steps, divided by their seconds."),
     _seconds("step_seconds_median", "Median of the timed optimizer steps."),
     _seconds("step_seconds_p95", "95th percentile of the timed optimizer steps, interpolated."),
+    _seconds(
+        "predicted_step_seconds",
+        "What was predicted for a timed step of mean length, from the device's measured rates; null without them.",
+    ),
+    Metric(
+        "roofline_share",
+        "float",
+        "",
+        "higher",
+        "speed",
+        "Least seconds that the operations of a position need at the device's measured matrix rate and bandwidth, "
+        "each bound by the slower of the two, times padded_tokens_per_second: 1 is all that the device can do.",
+        show_share,
+    ),
     Metric(
         "flops_per_token",
         "float",
@@ -180,6 +199,7 @@ SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed"
     "trial_seconds",
     "eval_loss_before",
     "flops_per_token",
+    "predicted_step_seconds",
 }
 
 

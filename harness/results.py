@@ -29,7 +29,7 @@ from harness.spec import TrialSpec
 
 SCHEMA_VERSION = 1
 
-Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed"]
+Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed", "skipped"]
 Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
 Table = Literal["trials", "steps", "stories"]
 

@@ -219,7 +219,8 @@ class Search:
     def score(self, status: Status, figures: Mapping[str, float | None]) -> Score | None:
         """What a trial's end means here; null where it means nothing (it failed, or a figure is missing).
 
-        Out of memory is an answer: the bytes that it held and asked are beyond the bound.
+        Out of memory is an answer: the bytes that it held and asked are beyond the bound. So is a trial that was not
+        started because its prediction is.
         """
         if status == "ok":
             need = max((figures.get(name) or 0.0) for name in FITS)
@@ -231,8 +232,9 @@ class Search:
             bounds = {str(c): c for c in self.constraints}
             violations |= {name: bounds[name].violation(v) for name, v in bounded.items() if v is not None}
             return Score(tuple(values), violations)
-        if status == "oom":
-            wanted = (figures.get("oom_reached_bytes") or 0.0) + (figures.get("oom_requested_bytes") or 0.0)
+        if status in ("oom", "skipped"):
+            held = ("oom_reached_bytes", "oom_requested_bytes") if status == "oom" else ("predicted_peak_memory_bytes",)
+            wanted = sum(figures.get(name) or 0.0 for name in held)
             beyond = wanted / self.memory - 1.0 if self.memory else 0.0
             known = {"peak_memory_bytes": wanted or None}
             # A fragmented card runs out below its size: that is a violation all the same.

@@ -24,8 +24,11 @@ from harness import environment
 from harness.errors import InputError
 from harness.grid import Grid, Trial, interleave, repeat
 from harness.launch import Display, Launcher, execute, interrupts, run_grid
+from harness.launch.planner import Planner
 from harness.metrics import FITS, METRICS, show_bytes
+from harness.prediction import NOTHING_EXPECTED, Expected
 from harness.results import Job, Store, spec_of, trial_id
+from harness.roofline import Rates
 from harness.search import BEFORE, Parameter, Score, Search
 from harness.spec import TrialSpec
 from harness.wording import one_line
@@ -66,6 +69,10 @@ class Options:
     """Seconds that one trial may take."""
     trust_remote_code: bool = False
     """Let models from the hub run their own code."""
+    planner: Planner | None = None
+    """Predicts each trial's peak: what is over the budget is not started. Null: nothing is predicted."""
+    rates: Rates | None = None
+    """Of the device, where they were measured."""
 
 
 def tune(
@@ -275,10 +282,18 @@ class _Tuning:
             self.display,
             timeout=self.options.trial_timeout,
             trust_remote_code=self.options.trust_remote_code,
+            expected=self._expected([spec]),
+            skip_infeasible=True,
         )
         row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
         self.recorded[record.trial_id] = row
         return row
+
+    def _expected(self, specs: Sequence[TrialSpec]) -> Expected:
+        if self.options.planner is None:
+            return NOTHING_EXPECTED
+        planned = {p.spec.id: p.prediction for p in self.options.planner.plan(specs) if p.prediction is not None}
+        return Expected(planned, self.options.rates)
 
     def _tell(self, trial: optuna.Trial, score: Score | None, label: str) -> None:
         if score is None:
@@ -316,6 +331,7 @@ class _Tuning:
             self.display,
             timeout=self.options.trial_timeout,
             trust_remote_code=self.options.trust_remote_code,
+            expected=self._expected([trial.spec for trial in trials]),
         )
         return summary.left == 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,13 @@ import pytest
 import torch
 from test_cli import harness
 
-from harness import plan, trial
+from harness import calibration, cli, environment, plan, replay, trial
+from harness.calibration import Calibration, Pair
+from harness.largest import largest
+from harness.launch.planner import Planner
+from harness.metrics import COMPONENTS
 from harness.results import Job
+from harness.roofline import Rates, Work, expected_seconds, least_seconds
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -42,7 +49,7 @@ def test_predicted_is_measured(case: str, small: Small) -> None:
     spec = small(**CASES[case])
     record = trial.run(Job(grid="g", spec=spec, label=case))
     assert record.status == "ok", record.error
-    predicted = plan.predict(spec)
+    predicted = plan.predict(spec, "cpu")
     measured = record.metrics["peak_memory_bytes"]
     assert measured is not None
     assert predicted.peak_memory_bytes == pytest.approx(measured, rel=0.005)
@@ -61,7 +68,7 @@ def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: torch.ops.harness_test.opaque(forward(self, x)))
     with pytest.raises(plan.Unpredictable, match=r"harness_test.opaque"):
-        plan.predict(small())
+        plan.predict(small(), "cpu")
 
 
 def test_what_takes_no_memory_is_predicted_once(small: Small) -> None:
@@ -69,28 +76,204 @@ def test_what_takes_no_memory_is_predicted_once(small: Small) -> None:
     assert small(lora_r=8).memory_key != small().memory_key
 
 
-def test_plan_says_what_fits_and_a_run_keeps_the_prediction(tmp_path: Path) -> None:
+GRID = (
+    "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
+    "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "g.yml").write_text(GRID)
+    return tmp_path
+
+
+def test_plan_says_what_fits(folder: Path) -> None:
     import pandas
 
-    (tmp_path / "g.yml").write_text(
-        "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
-        "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
-    )
-    done = harness("plan", "g.yml", "--memory", "1MiB", "--memory", "1GiB", "--json", "plan.json", cwd=tmp_path)
+    done = harness("plan", "g.yml", "--memory", "1MiB", "--gpu", "T4,h100", "-o", "plan", cwd=folder)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "plan.json").read_text())
-    assert rows[0]["label"] == "baseline"
-    assert all(row["predicted_peak_memory_bytes"] > 0 for row in rows)
-    peaks = {row["label"]: row["predicted_peak_memory_bytes"] for row in rows}
+    rows = {row["label"]: row for row in json.loads((folder / "plan/plan.json").read_text())}
+    assert next(iter(rows)) == "baseline"
+    peaks = {label: row["predicted_peak_memory_bytes"] for label, row in rows.items()}
     assert peaks["lora_alpha=64"] == peaks["baseline"] < peaks["lora_r=64"]
+    assert rows["baseline"]["fits 1MiB"] == "no"
+    assert rows["baseline"]["fits t4"] == rows["baseline"]["fits h100"] == "fits"
+    for row in rows.values():
+        assert sum(row[f"memory_{name}_bytes"] for name in COMPONENTS) == row["predicted_peak_memory_bytes"]
+        assert max(row["peak_forward_bytes"], row["peak_backward_bytes"], row["peak_optimizer_bytes"]) == max(
+            peaks[row["label"]], row["peak_optimizer_bytes"]
+        )
+    assert pandas.read_parquet(folder / "plan/plan.parquet")["label"].tolist() == list(rows)
+    assert (folder / "plan/plan.svg").read_text().startswith("<svg")
     assert "no (" in done.stdout
-    assert "fits (" in done.stdout
+    assert "6.0%" in done.stdout  # the margin is stated
 
-    done = harness("run", "g.yml", "--device", "cpu", cwd=tmp_path)
+
+def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(folder: Path) -> None:
+    import pandas
+
+    (folder / "g.yml").write_text(
+        GRID.replace("vary: {", "repeats: 2\nvary: {micro_batch_size: [2], lora_dropout: [0.1], ")
+    )
+    done = harness("run", "g.yml", "--device", "cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
-    trials = pandas.read_parquet(tmp_path / "results/g/trials")
+    trials = pandas.read_parquet(folder / "results/g/trials")
     error = trials["predicted_peak_memory_bytes"] / trials["peak_memory_bytes"] - 1
     assert error.abs().max() <= 0.005
+    assert trials["roofline_share"].between(0, 1.5).all()
+    assert (trials["predicted_step_seconds"] > 0).all()
+
+    done = harness("plan", "g.yml", "--calibrate", "results", "--device", "cpu", "--memory", "1GiB", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    kept = Calibration.model_validate_json(next((folder / "results/calibration").glob("*.json")).read_bytes())
+    assert kept.rows == 5  # repeats say the same again, and alpha takes no memory
+    assert kept.kind == "none"  # there is nothing to correct
+    assert kept.error <= 0.001
+    assert "5 configurations of" in done.stdout
+
+
+def test_what_cannot_fit_is_not_started_but_recorded(folder: Path) -> None:
+    import pandas
+
+    asked = ("run", "g.yml", "--device", "cpu", "--memory", "1MiB")
+    done = harness(*asked, "--skip-infeasible", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    skipped = pandas.read_parquet(folder / "results/g/trials")
+    assert set(skipped["status"]) == {"skipped"}
+    assert (skipped["predicted_peak_memory_bytes"] > 2**20).all()
+    assert skipped["peak_memory_bytes"].isna().all()
+    assert "over the 1.00 MiB" in skipped["error"].iloc[0]
+    assert "nothing to run" in harness(*asked, "--skip-infeasible", cwd=folder).stdout
+    assert harness("report", "results/g", cwd=folder).returncode == 0
+    # Whoever does not ask for skipping gets them run: here into the budget.
+    assert harness(*asked, "--no-predict", cwd=folder).returncode == 0
+    assert set(pandas.read_parquet(folder / "results/g/trials")["status"]) == {"oom"}
+
+
+def test_the_largest_value_fits_and_the_next_does_not(folder: Path, small: Small) -> None:
+    spec = small(gradient_accumulation_steps=1)
+    rooms = {"sequence_length": 40 * 2**20, "micro_batch_size": 40 * 2**20, "lora_r": 25 * 2**20}
+    with Planner("cpu", full_length=True) as planner:
+        for key, room in rooms.items():
+            found = largest(planner, [spec], key, {"room": room}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+            assert found.value is not None
+            for value, fits in ((found.value, True), (found.value + 1, False)):
+                changed = small(**{"gradient_accumulation_steps": 1, "train_samples": None, "max_steps": 2, key: value})
+                peak = plan.predict(changed, "cpu", full_length=True).peak_memory_bytes
+                assert (peak <= room) == fits, (key, value)
+        none = largest(planner, [spec], "lora_r", {"room": 2**20}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+        assert none.value is None
+
+    asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "40MiB", "--device", "cpu")
+    done = harness(*asked, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"lora_r=64 .* \d+ \(3\d\.\d\d MiB\)", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("g.yml", "--gpu", "rtx4900"), "rtx4090"),
+        (("g.yml", "--memory", "much"), "--memory"),
+        (("g.yml", "--largest", "micro_batch", "--memory", "1GiB"), "micro_batch_size"),
+        (("g.yml", "--largest", "lora_r", "--device", "cuda"), "--memory"),
+        ((), "grid file"),
+        (("--calibrate", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_questions_get_one_line(
+    arguments: tuple[str, ...], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["harness", "plan", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    stderr = capsys.readouterr().err
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------ the parts
+
+
+@pytest.mark.parametrize("case", ["bf16", "nf4", "full, 8-bit", "padded", "DoRA"])
+def test_remembered_operations_change_nothing(case: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small(**CASES[case])
+    plan.predict(spec, "cpu")
+    remembered = plan.predict(spec, "cpu")
+    monkeypatch.setattr(replay, "_key", lambda *given: None)
+    asked = plan.predict(spec, "cpu")
+    assert remembered.peak_memory_bytes == asked.peak_memory_bytes
+    assert remembered.phases == asked.phases
+    order = [sorted(map(repr, found.work)) for found in (remembered, asked)]
+    assert order[0] == order[1]
+
+
+def test_work_is_what_a_trial_counts(small: Small) -> None:
+    for case in ("fp32", "nf4", "full"):
+        spec = small(**CASES[case], max_steps=2, train_samples=None, excess_length="truncate", sequence_length=128)
+        record = trial.run(Job(grid="g", spec=spec, label=case))
+        counted = record.metrics["flops_per_token"]
+        assert counted is not None
+        tokens = sum(step.tokens for step in record.steps if step.tracked) / 2
+        assert plan.predict(spec, "cpu").flops == pytest.approx(counted * tokens, rel=0.01), case
+
+
+def test_cuda_keeps_masks_of_bytes_and_pages_outside(small: Small) -> None:
+    wide = {"sequence_length": 1024, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    dropout, plain = (small(**wide, lora_dropout=p) for p in (0.1, 0.0))
+    beside = [plan.predict(dropout, d).peak_memory_bytes - plan.predict(plain, d).peak_memory_bytes for d in DEVICES]
+    # Output and mask in fp32 on a CPU; the mask is a byte on CUDA.
+    assert beside[1] < 0.7 * beside[0]
+    paged = small(adapter="none", optimizer="paged_adamw_32bit", base_model="random:smollm2-135m")
+    cpu, cuda = (plan.predict(paged, d).shares["memory_optimizer_bytes"] for d in DEVICES)
+    assert cpu > 8 * 134e6 > 100 * cuda
+
+
+DEVICES: tuple[Any, ...] = ("cpu", "cuda")
+
+
+def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
+    rates = Rates(flops_per_second={"float32": 100.0, "bfloat16": 400.0}, bytes_per_second=10.0, call_seconds=0.5,
+                  concurrent=False)  # fmt: skip
+    product = Work(dtype="bfloat16", flops=800, moved_bytes=10, calls=3)  # 2 s of arithmetic, 1 s of traffic
+    addition = Work(dtype=None, flops=0, moved_bytes=40, calls=1)  # 4 s of traffic
+    assert least_seconds([product, addition], rates) == 3 * 2 + 4
+    assert expected_seconds([product, addition], rates) == 10 + 4 * 0.5
+    queued = rates.model_copy(update={"concurrent": True, "call_seconds": 3.0})
+    assert expected_seconds([product, addition], queued) == 12
+
+
+def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:
+    import numpy
+
+    rng = numpy.random.default_rng(0)
+    here = environment.current("cpu")
+
+    def pairs(n: int, factors: dict[str, float], noise: float) -> list[Pair]:
+        made = []
+        for _ in range(n):
+            shares = {f"memory_{c}_bytes": int(rng.uniform(1, 9) * 1e8) for c in COMPONENTS}
+            total = sum(factors[c] * shares[f"memory_{c}_bytes"] for c in COMPONENTS)
+            made.append(Pair(shares, int(total * (1 + noise * rng.standard_normal()))))
+        return made
+
+    one = dict.fromkeys(COMPONENTS, 1.0)
+    assert calibration.fit(pairs(20, one, 0.001), here).kind == "none"
+    overall = calibration.fit(pairs(20, dict.fromkeys(COMPONENTS, 1.05), 0.001), here)
+    assert overall.kind == "overall"
+    assert overall.factors["weights"] == pytest.approx(1.05, rel=0.002)
+    assert overall.error_before == pytest.approx(0.05, rel=0.05)
+    assert overall.error < 0.002
+    assert 0 < overall.margin < 0.005
+    uneven = calibration.fit(pairs(20, one | {"activations": 1.3}, 0.001), here)
+    assert uneven.kind == "components"
+    assert uneven.factors["activations"] == pytest.approx(1.3, rel=0.02)
+    assert uneven.factors["weights"] == pytest.approx(1.0, abs=0.02)
+    with pytest.raises(ValueError, match="too few"):
+        calibration.fit(pairs(3, one, 0.0), here)
 
 
 def test_the_shape_of_8b_without_its_weights() -> None:
@@ -99,9 +282,9 @@ def test_the_shape_of_8b_without_its_weights() -> None:
         "base_model": "random:llama-3.1-8b", "sequence_length": 512, "lora_r": 32, "gradient_checkpointing": True,
         "train_samples": 1,
     }  # fmt: skip
-    bf16 = plan.predict(TrialSpec.model_validate(base))
+    bf16 = plan.predict(TrialSpec.model_validate(base), "cpu")
     assert bf16.shares["memory_weights_bytes"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)
     assert bf16.shares["memory_adapters_bytes"] == 4 * 83_886_080
-    nf4 = plan.predict(TrialSpec.model_validate(base | {"precision": "nf4"}))
+    nf4 = plan.predict(TrialSpec.model_validate(base | {"precision": "nf4"}), "cpu")
     expected = 0.5625 * 6_979_321_856 + 2 * 1_050_673_152
     assert nf4.shares["memory_weights_bytes"] == pytest.approx(expected, rel=1e-3)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from harness import environment
 from harness.grid import Grid, Trial
+from harness.prediction import NOTHING_EXPECTED, Expected
 from harness.results import Job, Record, Status, Store, trial_id
 
 
@@ -86,7 +88,8 @@ def run_grid(
     rerun: frozenset[Status] = frozenset(),
     limit: int | None = None,
     trust_remote_code: bool = False,
-    predicted: Mapping[str, int] | None = None,
+    expected: Expected = NOTHING_EXPECTED,
+    skip_infeasible: bool = False,
 ) -> Summary:
     """Run what is pending, one trial after another, each kept as soon as it ends.
 
@@ -101,7 +104,8 @@ def run_grid(
         rerun: statuses of recorded trials that are run again.
         limit: most trials to run now; null: all.
         trust_remote_code: let models from the hub run their own code.
-        predicted: bytes by spec id, kept beside what is measured.
+        expected: what was predicted, kept beside what is measured.
+        skip_infeasible: record what is predicted not to fit without starting it.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -126,7 +130,8 @@ def run_grid(
                 display,
                 timeout=timeout,
                 trust_remote_code=trust_remote_code,
-                predicted=(predicted or {}).get(trial.spec.id),
+                expected=expected,
+                skip_infeasible=skip_infeasible,
             )
             records.append(record)
             if asked_to_stop():
@@ -148,9 +153,12 @@ def execute(
     *,
     timeout: float | None = None,
     trust_remote_code: bool = False,
-    predicted: int | None = None,
+    expected: Expected = NOTHING_EXPECTED,
+    skip_infeasible: bool = False,
 ) -> Record:
-    """Run one job and keep its record, with the peak that was predicted for it.
+    """Run one job and keep its record, with what was predicted for it.
+
+    With `skip_infeasible` a trial that is predicted not to fit is recorded as skipped, and not started.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -161,10 +169,11 @@ def execute(
         "log": str(log_path(store, job)),
         "trust_remote_code": trust_remote_code,
     }
-    record = launcher.run(job, options, timeout=timeout, on_event=display.event)
-    if predicted is not None:
-        metrics = record.metrics | {"predicted_peak_memory_bytes": predicted}
-        record = record.model_copy(update={"metrics": metrics})
+    reason = expected.infeasible(job.spec) if skip_infeasible else None
+    if reason is not None:
+        record = expected.skipped(job, reason, started_at=dt.datetime.now(dt.UTC))
+    else:
+        record = expected.beside(launcher.run(job, options, timeout=timeout, on_event=display.event))
     store.write(record)
     display.finished(record)
     return record

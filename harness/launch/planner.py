@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from typing import Any
 
+from harness import environment, model_source
+from harness.errors import InputError
 from harness.launch.local import main_module_hidden
+from harness.prediction import DeviceType, Prediction
+from harness.roofline import Rates
 from harness.spec import TrialSpec
 
 
@@ -22,10 +26,81 @@ class Planned:
     """A spec's prediction, or why there is none."""
 
     spec: TrialSpec
-    peak_memory_bytes: int | None
-    shares: dict[str, int]
-    """That peak by component, `memory_<component>_bytes`."""
+    prediction: Prediction | None
     error: str | None = None
+
+
+class Planner:
+    """Predicts specs, for a device that need not be there. Processes start with the first of them.
+
+    Use as a context manager: what has not begun when it is left is not begun.
+
+    Args:
+        device_type: where they would be trained; null: where each spec says, as that is here.
+        full_length: as if every example filled the sequence.
+        trust_remote_code: let models from the hub run their own code.
+    """
+
+    def __init__(
+        self, device_type: DeviceType | None = None, *, full_length: bool = False, trust_remote_code: bool = False
+    ) -> None:
+        self._device_type = device_type
+        self._options = {"full_length": full_length, "trust_remote_code": trust_remote_code}
+        self._pool: ProcessPoolExecutor | None = None
+        self._known: dict[tuple[str, DeviceType], dict[str, Any]] = {}
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def plan(self, specs: Iterable[TrialSpec]) -> Iterator[Planned]:
+        """Predict each spec; those that differ in nothing that takes memory or time are predicted once.
+
+        Args:
+            specs: in any order; the answers come as they are ready.
+        """
+        groups: dict[tuple[str, DeviceType], list[TrialSpec]] = {}
+        for spec in specs:
+            device_type = self._device_type or environment.resolve_device(spec.device)
+            groups.setdefault((spec.memory_key, device_type), []).append(spec)
+        running: dict[Future[dict[str, Any]], tuple[str, DeviceType]] = {}
+        for key, group in groups.items():
+            if key in self._known:
+                yield from _planned(group, self._known[key])
+            else:
+                text = group[0].model_dump_json()
+                with main_module_hidden():
+                    running[self._processes().submit(_predict, text, key[1], self._options)] = key
+        for future in as_completed(running):
+            try:
+                said = future.result()
+            except BrokenProcessPool:
+                said = {"error": "the process that predicted it was ended"}
+                self._pool = None
+            self._known[running[future]] = said
+            yield from _planned(groups[running[future]], said)
+
+    def _processes(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = _context()
+            self._pool = ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_ignore_interrupts)
+        return self._pool
+
+
+def _planned(specs: list[TrialSpec], said: dict[str, Any]) -> Iterator[Planned]:
+    prediction = None if "error" in said else Prediction.model_validate(said)
+    for spec in specs:
+        yield Planned(spec, prediction, said.get("error"))
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness.launch.preload"])
+    forkserver.ensure_running()
+    return context
 
 
 def _ignore_interrupts() -> None:
@@ -33,48 +108,59 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _predict(text: str, trust_remote_code: bool) -> dict[str, Any]:
+def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> dict[str, Any]:
     """In the child: what `plan.predict` says, or the one line of its refusal."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         from harness import plan
 
         try:
-            found = plan.predict(TrialSpec.model_validate_json(text), trust_remote_code=trust_remote_code)
+            found = plan.predict(TrialSpec.model_validate_json(text), device_type, **options)
         except Exception as error:  # a model's own code may raise anything; the grid goes on
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return {"error": first if isinstance(error, plan.Unpredictable) else f"{type(error).__name__}: {first}"}
-    return {"peak": found.peak_memory_bytes, "shares": found.shares}
+    return found.model_dump(mode="json")
 
 
-def plan_all(specs: Iterable[TrialSpec], *, trust_remote_code: bool = False) -> Iterator[Planned]:
-    """Predict each spec; those that differ in nothing that takes memory are predicted once.
+# ------------------------------------------------------------------------------------ the device's rates
 
-    Args:
-        specs: in any order; the answers come as they are ready.
-        trust_remote_code: let models from the hub run their own code.
+
+def rates(device_type: DeviceType) -> Rates | None:
+    """What this machine's device was measured to do; null where it was not yet."""
+    try:
+        return Rates.model_validate_json(_rates_file(device_type).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def measure_rates(device_type: DeviceType) -> Rates:
+    """Measure the device, in a process of its own, and keep what was found for the next time.
+
+    Raises:
+        InputError: the process did not come back with figures.
     """
-    groups: dict[str, list[TrialSpec]] = {}
-    for spec in specs:
-        groups.setdefault(spec.memory_key, []).append(spec)
-    if not groups:
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.launch.preload"])
-    forkserver.ensure_running()
-    workers = min(len(groups), os.cpu_count() or 1)
-    with main_module_hidden(), ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
-        running: dict[Future[dict[str, Any]], list[TrialSpec]] = {
-            pool.submit(_predict, group[0].model_dump_json(), trust_remote_code): group for group in groups.values()
-        }
+    with main_module_hidden(), ProcessPoolExecutor(1, mp_context=_context(), initializer=_ignore_interrupts) as pool:
         try:
-            for future in as_completed(running):
-                try:
-                    said = future.result()
-                except BrokenProcessPool:
-                    said = {"error": "the process that predicted it was ended"}
-                for spec in running[future]:
-                    yield Planned(spec, said.get("peak"), said.get("shares", {}), said.get("error"))
-        except BaseException:  # interrupted: what has not begun is not begun
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            found = Rates.model_validate(pool.submit(_measure, device_type).result())
+        except (BrokenProcessPool, RuntimeError) as error:
+            raise InputError(f"the rates of this {device_type} could not be measured: {error}") from None
+    file = _rates_file(device_type)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.aside")
+    aside.write_text(found.model_dump_json(indent=1))
+    os.replace(aside, file)
+    return found
+
+
+def _rates_file(device_type: DeviceType) -> Any:
+    return model_source.cache_folder() / f"rates-{environment.current(device_type).id}.json"
+
+
+def _measure(device_type: DeviceType) -> dict[str, Any]:
+    import torch
+
+    from harness import half_matmul
+    from harness import rates as measuring
+
+    half_matmul.install()
+    return measuring.measure(torch.device(device_type)).model_dump(mode="json")

@@ -152,11 +152,17 @@ def _foreseen(m: Measurements) -> list[str]:
     known = ok[["predicted_peak_memory_bytes", "peak_memory_bytes"]].dropna()
     if known.empty:
         return []
+    share = ok["roofline_share"].dropna()
+    reached = (
+        f" Timed steps reach {share.min():.0%} to {share.max():.0%} of what the device's measured rates would allow."
+        if len(share)
+        else ""
+    )
     error = known["predicted_peak_memory_bytes"] / known["peak_memory_bytes"] - 1
     return [
         f"Peaks were predicted before the trials ran: {error.abs().median():.2%} off in the median and "
         f"{error.abs().max():.2%} at most, over {len(error)} configurations; {int((error < -0.005).sum())} of them "
-        "needed over 0.5% more than was predicted."
+        f"needed over 0.5% more than was predicted.{reached}"
     ]
 
 

@@ -107,7 +107,16 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
     """
     m = comparison.measurements
     configs = order(m)[:most]
-    about = ["label", "status", "phase", "twin", "repeats", "oom_reached_bytes", "oom_requested_bytes"]
+    about = [
+        "label",
+        "status",
+        "phase",
+        "twin",
+        "repeats",
+        "oom_reached_bytes",
+        "oom_requested_bytes",
+        "predicted_peak_memory_bytes",
+    ]
     described = m.configs.loc[configs, about].to_dict("records")
     rows = [_technique(comparison, config, row) for config, row in zip(configs, described, strict=True)]
     return Table(
@@ -154,6 +163,8 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
 
 def failure(row: Any) -> str:
     """How a trial ended, and what an out-of-memory says of the need."""
+    if row["status"] == "skipped":
+        return f"skipped, predicted to need {show_bytes(row['predicted_peak_memory_bytes'])}"
     note = f"{row['status']} in {row['phase']}"
     reached, requested = row["oom_reached_bytes"], row["oom_requested_bytes"]
     if pandas.notna(reached):

@@ -18,6 +18,9 @@ from harness.report.tables import HEADLINE, Cell, Table
 
 _NAMES = {"peak_memory_bytes": "peak memory", "tokens_per_second": "tokens/s", "eval_loss": "eval loss"}
 
+_ANSWERS = ("ok", "oom", "skipped")
+"""Ends that say something of what was looked for."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -52,8 +55,8 @@ def findings(m: Measurements, folder: Path) -> Findings | None:
 def _sentences(found: Found) -> list[str]:
     points, search = found.points, found.search
     whole = points[points["whole"]]
-    beyond = int((~whole["feasible"] & (whole["status"].isin(["ok", "oom"]))).sum())
-    failed = int((~points["status"].isin(["ok", "oom"])).sum())
+    beyond = int((~whole["feasible"] & (whole["status"].isin(_ANSWERS))).sum())
+    failed = int((~points["status"].isin(_ANSWERS)).sum())
     parts = [f"{len(whole)} configurations were tried", f"{int(whole['before'].sum())} of them measured before"]
     bounds = [str(c) for c in search.constraints]
     if search.memory is not None:

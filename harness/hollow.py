@@ -1,0 +1,76 @@
+"""Weights without contents: a skeleton's parameters and buffers, stored in the form in which they are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def fill(network: Any) -> None:
+    """Give a skeleton's parameters and buffers storage on the CPU, in the form in which they are loaded.
+
+    Under FakeTensorMode that takes no memory. What is shared stays shared.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    made: dict[int, Any] = {}
+    for module in network.modules():
+        if isinstance(module, Linear4bit):
+            _fill_4bit(module)
+        elif isinstance(module, Linear8bitLt):
+            _fill_8bit(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    # The former is kept beside the new: its id must not be given to another.
+                    made[id(parameter)] = parameter, torch.nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                if id(buffer) not in made:
+                    made[id(buffer)] = buffer, torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = made[id(buffer)][1]
+
+
+_BLOCK, _OUTER_BLOCK = 64, 256
+"""Weights to a scale, and scales to a scale of theirs (double quantisation): bitsandbytes' own."""
+
+
+def _fill_4bit(module: Any) -> None:
+    """Two weights to a byte, a scale to each block; with double quantisation the scales are bytes themselves."""
+    from bitsandbytes.functional import QuantState
+
+    former = module.weight
+    blocks = -(-former.numel() // _BLOCK)
+    outer: dict[str, Any] = {}
+    if former.compress_statistics:
+        scales = QuantState(
+            absmax=torch.empty(-(-blocks // _OUTER_BLOCK)),
+            blocksize=_OUTER_BLOCK,
+            code=torch.empty(256),
+            dtype=torch.float32,
+        )
+        outer = {"offset": torch.empty(()), "state2": scales}
+    weight: Any = torch.nn.Parameter(torch.empty((-(-former.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if outer else torch.float32),
+        shape=former.shape,
+        dtype=module.compute_dtype,
+        blocksize=_BLOCK,
+        code=torch.empty(16),
+        quant_type=former.quant_type,
+        **outer,
+    )
+    module._parameters["weight"] = weight
+    module.quant_state = weight.quant_state
+
+
+def _fill_8bit(module: Any) -> None:
+    """A byte to a weight, a scale to a row. `Int8Params` takes no tensor without contents: plain bytes stand in."""
+    weight: Any = torch.nn.Parameter(torch.empty(module.weight.shape, dtype=torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None
+    module._parameters["weight"] = weight
+    module.state.CB = weight.data
+    module.state.SCB = torch.empty(module.weight.shape[0])
