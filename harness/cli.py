@@ -333,7 +333,7 @@ def plan(
     rooms = _rooms(memory or [], gpu or [])
     overrides = {} if device is None else {"device": device}
     loaded = grids.load(grid, repeats=1, overrides=overrides, max_trials=max_trials or grids.MAX_TRIALS)
-    grids.preflight(loaded, devices=False)
+    grids.preflight(loaded, to_plan=True)
     trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)
     asked = "cuda" if gpu and device is None else trials[0].spec.device
     target = environment.resolve_device(asked)

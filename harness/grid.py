@@ -128,19 +128,19 @@ def load(
         raise InputError(one_line(f"{path.name}: {error}")) from None
 
 
-def preflight(grid: Grid, *, devices: bool = True) -> None:
+def preflight(grid: Grid, *, to_plan: bool = False) -> None:
     """Look at what the trials need from outside: a card, datasets with their columns and enough rows, models.
 
     Args:
         grid: what shall be run.
-        devices: whether a card has to be there; a plan needs none.
+        to_plan: nothing shall be trained: no card has to be there, and of a model its config alone.
 
     Raises:
         InputError: something is not there.
     """
     from harness import model_source
 
-    if devices and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
+    if not to_plan and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
         raise InputError(
             f"{grid.name}: device is cuda, and there is no card that torch could use; "
             "give --device cpu, or look at harness doctor"
@@ -149,7 +149,7 @@ def preflight(grid: Grid, *, devices: bool = True) -> None:
     for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
         stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))
     for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
-        model_source.check(name)
+        model_source.check(name, weights=not to_plan)
 
 
 # ------------------------------------------------------------------------------------ reading

@@ -215,13 +215,14 @@ def sizes(model: Any, spec: TrialSpec) -> dict[str, int | None]:
 def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     """The base model's tokenizer; for random weights one of bytes, which needs no file and fits any text."""
     if model_source.resolve(spec.base_model).kind == "random":
-        return _byte_tokenizer()
+        return byte_tokenizer()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_folder(spec.base_model), trust_remote_code=trust_remote_code)
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
+    """One token to a byte, for models that bring no tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

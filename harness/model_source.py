@@ -108,8 +108,12 @@ def resolve(base_model: str) -> Source:
     )
 
 
-def check(base_model: str) -> None:
+def check(base_model: str, *, weights: bool = True) -> None:
     """Refuse a model that cannot be had, before any process starts.
+
+    Args:
+        base_model: as in a spec.
+        weights: whether its weights are needed, or its config alone.
 
     Raises:
         InputError: it is not there, and what would do.
@@ -122,7 +126,7 @@ def check(base_model: str) -> None:
     elif source.kind == "folder":
         if not (Path(source.name) / "config.json").is_file():
             raise InputError(f"base_model {base_model}: the folder has no config.json")
-        if not list(Path(source.name).glob("*.safetensors")):
+        if weights and not list(Path(source.name).glob("*.safetensors")):
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
         hub_or_cache(source.name, "model")

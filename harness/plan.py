@@ -61,7 +61,10 @@ def predict(
 
 
 def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
-    tokenizer = model.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = model.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # a folder with a config alone; bytes stand in, and make examples rather longer
+        tokenizer = model.byte_tokenizer()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     train = data.load(spec, tokenizer).train
     if full_length:

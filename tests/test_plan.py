@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import harness
 
-from harness import calibration, cli, environment, plan, replay, trial
+from harness import calibration, cli, environment, grid, plan, replay, trial
 from harness.calibration import Calibration, Pair
 from harness.largest import largest
+from harness.launch import planner
 from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
+from harness.prediction import MARGIN, fits
+from harness.report import planned
 from harness.results import Job
 from harness.roofline import Rates, Work, expected_seconds, least_seconds
 from harness.spec import TrialSpec
@@ -42,6 +44,36 @@ CASES: dict[str, dict[str, Any]] = {
     "eager": {"attention": "eager"},
     "lion": {"optimizer": "lion_8bit"},
 }  # fmt: skip
+
+
+GRID = (
+    "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
+    "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "g.yml").write_text(GRID)
+    return tmp_path
+
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Answer]:
+    """Runs a command in this process, whose fork server serves every test: exit code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()  # type: ignore[return-value]  # an int, as everywhere
+
+    return run
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,28 +103,57 @@ def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch
         plan.predict(small(), "cpu")
 
 
+def test_the_grid_goes_on_where_one_cannot_be_followed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x)[x.sum() > 0])
+    said = planner._predict(small().model_dump_json(), "cpu", {"full_length": False, "trust_remote_code": False})
+    assert re.search(r"aten\.\w+\S* cannot be followed without contents", said["error"])
+    monkeypatch.undo()
+    lines = (
+        planned.Line("opaque", small(), None, said["error"]),
+        planned.Line("plain", small(), plan.predict(small(), "cpu"), None),
+    )
+    made = planned.Plan("t", "cpu", lines, {})
+    assert made.footnotes()[0] == f"opaque: not predicted, {said['error']}."
+    assert [row["predicted_peak_memory_bytes"] is None for row in planned.rows(made)] == [True, False]
+
+
+def test_what_the_lesson_fits_into_24_gib() -> None:
+    trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
+    said = {
+        "full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits", "precision=nf4": "fits",
+    }  # fmt: skip
+    for label, verdict in said.items():
+        peak = plan.predict(trials[label], "cuda").peak_memory_bytes
+        assert fits(peak, 24 * 2**30, MARGIN["cuda"]) == verdict, label
+
+
+def test_the_config_alone_is_enough(small: Small, tmp_path: Path, ask: Callable[..., Answer]) -> None:
+    from harness.model_source import ARCHITECTURES
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(ARCHITECTURES["tiny"]))
+    alone = plan.predict(small(base_model=str(tmp_path / "model")), "cpu")
+    assert alone.peak_memory_bytes == plan.predict(small(), "cpu").peak_memory_bytes
+    (tmp_path / "g.yml").write_text(GRID.replace("random:tiny", "model"))
+    code, said, errors = ask("plan", "g.yml", "--gpu", "t4")
+    assert code == 0, errors
+    assert "fits" in said
+    assert "no .safetensors" in ask("run", "g.yml", "--device", "cpu")[2]
+
+
 def test_what_takes_no_memory_is_predicted_once(small: Small) -> None:
     assert small(lora_alpha=64, learning_rate=1.0).memory_key == small().memory_key
     assert small(lora_r=8).memory_key != small().memory_key
 
 
-GRID = (
-    "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
-    "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
-)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "g.yml").write_text(GRID)
-    return tmp_path
-
-
-def test_plan_says_what_fits(folder: Path) -> None:
+def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
     import pandas
 
-    done = harness("plan", "g.yml", "--memory", "1MiB", "--gpu", "T4,h100", "-o", "plan", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, said, errors = ask("plan", "g.yml", "--memory", "1MiB", "--gpu", "T4,h100", "-o", "plan")
+    assert code == 0, errors
     rows = {row["label"]: row for row in json.loads((folder / "plan/plan.json").read_text())}
     assert next(iter(rows)) == "baseline"
     peaks = {label: row["predicted_peak_memory_bytes"] for label, row in rows.items()}
@@ -106,69 +167,71 @@ def test_plan_says_what_fits(folder: Path) -> None:
         )
     assert pandas.read_parquet(folder / "plan/plan.parquet")["label"].tolist() == list(rows)
     assert (folder / "plan/plan.svg").read_text().startswith("<svg")
-    assert "no (" in done.stdout
-    assert "6.0%" in done.stdout  # the margin is stated
+    assert "no (" in said
+    assert "6.0%" in said  # the margin is stated
 
 
-def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(folder: Path) -> None:
+def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(
+    folder: Path, ask: Callable[..., Answer]
+) -> None:
     import pandas
 
     (folder / "g.yml").write_text(
         GRID.replace("vary: {", "repeats: 2\nvary: {micro_batch_size: [2], lora_dropout: [0.1], ")
     )
-    done = harness("run", "g.yml", "--device", "cpu", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask("run", "g.yml", "--device", "cpu")
+    assert code == 0, errors
     trials = pandas.read_parquet(folder / "results/g/trials")
     error = trials["predicted_peak_memory_bytes"] / trials["peak_memory_bytes"] - 1
     assert error.abs().max() <= 0.005
     assert trials["roofline_share"].between(0, 1.5).all()
     assert (trials["predicted_step_seconds"] > 0).all()
 
-    done = harness("plan", "g.yml", "--calibrate", "results", "--device", "cpu", "--memory", "1GiB", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, said, errors = ask("plan", "g.yml", "--calibrate", "results", "--device", "cpu", "--memory", "1GiB")
+    assert code == 0, errors
     kept = Calibration.model_validate_json(next((folder / "results/calibration").glob("*.json")).read_bytes())
     assert kept.rows == 5  # repeats say the same again, and alpha takes no memory
     assert kept.kind == "none"  # there is nothing to correct
     assert kept.error <= 0.001
-    assert "5 configurations of" in done.stdout
+    assert "5 configurations of" in said
 
 
-def test_what_cannot_fit_is_not_started_but_recorded(folder: Path) -> None:
+def test_what_cannot_fit_is_not_started_but_recorded(folder: Path, ask: Callable[..., Answer]) -> None:
     import pandas
 
     asked = ("run", "g.yml", "--device", "cpu", "--memory", "1MiB")
-    done = harness(*asked, "--skip-infeasible", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask(*asked, "--skip-infeasible")
+    assert code == 0, errors
     skipped = pandas.read_parquet(folder / "results/g/trials")
     assert set(skipped["status"]) == {"skipped"}
     assert (skipped["predicted_peak_memory_bytes"] > 2**20).all()
     assert skipped["peak_memory_bytes"].isna().all()
     assert "over the 1.00 MiB" in skipped["error"].iloc[0]
-    assert "nothing to run" in harness(*asked, "--skip-infeasible", cwd=folder).stdout
-    assert harness("report", "results/g", cwd=folder).returncode == 0
+    assert "nothing to run" in ask(*asked, "--skip-infeasible")[1]
+    assert ask("report", "results/g")[0] == 0
     # Whoever does not ask for skipping gets them run: here into the budget.
-    assert harness(*asked, "--no-predict", cwd=folder).returncode == 0
+    assert ask(*asked, "--no-predict")[0] == 0
     assert set(pandas.read_parquet(folder / "results/g/trials")["status"]) == {"oom"}
 
 
-def test_the_largest_value_fits_and_the_next_does_not(folder: Path, small: Small) -> None:
+def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer], small: Small) -> None:
     spec = small(gradient_accumulation_steps=1)
     rooms = {"sequence_length": 40 * 2**20, "micro_batch_size": 40 * 2**20, "lora_r": 25 * 2**20}
-    with Planner("cpu", full_length=True) as planner:
+    with Planner("cpu", full_length=True) as planning:
         for key, room in rooms.items():
-            found = largest(planner, [spec], key, {"room": room}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+            found = largest(planning, [spec], key, {"room": room}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
             assert found.value is not None
-            for value, fits in ((found.value, True), (found.value + 1, False)):
+            for value, wanted in ((found.value, True), (found.value + 1, False)):
                 changed = small(**{"gradient_accumulation_steps": 1, "train_samples": None, "max_steps": 2, key: value})
                 peak = plan.predict(changed, "cpu", full_length=True).peak_memory_bytes
-                assert (peak <= room) == fits, (key, value)
-        none = largest(planner, [spec], "lora_r", {"room": 2**20}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+                assert (peak <= room) == wanted, (key, value)
+        none = largest(planning, [spec], "lora_r", {"room": 2**20}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
         assert none.value is None
 
     asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "40MiB", "--device", "cpu")
-    done = harness(*asked, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"lora_r=64 .* \d+ \(3\d\.\d\d MiB\)", done.stdout)
+    code, said, errors = ask(*asked)
+    assert code == 0, errors
+    assert re.search(r"lora_r=64 .* \d+ \(3\d\.\d\d MiB\)", said)
 
 
 @pytest.mark.parametrize(
@@ -182,17 +245,11 @@ def test_the_largest_value_fits_and_the_next_does_not(folder: Path, small: Small
         (("--calibrate", "nowhere"), "nowhere"),
     ],
 )
-def test_bad_questions_get_one_line(
-    arguments: tuple[str, ...], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["harness", "plan", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    stderr = capsys.readouterr().err
-    assert said in stderr
-    assert stderr.count("\n") == 1
+def test_bad_questions_get_one_line(arguments: tuple[str, ...], said: str, ask: Callable[..., Answer]) -> None:
+    code, _, errors = ask("plan", *arguments)
+    assert code == 2
+    assert said in errors
+    assert errors.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------ the parts
