@@ -1,3 +1,17 @@
 """Experiment and ablation benchmarking for fine-tuning language models on small hardware."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"merge_lora": "harness.launch.merging"}
+"""What is called from Python, and where it is; imported when it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'harness' has no attribute {name!r}")

@@ -450,6 +450,52 @@ def _measured_rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@app.command(
+    epilog="[dim]Examples:[/]  harness merge 3f2a1b --out merged/stories   |   "
+    "harness merge --config train.yml --adapter models/adapter --out merged/stories"
+)
+def merge(
+    trial: Annotated[
+        str | None, typer.Argument(help="Beginning of a trial's id, or its label; it had save_adapter: true.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A training file, for an adapter from elsewhere.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of that adapter, in peft's format.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the model; default merged/<trial>.")
+    ] = None,
+    results: Results = Path("results"),
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Merge a LoRA adapter into its base: a model that transformers loads by itself, and what that changed."""
+    from rich.table import Table
+
+    from harness.launch import merging
+    from harness.metrics import show_bytes
+
+    if trial is not None and config is None and adapter is None:
+        source = merging.trained(results, trial)
+    elif trial is None and config is not None and adapter is not None:
+        source = merging.Trained(merging.configured(config), adapter, config.stem, {})
+    else:
+        raise InputError("give either a trial, or --config and --adapter")
+    folder = output or Path("merged") / source.name
+    with out.status("merging"):
+        found = merging.merge(source, folder, trust_remote_code=trust_remote_code)
+    table = Table("model", "loss per story (nats)", title="What merging changes")
+    for name, losses in found["losses"].items():
+        table.add_row(name, f"{sum(losses) / len(losses):.4f}")
+    if found["losses"]:
+        out.print(table)
+        out.print(merging.cost(found), highlight=False)
+    out.print(
+        f"largest difference of logits, merged from unmerged: {found['largest_logit_difference']:.3g}", style="dim"
+    )
+    size = show_bytes(found["weights_bytes"])
+    out.print(f"{size} of {found['dtype']} weights written to {folder}", highlight=False, soft_wrap=True)
+
+
 def _statuses(given: list[str]) -> frozenset[Any]:
     from typing import get_args
 

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 
 from harness import model_source
+from harness.errors import InputError
 from harness.spec import QUANTISED, TrialSpec
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -50,13 +51,23 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         InputError: the model cannot be had.
         OSError: its files are not safetensors, or are damaged.
     """
+    return _prepared(base(spec, device, trust_remote_code=trust_remote_code), spec)
+
+
+def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = False) -> Any:
+    """The base model of a spec at its precision, as it is loaded.
+
+    Raises:
+        InputError: the model cannot be had.
+        OSError: its files are not safetensors, or are damaged.
+    """
     from transformers import AutoModelForCausalLM
 
     # Loading in threads hides allocations from the memory tracker, which follows the thread that it is in.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     torch.backends.cudnn.allow_tf32 = spec.tf32
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         _folder(spec.base_model),
         dtype=_WEIGHTS[spec.precision],
         device_map={"": str(device)},
@@ -65,7 +76,6 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         trust_remote_code=trust_remote_code,
         **_quantisation(spec),
     )
-    return _prepared(model, spec)
 
 
 def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
@@ -168,6 +178,42 @@ def _with_adapters(model: Any, spec: TrialSpec) -> Any:
     )
     # Adapters of 16-bit and quantised models are made fp32 by peft; those of a skeleton have no weights either.
     return get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
+
+
+def save_adapter(model: Any, spec: TrialSpec, folder: Path) -> None:
+    """The adapters in peft's format, with the base under the name that it has in the spec, not its path here."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = spec.base_model
+    model.save_pretrained(folder)
+
+
+def with_saved_adapter(model: Any, folder: Path) -> Any:
+    """A base model with the adapter of a folder attached, for inference.
+
+    Raises:
+        InputError: the adapter was made for another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    misfit = f"adapter {folder} does not fit the base {type(model).__name__}"
+    try:
+        found = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        detail = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        raise InputError(f"{misfit}: {detail or str(error).splitlines()[0]}") from None
+    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(found).items()}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        given = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    if given != wanted:
+        key = sorted(given.keys() ^ wanted.keys())[0] if given.keys() != wanted.keys() else "its shapes"
+        raise InputError(f"{misfit}: {key} is in one of them alone")
+    return found
+
+
+def unquantised(spec: TrialSpec) -> TrialSpec:
+    """The spec with a base that adapters can be merged into: 16 bit in place of 8 and 4."""
+    return spec.model_copy(update={"precision": "bf16"}) if spec.precision in QUANTISED else spec
 
 
 def compute_dtype(spec: TrialSpec) -> torch.dtype | None:

@@ -128,6 +128,8 @@ class Record(Job):
     """Optimizer steps."""
     stories: tuple[StoryLoss, ...] = ()
     """Held-out stories."""
+    adapter_id: str | None = None
+    """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
 
     @field_validator("metrics")
     @classmethod
@@ -172,7 +174,7 @@ _IDENTITY = {
     "twin": pa.bool_(),
     "study": pa.string(),
     "study_trial": pa.int64(),
-    **{n: pa.string() for n in ("status", "phase", "error_type", "error")},
+    **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
     "started_at": pa.timestamp("us", tz="UTC"),
 }
 _ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}

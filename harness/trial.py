@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import math
 import os
 import random
@@ -67,6 +68,7 @@ class _Trial:
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
         self.stories: list[StoryLoss] = []
+        self.adapter_id: str | None = None
         self.pretrained = model_source.resolve(self.spec.base_model).pretrained
 
     def run(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class _Trial:
             "metrics": self.metrics,
             "steps": tuple(self.steps),
             "stories": tuple(self.stories),
+            "adapter_id": self.adapter_id,
         }
 
     def _execute(self, meter: MemoryMeter) -> None:
@@ -245,12 +248,13 @@ class _Trial:
         if not self.spec.save_adapter or self.spec.adapter == "none" or self.folder is None:
             return
         self._enter("save")
-        folder = self.folder / self.spec.id
         aside = self.folder / f".{self.spec.id}.{os.getpid()}.aside"
         try:
-            network.save_pretrained(aside)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
+            model.save_adapter(network, self.spec, aside)
+            self.adapter_id = _content(aside)
+            folder = self.folder / self.adapter_id
+            if not folder.is_dir():  # the same bytes may have been kept before
+                os.replace(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -258,6 +262,15 @@ class _Trial:
         if phase != self.phase or phase == "start":
             self.phase = phase
             self.tell("phase", phase)
+
+
+def _content(folder: Path) -> str:
+    """16 hex digits of the hash of a folder's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(network: Any) -> list[float]:

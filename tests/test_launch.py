@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -181,11 +182,12 @@ def test_same_spec_same_losses_in_every_process(small: Small, tmp_path: Path, la
 def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     spec = small(save_adapter=True)
     go(grid_of(one=spec), Store(tmp_path), launcher)
-    folder = tmp_path / "adapters" / spec.id
+    row = Store(tmp_path).read("trials").to_pylist()[0]
+    folder = tmp_path / "adapters" / row["adapter_id"]
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:tiny"
     assert (folder / "adapter_config.json").is_file()
     from safetensors import safe_open
 
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         saved = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 - no mapping
-    row = Store(tmp_path).read("trials").to_pylist()[0]
     assert row["adapter_bytes"] == saved == 4 * row["trainable_parameters"]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from typing import Any
 
 from harness import environment, model_source
-from harness.errors import InputError
+from harness.launch.isolated import context, isolated
 from harness.launch.local import main_module_hidden
 from harness.prediction import DeviceType, Prediction
 from harness.roofline import Rates
@@ -85,8 +83,7 @@ class Planner:
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            context = _context()
-            self._pool = ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_ignore_interrupts)
+            self._pool = ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context(), initializer=_ignore_interrupts)
         return self._pool
 
 
@@ -94,13 +91,6 @@ def _planned(specs: list[TrialSpec], said: dict[str, Any]) -> Iterator[Planned]:
     prediction = None if "error" in said else Prediction.model_validate(said)
     for spec in specs:
         yield Planned(spec, prediction, said.get("error"))
-
-
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.launch.preload"])
-    forkserver.ensure_running()
-    return context
 
 
 def _ignore_interrupts() -> None:
@@ -139,11 +129,7 @@ def measure_rates(device_type: DeviceType) -> Rates:
     Raises:
         InputError: the process did not come back with figures.
     """
-    with main_module_hidden(), ProcessPoolExecutor(1, mp_context=_context(), initializer=_ignore_interrupts) as pool:
-        try:
-            found = Rates.model_validate(pool.submit(_measure, device_type).result())
-        except (BrokenProcessPool, RuntimeError) as error:
-            raise InputError(f"the rates of this {device_type} could not be measured: {error}") from None
+    found = Rates.model_validate(isolated(_measure, device_type))
     file = _rates_file(device_type)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.aside")
