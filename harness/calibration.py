@@ -27,6 +27,9 @@ _RIDGE = 1e-3
 _WORTH = 0.8
 """A richer correction has to bring the error below this share of the simpler one's."""
 
+_LEAST_GAIN = 0.001
+"""And by at least so much."""
+
 Kind = Literal["none", "overall", "components"]
 _KINDS: tuple[Kind, ...] = ("none", "overall", "components")
 
@@ -92,7 +95,7 @@ def fit(pairs: Sequence[Pair], where: Environment) -> Calibration:
     medians = {kind: float(numpy.median(numpy.abs(e))) for kind, e in errors.items()}
     kept: Kind = "none"
     for kind in _KINDS[1:]:
-        if medians[kind] < _WORTH * medians[kept]:
+        if medians[kind] < min(_WORTH * medians[kept], medians[kept] - _LEAST_GAIN):
             kept = kind
     return Calibration(
         environment=where,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -212,6 +212,7 @@ def tune(
         if not (folder / "trials").is_dir():
             raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")
 
+    from harness import environment
     from harness import tune as tuning
     from harness.display import display
     from harness.launch.local import LocalLauncher
@@ -234,7 +235,7 @@ def tune(
             trial_timeout=trial_timeout,
             trust_remote_code=trust_remote_code,
             planner=planner,
-            rates=_rates(search.base),
+            rates=_rates(environment.resolve_device(search.base.device)),
         )
         done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(escape(line), style="dim"))
     before = f", {done.warm} known before" if done.warm else ""
@@ -255,12 +256,13 @@ def tune(
 
 def _expected(specs: list[TrialSpec], trust_remote_code: bool) -> Expected:
     """What is known of the trials before they begin; what cannot be predicted is run all the same."""
+    from harness import environment
     from harness.launch.planner import Planner
     from harness.prediction import NOTHING_EXPECTED, Expected
 
     if not specs:
         return NOTHING_EXPECTED
-    rates = _rates(specs[0])
+    rates = _rates(environment.resolve_device(specs[0].device))
     with Planner(trust_remote_code=trust_remote_code) as planner:
         planned = _planned(planner, specs)
     return Expected({p.spec.id: p.prediction for p in planned if p.prediction is not None}, rates)
@@ -273,17 +275,19 @@ def _planned(planner: Planner, specs: list[TrialSpec]) -> list[Planned]:
     return list(track(planner.plan(specs), "predicting peaks", total=len(specs), console=out, transient=True))
 
 
-def _rates(spec: TrialSpec) -> Rates:
-    """The rates of the device that a spec is trained on; measured once for each environment."""
-    from harness import environment
+def _rates(device_type: Literal["cpu", "cuda"]) -> Rates | None:
+    """The rates of this machine's device, measured once for each environment; null where they cannot be had."""
     from harness.launch import planner
 
-    device_type = environment.resolve_device(spec.device)
     known = planner.rates(device_type)
     if known is not None:
         return known
-    with out.status("measuring once what this device can do"):
-        found = planner.measure_rates(device_type)
+    try:
+        with out.status("measuring once what this device can do"):
+            found = planner.measure_rates(device_type)
+    except (OSError, InputError) as error:
+        out.print(f"the rates of this {device_type} are not known: {error}", style="yellow", highlight=False)
+        return None
     out.print(f"this {device_type} at its best: {found.said()}", style="dim", highlight=False)
     return found
 
@@ -328,30 +332,40 @@ def plan(
     from harness import calibration, environment
     from harness import grid as grids
     from harness.launch import planner as planning
+    from harness.prediction import room_of
     from harness.report import planned
 
     rooms = _rooms(memory or [], gpu or [])
+    if gpu and device == "cpu":
+        raise InputError("--gpu names CUDA cards, and --device is cpu; leave one of them out")
+    if largest is not None and output is not None:
+        raise InputError("--largest writes no files; leave --output out")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)  # that it cannot be written is known before the work
     overrides = {} if device is None else {"device": device}
     loaded = grids.load(grid, repeats=1, overrides=overrides, max_trials=max_trials or grids.MAX_TRIALS)
     grids.preflight(loaded, to_plan=True)
     trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)
-    asked = "cuda" if gpu and device is None else trials[0].spec.device
-    target = environment.resolve_device(asked)
-    here = environment.current(environment.resolve_device("auto"))
-    if target == here.device_type and not gpu:
-        rooms = rooms or {"this machine": here.device_memory_bytes}
+    targets = {environment.resolve_device("cuda" if gpu else trial.spec.device) for trial in trials}
+    if len(targets) > 1:
+        raise InputError(f"{loaded.name}: its trials are for cpu and for cuda; give --device, one plan for each")
+    target = targets.pop()
+    here = environment.current(target)
+    is_here = target == "cpu" or environment.resolve_device("auto") == "cuda"
+    if is_here and not gpu:
+        rooms = rooms or {"this machine": room_of(here)}
     about: dict[str, Any] = {
         "title": loaded.title,
         "device_type": target,
         "rooms": rooms,
         "calibration": calibration.kept(results, target, here),
-        "rates": planning.rates(target) if target == here.device_type and not gpu else None,
+        "rates": _rates(target) if is_here and not gpu and largest is None else None,
     }
     with planning.Planner(
         target, full_length=full_length or largest is not None, trust_remote_code=trust_remote_code
     ) as p:
         if largest is not None:
-            _print_largest(planned.Plan(lines=(), **about), p, {t.spec.id: (t.label, t.spec) for t in trials}, largest)
+            _print_largest(planned.Plan(lines=(), **about), p, {t.label: t.spec for t in trials}, largest)
             return
         found = {each.spec.id: each for each in _planned(p, [t.spec for t in trials])}
     lines = tuple(planned.Line(t.label, t.spec, found[t.spec.id].prediction, found[t.spec.id].error) for t in trials)
@@ -390,23 +404,28 @@ def _rooms(memory: list[str], gpu: list[str]) -> dict[str, int]:
     return rooms
 
 
-def _print_largest(plan: Plan, planner: Planner, trials: dict[str, tuple[str, TrialSpec]], key: str) -> None:
+def _print_largest(plan: Plan, planner: Planner, trials: dict[str, TrialSpec], key: str) -> None:
     """The largest value of a key that fits, for each trial and each amount of memory."""
     from harness import largest as searching
     from harness.report import planned
 
     if not plan.rooms:
         raise InputError("--largest needs to know what there is: give --memory 24GiB or --gpu rtx4090")
-    specs = [spec for _, spec in trials.values()]
-    of = len(specs) * len(plan.rooms)
-    with out.status("searching") as status:
-        try:
+    try:
+        specs = searching.apart(trials, key)
+        of = len(specs) * len(plan.rooms)
+        with out.status("searching") as status:
             found = searching.largest(
-                planner, specs, key, plan.rooms, plan.need, lambda done: status.update(f"{done} of {of} answers")
+                planner,
+                list(specs.values()),
+                key,
+                plan.rooms,
+                plan.need,
+                lambda done: status.update(f"{done} of {of} answers"),
             )
-        except ValueError as error:
-            raise InputError(f"--largest: {error}") from None
-    labels = {spec_id: label for spec_id, (label, _) in trials.items()}
+    except ValueError as error:
+        raise InputError(f"--largest: {error}") from None
+    labels = {spec.id: label for label, spec in specs.items()}
     most = searching.MOST[key]
     out.print(planned.terminal_largest(plan.title, key, labels, list(plan.rooms), found, most))
     note = f"In brackets its predicted need, with a margin of {plan.margin:.1%}; every example fills the sequence."
@@ -533,7 +552,7 @@ def _print_summary(summary: Any, store: Any, grid: Path) -> None:
         return
     counts = Counter(record.status for record in summary.records)
     said = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    out.print(f"{len(summary.records)} trials run ({said}), kept in {store.folder}", highlight=False)
+    out.print(f"{len(summary.records)} trials ended ({said}), kept in {store.folder}", highlight=False)
     for record in summary.records:
         if record.status in ("failed", "killed"):
             out.print(f"[red]{escape(record.label)}[/]: see {launch.log_path(store, record)}", highlight=False)

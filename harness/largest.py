@@ -13,6 +13,12 @@ from harness.wording import unknown
 MOST = {"micro_batch_size": 4096, "sequence_length": 131_072, "lora_r": 4096}
 """Keys that can be asked for, and where the search ends."""
 
+_ANY = 8
+"""A value that every key may have."""
+
+NO_EFFECT = "the key changes nothing here"
+"""What is said of the rank of a trial without adapters."""
+
 
 @dataclass(frozen=True)
 class Largest:
@@ -52,12 +58,11 @@ def largest(
     Raises:
         ValueError: a key that cannot be asked for.
     """
-    if key not in MOST:
-        raise ValueError(unknown("key", key, MOST))
-    found: dict[tuple[str, str], Largest] = {}
+    effective = [spec for spec in specs if _with(spec, key, _ANY).id != _with(spec, key, 2 * _ANY).id]
+    found = {(spec.id, name): Largest(None, None, NO_EFFECT) for spec in specs for name in rooms}
     searches = {
         (spec.id, name): (spec, _search(getattr(spec, key), room, MOST[key]))
-        for spec in specs
+        for spec in effective
         for name, room in rooms.items()
     }
     asked = {place: next(search) for place, (_, search) in searches.items()}
@@ -77,12 +82,22 @@ def largest(
             except StopIteration as end:
                 found[place] = Largest(*end.value)
                 del asked[place]
-        progress(len(found))
+        progress(len(found) - len(asked))
     return found
+
+
+def apart(specs: Mapping[str, TrialSpec], key: str) -> dict[str, TrialSpec]:
+    """Of specs by label, the first of each that differ in more than this key."""
+    seen: dict[str, str] = {}
+    for label, spec in specs.items():
+        seen.setdefault(_with(spec, key, _ANY).id, label)
+    return {label: specs[label] for label in seen.values()}
 
 
 def _with(spec: TrialSpec, key: str, value: int) -> TrialSpec:
     """The spec with another value, trained for long enough that its micro-batches are full."""
+    if key not in MOST:
+        raise ValueError(unknown("key", key, MOST))
     changed = {key: value, "train_samples": None, "num_epochs": None, "max_steps": 2}
     if key == "sequence_length":
         changed["eval_sequence_length"] = None

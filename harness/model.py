@@ -67,7 +67,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     torch.backends.cudnn.allow_tf32 = spec.tf32
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         _folder(spec.base_model),
         dtype=_WEIGHTS[spec.precision],
         device_map={"": str(device)},
@@ -76,6 +76,8 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         trust_remote_code=trust_remote_code,
         **_quantisation(spec),
     )
+    _keep_gradients(model)
+    return model
 
 
 def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
@@ -85,9 +87,12 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         InputError: the model's config cannot be had.
+        NotImplementedError: peft needs the weights themselves to attach such adapters.
     """
     from transformers import AutoModelForCausalLM
 
+    if spec.use_dora and spec.precision in QUANTISED:
+        raise NotImplementedError(f"DoRA over {spec.precision} weights begins with their norms, which need contents")
     config = _config(spec.base_model, trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -120,7 +125,6 @@ def _config(base_model: str, trust_remote_code: bool) -> Any:
 
 def _prepared(model: Any, spec: TrialSpec) -> Any:
     """The base model ready to be trained: checkpointing, adapters, training mode."""
-    _keep_gradients(model)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         # The reentrant variant would need inputs with gradients, which frozen embeddings do not give.

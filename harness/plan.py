@@ -21,12 +21,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from harness import data, hollow, model
 from harness.data import Batch, Example
+from harness.errors import InputError
 from harness.prediction import DeviceType, Prediction
 from harness.replay import Replay
 from harness.roofline import Work
 from harness.spec import TrialSpec
 from harness.target import WORKSPACE, as_on
 from harness.training import TRACKED_STEPS, StepResult, Trainer
+
+_WHOLE = 16_384
+"""Tokens within which a story is whole."""
 
 
 class Unpredictable(Exception):
@@ -50,8 +54,8 @@ def predict(
     """
     began = time.perf_counter()
     steps, pad_id = _examples(spec, full_length, trust_remote_code)
-    network = model.skeleton(spec, trust_remote_code=trust_remote_code)
     try:
+        network = model.skeleton(spec, trust_remote_code=trust_remote_code)
         found = _Replaying(network, spec, device_type, pad_id).follow(steps)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be followed without contents") from error
@@ -63,10 +67,14 @@ def predict(
 def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
     try:
         tokenizer = model.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except (OSError, ValueError):  # a folder with a config alone; bytes stand in, and make examples rather longer
         tokenizer = model.byte_tokenizer()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    train = data.load(spec, tokenizer).train
+    # To fill any sequence, the stories are read as they are: a short one would leave nothing of them.
+    read = spec.model_copy(update={"sequence_length": _WHOLE, "eval_sequence_length": _WHOLE}) if full_length else spec
+    train = data.load(read, tokenizer).train
     if full_length:
         train = tuple(_filled(example, spec.sequence_length) for example in train)
     return data.optimizer_steps(spec, train, TRACKED_STEPS)[:TRACKED_STEPS], pad_id
@@ -74,7 +82,7 @@ def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tu
 
 def _filled(example: Example, length: int) -> Example:
     ids = example.input_ids * math.ceil(length / len(example))
-    return replace(example, input_ids=ids[:length])
+    return replace(example, input_ids=ids[:length], completion_start=min(example.completion_start, length - 1))
 
 
 class _Replaying:
@@ -104,8 +112,7 @@ class _Replaying:
         tracker.phases.clear()
         tracker.take_work()
         with as_on(self.device_type, trainer.optimizer, tracker):
-            alike = len({len(e) for step in steps for e in step}) == 1 and len({*map(len, steps)}) == 1
-            work = self._alike(trainer, steps[-1]) if alike else self._each(trainer, steps)
+            work = self._alike(trainer, steps[-1]) if self._are_alike(steps) else self._each(trainer, steps)
         workspace = WORKSPACE[self.device_type]
         self.shares["activations"] += workspace
         return Prediction(
@@ -117,6 +124,13 @@ class _Replaying:
             positions=sum(batch.padded_tokens for batch in self._batches(steps[-1])),
             seconds=0.0,
         )
+
+    def _are_alike(self, steps: Sequence[Sequence[Example]]) -> bool:
+        """Whether every micro-batch of every step holds the same, and there is a step before the last."""
+        lengths = {len(example) for step in steps for example in step}
+        sizes = {len(step) for step in steps}
+        whole = all(size % self.spec.micro_batch_size == 0 for size in sizes)
+        return len(steps) == TRACKED_STEPS and len(lengths) == len(sizes) == 1 and whole
 
     def _each(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> list[Work]:
         """One step after another."""
@@ -143,7 +157,7 @@ class _Replaying:
         update = self.tracker.take_work()
         if len(batches) > 1:
             self._accumulate()
-        # The second update holds what the first did.
+        # The second update holds what the first did (but for state of later tensors: a hundredth of a per mille).
         with mock.patch.object(trainer, "update", _forget(trainer)):
             self._step(trainer, batches[:1])
         return update + self.tracker.take_work(times=len(batches))

@@ -55,12 +55,16 @@ def fits(peak: float, room: int, margin: float) -> Verdict:
     return "no" if peak > room else "fits" if peak * (1 + margin) <= room else "tight"
 
 
+def room_of(device: environment.Environment) -> int:
+    """Bytes of a device that a trial may take."""
+    return device.device_memory_bytes - (cards.CONTEXT_BYTES if device.device_type == "cuda" else 0)
+
+
 def room_for(spec: TrialSpec) -> int:
     """Bytes that a trial may take here: its budget, else what the device has."""
     if spec.memory_budget is not None:
         return spec.memory_budget
-    here = environment.current(environment.resolve_device(spec.device))
-    return here.device_memory_bytes - (cards.CONTEXT_BYTES if here.device_type == "cuda" else 0)
+    return room_of(environment.current(environment.resolve_device(spec.device)))
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,8 @@ class Search:
             held = ("oom_reached_bytes", "oom_requested_bytes") if status == "oom" else ("predicted_peak_memory_bytes",)
             wanted = sum(figures.get(name) or 0.0 for name in held)
             beyond = wanted / self.memory - 1.0 if self.memory else 0.0
+            if status == "skipped" and beyond <= 0:  # it was skipped for a smaller budget than this one
+                return None
             known = {"peak_memory_bytes": wanted or None}
             # A fragmented card runs out below its size: that is a violation all the same.
             return Score(tuple(known.get(o.metric) for o in self.objectives), {"memory": max(beyond, 1e-3)})

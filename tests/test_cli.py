@@ -71,7 +71,7 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
 
     first = harness("run", "tiny.yml", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "4 trials run (4 ok)" in first.stdout
+    assert "4 trials ended (4 ok)" in first.stdout
     trials = pandas.read_parquet(tmp_path / "results/tiny/trials")
     assert sorted(trials["label"]) == ["baseline", "baseline again", "full | fine-tuning <b>", "lora_r=8"]
     assert (trials["status"] == "ok").all()

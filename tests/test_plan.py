@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch
 
 from harness import calibration, cli, environment, grid, plan, replay, trial
 from harness.calibration import Calibration, Pair
+from harness.cards import CARDS, available
 from harness.largest import largest
 from harness.launch import planner
 from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
-from harness.prediction import MARGIN, fits
+from harness.prediction import MARGIN, fits, room_of
 from harness.report import planned
 from harness.results import Job
 from harness.roofline import Rates, Work, expected_seconds, least_seconds
@@ -43,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"sequence_length": 2048, "excess_length": "drop"},
     "eager": {"attention": "eager"},
     "lion": {"optimizer": "lion_8bit"},
+    "a single step": {"adapter": "none", "train_samples": None, "max_steps": 1, "sequence_length": 128},
+    "a short last micro-batch": {"micro_batch_size": 4, "train_samples": 6, "sequence_length": 128},
 }  # fmt: skip
 
 
@@ -103,6 +108,11 @@ def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch
         plan.predict(small(), "cpu")
 
 
+def test_dora_over_quantised_weights_is_refused_in_a_line(small: Small) -> None:
+    with pytest.raises(plan.Unpredictable, match="DoRA over nf4 weights"):
+        plan.predict(small(precision="nf4", use_dora=True), "cpu")
+
+
 def test_the_grid_goes_on_where_one_cannot_be_followed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -122,9 +132,7 @@ def test_the_grid_goes_on_where_one_cannot_be_followed(small: Small, monkeypatch
 
 def test_what_the_lesson_fits_into_24_gib() -> None:
     trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
-    said = {
-        "full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits", "precision=nf4": "fits",
-    }  # fmt: skip
+    said = {"full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits"}
     for label, verdict in said.items():
         peak = plan.predict(trials[label], "cuda").peak_memory_bytes
         assert fits(peak, 24 * 2**30, MARGIN["cuda"]) == verdict, label
@@ -269,12 +277,14 @@ def test_remembered_operations_change_nothing(case: str, small: Small, monkeypat
 
 
 def test_work_is_what_a_trial_counts(small: Small) -> None:
-    for case in ("fp32", "nf4", "full"):
-        spec = small(**CASES[case], max_steps=2, train_samples=None, excess_length="truncate", sequence_length=128)
+    two_steps = {"max_steps": 2, "train_samples": None, "excess_length": "truncate", "sequence_length": 128}
+    for case in ("fp32", "nf4", "full", "a short last micro-batch"):
+        spec = small(**({} if "short" in case else two_steps) | CASES[case])
         record = trial.run(Job(grid="g", spec=spec, label=case))
         counted = record.metrics["flops_per_token"]
         assert counted is not None
-        tokens = sum(step.tokens for step in record.steps if step.tracked) / 2
+        tracked = [step.tokens for step in record.steps if step.tracked]
+        tokens = sum(tracked) / len(tracked)
         assert plan.predict(spec, "cpu").flops == pytest.approx(counted * tokens, rel=0.01), case
 
 
@@ -301,6 +311,29 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
     assert expected_seconds([product, addition], rates) == 10 + 4 * 0.5
     queued = rates.model_copy(update={"concurrent": True, "call_seconds": 3.0})
     assert expected_seconds([product, addition], queued) == 12
+
+
+def test_a_card_keeps_a_part_for_its_context() -> None:
+    assert all(0.9 * size < available(name) < size for name, size in CARDS.items())
+    here = environment.current("cpu").model_copy(update={"device_type": "cuda", "device_memory_bytes": CARDS["l4"]})
+    assert room_of(here) == available("l4")
+
+
+def test_one_that_kills_its_process_costs_no_other_its_prediction(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = [small(lora_r=r) for r in (2, 4, 6, 8)]
+    monkeypatch.setattr(planner, "_predict", _killing_at_six)
+    with Planner("cpu") as planning:
+        found = {p.spec.lora_r: p for p in planning.plan(specs)}
+    assert [found[r].prediction is None for r in (2, 4, 6, 8)] == [False, False, True, False]
+    assert found[6].error == "the process that predicted it was ended"
+
+
+def _killing_at_six(text: str, *others: Any) -> Any:
+    if json.loads(text)["lora_r"] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return planner._predict(text, *others)
 
 
 def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:
@@ -331,6 +364,14 @@ def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:
     assert uneven.factors["weights"] == pytest.approx(1.0, abs=0.02)
     with pytest.raises(ValueError, match="too few"):
         calibration.fit(pairs(3, one, 0.0), here)
+    # A row is judged by the others: what only it has is not learnt from itself.
+    alike = pairs(8, one | {"optimizer": 1.0}, 0.0)
+    quiet = [
+        Pair(p.predicted | {"memory_optimizer_bytes": 0}, p.measured - p.predicted["memory_optimizer_bytes"])
+        for p in alike
+    ]
+    odd = Pair(alike[0].predicted, int(alike[0].measured + 0.5 * alike[0].predicted["memory_optimizer_bytes"]))
+    assert calibration._left_out([*quiet, odd], "components")[-1] > 0.02
 
 
 def test_the_shape_of_8b_without_its_weights() -> None:

@@ -1,9 +1,9 @@
-"""Predicted peaks beside published ones of real cards. What is published is the allocator's reserve, which lies above
-what is asked of it: the default margin covers the difference, and no published figure lies more than 2 % above it.
+"""Predicted peaks beside published ones of real cards. PEFT publishes the allocator's reserve, which lies above what is
+asked of it: the default margin covers the difference, and no published figure lies more than 2 % above it.
 
 Sources: huggingface/peft, method_comparison, MetaMathQA (July 2026, L40S, torch 2.13): Llama-3.2-3B, bf16, batch 4,
 at most 768 tokens, AdamW, no checkpointing, no autocast; pytorch/torchtune, README: the same model, full fine-tuning
-on an A100, batch 2 packed to 4096 tokens.
+on an A100, batch 2 packed to 4096 tokens (peak active).
 """
 
 from __future__ import annotations

@@ -51,8 +51,7 @@ class Planner:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._end()
 
     def plan(self, specs: Iterable[TrialSpec]) -> Iterator[Planned]:
         """Predict each spec; those that differ in nothing that takes memory or time are predicted once.
@@ -72,14 +71,34 @@ class Planner:
                 text = group[0].model_dump_json()
                 with main_module_hidden():
                     running[self._processes().submit(_predict, text, key[1], self._options)] = key
+        lost = []
         for future in as_completed(running):
             try:
-                said = future.result()
+                self._known[running[future]] = future.result()
             except BrokenProcessPool:
-                said = {"error": "the process that predicted it was ended"}
-                self._pool = None
-            self._known[running[future]] = said
-            yield from _planned(groups[running[future]], said)
+                lost.append(running[future])
+                continue
+            yield from _planned(groups[running[future]], self._known[running[future]])
+        for key in lost:  # one by one: only what ends its own process is to blame
+            self._known[key] = self._alone(groups[key][0], key[1])
+            yield from _planned(groups[key], self._known[key])
+
+    def _alone(self, spec: TrialSpec, device_type: DeviceType) -> dict[str, Any]:
+        self._end()
+        try:
+            with main_module_hidden():
+                return self._processes().submit(_predict, spec.model_dump_json(), device_type, self._options).result()
+        except BrokenProcessPool:
+            self._end()
+            return {"error": "the process that predicted it was ended"}
+
+    def _end(self) -> None:
+        if self._pool is None:
+            return
+        for process in list(self._pool._processes.values()):  # there is no public way before Python 3.14
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:

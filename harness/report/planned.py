@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from harness.calibration import Calibration
-from harness.largest import Largest
+from harness.cards import CARDS
+from harness.largest import NO_EFFECT, Largest
 from harness.metrics import COMPONENTS, GIB, show_bytes, show_scientific, show_seconds
 from harness.prediction import MARGIN, DeviceType, Prediction, fits
 from harness.report.faces import images
@@ -59,7 +60,9 @@ class Plan:
     @property
     def margin(self) -> float:
         """Share by which a need may exceed its prediction."""
-        return MARGIN[self.device_type] if self.calibration is None else self.calibration.margin
+        least = MARGIN[self.device_type]
+        # On CUDA the default stands for what the allocator reserves, of which calibrated peaks know nothing.
+        return least if self.calibration is None else max(least, self.calibration.margin)
 
     def peak(self, prediction: Prediction) -> int:
         """Predicted bytes, corrected where there is a calibration."""
@@ -78,16 +81,19 @@ class Plan:
     def footnotes(self) -> list[str]:
         """What the figures are, and how far they can be trusted."""
         on = "CUDA" if self.device_type == "cuda" else "this CPU"
-        said = [f"{line.label}: not predicted, {line.error}." for line in self.lines if line.prediction is None]
+        said = [
+            f"{line.label}: not predicted, {(line.error or '').rstrip('.')}."
+            for line in self.lines
+            if line.prediction is None
+        ]
         said.append(f"Live tensors of the training step on {on}, at the moment of the peak.")
         if self.calibration is not None:
             said.append(f"Corrected by {self.calibration.said()}.")
-        else:
-            said.append(
-                f"A need may exceed its prediction by {self.margin:.1%}, the default margin: fits counts it in, tight "
-                "fits without it; harness plan --calibrate makes a margin of your own rows."
-            )
-        if self.device_type == "cuda" and self.rooms:
+        said.append(
+            f"A need may exceed its prediction by {self.margin:.1%}: fits counts this margin in, tight fits without it."
+            + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
+        )
+        if self.device_type == "cuda" and self.rooms.keys() & CARDS.keys():
             said.append("Of a card, what the CUDA context takes (0.5 GiB) is left out of what there is.")
         if self.rates is not None:
             said.append(
@@ -170,7 +176,7 @@ def terminal_largest(
 
 def _answer(found: Largest, most: int) -> str:
     if found.error is not None:
-        return f"[red]{escape(found.error)}[/]"
+        return "[dim]–[/]" if found.error == NO_EFFECT else f"[red]{escape(found.error)}[/]"
     if found.value is None or found.need is None:
         return "[red]not even 1[/]"
     bound = "≥ " if found.value >= most else ""
