@@ -63,6 +63,9 @@ class Calibration(BaseModel):
     """The same with it, each row predicted from all the others."""
     margin: float
     """Largest share by which such a row needed more than was predicted; 0 where none did."""
+    step_factor: float | None = None
+    """Median of measured ÷ predicted seconds of a step: few products are as large as those that rates are measured
+    with. Null where no step was predicted."""
 
     def peak(self, prediction: Prediction) -> int:
         """The corrected peak, in bytes."""
@@ -76,15 +79,17 @@ class Calibration(BaseModel):
             f"{self.rows} configurations of {self.environment.device_name} (environment {self.environment.id}): "
             f"{what.get(self.kind, each)}; error {self.error_before:.2%} before and {self.error:.2%} after in the "
             f"median, on rows left out; at most {self.margin:.2%} too low"
+            + ("" if self.step_factor is None else f"; steps take {self.step_factor:.2f} times what the rates allow")
         )
 
 
-def fit(pairs: Sequence[Pair], where: Environment) -> Calibration:
+def fit(pairs: Sequence[Pair], where: Environment, steps: Sequence[float] = ()) -> Calibration:
     """The correction for a device from what was measured on it.
 
     Args:
         pairs: at least `LEAST_ROWS` configurations.
         where: their environment.
+        steps: measured ÷ predicted seconds of a step, one a configuration.
 
     Raises:
         ValueError: too few rows.
@@ -105,6 +110,7 @@ def fit(pairs: Sequence[Pair], where: Environment) -> Calibration:
         error_before=medians["none"],
         error=medians[kept],
         margin=float(max(0.0, errors[kept].max())),
+        step_factor=float(numpy.median(steps)) if len(steps) else None,
     )
 
 

@@ -444,13 +444,19 @@ def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
         raise InputError(f"--calibrate {folder}: no trial ended ok there; give results, or results/<grid>")
     for text in sorted({row["environment"] for row in rows}):
         where = Environment.model_validate_json(text)
-        mine = [(spec_of(row), row["peak_memory_bytes"]) for row in rows if row["environment"] == text]
+        here = [row for row in rows if row["environment"] == text]
+        mine = [(spec_of(row), row["peak_memory_bytes"]) for row in here]
+        steps = [
+            row["step_seconds_median"] / row["predicted_step_seconds"]
+            for row in here
+            if row["step_seconds_median"] and row["predicted_step_seconds"]
+        ]
         with Planner(where.device_type, trust_remote_code=trust_remote_code) as planner:
             predictions = {p.spec.memory_key: p.prediction for p in _planned(planner, [spec for spec, _ in mine])}
         measured = {spec.memory_key: peak for spec, peak in mine}
         pairs = [calibration.Pair(p.shares, measured[key]) for key, p in predictions.items() if p is not None]
         try:
-            found = calibration.fit(pairs, where)
+            found = calibration.fit(pairs, where, steps)
         except ValueError as error:
             out.print(f"environment {where.id}: {error}", style="yellow", highlight=False)
             continue

@@ -202,6 +202,8 @@ def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(
     assert kept.kind == "none"  # there is nothing to correct
     assert kept.error <= 0.001
     assert "5 configurations of" in said
+    ratio = trials["step_seconds_median"] / trials["predicted_step_seconds"]
+    assert ratio.min() <= (kept.step_factor or 0) <= ratio.max()
 
 
 def test_what_cannot_fit_is_not_started_but_recorded(folder: Path, ask: Callable[..., Answer]) -> None:
@@ -334,6 +336,18 @@ def _killing_at_six(text: str, *others: Any) -> Any:
     if json.loads(text)["lora_r"] == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return planner._predict(text, *others)
+
+
+def test_a_step_is_expected_as_the_measured_ones_were(small: Small) -> None:
+    rates = Rates(flops_per_second={"float32": 1e11}, bytes_per_second=1e10, call_seconds=1e-6, concurrent=False)
+    pairs = [Pair(dict.fromkeys([f"memory_{c}_bytes" for c in COMPONENTS], 100), 500)] * 5
+    kept = calibration.fit(pairs, environment.current("cpu"), [2.0, 2.5, 9.0])
+    prediction = plan.predict(small(), "cpu")
+    bare, corrected = (planned.Plan("t", "cpu", (), {}, c, rates).step_seconds(prediction) for c in (None, kept))
+    assert (
+        corrected == pytest.approx(2.5 * expected_seconds(prediction.work, rates)) == pytest.approx(2.5 * (bare or 0))
+    )
+    assert planned.Plan("t", "cpu", (), {}, kept).step_seconds(prediction) is None
 
 
 def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:

@@ -72,6 +72,13 @@ class Plan:
         """Predicted bytes with the margin."""
         return round(self.peak(prediction) * (1 + self.margin))
 
+    def step_seconds(self, prediction: Prediction) -> float | None:
+        """Expected of a step, corrected where there is a calibration; null without rates."""
+        if self.rates is None:
+            return None
+        factor = self.calibration.step_factor if self.calibration is not None else None
+        return expected_seconds(prediction.work, self.rates) * (factor or 1.0)
+
     @property
     def unit(self) -> tuple[str, float]:
         """The unit that suits the largest peak, and its bytes."""
@@ -131,15 +138,17 @@ def terminal(plan: Plan, width: int) -> RichTable:
             escape(line.label),
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
-            *(() if plan.rates is None else (_step(found, plan.rates),)),
+            *((_step(plan, found),) if step else ()),
             *(_verdict(plan, peak, room) for room in plan.rooms.values()),
         )
     return table
 
 
-def _step(found: Prediction, rates: Rates) -> str:
-    expected = expected_seconds(found.work, rates)
-    return f"{show_seconds(expected)} ({least_seconds(found.work, rates) / expected:.0%})"
+def _step(plan: Plan, found: Prediction) -> str:
+    seconds = plan.step_seconds(found)
+    if seconds is None or plan.rates is None:
+        return ""
+    return f"{show_seconds(seconds)} ({least_seconds(found.work, plan.rates) / seconds:.0%})"
 
 
 def _verdict(plan: Plan, peak: int, room: int) -> str:
@@ -205,7 +214,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "flops": float(p.flops) if p else None,
                 "moved_bytes": float(sum(w.moved_bytes * w.calls for w in p.work)) if p else None,
                 "positions": p.positions if p else None,
-                "step_seconds": expected_seconds(p.work, plan.rates) if p and plan.rates else None,
+                "step_seconds": plan.step_seconds(p) if p else None,
                 "least_step_seconds": least_seconds(p.work, plan.rates) if p and plan.rates else None,
                 **{f"fits {name}": fits(plan.peak(p), room, plan.margin) if p else None for name, room in rooms},
                 "error": line.error,
