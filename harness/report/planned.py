@@ -95,7 +95,7 @@ class Plan:
         ]
         said.append(f"Live tensors of the training step on {on}, at the moment of the peak.")
         if self.calibration is not None:
-            said.append(f"Corrected by {self.calibration.said()}.")
+            said.append(f"Calibrated on {self.calibration.said()}.")
         said.append(
             f"A need may exceed its prediction by {self.margin:.1%}: fits counts this margin in, tight fits without it."
             + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
