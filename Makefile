@@ -19,7 +19,7 @@ run: $(INSTALLED) ## Measure the techniques grid on this machine, then write its
 	$(BIN)/harness report results/techniques
 
 test: $(INSTALLED) ## Run the tests; options of pytest in ARGS, as in make test ARGS='-k grid'
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) ## Lint, formatting and types
 	$(BIN)/ruff check .

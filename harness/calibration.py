@@ -6,18 +6,19 @@ least error over rows that had no part in its fitting is kept; a simpler one is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 from pydantic import BaseModel, ConfigDict
 
 from harness.environment import Environment
+from harness.files import write_whole
 from harness.metrics import COMPONENTS
 from harness.prediction import DeviceType, Prediction
+from harness.results import Store, spec_of
 
 LEAST_ROWS = 5
 """Fewer than these say nothing of rows to come."""
@@ -81,6 +82,39 @@ class Calibration(BaseModel):
             f"median, on rows left out; at most {self.margin:.2%} too low"
             + ("" if self.step_factor is None else f"; steps take {self.step_factor:.2f} times what the rates allow")
         )
+
+
+def measured_rows(folder: Path) -> list[dict[str, Any]]:
+    """What was measured in a results folder, of one grid or of all: each configuration once.
+
+    Repeats are the same configuration again: their rows would vouch for one another.
+    """
+    folders = [folder] if (folder / "trials").is_dir() else sorted(p.parent for p in folder.glob("*/trials"))
+    return [
+        row
+        for each in folders
+        for row in Store(each).read("trials").to_pylist()
+        if row["status"] == "ok" and row["peak_memory_bytes"] is not None and not row["twin"] and not row["repeat"]
+    ]
+
+
+def fit_rows(
+    rows: Sequence[Mapping[str, Any]], predictions: Mapping[str, Prediction | None], where: Environment
+) -> Calibration:
+    """The correction for a device from rows of it.
+
+    Args:
+        rows: as `measured_rows` gives them, of one environment.
+        predictions: of their specs, by `memory_key`; null where there is none.
+        where: that environment.
+
+    Raises:
+        ValueError: too few rows.
+    """
+    measured = {spec_of(row).memory_key: row["peak_memory_bytes"] for row in rows}
+    pairs = [Pair(p.shares, measured[key]) for key, p in predictions.items() if p is not None]
+    timed = [(row["step_seconds_median"], row["predicted_step_seconds"]) for row in rows]
+    return fit(pairs, where, [took / expected for took, expected in timed if took and expected])
 
 
 def fit(pairs: Sequence[Pair], where: Environment, steps: Sequence[float] = ()) -> Calibration:
@@ -153,10 +187,7 @@ def keep(calibration: Calibration, results: Path) -> Path:
         OSError: the folder cannot be written.
     """
     file = results / "calibration" / f"{calibration.environment.id}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.aside")
-    aside.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    write_whole(file, (calibration.model_dump_json(indent=1) + "\n").encode())
     return file
 
 

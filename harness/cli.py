@@ -439,40 +439,21 @@ def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
     from harness.launch.planner import Planner
     from harness.results import spec_of
 
-    rows = _measured_rows(folder)
+    rows = calibration.measured_rows(folder)
     if not rows:
         raise InputError(f"--calibrate {folder}: no trial ended ok there; give results, or results/<grid>")
     for text in sorted({row["environment"] for row in rows}):
         where = Environment.model_validate_json(text)
-        here = [row for row in rows if row["environment"] == text]
-        mine = [(spec_of(row), row["peak_memory_bytes"]) for row in here]
-        steps = [
-            row["step_seconds_median"] / row["predicted_step_seconds"]
-            for row in here
-            if row["step_seconds_median"] and row["predicted_step_seconds"]
-        ]
+        mine = [row for row in rows if row["environment"] == text]
         with Planner(where.device_type, trust_remote_code=trust_remote_code) as planner:
-            predictions = {p.spec.memory_key: p.prediction for p in _planned(planner, [spec for spec, _ in mine])}
-        measured = {spec.memory_key: peak for spec, peak in mine}
-        pairs = [calibration.Pair(p.shares, measured[key]) for key, p in predictions.items() if p is not None]
+            planned = _planned(planner, [spec_of(row) for row in mine])
         try:
-            found = calibration.fit(pairs, where, steps)
+            found = calibration.fit_rows(mine, {p.spec.memory_key: p.prediction for p in planned}, where)
         except ValueError as error:
             out.print(f"environment {where.id}: {error}", style="yellow", highlight=False)
             continue
         file = calibration.keep(found, results)
         out.print(f"{escape(found.said())}; written to {file}", highlight=False, soft_wrap=True)
-
-
-def _measured_rows(folder: Path) -> list[dict[str, Any]]:
-    folders = [folder] if (folder / "trials").is_dir() else sorted(p.parent for p in folder.glob("*/trials"))
-    return [
-        row
-        for each in folders
-        for row in store_rows(each)
-        # Repeats are the same configuration again: their rows would vouch for one another.
-        if row["status"] == "ok" and row["peak_memory_bytes"] is not None and not row["twin"] and not row["repeat"]
-    ]
 
 
 @app.command(

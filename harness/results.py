@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import os
 import types
 import typing
 import uuid
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from harness import metrics
 from harness.environment import Environment
 from harness.errors import InputError
+from harness.files import write_whole
 from harness.spec import TrialSpec
 
 SCHEMA_VERSION = 1
@@ -287,22 +287,7 @@ class Store:
     def _write_table(self, table: Table, name: str, content: pa.Table) -> None:
         written = pa.BufferOutputStream()
         pq.write_table(content, written, compression="zstd")
-        self._replace(self.folder / table / f"{name}.parquet", written.getvalue())
-
-    @staticmethod
-    def _replace(file: Path, content: Any) -> None:
-        """Write aside and rename: the file is whole, old or new, whenever it is read."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # A leading dot keeps readers of the folder away from a part that is being written.
-        aside = file.with_name(f".{file.stem}.{os.getpid()}.aside")
-        try:
-            with aside.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(aside, file)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(self.folder / table / f"{name}.parquet", written.getvalue().to_pybytes())
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Keep what the grid says of itself (title, claims) beside its rows, for the report.
@@ -311,7 +296,7 @@ class Store:
             OSError: the folder cannot be written.
         """
         if about != self.description():
-            self._replace(self.folder / "grid.json", json.dumps(about, indent=1).encode())
+            write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
 
     def description(self) -> dict[str, Any]:
         """What the grid said of itself; empty where nothing is known."""

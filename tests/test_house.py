@@ -23,7 +23,7 @@ FLOORS: dict[str, int] = {
     "model": 2, "data": 2, "memory": 2, "flops": 1, "half_matmul": 2, "rates": 2,
     "grid": 2, "search": 2, "claims": 2, "results": 2, "stats": 2, "prediction": 2, "roofline": 2, "cards": 2,
     "model_source": 1, "stories": 1, "spec": 1, "metrics": 1, "environment": 1,
-    "wording": 1, "errors": 0, "": 0,
+    "wording": 1, "errors": 0, "files": 0, "": 0,
 }  # fmt: skip
 WITHOUT_TORCH = ("cli", "display", "doctor", "grid", "launch", "launch.local", "launch.planner", "launch.isolated",
                  "launch.merging", "results", "stats",

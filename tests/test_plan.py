@@ -11,21 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formula
+import optuna
 import pytest
 import torch
+from test_launch import Watch
 
 from harness import calibration, cli, environment, grid, plan, replay, trial
 from harness.calibration import Calibration, Pair
 from harness.cards import CARDS, available
+from harness.errors import InputError
 from harness.largest import largest
 from harness.launch import planner
+from harness.launch.local import LocalLauncher
 from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
 from harness.prediction import MARGIN, fits, room_of
 from harness.report import planned
-from harness.results import Job
+from harness.results import Job, Store
 from harness.roofline import Rates, Work, expected_seconds, least_seconds
 from harness.spec import TrialSpec
+from harness.tune import Options, tune
 
 Small = Callable[..., TrialSpec]
 
@@ -224,9 +230,29 @@ def test_what_cannot_fit_is_not_started_but_recorded(folder: Path, ask: Callable
     assert set(pandas.read_parquet(folder / "results/g/trials")["status"]) == {"oom"}
 
 
+def test_what_is_predicted_over_the_budget_is_not_started_and_told(tmp_path: Path) -> None:
+    store = Store(tmp_path / "t")
+    limit = 1_000_000
+    search = formula.search(
+        {"base_model": "random:tiny", "sequence_length": 256, "lora_r": 64},
+        objectives=["peak_memory_bytes"], constraints=["peak_memory_bytes <= 1MB"], sampler="random", trials=30,
+    )  # fmt: skip
+    nobody = LocalLauncher(formula.child)  # not entered: it could start nothing
+    with Planner("cpu") as planning, pytest.raises(InputError, match="none of 12 trials keeps within"):
+        tune(search, store, nobody, Watch(), Options(planner=planning))
+    rows = store.read("trials").to_pandas().query("~twin")
+    assert set(rows["status"]) == {"skipped"}
+    study = optuna.load_study(study_name=rows["study"].iloc[0], storage=f"sqlite:///{store.folder / 'study.db'}")
+    for _, row in rows.query("status == 'skipped'").iterrows():
+        told = study.trials[int(row["study_trial"])]
+        assert told.state.name == "COMPLETE"
+        assert told.constraints == {"memory": pytest.approx(row["predicted_peak_memory_bytes"] / limit - 1)}
+        assert told.constraints["memory"] > 0
+
+
 def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer], small: Small) -> None:
     spec = small(gradient_accumulation_steps=1)
-    rooms = {"sequence_length": 40 * 2**20, "micro_batch_size": 40 * 2**20, "lora_r": 25 * 2**20}
+    rooms = {"sequence_length": 16 * 2**20, "micro_batch_size": 20 * 2**20, "lora_r": 13 * 2**20}
     with Planner("cpu", full_length=True) as planning:
         for key, room in rooms.items():
             found = largest(planning, [spec], key, {"room": room}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
@@ -238,10 +264,10 @@ def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer]
         none = largest(planning, [spec], "lora_r", {"room": 2**20}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
         assert none.value is None
 
-    asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "40MiB", "--device", "cpu")
+    asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "20MiB", "--device", "cpu")
     code, said, errors = ask(*asked)
     assert code == 0, errors
-    assert re.search(r"lora_r=64 .* \d+ \(3\d\.\d\d MiB\)", said)
+    assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", said)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from test_launch import Watch
 
 from harness.errors import InputError
 from harness.launch.local import LocalLauncher
-from harness.launch.planner import Planner
 from harness.report import found, measurements
 from harness.report import tuning as reporting
 from harness.results import Store, spec_of
@@ -88,32 +87,6 @@ def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp
     assert any("best eval_loss so far" in line for line in said)
 
 
-def test_what_is_predicted_over_the_budget_is_not_started_and_told(launcher: LocalLauncher, tmp_path: Path) -> None:
-    store = Store(tmp_path / "t")
-    limit = 1_000_000
-    search = made(
-        {"base_model": "random:tiny", "sequence_length": 256, "lora_r": 64},
-        objectives=["peak_memory_bytes"], constraints=["peak_memory_bytes <= 1MB"], sampler="random", trials=30,
-    )  # fmt: skip
-    started: list[str] = []
-
-    class Listening(Watch):
-        def event(self, kind: str, value: Any) -> None:
-            started.append(kind)
-
-    with Planner("cpu") as planner, pytest.raises(InputError, match="none of 12 trials keeps within"):
-        tune(search, store, launcher, Listening(), Options(planner=planner))
-    rows = trials(store).query("~twin")
-    assert set(rows["status"]) == {"skipped"}
-    assert not started
-    study = optuna.load_study(study_name=rows["study"].iloc[0], storage=f"sqlite:///{store.folder / 'study.db'}")
-    for _, row in rows.query("status == 'skipped'").iterrows():
-        told = study.trials[int(row["study_trial"])]
-        assert told.state.name == "COMPLETE"
-        assert told.constraints == {"memory": pytest.approx(row["predicted_peak_memory_bytes"] / limit - 1)}
-        assert told.constraints["memory"] > 0
-
-
 def test_going_on_adds_no_trial_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
     first = tune(made(trials=6), store, launcher, Watch())
@@ -159,7 +132,6 @@ import formula
 from test_launch import Watch
 from test_tune import made
 from harness.launch.local import LocalLauncher
-from harness.launch.planner import Planner
 from harness.results import Store
 from harness.tune import tune
 with LocalLauncher(formula.child, preload="harness.search") as launcher:

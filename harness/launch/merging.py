@@ -13,7 +13,7 @@ from typing import Any
 from harness import grid
 from harness.errors import InputError
 from harness.launch.isolated import isolated
-from harness.results import Store, find, spec_of
+from harness.results import find, spec_of
 from harness.spec import TrialSpec
 
 _ON_THE_CARD = ("peak_memory_bytes", "tokens_per_second", "eval_loss_before", "eval_loss", "trainable_parameters",
@@ -55,7 +55,7 @@ def trained(results: Path, trial: str) -> Trained:
     folder, row = kept[0]
     figures = {name: row[name] for name in _ON_THE_CARD if row[name] is not None}
     name = f"{folder.name}-{row['trial_id']}"
-    return Trained(spec_of(row), Store(folder).folder / "adapters" / row["adapter_id"], name, figures)
+    return Trained(spec_of(row), folder / "adapters" / row["adapter_id"], name, figures)
 
 
 def merge(source: Trained, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

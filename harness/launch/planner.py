@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness import environment, model_source
+from harness.files import write_whole
 from harness.launch.isolated import context, isolated
 from harness.launch.local import main_module_hidden
 from harness.prediction import DeviceType, Prediction
@@ -149,15 +151,12 @@ def measure_rates(device_type: DeviceType) -> Rates:
         InputError: the process did not come back with figures.
     """
     found = Rates.model_validate(isolated(_measure, device_type))
-    file = _rates_file(device_type)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.aside")
-    aside.write_text(found.model_dump_json(indent=1))
-    os.replace(aside, file)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: they are measured again the next time
+        write_whole(_rates_file(device_type), found.model_dump_json(indent=1).encode())
     return found
 
 
-def _rates_file(device_type: DeviceType) -> Any:
+def _rates_file(device_type: DeviceType) -> Path:
     return model_source.cache_folder() / f"rates-{environment.current(device_type).id}.json"
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from harness.files import write_whole
 from harness.metrics import METRICS
 from harness.report.document import MOST_ROWS, Document
 from harness.report.measurements import describe
@@ -42,16 +42,12 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
     Raises:
         OSError: the folder cannot be written.
     """
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    (folder / "plots").mkdir(exist_ok=True)
     written: list[Path] = []
 
     def keep(name: str, content: str | bytes) -> None:
         progress(name)
         file = folder / name
-        aside = file.with_name(f".{file.name}.aside")
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(aside, file)
+        write_whole(file, content.encode() if isinstance(content, str) else content)
         written.append(file)
 
     keep("report.md", markdown(document))

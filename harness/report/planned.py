@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table as RichTable
 
 from harness.calibration import Calibration
 from harness.cards import CARDS
+from harness.files import write_whole
 from harness.largest import NO_EFFECT, Largest
 from harness.metrics import COMPONENTS, GIB, show_bytes, show_scientific, show_seconds
 from harness.prediction import MARGIN, DeviceType, Prediction, fits
@@ -232,7 +232,6 @@ def write(plan: Plan, folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     said = rows(plan)
     content = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(said), content)
@@ -244,13 +243,9 @@ def write(plan: Plan, folder: Path) -> list[Path]:
     if drawn is not None:
         svg, files["plan.png"] = images(drawn)
         files["plan.svg"] = svg.encode()
-    written = []
     for name, data in files.items():
-        aside = folder / f".{name}.{os.getpid()}.aside"
-        aside.write_bytes(data)
-        os.replace(aside, folder / name)
-        written.append(folder / name)
-    return written
+        write_whole(folder / name, data)
+    return [folder / name for name in files]
 
 
 def chart(plan: Plan) -> Chart | None:

@@ -1,0 +1,25 @@
+"""Files that are whole, old or new, whenever they are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write aside, flush to the disk and rename; the folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A leading dot and another ending keep whoever reads the folder away from what is being written.
+    aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
