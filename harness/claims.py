@@ -17,12 +17,16 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, field_validator, model_validator
 
-from harness.metrics import METRICS
-from harness.results import Status
+from harness.metrics import FIGURES, INFERENCE
+from harness.results import Model, Status
 from harness.spec import TrialSpec
 
-DERIVED = ("effective_batch_size", "system_prompt")
-"""Conditions beside the keys of a spec: the effective batch, and whether there is a system prompt."""
+DERIVED = ("effective_batch_size", "system_prompt", "own_format")
+"""Conditions beside the keys of a spec: the effective batch, whether there is a system prompt, and whether the prompt
+is a format string of one's own instead of the model's chat template."""
+
+MODEL = "model"
+"""Condition of a trained model at work: base, unmerged or merged."""
 
 CONDITIONS: tuple[str, ...] = (*(k for k in TrialSpec.model_fields if k not in TrialSpec.WITHOUT_EFFECT), *DERIVED)
 
@@ -108,8 +112,9 @@ class Contrast(BaseModel):
     @classmethod
     def _known_keys(cls, keys: Any) -> Any:
         for key in keys:
-            if key not in CONDITIONS:
-                near = difflib.get_close_matches(str(key), CONDITIONS, n=1)
+            known = (*CONDITIONS, MODEL) if isinstance(keys, dict) else CONDITIONS
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
                 raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return keys
 
@@ -133,8 +138,8 @@ class Claim(Contrast):
     @field_validator("metric", "per")
     @classmethod
     def _known_metric(cls, name: str | None) -> str | None:
-        if name is not None and name not in METRICS:
-            near = difflib.get_close_matches(name, list(METRICS), n=1)
+        if name is not None and name not in FIGURES:
+            near = difflib.get_close_matches(name, list(FIGURES), n=1)
             hint = f"; did you mean {near[0]}?" if near else "; `harness keys` lists them"
             raise ValueError(f"unknown metric {name!r}{hint}")
         return name
@@ -146,12 +151,30 @@ class Claim(Contrast):
             wanted = "ratio or difference" if self.compare else "value or status"
             given = "compare" if self.compare else "where alone"
             raise ValueError(f"expect {self.expect!r} with {given}; it takes {wanted}")
-        scale = METRICS[self.metric].scale
+        if MODEL in self.compare or MODEL in self.where or self.is_of_models:
+            self._refuse_unless_of_models()
+        scale = FIGURES[self.metric].scale
         if self.compare and expected.quantity != scale:
             raise ValueError(f"{self.metric} is compared by {scale}, not by {expected.quantity}")
         if not self.compare and not self.where:
             raise ValueError("it names no condition; give compare or where")
         return self
+
+    @property
+    def is_of_models(self) -> bool:
+        """Whether it is about a trained model at work, not about its training."""
+        return self.metric in INFERENCE
+
+    def _refuse_unless_of_models(self) -> None:
+        if not self.is_of_models:
+            raise ValueError(f"models at work have no {self.metric}; they have {', '.join(INFERENCE)}")
+        if {*self.compare} != {MODEL} or self.where or self.free or self.hold or self.per:
+            raise ValueError(
+                f"{self.metric} is a figure of models at work; compare {{model: [unmerged, merged]}} alone"
+            )
+        for name in self.compare[MODEL]:
+            if name not in get_args(Model):
+                raise ValueError(f"no model {name!r}; use {', '.join(get_args(Model))}")
 
     @functools.cached_property
     def expectation(self) -> Expectation:

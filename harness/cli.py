@@ -502,6 +502,87 @@ def merge(
     out.print(f"{size} of {found['dtype']} weights written to {folder}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="[dim]Examples:[/]  harness evaluate baseline   |   harness evaluate 3f2a1b --stories 5 --rounds 8")
+def evaluate(
+    trial: Annotated[str, typer.Argument(help="Beginning of a trial's id, or its label; it had save_adapter: true.")],
+    rounds: Annotated[
+        int, typer.Option(min=2, help="In each, every model is loaded anew and answers the same timed requests.")
+    ] = 6,
+    told: Annotated[int, typer.Option("--stories", min=0, help="Held-out synopses to tell a story of.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of such a story.")] = 200,
+    results: Results = Path("results"),
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Time, judge and hear a trained model: the base, the base under its adapter, and the two merged."""
+    from harness.display import bar
+    from harness.launch import merging, serving
+    from harness.report import faces, measurements, served
+
+    source = merging.trained(results, trial)
+    assert source.grid is not None  # noqa: S101 - it is of a recorded trial
+    assert source.row is not None  # noqa: S101
+    with bar(out, "loading") as hear:
+        serving.measure(
+            source, rounds=rounds, told=told, most_tokens=tokens, hear=hear, trust_remote_code=trust_remote_code
+        )
+    of = source.row
+    found = measurements.load(source.grid, of["environment_id"], {of["baseline_id"]})
+    for table in (served.models(found), served.told(found)):
+        if table.rows:
+            out.print(faces.rich_table(table))
+    out.print(f"kept beside the trial; see it with: harness report {source.grid}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness generate baseline --synopsis 'A lighthouse keeper finds a letter.'   |   "
+    "harness generate 3f2a1b --model base --model merged --temperature 0.7"
+)
+def generate(
+    trial: Annotated[str, typer.Argument(help="Beginning of a trial's id, or its label; it had save_adapter: true.")],
+    synopsis: Annotated[
+        str | None, typer.Option(help="What the story is about; without it, the first held-out synopsis.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="base, unmerged or merged; may be repeated, side by side. Default unmerged."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a story.")] = 300,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice, above temperature 0.")] = 0,
+    results: Results = Path("results"),
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let models from the hub run their own code here.")
+    ] = False,
+) -> None:
+    """Let a trained model tell a story, as it comes; its base and the merged model beside it where asked."""
+    from typing import get_args
+
+    from harness.display import storytelling
+    from harness.launch import merging, serving
+    from harness.results import Model
+
+    models = tuple(dict.fromkeys(model or ["unmerged"]))
+    for name in models:
+        if name not in get_args(Model):
+            raise InputError(f"--model {name} is none; use {', '.join(get_args(Model))}")
+    if synopsis is not None and not synopsis.strip():
+        raise InputError("--synopsis is empty; say what the story is about, or leave it out")
+    source = merging.trained(results, trial)
+    with storytelling(out, models) as hear:
+        serving.generate(
+            source,
+            synopsis,
+            models,  # type: ignore[arg-type]  # looked at above
+            most_tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            hear=hear,
+            trust_remote_code=trust_remote_code,
+        )
+
+
 def _statuses(given: list[str]) -> frozenset[Any]:
     from typing import get_args
 
@@ -749,7 +830,7 @@ def keys() -> None:
     """List the keys of a trial with their defaults and meanings, and the figures that are recorded."""
     from rich.table import Table
 
-    from harness.metrics import METRICS
+    from harness.metrics import FIGURES
     from harness.spec import TrialSpec
 
     table = Table("key", "default", "meaning", title="Keys of base and vary")
@@ -759,7 +840,7 @@ def keys() -> None:
         table.add_row(name, escape(default), escape(field.description or ""))
     out.print(table)
     table = Table("figure", "unit", "meaning", title="Figures")
-    for metric in METRICS.values():
+    for metric in FIGURES.values():
         table.add_row(metric.name, metric.unit, metric.definition)
     out.print(table)
 

@@ -84,6 +84,12 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     )
 
 
+def general(tokenizer: Any) -> list[Example]:
+    """The bundled general text, without any prompt: each token but the first is to be predicted."""
+    texts = [(passage, tokenizer(text)["input_ids"]) for passage, text in stories.general()]
+    return [Example(passage, tuple(ids), 1) for passage, ids in texts]
+
+
 @dataclass(frozen=True)
 class _Fitted:
     examples: tuple[Example, ...]
@@ -115,13 +121,18 @@ def _fit(examples: list[Example], length: int, excess: str) -> _Fitted:
 
 def _tokenise(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
     """Prompt and completion are tokenised apart, so that the border is the same with any tokenizer."""
-    prompt, special = render_prompt(story, tokenizer)
-    head = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    if special and head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]  # some tokenizers end every text; the story goes on
+    head = prompt_ids(story, tokenizer)
     tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Example(story.id, (*head, *tail, *end), max(1, len(head)), supervise_prompt)
+
+
+def prompt_ids(story: Story, tokenizer: Any) -> list[int]:
+    """Tokens of a story's prompt, after which the story goes on."""
+    prompt, special = render_prompt(story, tokenizer)
+    head: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    # Some tokenizers end every text.
+    return head[:-1] if special and head and head[-1] == tokenizer.eos_token_id else head
 
 
 def render_prompt(story: Story, tokenizer: Any) -> tuple[str, bool]:

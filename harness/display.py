@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from harness.metrics import METRICS
 from harness.results import Job, Record
@@ -35,20 +41,34 @@ def outcome(record: Record) -> str:
     return f"in {record.phase}{bound}" if record.status == "oom" else f"in {record.phase}: {record.error}"
 
 
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def bar(console: Console, first: str) -> Iterator[Callable[[tuple[int, int, str]], None]]:
+    """A bar that goes when the work is done: yields what is told how much is done, of how much, and what is next."""
+    progress = _progress(console)
+    progress.live.transient = True
+    task = progress.add_task(first, total=None)
+    with progress:
+        yield lambda said: progress.update(task, completed=said[0], total=said[1], description=escape(said[2]))
+
+
 class LiveDisplay:
     """For a terminal: a bar with the time left, the running trial with its phase, a line per finished one."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = _progress(console)
         self._bar = self._progress.add_task("trials", total=None)
         self._now = self._progress.add_task("", total=None, visible=False)
         self._label = ""
@@ -145,3 +165,65 @@ class PlainDisplay:
 def display(console: Console) -> LiveDisplay | PlainDisplay:
     """The one that suits where the output goes."""
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+
+
+# ------------------------------------------------------------------------------------ stories
+
+
+@contextlib.contextmanager
+def storytelling(console: Console, models: Sequence[str]) -> Iterator[Callable[[str | None, str], None]]:
+    """Shows stories as they are told: yields what is called with each piece of text and whose it is, null for the
+    synopsis. Several models stand side by side in a terminal, one after another elsewhere.
+    """
+    if len(models) > 1 and console.is_terminal:
+        yield from _side_by_side(console, models)
+    else:
+        yield from _one_after_another(console, models)
+
+
+def _one_after_another(console: Console, models: Sequence[str]) -> Iterator[Callable[[str | None, str], None]]:
+    speaker: list[str] = []
+
+    def hear(name: str | None, piece: str) -> None:
+        if name is None:
+            console.print(Text(f"{_printable(piece)}\n", style="italic"), soft_wrap=True)
+            return
+        if name not in speaker:
+            speaker.append(name)
+            if len(models) > 1:
+                console.print(Text(f"{chr(10) * 2 * (len(speaker) > 1)}--- {name}"))
+        console.print(Text(_printable(piece)), end="", soft_wrap=True)
+
+    try:
+        yield hear
+    finally:
+        console.print()
+
+
+def _side_by_side(console: Console, models: Sequence[str]) -> Iterator[Callable[[str | None, str], None]]:
+    told = dict.fromkeys(models, "")
+
+    def shown() -> Table:
+        columns = Table.grid(expand=True)
+        for _ in told:
+            columns.add_column(ratio=1)
+        columns.add_row(*(Panel(Text(text), title=name) for name, text in told.items()))
+        return columns
+
+    def hear(name: str | None, piece: str) -> None:
+        if name is None:
+            console.print(Text(_printable(piece), style="italic"))
+        else:
+            told[name] += _printable(piece)
+
+    try:
+        # While it grows it is cut to the screen.
+        with Live(console=console, transient=True, get_renderable=shown):
+            yield hear
+    finally:  # whole, as far as it was told
+        console.print(shown())
+
+
+def _printable(text: str) -> str:
+    """A model may say anything; nothing of it shall steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

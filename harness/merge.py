@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from harness import data, evaluate_model, half_matmul, model, model_source
-from harness.data import Example
-from harness.environment import resolve_device
+from harness.inference import MODELS, Workshop, largest_difference
 from harness.metrics import METRICS, show_bytes
+from harness.results import Model
 from harness.spec import TrialSpec
-
-_COMPARED = 4
-"""Held-out stories whose logits are compared."""
 
 
 class Merged(BaseModel):
@@ -55,61 +49,28 @@ def merge(
         InputError: the adapter does not fit its base.
         OSError: something cannot be read or written.
     """
-    half_matmul.install()
-    device = torch.device(resolve_device(spec.device))
-    tokenizer = model.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    held_out = data.load(spec, tokenizer).held_out
-    pretrained = model_source.resolve(spec.base_model).pretrained
+    workshop = Workshop(spec, adapter, trust_remote_code=trust_remote_code)
     losses: dict[str, tuple[float, ...]] = {}
-
-    def judge(name: str, network: Any, at: TrialSpec) -> torch.Tensor:
-        network.eval()
-        if pretrained and held_out:
-            losses[name] = tuple(
-                loss for _, loss, _ in evaluate_model.story_losses(network, held_out, at, pad_id, device)
-            )
-        return _logits(network, held_out[:_COMPARED], at, pad_id, device)
-
-    network = model.base(spec, device, trust_remote_code=trust_remote_code)
-    judge("base", network, spec)
-    network = model.with_saved_adapter(network, adapter)
-    unmerged = judge("unmerged", network, spec)
-    plain = model.unquantised(spec)
-    if plain != spec:
-        del network
-        gc.collect()
-        network = model.with_saved_adapter(model.base(plain, device, trust_remote_code=trust_remote_code), adapter)
-    network = network.merge_and_unload(safe_merge=True)
-    merged = judge("merged", network, plain)
+    logits: dict[Model, Any] = {}
+    network: Any = None
+    for name in MODELS:
+        del network  # its memory is the next one's
+        network, at = workshop.make(name)
+        losses[name] = tuple(loss for _, loss, _ in workshop.losses(network, at))
+        if name != "base":
+            logits[name] = workshop.logits(network, at)
     folder.mkdir(parents=True)
-    network.config.use_cache = True
     network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    workshop.tokenizer.save_pretrained(folder)
     found = Merged(
         dtype=str(network.dtype).removeprefix("torch."),
         weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        largest_logit_difference=float((merged - unmerged).abs().max()) if held_out else 0.0,
-        losses=losses,
+        largest_logit_difference=largest_difference(logits["merged"], logits["unmerged"]),
+        losses=losses if all(losses.values()) else {},
     )
     (folder / "README.md").write_text(_card(spec, found, figures), encoding="utf-8")
     (folder / "merge.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return found
-
-
-@torch.no_grad()
-def _logits(
-    network: Any, examples: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device
-) -> torch.Tensor:
-    """Logits of completion positions in fp32, of shape (positions, vocabulary)."""
-    found = []
-    for example in examples:
-        batch = data.collate([example], pad_id, device)
-        labels = batch.inputs.pop("labels")[0]
-        with model.autocast(spec, device):
-            logits = network(**batch.inputs).logits[0]
-        found.append(logits[labels != data.IGNORED].float().cpu())
-    return torch.cat(found) if found else torch.empty(0, 0)
 
 
 def _card(spec: TrialSpec, found: Merged, figures: Mapping[str, float]) -> str:

@@ -50,12 +50,17 @@ def show_share(value: float) -> str:
     return f"{value:.0%}"
 
 
+def show_small_share(value: float) -> str:
+    """A percentage of three digits: 3.63%, 0.52%."""
+    return f"{100 * value:.3g}%"
+
+
 def show_scientific(value: float) -> str:
     """4.05e+11."""
     return f"{value:.3g}"
 
 
-_NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01}
+_NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01, "text": 0.01}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Metric:
     type: Literal["int", "float"]
     unit: str
     better: Literal["lower", "higher", None]
-    group: Literal["memory", "speed", "loss", "size"]
+    group: Literal["memory", "speed", "loss", "size", "text"]
     definition: str
     show: Callable[[float], str]
     exact: bool = False
@@ -75,7 +80,7 @@ class Metric:
     @property
     def scale(self) -> Literal["ratio", "difference"]:
         """How two of them are compared."""
-        return "difference" if self.group == "loss" else "ratio"
+        return "difference" if self.group in ("loss", "text") else "ratio"
 
     @property
     def negligible(self) -> float:
@@ -105,6 +110,10 @@ def _count(name: str, definition: str) -> Metric:
 
 def _nats(name: str, definition: str) -> Metric:
     return Metric(name, "float", "nats", "lower", "loss", definition, show_nats)
+
+
+def _text(name: str, definition: str, better: Literal["lower", "higher", None]) -> Metric:
+    return Metric(name, "float", "", better, "text", definition, show_rate)
 
 
 _TABLE = (
@@ -174,10 +183,25 @@ _TABLE = (
     ),
     _nats("eval_loss", "Loss per completion token on the held-out stories after training, weighted by tokens."),
     _nats("eval_loss_before", "The same before training: the untouched base at this precision."),
+    _nats(
+        "forgetting",
+        "Loss per token on the bundled general text after training minus the same before, weighted by tokens.",
+    ),
+    _nats("general_loss_before", "Loss per token on the bundled general text before training."),
     Metric("eval_perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
     _count("trainable_parameters", "Parameters that the optimizer changes."),
     _count("total_parameters", "Parameters of base and adapters, as if unquantised."),
     _bytes("adapter_bytes", "Bytes of the adapter's weights as they are saved."),
+    Metric(
+        "adapter_share",
+        "float",
+        "",
+        "lower",
+        "size",
+        "Parameters of the adapter divided by those of the base.",
+        show_small_share,
+        exact=True,
+    ),
     _count("optimizer_steps", "Optimizer steps made."),
     _count("timed_steps", "Optimizer steps behind the speeds."),
     _count("trained_tokens", "Non-padding tokens trained on."),
@@ -190,6 +214,38 @@ _TABLE = (
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
+_INFERENCE = (
+    _rate(
+        "prefill_tokens_per_second",
+        "tok/s",
+        "Tokens of a prompt divided by the seconds until its first new token, one request at a time, without autocast.",
+    ),
+    _rate("decode_tokens_per_second", "tok/s", "New tokens after the first divided by their seconds."),
+    _seconds("token_seconds_p50", "Median of the seconds that a new token takes after the first."),
+    _seconds("token_seconds_p95", "95th percentile of the same, interpolated."),
+    _bytes("model_bytes", "Live tensor storage of the model as it is loaded to answer, quantisation scales included."),
+    _bytes("peak_inference_bytes", "Highest sum of live tensor storage during a request: weights, cache and all."),
+    Metric(
+        "logit_difference",
+        "float",
+        "",
+        "lower",
+        "size",
+        "Largest difference of any logit from the unmerged model's, on held-out stories.",
+        show_scientific,
+    ),
+    _nats("story_loss", "Mean over held-out stories of the loss per completion token."),
+    _text("rouge_l", "ROUGE-L F1 of generated stories against the held-out ones.", "higher"),
+    _text("distinct_2", "Distinct pairs of words divided by all pairs, in a generated story.", "higher"),
+    _text("repetition", "Share of runs of four words that stood in the same generated story before.", "lower"),
+    _text("words", "Words of a generated story.", None),
+)
+
+INFERENCE: dict[str, Metric] = {metric.name: metric for metric in _INFERENCE}
+"""Figures of a trained model at work: the base, the base under its adapter, and the two merged."""
+
+FIGURES: dict[str, Metric] = METRICS | INFERENCE
+
 FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
 """What fits is decided by the highest of these."""
 
@@ -198,6 +254,7 @@ SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed"
     "load_seconds",
     "trial_seconds",
     "eval_loss_before",
+    "general_loss_before",
     "flops_per_token",
     "predicted_step_seconds",
 }

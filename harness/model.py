@@ -220,6 +220,11 @@ def unquantised(spec: TrialSpec) -> TrialSpec:
     return spec.model_copy(update={"precision": "bf16"}) if spec.precision in QUANTISED else spec
 
 
+def weights_format(spec: TrialSpec) -> str:
+    """What the base weights are held in, by its name in a grid."""
+    return spec.precision
+
+
 def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
     """What autocast computes in; null: in the weights' own format (fp32, and 16-bit full fine-tuning)."""
     if spec.adapter == "none" and spec.precision in ("bf16", "fp16"):
@@ -243,19 +248,21 @@ def adapters(model: Any, spec: TrialSpec) -> list[torch.nn.Parameter]:
     return trainable(model) if spec.adapter == "lora" else []
 
 
-def sizes(model: Any, spec: TrialSpec) -> dict[str, int | None]:
-    """`trainable_parameters`, `total_parameters` and `adapter_bytes`, as metrics."""
+def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
+    """`trainable_parameters`, `total_parameters`, `adapter_bytes` and `adapter_share`, as metrics."""
     if spec.adapter == "none":
         count = model.num_parameters()
-        return {"trainable_parameters": count, "total_parameters": count, "adapter_bytes": None}
+        return {"trainable_parameters": count, "total_parameters": count}
     from peft import get_peft_model_state_dict
 
     trained, total = model.get_nb_trainable_parameters()
     saved = get_peft_model_state_dict(model).values()
+    added = sum(t.numel() for t in saved)
     return {
         "trainable_parameters": trained,
         "total_parameters": total,
         "adapter_bytes": sum(t.numel() * t.element_size() for t in saved),
+        "adapter_share": added / (total - added),
     }
 
 

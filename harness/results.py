@@ -1,7 +1,8 @@
 """The record of a trial, its Arrow schema, and the parquet folder that keeps every one.
 
 `results/<grid>/{trials,steps,stories}/` hold one part per trial, written aside and renamed, so
-that a part is whole or absent. The schema is declared from the spec and the metrics.
+that a part is whole or absent; `{models,requests,answers}/` the same of trained models at work. The
+schema is declared from the spec and the metrics.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SCHEMA_VERSION = 1
 
 Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed", "skipped"]
 Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
-Table = Literal["trials", "steps", "stories"]
+Table = Literal["trials", "steps", "stories", "models", "requests", "answers"]
+Model = Literal["base", "unmerged", "merged"]
+"""A trained model at work: the base alone, the base under its adapter, and the two made one."""
 
 _MOST_LOOKS = 10
 _COMPACT_ABOVE = 16
@@ -70,7 +73,7 @@ class Step(_Row):
 
 
 class StoryLoss(_Row):
-    """Loss of one held-out story."""
+    """Loss of one held-out story, or of one general passage."""
 
     story_id: str
     """Hash of its texts."""
@@ -80,6 +83,80 @@ class StoryLoss(_Row):
     """Nats per completion token."""
     tokens: int
     """Completion tokens."""
+    kind: Literal["held-out", "general"] = "held-out"
+    """A story like those that were learnt, or a text that has nothing to do with them."""
+
+
+class Served(_Row):
+    """A model at work: what it takes."""
+
+    model: Model
+    """Which of the three."""
+    precision: str
+    """Of its base weights; what was quantised for training is merged in 16 bit."""
+    model_bytes: int
+    """See `metrics.INFERENCE`."""
+    peak_inference_bytes: int
+    """As above."""
+    logit_difference: float | None = None
+    """As above; of the merged model alone."""
+
+
+class Request(_Row):
+    """One timed request."""
+
+    model: Model
+    """Which of the three."""
+    round: int
+    """From 0. In each round every model is loaded anew and asked the same."""
+    story_id: str
+    """Whose prompt it was."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    prefill_seconds: float
+    """Until the first new token."""
+    token_seconds: tuple[float, ...]
+    """Of each new token after the first."""
+
+
+class Answer(_Row):
+    """What a model makes of a held-out story."""
+
+    model: Model
+    """Which of the three."""
+    story_id: str
+    """Hash of the story's texts."""
+    loss: float
+    """Nats per completion token."""
+    tokens: int
+    """Completion tokens."""
+    synopsis: str | None = None
+    """What was asked, where a story was generated."""
+    reference: str | None = None
+    """The story that was held out."""
+    story: str | None = None
+    """The story that was generated."""
+    rouge_l: float | None = None
+    """See `metrics.INFERENCE`."""
+    distinct_2: float | None = None
+    """As above."""
+    repetition: float | None = None
+    """As above."""
+    words: float | None = None
+    """As above."""
+
+
+class Inference(_Row):
+    """A trained model at work, measured."""
+
+    environment: Environment
+    """Where it was."""
+    models: tuple[Served, ...]
+    """One each."""
+    requests: tuple[Request, ...]
+    """Timed."""
+    answers: tuple[Answer, ...]
+    """To held-out stories; none where the weights are random."""
 
 
 class Job(_Row):
@@ -203,6 +280,12 @@ def _model_columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
     return {name: _arrow(field.annotation) for name, field in model.model_fields.items()}
 
 
+AT_WORK: dict[Table, type[_Row]] = {"requests": Request, "answers": Answer, "models": Served}
+"""Tables of trained models at work, in the order in which they are written."""
+
+_SINCE = {"measure_forgetting": False, "kind": "held-out"}
+"""Columns that came later, and what they would have said of the rows from before; of others null."""
+
 _METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m in metrics.METRICS.values()}
 
 SCHEMAS: dict[Table, pa.Schema] = {
@@ -216,6 +299,13 @@ SCHEMAS: dict[Table, pa.Schema] = {
     "stories": pa.schema(
         {"trial_id": pa.string()} | _model_columns(StoryLoss), metadata={"schema_version": str(SCHEMA_VERSION)}
     ),
+    **{
+        table: pa.schema(
+            {"trial_id": pa.string(), "adapter_id": pa.string()} | _model_columns(row),
+            metadata={"schema_version": str(SCHEMA_VERSION)},
+        )
+        for table, row in AT_WORK.items()
+    },
 }
 
 
@@ -280,6 +370,22 @@ class Store:
         ):
             self._write_part(table, name, [{"trial_id": name, **row} for row in rows])  # type: ignore[arg-type]  # literals
         self._write_part("trials", name, [_trial_row(record)])
+
+    def write_inference(self, trial: Mapping[str, Any], inference: Inference) -> None:
+        """Keep how a trial's model works; what was known of it before is replaced. `models` comes last: what is listed
+        there has its requests and answers.
+
+        Args:
+            trial: its row.
+            inference: what was measured.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        of = {"trial_id": trial["trial_id"], "adapter_id": trial["adapter_id"]}
+        for table in AT_WORK:
+            rows = [of | row.model_dump() for row in getattr(inference, table)]
+            self._write_part(table, trial["trial_id"], rows)
 
     def _write_part(self, table: Table, name: str, rows: list[dict[str, Any]]) -> None:
         self._write_table(table, name, pa.Table.from_pylist(rows, schema=SCHEMAS[table]))
@@ -402,7 +508,9 @@ def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
     if content.schema.equals(schema):
         return content
     columns = [
-        content[f.name].cast(f.type) if f.name in content.schema.names else pa.nulls(len(content), f.type)
+        content[f.name].cast(f.type)
+        if f.name in content.schema.names
+        else pa.repeat(pa.scalar(_SINCE.get(f.name), f.type), len(content))
         for f in schema
     ]
     return pa.table(columns, schema=schema)

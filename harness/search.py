@@ -533,12 +533,15 @@ def _seconds(given: Any) -> float | None:
 def _refuse_losses_of_random_weights(found: Search) -> None:
     named = [x.metric for x in found.objectives] + [x.metric for x in found.constraints]
     wanted = [name for name in named if METRICS[name].group == "loss"]
+    general = [name for name in wanted if name in ("forgetting", "general_loss_before")]
     if not wanted:
         return
     levels = {str(c["base_model"]) for p in found.parameters for c in p.choices.values() if "base_model" in c}
     if not all(model_source.resolve(model).pretrained for model in levels | {found.base.base_model}):
         raise ValueError(f"tune: {wanted[0]} of random weights means nothing; tune tokens_per_second, or real weights")
-    if not found.base.val_set_size:
+    if general and not found.base.measure_forgetting:
+        raise ValueError(f"tune: {general[0]} needs the general text; give base measure_forgetting: true")
+    if len(general) < len(wanted) and not found.base.val_set_size:
         raise ValueError(f"tune: {wanted[0]} needs held-out stories; give base a val_set_size")
 
 

@@ -152,7 +152,7 @@ class DatasetSpec(_Frozen):
     """Where stories come from."""
 
     path: Name
-    """Bundled name (`storyteller`), a .jsonl/.json/.csv/.parquet file, or a hub id (`owner/name`)."""
+    """Bundled name (`storyteller`, `storyteller-openings`), a .jsonl/.json/.csv/.parquet file, or a hub id."""
     type: PromptSpec = PromptSpec()
     """Prompt keys."""
 
@@ -212,6 +212,8 @@ class TrialSpec(_Frozen):
     """Weight-decomposed LoRA."""
     save_adapter: StrictBool = False
     """Keep the trained adapter beside the results."""
+    measure_forgetting: StrictBool = False
+    """Judge the bundled general text too, before and after training: what of it was forgotten."""
 
     micro_batch_size: PositiveInt = 1
     """Examples in one forward and backward pass."""
@@ -252,7 +254,16 @@ class TrialSpec(_Frozen):
     """Keys that change nothing that is measured: they stay out of the id."""
 
     WITHOUT_MEMORY: ClassVar[frozenset[str]] = frozenset(
-        {"lora_alpha", "use_rslora", "learning_rate", "lr_scheduler", "warmup_ratio", "memory_budget", "save_adapter"}
+        {
+            "lora_alpha",
+            "use_rslora",
+            "learning_rate",
+            "lr_scheduler",
+            "warmup_ratio",
+            "memory_budget",
+            "save_adapter",
+            "measure_forgetting",
+        }
     )
     """Keys that change no byte of what a training step holds."""
 
@@ -308,6 +319,8 @@ class TrialSpec(_Frozen):
     def canonical(self) -> dict[str, Any]:
         """The keys that decide what is measured, as plain JSON values."""
         values = self.model_dump(mode="json", exclude=set(self.WITHOUT_EFFECT))
+        if not self.measure_forgetting:  # it came later: trials without it keep the ids that they had
+            del values["measure_forgetting"]
         # What is left out means the same as what it stands for.
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:

@@ -17,7 +17,13 @@ from typing import Any
 from harness.errors import InputError
 from harness.spec import DatasetSpec, PromptSpec
 
-BUNDLED: dict[str, Path] = {"storyteller": Path(__file__).parent / "data" / "storyteller.jsonl"}
+_DATA = Path(__file__).parent / "data"
+BUNDLED: dict[str, Path] = {
+    "storyteller": _DATA / "storyteller.jsonl",
+    "storyteller-openings": _DATA / "openings.jsonl",  # the first sentences of every fourth of them
+}
+GENERAL = _DATA / "general.jsonl"
+"""Passages of plain prose, code and dialogue, which no story of a dataset resembles."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -57,6 +63,12 @@ def read(dataset: DatasetSpec) -> list[Story]:
                 "(set field_instruction, field_input and field_output under datasets: type:)"
             )
     return [_story(dataset, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def general() -> list[tuple[str, str]]:
+    """The bundled general text: the hash and the text of each passage."""
+    texts = [row["text"] for row in _read_file(GENERAL)]
+    return [(hashlib.sha256(text.encode()).hexdigest()[:16], text) for text in texts]
 
 
 def held_out(wanted: float, distinct: int) -> int:

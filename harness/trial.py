@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +68,7 @@ class _Trial:
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
         self.stories: list[StoryLoss] = []
+        self.general: Sequence[data.Example] = ()
         self.adapter_id: str | None = None
         self.pretrained = model_source.resolve(self.spec.base_model).pretrained
 
@@ -111,6 +112,7 @@ class _Trial:
         stories = data.load(self.spec, tokenizer)
         self.metrics |= {"truncated_examples": stories.truncated, "dropped_examples": stories.dropped}
         network = self._load(meter)
+        self.general = data.general(tokenizer) if self.spec.measure_forgetting and self.pretrained else []
         self._evaluate(network, stories, meter, "before")
         self._train(network, stories, meter)
         self._evaluate(network, stories, meter, "after")
@@ -136,23 +138,42 @@ class _Trial:
     # -------------------------------------------------------------------------------- evaluate
 
     def _evaluate(self, network: Any, stories: data.Data, meter: MemoryMeter, when: Literal["before", "after"]) -> None:
-        if not stories.held_out:
+        loss = self._judge(network, stories.held_out, meter, when, "held-out")
+        general = self._judge(network, self.general, meter, when, "general")
+        if when == "before":
+            self.metrics |= {"eval_loss_before": loss, "general_loss_before": general}
             return
+        if loss is not None:
+            self.metrics |= {
+                "eval_loss": loss,
+                "eval_perplexity": math.exp(loss),
+                "evaluated_stories": len(stories.held_out),
+            }
+        if general is not None:
+            self.metrics["forgetting"] = general - self.metrics["general_loss_before"]  # type: ignore[operator]  # set above
+
+    def _judge(
+        self,
+        network: Any,
+        texts: Sequence[data.Example],
+        meter: MemoryMeter,
+        when: Literal["before", "after"],
+        kind: Literal["held-out", "general"],
+    ) -> float | None:
+        """Mean loss over the tokens of some texts; null where there are none or the weights are random."""
+        if not texts:
+            return None
         self._enter("evaluate")
         with meter.phase(split=False):
-            losses = evaluate_model.story_losses(network, stories.held_out, self.spec, self.pad_id, self.device)
+            losses = evaluate_model.story_losses(network, texts, self.spec, self.pad_id, self.device)
         self.metrics["peak_evaluate_bytes"] = max(meter.peak(), self.metrics.get("peak_evaluate_bytes") or 0)
         if not self.pretrained:
-            return  # a loss of random weights means nothing
+            return None  # a loss of random weights means nothing
         loss = evaluate_model.token_mean(losses)
         if loss is None or not math.isfinite(loss):
-            raise Diverged(f"loss on held-out stories is {loss} {when} training")
-        self.stories += [StoryLoss(story_id=i, when=when, loss=x, tokens=n) for i, x, n in losses]
-        self.metrics["evaluated_stories"] = len(losses)
-        if when == "before":
-            self.metrics["eval_loss_before"] = loss
-        else:
-            self.metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+            raise Diverged(f"loss on {kind} texts is {loss} {when} training")
+        self.stories += [StoryLoss(story_id=i, when=when, loss=x, tokens=n, kind=kind) for i, x, n in losses]
+        return loss
 
     # -------------------------------------------------------------------------------- train
 

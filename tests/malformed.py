@@ -313,7 +313,10 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "dataset name too long for a line": (_data(f"{'x' * 5000}.jsonl"), r"path is 'xxx.* must have at most 500"),
     "dataset of an unknown user's home": (_data("~nobody-of-that-name/a.jsonl"), r"~nobody-of-that-name.*no such file"),
     "unknown dataset": (_data("storytelle"), r"dataset 'storytelle' is unknown; did you mean storyteller\?"),
-    "unknown dataset with nothing near it": (_data("squad"), r"'squad' is unknown; give storyteller, a file .*hub id"),
+    "unknown dataset with nothing near it": (
+        _data("squad"),
+        r"'squad' is unknown; give storyteller, .*a file .*hub id",
+    ),
     "hub id with half a name": (_data("owner/"), r"dataset 'owner/' is unknown; give storyteller"),
     "file of an unknown kind": (_data("./stories.txt"), r"stories\.txt' is unknown; .*\.jsonl"),
     "missing column": (_data("renamed.jsonl"), r"no column 'synopsis'; it has 'plot', 'tale' \(set field_instruction"),

@@ -7,8 +7,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from harness.claims import CONDITIONS, Claim, Expectation, lesson
-from harness.metrics import METRICS
+from harness.claims import CONDITIONS, MODEL, Claim, Expectation, lesson
+from harness.metrics import FIGURES
 
 GOOD = {
     "id": "checkpointing",
@@ -45,6 +45,10 @@ def test_expectations_are_regions() -> None:
         ({"compare": {}}, "takes value or status"),
         ({"free": ["learningrate"]}, "did you mean learning_rate"),
         ({"metric": "peak_memory"}, "did you mean"),
+        ({"hold": ["model"]}, "unknown key 'model'"),
+        ({"compare": {"model": ["unmerged", "merged"]}}, "models at work have no peak_memory_bytes"),
+        ({"metric": "model_bytes"}, "compare {model: .unmerged, merged.} alone"),
+        ({"metric": "model_bytes", "compare": {"model": ["unmerged", "both"]}}, "no model 'both'"),
         ({"says": "two\nlines"}, "one line"),
         ({"id": "a b"}, "pattern"),
         ({"unheard": 1}, "extra"),
@@ -61,9 +65,9 @@ def test_the_lessons_claims_are_whole() -> None:
     assert len(claims) >= 20
     assert len({claim.id for claim in claims}) == len(claims)
     keys = {key for claim in claims for key in (*claim.compare, *claim.where)}
-    assert keys <= {*CONDITIONS}
+    assert keys <= {*CONDITIONS, MODEL}
     # What the lesson speaks of.
     assert keys >= {"adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "precision",
                     "micro_batch_size", "sequence_length", "gradient_accumulation_steps", "gradient_checkpointing",
                     "memory_budget", "system_prompt", "optimizer"}  # fmt: skip
-    assert {claim.metric for claim in claims} <= set(METRICS)
+    assert {claim.metric for claim in claims} <= set(FIGURES)

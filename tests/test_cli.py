@@ -54,7 +54,22 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "plan", "tune", "report", "recommend", "compare", "ls", "show", "keys", "doctor"]
+    "command",
+    [
+        "run",
+        "plan",
+        "tune",
+        "report",
+        "recommend",
+        "compare",
+        "ls",
+        "show",
+        "keys",
+        "doctor",
+        "merge",
+        "evaluate",
+        "generate",
+    ],
 )
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     done = harness(command, "--help", cwd=tmp_path)

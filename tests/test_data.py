@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import data, model
+from harness import data, model, stories
 from harness.errors import InputError
 from harness.spec import DatasetSpec, PromptSpec, TrialSpec
 from harness.stories import Story
@@ -46,6 +46,23 @@ def test_loss_is_taken_on_the_story_and_its_end_alone(small: Small, tokenizer: A
         assert len(text) == len("story 0<|end|>")
     everything = data.load(small(datasets=[stories_file(tmp_path, rows)], train_on_inputs=True), tokenizer)
     assert all(len(e) - 1 == sum(label != data.IGNORED for label in e.labels) for e in everything.train)
+
+
+def test_bundled_texts() -> None:
+    whole = {s.instruction: s.completion for s in stories.read(DatasetSpec(path="storyteller"))}
+    openings = stories.read(DatasetSpec(path="storyteller-openings"))
+    assert (len(whole), len(openings)) == (240, 60)
+    assert all(whole[s.instruction].startswith(s.completion) for s in openings)
+    passages = stories.general()
+    assert len({passage for passage, _ in passages}) == 64
+    assert all(15 <= len(text.split()) <= 90 for _, text in passages)
+
+
+def test_general_text_is_judged_without_a_prompt(tokenizer: Any) -> None:
+    (_, text), *_ = stories.general()
+    example = data.general(tokenizer)[0]
+    assert tokenizer.decode(example.input_ids) == text
+    assert sum(label != data.IGNORED for label in example.labels) == len(example) - 1
 
 
 def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tokenizer: Any, tmp_path: Path) -> None:

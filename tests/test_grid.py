@@ -21,6 +21,7 @@ from harness import grid, model_source
 from harness.claims import Claim
 from harness.errors import InputError
 from harness.grid import GRID_KEYS, SPEC_KEYS, Grid
+from harness.results import Store, spec_of
 from harness.spec import TrialSpec, normalise, parse_bytes
 
 LESSON = Path(__file__).parent / "lesson"
@@ -604,6 +605,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "eval_sequence_length": 64,
         "excess_length": "drop",
         "train_on_inputs": True,
+        "measure_forgetting": True,
         "val_set_size": 8.0,
         "precision": "nf4",
         "tf32": True,
@@ -646,6 +648,17 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
 
 
 # ------------------------------------------------------------------------------------ before the first process
+
+
+def test_a_key_that_came_later_leaves_the_ids_of_former_trials() -> None:
+    rows = Store(Path(__file__).parent.parent / "results/techniques").read("trials").to_pylist()
+    assert rows
+    for row in rows:
+        assert spec_of(row).id == row["spec_id"]
+    plain = TrialSpec(base_model="random:tiny")
+    asked = plain.model_copy(update={"measure_forgetting": True})
+    assert asked.id != plain.id
+    assert asked.memory_key == plain.memory_key
 
 
 def test_bundled_grids_load_and_pass() -> None:

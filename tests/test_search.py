@@ -164,3 +164,10 @@ def test_a_file_without_a_search_says_so(tmp_path: Path) -> None:
     file.write_text("base: {base_model: random:tiny}\n")
     with pytest.raises(InputError, match="tune is missing"):
         search.load(file)
+
+
+def test_forgetting_is_searched_where_it_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give base measure_forgetting: true"):
+        made(tmp_path, objectives=["forgetting"])
+    found = made(tmp_path, {"measure_forgetting": True, "val_set_size": 0}, objectives=["forgetting"])
+    assert [o.direction for o in found.objectives] == ["minimize"]

@@ -22,24 +22,29 @@ def context() -> Any:
     return found
 
 
-def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
+def isolated(work: Callable[..., Any], *arguments: Any, hear: Callable[[Any], None] | None = None) -> Any:
     """What `work` returns.
 
     Args:
         work: a function of a module, which imports torch within itself.
         arguments: that can be pickled, as its result.
+        hear: called with what `work` says as it goes; it is given a last argument then, to say it with.
 
     Raises:
         InputError: it refused, or did not come back.
     """
     made = context()
     ours, theirs = made.Pipe(duplex=False)
-    process = made.Process(target=_answer, args=(theirs, work, arguments), daemon=True)
+    process = made.Process(target=_answer, args=(theirs, work, arguments, hear is not None), daemon=True)
     with main_module_hidden():
         process.start()
     theirs.close()
     try:
         kind, said = ours.recv()
+        while kind == "said":
+            if hear is not None:
+                hear(said)
+            kind, said = ours.recv()
     except EOFError:
         process.join()
         raise InputError(_unheard(process.exitcode)) from None
@@ -60,11 +65,13 @@ def _unheard(code: int | None) -> str:
     return f"the process that did it left with {code}"
 
 
-def _answer(channel: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _answer(channel: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], is_heard: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the runner
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # libraries' bars and warnings; what matters is in the answer
         os.dup2(nowhere, stream)
+    if is_heard:
+        arguments = (*arguments, lambda said: channel.send(("said", said)))
     try:
         channel.send(("ok", work(*arguments)))
     except Exception as error:  # one line for the user, whatever it is

@@ -30,6 +30,10 @@ class Trained:
     """Short, for a folder's name."""
     figures: Mapping[str, float]
     """Of its trial; empty where it comes from elsewhere."""
+    row: Mapping[str, Any] | None = None
+    """Of its trial; null where it comes from elsewhere."""
+    grid: Path | None = None
+    """Folder of its grid's results; likewise."""
 
 
 def trained(results: Path, trial: str) -> Trained:
@@ -43,19 +47,25 @@ def trained(results: Path, trial: str) -> Trained:
         InputError: there is none, or there are several.
     """
     matches = list(find(results, trial))
+    # A whole id is meant as such: it is the beginning of its twin's too.
+    matches = [match for match in matches if match[1]["trial_id"] == trial] or matches
     if not matches:
         raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
     kept = [(folder, row) for folder, row in matches if row["adapter_id"] is not None]
     if not kept:
         folder, row = matches[0]
-        raise InputError(f"{row['label']} of {folder.name} kept no adapter; run it with save_adapter: true")
+        raise InputError(
+            f"{row['label']} of {folder.name} ended as {row['status']} and kept no adapter; "
+            "that takes adapter: lora and save_adapter: true"
+        )
     if len(kept) > 1:
         ids = ", ".join(row["trial_id"] for _, row in kept[:4])
         raise InputError(f"{len(kept)} trials are called {trial!r}; give the beginning of one id: {ids}")
     folder, row = kept[0]
     figures = {name: row[name] for name in _ON_THE_CARD if row[name] is not None}
     name = f"{folder.name}-{row['trial_id']}"
-    return Trained(spec_of(row), folder / "adapters" / row["adapter_id"], name, figures)
+    adapter = folder / "adapters" / row["adapter_id"]
+    return Trained(spec_of(row), adapter, name, figures, row, folder)
 
 
 def merge(source: Trained, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import yaml
 
 from harness.metrics import METRICS
-from harness.report import plots, tables, tuning, verdicts, words
+from harness.report import plots, served, tables, tuning, verdicts, words
 from harness.report.measurements import Measurements, describe, labels, spec
 from harness.results import Store
 
@@ -68,6 +68,7 @@ class Document:
     caveats: tuple[str, ...]
     thresholds: tuple[str, ...]
     snippets: tuple[Snippet, ...]
+    stories: tuple[served.Told, ...] = ()
     recommended: Recommended | None = None
 
 
@@ -81,6 +82,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
     comparison = tables.compare(measurements)
     judged = tuple(verdicts.judge(measurements))
     searched = tuning.findings(measurements, folder)
+    heard = tuple(served.stories(measurements))
     first, *rest = tables.all_tables(comparison)
     charts = plots.all_charts(comparison, _steps(measurements, folder))
     return Document(
@@ -89,7 +91,14 @@ def document(measurements: Measurements, folder: Path) -> Document:
         where=f"{describe(measurements.environment)}; environment {measurements.environment_id}",
         summary=(*(searched.sentences if searched else ()), *_summary(comparison, judged)),
         comparison=comparison,
-        tables=(first, *(searched.tables if searched else ()), *rest),
+        tables=(
+            first,
+            *(searched.tables if searched else ()),
+            *rest,
+            served.models(measurements),
+            *([served.told(measurements)] if heard else []),
+        ),
+        stories=heard,
         verdicts=judged,
         charts=(*(searched.charts if searched else ()), *charts),
         recommended=Recommended(searched.label, searched.yaml) if searched else None,
@@ -255,8 +264,10 @@ def _snippets(comparison: tables.Comparison, folder: Path) -> list[Snippet]:
         Snippet(f"{what} against the baseline", prepare + ratio.format(metric), _example(comparison, metric))
         for metric, what in (("peak_memory_bytes", "Peak memory"), ("tokens_per_second", "Tokens/s"))
     ]
+    # Rows from before there was general text do not say that they are of held-out stories.
+    which = "when == 'after'" + " and kind != 'general'" * (not m.changes["forgetting"].empty)
     stories = (
-        f"s = pandas.read_parquet({str(folder / 'stories')!r}).query(\"when == 'after'\")\n"
+        f's = pandas.read_parquet({str(folder / "stories")!r}).query("{which}")\n'
         'p = b[["label", "trial_id", "trial_id_base"]].merge(s, on="trial_id").merge(s.rename(columns={"trial_id": '
         '"trial_id_base", "loss": "loss_base"}), on=["trial_id_base", "story_id", "tokens"])\n'
         'result = (p.loss - p.loss_base).groupby([p.label, p.story_id]).mean().groupby("label").mean()'

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from harness.files import write_whole
-from harness.metrics import METRICS
+from harness.metrics import FIGURES
 from harness.report.document import MOST_ROWS, Document
 from harness.report.measurements import describe
 from harness.report.plots import Chart
+from harness.report.served import Told
 from harness.report.tables import Cell, Comparison, Table, techniques
 
 _PNG_SCALE = 2.0
@@ -70,6 +71,17 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
 # ------------------------------------------------------------------------------------ terminal
 
 
+def rich_table(table: Table) -> RichTable:
+    """A table for a terminal, turned on its side: a column for each row."""
+    shown = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", show_header=False)
+    shown.add_column()
+    for _ in table.rows:
+        shown.add_column(justify="right")
+    for number, heading in enumerate(table.headings):
+        shown.add_row(escape(heading), *(escape(row[number].text) for row in table.rows))
+    return shown
+
+
 def terminal(comparison: Comparison) -> RichTable:
     """The technique comparison for a terminal: each figure over what it is against the baseline."""
     m = comparison.measurements
@@ -101,6 +113,9 @@ def markdown(document: Document) -> str:
     parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]
     parts.append("## Claims\n\n" + _md_rows(_CLAIM_HEADINGS, _claim_rows(document)))
     parts += [_md_table(table) for table in rest]
+    if document.stories:
+        parts.append("## Stories")
+        parts += [_md_story(told) for told in document.stories]
     parts.append("## What the words mean\n\n" + "\n".join(f"- {_md(line)}" for line in document.thresholds) + _READING)
     parts.append("## Caveats\n\n" + "\n".join(f"- {_md(caveat)}" for caveat in document.caveats))
     if document.snippets:
@@ -125,10 +140,19 @@ Every figure can be recomputed from the parquet, after `import numpy, pandas`.""
 
 def _md(text: str) -> str:
     """Text that cannot end a cell, begin markup, or load anything."""
-    line = " ".join(text.split())
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
     for sign in "\\`*[]|":
         line = line.replace(sign, f"\\{sign}")
     return line.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _md_story(told: Told) -> str:
+    """A synopsis, and the stories beside each other."""
+    headings = ("held out", *told.stories)
+    texts = (told.reference, *told.stories.values())
+    cells = ["<br>".join(_md(line) for line in text.splitlines() if line.strip()) for text in texts]
+    rows = [f"| {' | '.join(map(_md, headings))} |", "|" + " --- |" * len(headings), f"| {' | '.join(cells)} |"]
+    return f"{_md(told.trial)}: *{_md(told.synopsis)}*\n\n" + "\n".join(rows)
 
 
 def _md_table(table: Table) -> str:
@@ -247,7 +271,7 @@ def html(document: Document) -> str:
         claim_rows=_claim_rows(document),
         most_rows=MOST_ROWS,
         charts={chart.id: chart.spec() for chart in document.charts},
-        metrics=METRICS.values(),
+        metrics=FIGURES.values(),
         environment_text=json.dumps(document.environment, indent=2),
         vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # its stub asks for what has a default
     )

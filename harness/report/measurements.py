@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,8 @@ from harness import stats
 from harness.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast
 from harness.environment import cards, current
 from harness.errors import InputError
-from harness.metrics import METRICS, show_bytes
-from harness.results import Store, spec_of
+from harness.metrics import FIGURES, METRICS, show_bytes
+from harness.results import AT_WORK, Store, Table, spec_of
 from harness.spec import TrialSpec
 from harness.stats import Verdict
 
@@ -29,7 +29,10 @@ _KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 _MOST_CANDIDATES = 64
 """Configurations on each side of a contrast among which the nearest pair is looked for."""
 
-Basis = Literal["exact", "repeats", "steps", "stories"]
+Basis = Literal["exact", "repeats", "steps", "stories", "passages", "rounds", "trials"]
+
+_BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages"}
+"""Figures that are compared text by text."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Estimate:
     @property
     def within(self) -> str:
         """What `same` means: within 1 %, within 0.01 nats."""
-        metric = METRICS[self.metric]
+        metric = FIGURES[self.metric]
         return f"{metric.negligible:.0%}" if metric.scale == "ratio" else f"{metric.negligible:g} nats"
 
     @property
@@ -79,6 +82,11 @@ class Measurements:
     """By trial number: mean, var and count of log(tokens ÷ seconds) over the timed steps."""
     stories: pandas.DataFrame
     """Loss of each held-out story after training: trial, story, loss, tokens."""
+    changes: dict[str, pandas.DataFrame]
+    """By figure, what training added to the loss of each text, a held-out story (`eval_loss`) or a general passage
+    (`forgetting`): the same columns."""
+    served: dict[str, pandas.DataFrame]
+    """Trained models at work, by table (models, requests, answers), with the number of the trial."""
     environment: dict[str, Any]
     environment_id: str
     left_out: tuple[str, ...]
@@ -181,6 +189,10 @@ class Measurements:
         codes = self._codes[columns].to_numpy(numpy.uint64)
         return pandas.Series((codes * weights).sum(axis=1, dtype=numpy.uint64), self._codes.index)
 
+    def with_served(self, served: dict[str, pandas.DataFrame]) -> Measurements:
+        """The same with other models at work."""
+        return replace(self, served=served)
+
     # -------------------------------------------------------------------------------- effects
 
     def effects(self, pairs: pandas.DataFrame, metric: str) -> pandas.DataFrame:
@@ -191,10 +203,12 @@ class Measurements:
             metric: compared as logarithm of the ratio, or as difference.
         """
         matched = self._matched(pairs)
-        if metric == "eval_loss":
-            by_story = self._story_differences(matched)
-            found = stats.paired(by_story["difference"], by_story["comparison"])
-            return found.assign(basis="stories")
+        if metric in _BY_TEXT:
+            # A story's loss before training differs with the prompt and the precision; of a general passage the
+            # change is the figure itself.
+            losses = self.stories if metric == "eval_loss" else self.changes[metric]
+            by_text = _text_differences(matched, losses)
+            return stats.paired(by_text["difference"], by_text["comparison"]).assign(basis=_BY_TEXT[metric])
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
         # The two runs of a baseline are one figure, and so are the several pairs of a comparison within a repeat.
@@ -224,18 +238,6 @@ class Measurements:
             ratio = numpy.log(ours / theirs)
         return pandas.Series(numpy.where(numpy.isfinite(ratio), ratio, numpy.nan), matched.index)
 
-    def _story_differences(self, matched: pandas.DataFrame) -> pandas.DataFrame:
-        """A difference for each comparison and story, averaged over the pairs: a story counts once.
-
-        Stories that were judged on other tokens (cut elsewhere) do not compare.
-        """
-        ours = matched.merge(self.stories, on="trial")
-        theirs = self.stories.rename(columns={"trial": "other", "loss": "reference_loss"})
-        both = ours.merge(theirs, on=["other", "story", "tokens"])
-        both["difference"] = both["loss"] - both["reference_loss"]
-        means: pandas.Series = both.groupby(["comparison", "story"], sort=False)["difference"].mean()
-        return means.reset_index()
-
     def _by_steps(self, found: pandas.DataFrame, matched: pandas.DataFrame) -> pandas.DataFrame:
         """With a single repeat, the doubt is over the timed steps of the two trials."""
         single = matched.drop_duplicates("comparison")
@@ -257,13 +259,13 @@ class Measurements:
 
     def estimates(self, effects: pandas.DataFrame, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
         """Effects on a metric, which are one family, with the words that follow from them."""
-        declared = METRICS[metric]
+        declared = FIGURES[metric]
         ratio = declared.scale == "ratio"
         judged = stats.verdicts(
             effects,
             declared.better,
             math.log1p(declared.negligible) if ratio else declared.negligible,
-            self.floor if declared.group == "speed" else None,
+            self.floor if metric in METRICS and declared.group == "speed" else None,
             alpha,
         )
         columns = judged[["effect", "low", "high"]]
@@ -278,6 +280,20 @@ class Measurements:
             )
         }
 
+    def learnt(self, metric: str, configs: Sequence[int]) -> dict[int, Estimate]:
+        """What training changed, by configuration: loss after minus loss before, over the texts.
+
+        Args:
+            metric: `eval_loss` or `forgetting`.
+            configs: whose training.
+        """
+        ok = self.trials[(self.trials["status"] == "ok") & self.trials["stands_for"].isin(configs)]
+        mine = self.changes[metric].join(ok["stands_for"], on="trial", how="inner")
+        # A text counts once, however often the trial was repeated.
+        means = mine.groupby(["stands_for", "story"], sort=False)["loss"].mean().reset_index()
+        found = stats.paired(means["loss"], means["stands_for"])
+        return self.estimates(found.assign(basis=_BY_TEXT[metric]), metric)
+
     def undecided(self, alpha: float = stats.ALPHA) -> set[str]:
         """Labels of the configurations whose speed or loss is neither told from the baseline's nor the same.
 
@@ -290,6 +306,19 @@ class Measurements:
             estimates = self.compare(pairs, metric, alpha)
             found |= {config for config, e in estimates.items() if e.verdict == "not distinguishable"}
         return set(labels(self, sorted(found)))
+
+
+def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pandas.DataFrame:
+    """A difference for each comparison and text, averaged over the pairs: a text counts once.
+
+    Texts that were judged on other tokens (cut elsewhere) do not compare.
+    """
+    ours = matched.merge(losses, on="trial")
+    theirs = losses.rename(columns={"trial": "other", "loss": "reference_loss"})
+    both = ours.merge(theirs, on=["other", "story", "tokens"])
+    both["difference"] = both["loss"] - both["reference_loss"]
+    means: pandas.Series = both.groupby(["comparison", "story"], sort=False)["difference"].mean()
+    return means.reset_index()
 
 
 def _squared_weights(matched: pandas.DataFrame) -> pandas.Series:
@@ -357,6 +386,7 @@ def load(
         left_out.append(f"{len(trials) - len(kept)} trials of other versions of the grid")
     kept, configs, codes = _configurations(kept.reset_index(drop=True))
     about = store.description()
+    losses = _losses(store, kept["trial_id"])
     return Measurements(
         name=folder.name,
         title=str(about.get("title", folder.name)),
@@ -364,7 +394,9 @@ def load(
         trials=kept,
         configs=configs,
         rates=_rates(store, kept["trial_id"]),
-        stories=_stories(store, kept["trial_id"]),
+        stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
+        changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
+        served={table: _at_work(store, table, kept[["trial_id", "adapter_id"]]) for table in AT_WORK},
         environment=described,
         environment_id=chosen,
         left_out=tuple(left_out),
@@ -400,7 +432,10 @@ def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.
     trials = trials.assign(
         # Lists cannot be compared as values of a column; as text they can.
         lora_target_modules=trials["lora_target_modules"].map(lambda v: json.dumps(list(v)), na_action="ignore"),
-        system_prompt=trials["datasets"].map({text: _has_system_prompt(text) for text in trials["datasets"].unique()}),
+        system_prompt=trials["datasets"].map({d: _any_prompt(d, "system_prompt") for d in trials["datasets"].unique()}),
+        own_format=trials["datasets"].map(
+            {d: _any_prompt(d, "format") or _any_prompt(d, "no_input_format") for d in trials["datasets"].unique()}
+        ),
         twin=trials["twin"].fillna(False).astype(bool),
     )
     codes = pandas.DataFrame(
@@ -433,8 +468,8 @@ def _row_numbers(key: pandas.DataFrame) -> Any:
     return key.groupby(list(key.columns), sort=False).ngroup().to_numpy()
 
 
-def _has_system_prompt(datasets: str) -> bool:
-    return any(dataset["type"].get("system_prompt") for dataset in json.loads(datasets))
+def _any_prompt(datasets: str, key: str) -> bool:
+    return any(dataset["type"].get(key) for dataset in json.loads(datasets))
 
 
 def _rates(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
@@ -448,13 +483,36 @@ def _rates(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
     return pandas.DataFrame({"mean": grouped.mean(), "var": grouped.var(ddof=1), "count": grouped.count()})
 
 
-def _stories(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
-    table = store.read("stories").filter(pc.field("when") == "after").drop_columns(["when"])
-    stories = table.to_pandas()
-    stories["trial"] = _number(stories.pop("trial_id"), trial_ids)
-    stories["story"] = pandas.util.hash_array(stories.pop("story_id").to_numpy(object), categorize=True)
-    known: pandas.DataFrame = stories[stories["trial"] >= 0]
-    return known
+def _losses(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
+    """Loss of each text after training and before it: trial, story, kind, tokens, loss, before."""
+    table = store.read("stories")
+    sides = []
+    for when in ("after", "before"):
+        side = table.filter(pc.field("when") == when).drop_columns(["when"]).to_pandas()
+        side["trial"] = _number(side.pop("trial_id"), trial_ids)
+        side["story"] = pandas.util.hash_array(side.pop("story_id").to_numpy(object), categorize=True)
+        sides.append(side[side["trial"] >= 0])
+    after, before = sides
+    keys = ["trial", "story", "kind", "tokens"]
+    both: pandas.DataFrame = after.merge(before.rename(columns={"loss": "before"}), on=keys, how="left")
+    return both
+
+
+def _at_work(store: Store, table: Table, trials: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows of trained models; those of an adapter that the trial no longer has say nothing of it."""
+    mine = trials.rename_axis("trial").reset_index()
+    found: pandas.DataFrame = store.read(table).to_pandas().merge(mine, on=["trial_id", "adapter_id"])
+    return found.drop(columns=["trial_id", "adapter_id"])
+
+
+_KIND = {"eval_loss": "held-out", "forgetting": "general"}
+"""The texts that a figure is taken from."""
+
+
+def _changes(losses: pandas.DataFrame, kind: str) -> pandas.DataFrame:
+    mine = losses[losses["kind"] == kind]
+    changed = mine.assign(loss=mine["loss"] - mine["before"]).drop(columns=["kind", "before"])
+    return changed.dropna(subset=["loss"])
 
 
 def _number(ids: pandas.Series, known: pandas.Series) -> Any:

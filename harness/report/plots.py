@@ -15,7 +15,7 @@ from harness.claims import Contrast
 from harness.metrics import COMPONENTS, GIB, METRICS
 from harness.report.measurements import changes, labels
 from harness.report.tables import HEADLINE, Comparison
-from harness.report.words import effect_and_word, figure
+from harness.report.words import effect, effect_and_word, figure
 
 # Okabe and Ito's colours (2008), which people with any colour vision tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a8a8a"
@@ -54,6 +54,7 @@ def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
         effects(comparison),
         loss_curves(comparison, steps),
         levels(comparison),
+        forgetting(comparison),
         predicted(comparison),
     )
     return [chart for chart in drawn if chart is not None]
@@ -341,6 +342,39 @@ def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, t
         for column, said, colour in (("memory", f"Peak memory ({unit})", BLUE), ("speed", "Tokens per second", RED))
     ]
     return altair.vconcat(*panels)
+
+
+def forgetting(comparison: Comparison) -> Chart | None:
+    """What was forgotten of general text against what was learnt of the stories, with both intervals."""
+    m = comparison.measurements
+    shown = comparison.shown[:_MOST_POINTS]
+    learnt, forgot = (m.learnt(metric, shown) for metric in ("eval_loss", "forgetting"))
+    both = [config for config in shown if config in learnt and config in forgot]
+    if not both:
+        return None
+    rows = [
+        {"config": c, **{f"{axis}{end}": getattr(e, attribute) for axis, e in (("x", learnt[c]), ("y", forgot[c]))
+                         for end, attribute in (("", "value"), ("_low", "low"), ("_high", "high"))},
+         "learnt_said": effect(learnt[c]), "forgot_said": effect(forgot[c])}
+        for c in both
+    ]  # fmt: skip
+    data = pandas.DataFrame(rows).merge(_described(comparison, both), on="config")
+    tips = [altair.Tooltip("learnt_said:N", title="held-out stories"), altair.Tooltip("forgot_said:N", title="general"),
+            *_TOOLTIP]  # fmt: skip
+    x_title, y_title = "Change on held-out stories (nats)", "Change on general text: forgetting (nats)"
+    scale = altair.Scale(zero=False, padding=18)
+    base = altair.Chart(data).encode(tooltip=tips)
+    x, y = altair.X("x:Q", title=x_title, scale=scale), altair.Y("y:Q", title=y_title, scale=scale)
+    nothing = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(y="at:Q")
+    across = base.mark_rule(color=SKY).encode(x=altair.X("x_low:Q", title=x_title, scale=scale), x2="x_high:Q", y=y)
+    upright = base.mark_rule(color=SKY).encode(y=altair.Y("y_low:Q", title=y_title, scale=scale), y2="y_high:Q", x=x)
+    points = base.mark_point(size=80, filled=True, color=BLUE, opacity=1).encode(x=x, y=y)
+    names = base.mark_text(align="left", dx=8, dy=-7, fontSize=10).encode(x=x, y=y, text="technique:N")
+    chart = (nothing + across + upright + points + names).properties(
+        width=_WIDTH, height=360, title="Learnt and forgotten"
+    )
+    caption = "Further left is learnt better, further up forgotten more; lines are 95 % intervals over the texts."
+    return Chart("forgetting", "Learnt and forgotten", caption, chart)
 
 
 def predicted(comparison: Comparison) -> Chart | None:

@@ -91,7 +91,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
         *(_lesson_table(table, m) for table in lesson().tables),
         batch_and_sequence(comparison),
         effective_batch(comparison),
-        merged(),
+        learnt(comparison),
     ]
 
 
@@ -299,7 +299,31 @@ def effective_batch(comparison: Comparison) -> Table:
     return Table("effective-batch", "Effective batch size", headings, tuple(rows), note)
 
 
-def merged() -> Table:
-    """The merged adapter: nothing of it is recorded yet."""
-    rows = tuple((Cell(name), *[Cell(NOT_MEASURED)] * 3) for name in ("base", "base and adapter", "merged"))
-    return Table("merged", "Merged adapter", ("Model", "Separate weights", "Inference speed", "Eval loss"), rows)
+# ------------------------------------------------------------------------------------ after training
+
+
+def learnt(comparison: Comparison) -> Table:
+    """What training did to the loss on held-out stories and on general text, and how large the adapter is."""
+    m = comparison.measurements
+    changes = {metric: m.learnt(metric, comparison.shown) for metric in ("eval_loss", "forgetting")}
+    configs = [c for c in comparison.shown if any(c in found for found in changes.values())]
+    rows = []
+    for config, label in zip(configs, labels(m, configs), strict=True):
+        means = comparison.mean(config)
+        cells = [Cell(label)]
+        for metric, before in (("eval_loss", "eval_loss_before"), ("forgetting", "general_loss_before")):
+            estimate = changes[metric].get(config)
+            cells += [
+                Cell(figure(before, means[before]), means[before]),
+                Cell(f"{words.effect(estimate)} {estimate.said}", estimate.value) if estimate else Cell(NOT_MEASURED),
+                Cell(words.pairs(estimate) if estimate else MISSING),
+            ]
+        cells += [Cell(figure(x, means[x]), means[x]) for x in ("forgetting", "adapter_bytes", "adapter_share")]
+        rows.append(tuple(cells))
+    headings = ("Technique", "Held-out stories, before", "Change per story", "over", "General text, before",
+                "Change per passage", "over", "Forgetting", "Adapter", "share of the base")  # fmt: skip
+    note = (
+        "Nats per token, with 95 % intervals over the texts, each of which counts once; forgetting is the change of "
+        "the general text's loss when each token counts once. It is measured where measure_forgetting is true."
+    )
+    return Table("learnt", "What was learnt and what was forgotten", headings, tuple(rows), note, tuple(configs))

@@ -12,9 +12,9 @@ import pandas
 from scipy import stats as distributions
 
 from harness import stats
-from harness.claims import Claim, lesson
-from harness.metrics import METRICS
-from harness.report import words
+from harness.claims import MODEL, Claim, lesson
+from harness.metrics import FIGURES, METRICS
+from harness.report import served, words
 from harness.report.measurements import Estimate, Measurements, labels
 from harness.report.tables import compared
 
@@ -46,7 +46,7 @@ def judge(measurements: Measurements, claims: Sequence[Claim] | None = None) -> 
     """
     if claims is None:
         claims = (*measurements.claims, *lesson().claims)
-    evidence = _evidence(claims, measurements)
+    evidence = _evidence(claims, measurements) | _evidence_at_work(claims, measurements)
     adjusted = stats.holm(pandas.Series({number: found.p for number, found in evidence.items()}, dtype=float))
     return [
         _verdict(claim, evidence.get(number), adjusted.get(number)) if claim.compare else _levels(claim, measurements)
@@ -72,7 +72,7 @@ class _Evidence:
 
 def _evidence(claims: Sequence[Claim], m: Measurements) -> dict[int, _Evidence]:
     """What was measured of each claim that compares two conditions, by its number."""
-    pairs = {number: m.pairs(claim) for number, claim in enumerate(claims) if claim.compare}
+    pairs = {n: m.pairs(claim) for n, claim in enumerate(claims) if claim.compare and not claim.is_of_models}
     found: dict[int, _Evidence] = {}
     for metric in dict.fromkeys(claims[number].metric for number in pairs):
         mine = [pairs[number].assign(comparison=number) for number in pairs if claims[number].metric == metric]
@@ -81,6 +81,23 @@ def _evidence(claims: Sequence[Claim], m: Measurements) -> dict[int, _Evidence]:
             inside, p = _side(claims[number], effects.loc[number], m)
             configs = tuple(int(x) for x in pandas.unique(pairs[number].to_numpy().ravel()))
             found[number] = _Evidence(estimate, inside, p, compared(m, pairs[number]), configs)
+    return found
+
+
+def _evidence_at_work(claims: Sequence[Claim], m: Measurements) -> dict[int, _Evidence]:
+    """What was measured of each claim about trained models at work, by its number."""
+    found: dict[int, _Evidence] = {}
+    for number, claim in enumerate(claims):
+        if not claim.is_of_models:
+            continue
+        reference, model = claim.compare[MODEL]
+        alike = served.of_equal_precision(m, reference, model)
+        effects = served.effects(alike, reference, model, claim.metric)
+        for comparison, estimate in m.estimates(effects, claim.metric).items() if len(effects) else ():
+            inside, p = _side(claim, effects.loc[comparison], m)
+            configs = served.trials(alike)
+            rests_on = f"{reference} → {model} of {', '.join(labels(m, configs))}"
+            found[number] = _Evidence(estimate, inside, p, rests_on, configs)
     return found
 
 
@@ -95,7 +112,7 @@ def _verdict(claim: Claim, found: _Evidence | None, p: float | None) -> ClaimVer
 
 def _region(claim: Claim) -> tuple[float, float]:
     """The expected region on the scale of the effects."""
-    expected, metric = claim.expectation, METRICS[claim.metric]
+    expected, metric = claim.expectation, FIGURES[claim.metric]
     if metric.scale == "difference":
         around = metric.negligible if expected.same else 0.0
         return expected.low - around, expected.high + around
@@ -111,14 +128,15 @@ def _side(claim: Claim, row: Any, m: Measurements) -> tuple[bool, float]:
     Within the noise floor of a border no side is taken. Of exact figures every pair must lie on the same side.
     """
     low, high = _region(claim)
-    if METRICS[claim.metric].exact:
+    if FIGURES[claim.metric].exact:
         sides = {bool(low <= x <= high) for x in (float(row["low"]), float(row["high"]))}
         return sides == {True}, 0.0 if len(sides) == 1 else math.nan
     effect, se, df = float(row["effect"]), float(row["se"]), float(row["df"])
     inside = low <= effect <= high
     # Inside, both borders must be far; outside, the nearest one.
     distance = min(abs(effect - bound) for bound in (low, high) if math.isfinite(bound))
-    noise = (m.floor or 0.0) if METRICS[claim.metric].group == "speed" else 0.0
+    # The floor is of training speeds.
+    noise = (m.floor or 0.0) if claim.metric in METRICS and METRICS[claim.metric].group == "speed" else 0.0
     if distance <= noise or math.isnan(se) or not df > 0:
         return inside, math.nan
     return inside, float(2 * distributions.t.sf(distance / se, df)) if se > 0 else 0.0

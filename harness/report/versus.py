@@ -80,10 +80,15 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
             "trials": pandas.concat([first.trials, moved]),
             "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
-            "stories": pandas.concat([first.stories, second.stories.assign(trial=second.stories["trial"] + trials)]),
+            "stories": _both(first.stories, second.stories, trials),
+            "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
         }
     )
     return replace(both, noise=max(floors, default=None)), pairs.assign(comparison=range(len(pairs)))
+
+
+def _both(first: pandas.DataFrame, second: pandas.DataFrame, trials: int) -> pandas.DataFrame:
+    return pandas.concat([first, second.assign(trial=second["trial"] + trials)])
 
 
 @dataclass(frozen=True)

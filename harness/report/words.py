@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-from harness.metrics import METRICS
+from harness.metrics import FIGURES
 from harness.report.measurements import Estimate
 
 MISSING = "–"
@@ -46,7 +45,7 @@ def word(estimate: Estimate) -> str:
     """The word that a measurement earns; only a difference that is one has a size."""
     if estimate.verdict in ("not distinguishable", "same"):
         return estimate.said
-    return next(word for bound, word in _BANDS[METRICS[estimate.metric].group] if estimate.value <= bound)
+    return next(word for bound, word in _BANDS[FIGURES[estimate.metric].group] if estimate.value <= bound)
 
 
 def thresholds() -> list[str]:
@@ -65,14 +64,14 @@ def _bound(bound: float, group: str) -> str:
 
 def figure(metric: str, value: float | None) -> str:
     """A figure in its pretty unit."""
-    return MISSING if value is None or math.isnan(value) else METRICS[metric].show(value)
+    return MISSING if value is None or math.isnan(value) else FIGURES[metric].show(value)
 
 
 def effect(estimate: Estimate | None) -> str:
     """×0.75; ×0.63 (0.60–0.66); +0.014 (−0.020 to +0.048)."""
     if estimate is None:
         return MISSING
-    if METRICS[estimate.metric].scale == "ratio":
+    if FIGURES[estimate.metric].scale == "ratio":
         interval = _interval(estimate, "–", lambda x: f"{x:.2f}" if x < 100 else f"{x:.3g}")
         return (
             f"×{estimate.value:.3f}{interval}" if 0.99 < estimate.value < 1.01 else f"×{estimate.value:.2f}{interval}"
@@ -98,10 +97,10 @@ def effect_and_word(estimate: Estimate | None) -> str:
 
 
 def pairs(estimate: Estimate) -> str:
-    """What the doubt is over: 3 repeats, 8 stories, 1 repeat (over its steps)."""
-    kind: Literal["story", "repeat"] = "story" if estimate.basis == "stories" else "repeat"
-    plural = {"story": "stories", "repeat": "repeats"}[kind]
-    counted = f"{estimate.n} {kind if estimate.n == 1 else plural}"
+    """What the doubt is over: 3 repeats, 8 stories, 64 passages, 1 repeat (over its steps)."""
+    several = {"exact": "repeats", "steps": "repeats"}.get(estimate.basis, estimate.basis)
+    one = "story" if several == "stories" else several.removesuffix("s")
+    counted = f"{estimate.n} {one if estimate.n == 1 else several}"
     if estimate.basis == "steps":
         return f"{counted}, over its steps"
     return f"{counted}, exact" if estimate.basis == "exact" else counted

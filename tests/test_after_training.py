@@ -1,0 +1,373 @@
+"""After training: the merged model is the unmerged one, complete and never half of it; what models do at work."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from rich.console import Console
+from test_launch import Watch
+
+import harness
+from harness import stories, story_metrics
+from harness.display import storytelling
+from harness.errors import InputError
+from harness.grid import Grid, Trial
+from harness.launch import merging, run_grid, serving
+from harness.launch.local import LocalLauncher
+from harness.report import document, faces, measurements, plots, served, tables
+from harness.results import Inference, Store, spec_of
+from harness.spec import DatasetSpec, TrialSpec
+
+PRECISIONS = ("fp32", "bf16", "nf4")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in a folder, as one that was downloaded: its losses count, whatever they are worth."""
+    from harness import model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(model._folder("random:tiny"), folder)
+    model.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Trained adapters of it."""
+    folder = tmp_path_factory.mktemp("results")
+    given = SMALL | {
+        "base_model": str(base), "val_set_size": 6, "save_adapter": True, "learning_rate": 1e-2, "train_samples": 32,
+        "lora_r": 8,
+    }  # fmt: skip
+    specs = {name: TrialSpec.model_validate(given | {"precision": name}) for name in PRECISIONS}
+    specs["fp32"] = specs["fp32"].model_copy(update={"measure_forgetting": True})
+    grid = Grid("g", "G", "list", tuple(Trial(spec, name, None, None) for name, spec in specs.items()))
+    with LocalLauncher() as launcher:
+        run_grid(grid, Store(folder / "g"), launcher, Watch())
+        yield folder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_merged_is_unmerged(precision: str, results: Path, tmp_path: Path) -> None:
+    source = merging.trained(results, precision)
+    found = merging.merge(source, tmp_path / "m")
+    losses = found["losses"]
+    stories = len(losses["base"])
+    before, unmerged, merged = (sum(losses[n]) / stories for n in ("base", "unmerged", "merged"))
+    assert unmerged < before, "the adapter is in it"
+    if precision == "fp32":
+        assert found["largest_logit_difference"] <= 1e-4
+        assert abs(merged - unmerged) <= 1e-4
+    else:  # rounding of 16 bit; of 4 bit also that the base is another
+        assert found["largest_logit_difference"] > 1e-4
+        assert abs(merged - unmerged) < (0.02 if precision == "bf16" else 0.5)
+        assert merged < before
+    assert f"over {stories} held-out stories" in merging.cost(found)
+    assert {f.name for f in (tmp_path / "m").iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "README.md", "merge.json", "generation_config.json",
+    }  # fmt: skip
+    card = (tmp_path / "m/README.md").read_text()
+    assert "base_model: " in card
+    assert "lora_r: 8" in card
+    assert "| eval_loss |" in card
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_both_load_elsewhere_and_say_the_same(base: Path, results: Path, tmp_path: Path) -> None:
+    """In a process that has transformers and peft alone."""
+    source = merging.trained(results, "fp32")
+    merging.merge(source, tmp_path / "m")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['harness'] = None\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "merged, base, adapter = sys.argv[1:]\n"
+        "tokenizer = AutoTokenizer.from_pretrained(merged)\n"
+        "ids = tokenizer('A lighthouse keeper finds a letter.', return_tensors='pt', return_token_type_ids=False)\n"
+        "one = AutoModelForCausalLM.from_pretrained(merged)\n"
+        "plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)\n"
+        "other = PeftModel.from_pretrained(plain, adapter)\n"
+        "for model in (one, other):\n"
+        "    made = model.generate(**ids, max_new_tokens=24, do_sample=False)\n"
+        "    print(repr(tokenizer.decode(made[0, ids['input_ids'].shape[1]:])))\n"
+    )
+    given = [str(tmp_path / "m"), str(base), str(source.folder)]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged, unmerged = done.stdout.strip().splitlines()
+    assert merged == unmerged
+    assert len(merged) > 20
+
+
+def test_merge_lora_as_the_lesson_calls_it(results: Path, tmp_path: Path) -> None:
+    row = next(r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "bf16")
+    given = {k: v for k, v in spec_of(row).canonical().items() if v is not None}
+    (tmp_path / "config.yaml").write_text(json.dumps(given | {"output_dir": str(tmp_path / "out")}))
+    adapter = results / "g/adapters" / row["adapter_id"]
+    made = harness.merge_lora(config_path=tmp_path / "config.yaml", adapter_path=adapter)
+    assert made == tmp_path / "out/merged"
+    assert (made / "model.safetensors").is_file()
+    with pytest.raises(InputError, match="there already"):
+        harness.merge_lora(config_path=tmp_path / "config.yaml", adapter_path=adapter)
+
+
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(base: Path, results: Path, tmp_path: Path) -> None:
+    source = merging.trained(results, "fp32")
+    out = tmp_path / "m"
+
+    def refused(folder: Path, match: str, spec: TrialSpec = source.spec) -> None:
+        with pytest.raises(InputError, match=match) as error:
+            merging.merge(merging.Trained(spec, folder, "x", {}), out)
+        assert "\n" not in str(error.value)
+        assert not list(tmp_path.glob("m*"))
+        assert not list(tmp_path.glob(".*"))
+
+    refused(tmp_path, "no adapter_config.json")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "wider.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    other = source.spec.model_copy(update={"base_model": f"random:{tmp_path / 'wider.json'}"})
+    refused(source.folder, "does not fit the base LlamaForCausalLM", other)
+    broken = tmp_path / "broken"
+    shutil.copytree(source.folder, broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"cut")
+    refused(broken, r"SafetensorError|safetensors")
+    (broken / "adapter_config.json").write_text("{}")
+    refused(broken, "not a configuration of peft")
+    for trial, match in (("nothing", "no trial"), ("g", "no trial")):
+        with pytest.raises(InputError, match=match):
+            merging.trained(results, trial)
+
+
+def test_a_full_disk_no_memory_and_a_kill_leave_nothing(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = merging.trained(results, "fp32")
+    out = tmp_path / "models/m"
+    monkeypatch.setattr(merging, "_merge", _on_a_full_disk)
+    with pytest.raises(InputError, match=r"No space left|File too large"):
+        merging.merge(source, out)
+    assert not list(out.parent.iterdir())
+
+    monkeypatch.setattr(merging, "_merge", _without_memory)
+    with pytest.raises(InputError, match=r"^out of memory: "):
+        merging.merge(source, out)
+    assert not list(out.parent.iterdir())
+
+    monkeypatch.setattr(merging, "_merge", _killed)
+    with pytest.raises(InputError, match=r"ended by SIGKILL; the machine may have run out of memory"):
+        merging.merge(source, out)
+    assert not list(out.parent.iterdir())
+
+    # A merge that was killed together with its runner: the next one clears up.
+    (out.parent / ".m.1.aside").mkdir()
+    monkeypatch.undo()
+    merging.merge(source, out)
+    assert [entry.name for entry in out.parent.iterdir()] == ["m"]
+
+
+def _on_a_full_disk(*arguments: Any) -> Any:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    return merging._merge(*arguments)
+
+
+def _without_memory(*arguments: Any) -> Any:
+    import torch
+
+    from harness import inference
+
+    make = inference.Workshop.make
+
+    def greedy(workshop: Any, name: Any) -> Any:
+        if name == "merged":
+            torch.empty(2**50, dtype=torch.uint8)  # more than any machine has
+        return make(workshop, name)
+
+    inference.Workshop.make = greedy  # type: ignore[method-assign]  # of a process that ends with this
+    return merging._merge(*arguments)
+
+
+def _killed(text: str, adapter: str, folder: str, *others: Any) -> Any:
+    Path(folder).mkdir()
+    (Path(folder) / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------ forgetting
+
+
+def test_forgetting_is_what_the_loss_on_general_text_rose_by(results: Path) -> None:
+    rows = {row["label"]: row for row in Store(results / "g").read("trials").to_pylist()}
+    losses = Store(results / "g").read("stories").to_pandas()
+    mine = losses[(losses["trial_id"] == rows["fp32"]["trial_id"]) & (losses["kind"] == "general")]
+    before, after = (mine[mine["when"] == when].set_index("story_id") for when in ("before", "after"))
+    assert len(before) == len(after) == 64
+    weighted = ((after["loss"] - before["loss"]) * before["tokens"]).sum() / before["tokens"].sum()
+    assert rows["fp32"]["forgetting"] == pytest.approx(weighted, abs=1e-9)
+    assert rows["fp32"]["general_loss_before"] > 0
+    assert rows["bf16"]["forgetting"] is None, "it was not asked for"
+    assert rows["fp32"]["evaluated_stories"] == rows["bf16"]["evaluated_stories"] <= 6, "passages are no stories"
+
+
+def test_what_was_learnt_and_forgotten_has_an_interval(results: Path) -> None:
+    found = measurements.load(results / "g")
+    compared = tables.compare(found)
+    config = int(found.configs.index[found.configs["label"] == "fp32"][0])
+    learnt, forgot = (found.learnt(metric, [config])[config] for metric in ("eval_loss", "forgetting"))
+    evaluated = found.trials.loc[found.trials["config"] == config, "evaluated_stories"].item()
+    assert (learnt.n, learnt.basis, learnt.verdict) == (evaluated, "stories", "better")
+    assert learnt.high is not None
+    assert learnt.high < 0, "the tuned model knows the stories better than its base"
+    assert (forgot.n, forgot.basis) == (64, "passages")
+    assert forgot.low is not None
+    assert forgot.high is not None
+    assert forgot.low < forgot.value < forgot.high
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in tables.learnt(compared).rows}
+    assert cells["fp32"][5] == "64 passages"
+    assert cells["bf16"][4] == "not measured"
+    assert cells["fp32"][8].endswith("%")
+    chart = plots.forgetting(compared)
+    assert chart is not None
+    assert "Change on general text" in json.dumps(chart.spec())
+
+
+# ------------------------------------------------------------------------------------ at work
+
+
+@pytest.fixture(scope="module")
+def at_work(results: Path) -> Inference:
+    """The three models of the fp32 trial, measured and kept."""
+    said: list[tuple[int, int, str]] = []
+    source = merging.trained(results, "fp32")
+    found = serving.measure(source, rounds=2, told=1, most_tokens=12, hear=said.append)
+    assert [(done, of) for done, of, _ in said] == [(i, 6) for i in range(6)]
+    assert {what for _, _, what in said[3:]} == {f"{model}, round 2" for model in ("base", "unmerged", "merged")}
+    return found
+
+
+def test_three_models_at_work_are_measured(results: Path, at_work: Inference) -> None:
+    (row,) = [r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "fp32"]
+    models = {each.model: each for each in at_work.models}
+    assert models["unmerged"].model_bytes - models["base"].model_bytes == row["adapter_bytes"]
+    assert models["merged"].model_bytes == models["base"].model_bytes
+    assert all(each.peak_inference_bytes > each.model_bytes for each in at_work.models)
+    assert models["merged"].logit_difference is not None
+    assert 0 < models["merged"].logit_difference <= 1e-4
+    assert models["base"].logit_difference is None
+    asked = {(r.model, r.round, r.story_id) for r in at_work.requests}
+    assert len(asked) == len(at_work.requests) == 3 * 2 * 2
+    assert all(len(r.token_seconds) == 31 and min(r.token_seconds) > 0 for r in at_work.requests)
+    # The adapter that was kept is the model that was trained.
+    losses = Store(results / "g").read("stories").to_pandas()
+    mine = losses[(losses["trial_id"] == row["trial_id"]) & (losses["kind"] == "held-out")]
+    for model, when in (("base", "before"), ("unmerged", "after"), ("merged", "after")):
+        known = mine[mine["when"] == when].set_index("story_id")["loss"]
+        answers = {a.story_id: a.loss for a in at_work.answers if a.model == model}
+        assert answers == pytest.approx(known.to_dict(), abs=1e-4)
+    told = [a for a in at_work.answers if a.story is not None]
+    assert [a.model for a in told] == ["base", "merged"]
+    assert told[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+
+
+def test_models_at_work_are_reported_and_judged(results: Path, at_work: Inference, tmp_path: Path) -> None:
+    said = document.document(measurements.load(results / "g"), results / "g")
+    (table,) = [t for t in said.tables if t.id == "merged"]
+    assert [row[1].text for row in table.rows] == ["base", "unmerged", "merged"]
+    verdict = {v.claim.id: v for v in said.verdicts}
+    assert verdict["merging-weights"].word == "supported"
+    assert verdict["merging-same-model"].word == "supported"
+    assert verdict["merging-same-model"].pairs == f"{len(at_work.answers) // 3} stories"
+    assert verdict["tuned-better"].word == "supported"
+    assert verdict["merging-faster"].pairs == "2 rounds"
+    faces.write(said, tmp_path)
+    markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    (told,) = said.stories
+    assert {*told.stories} == {"base", "merged"}
+    assert f"*{told.synopsis}*" in markdown
+    assert "<figcaption>merged</figcaption>" in page
+
+
+def test_generated_text_steers_neither_page_nor_terminal() -> None:
+    evil = "\x1b[31mred | <script>alert(1)</script>\n\n![x](http://x) end"
+    lines = faces._md_story(served.Told("t", "s", "r", {"base": evil})).splitlines()
+    assert lines[-1].count("|") - lines[-1].count("\\|") == 3, "no cell is broken"
+    assert "<script" not in lines[-1]
+    assert "![" not in lines[-1]
+    shown = io.StringIO()
+    with storytelling(Console(file=shown), ["base"]) as hear:
+        hear(None, "a [b]synopsis[/b]")
+        hear("base", evil)
+    assert "\x1b" not in shown.getvalue() + lines[-1]
+    assert "a [b]synopsis[/b]" in shown.getvalue()
+
+
+def test_stories_are_told_as_they_come(results: Path) -> None:
+    source = merging.trained(results, "fp32")
+    heard: list[tuple[Any, str]] = []
+
+    def tell(models: list[Any], synopsis: str | None = "A fox learns to count.", temperature: float = 0.0) -> None:
+        heard.clear()
+        serving.generate(
+            source, synopsis, models, most_tokens=24, temperature=temperature, seed=3,
+            hear=lambda who, piece: heard.append((who, piece)),
+        )  # fmt: skip
+
+    def said(who: str) -> str:
+        return "".join(piece for name, piece in heard if name == who)
+
+    tell(["base", "merged"])
+    assert heard[0] == (None, "A fox learns to count.")
+    assert len(heard) > 6, "piece by piece"
+    assert [who for who, _ in heard[1:]] == sorted((who for who, _ in heard[1:]), key=["base", "merged"].index)
+    base, merged = said("base"), said("merged")
+    assert base != merged, "training changed what is told"
+    tell(["unmerged"])
+    assert said("unmerged") == merged
+    tell(["merged"], temperature=1.5)
+    warm = said("merged")
+    assert warm != merged
+    tell(["merged"], synopsis=None, temperature=1.5)
+    assert heard[0][1] in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+
+
+def test_side_by_side_in_a_terminal() -> None:
+    shown = io.StringIO()
+    with storytelling(Console(file=shown, force_terminal=True, width=80), ["base", "merged"]) as hear:
+        hear("base", "one")
+        hear("merged", "other")
+    last = shown.getvalue()[shown.getvalue().rindex("base") :]
+    (line,) = [line for line in last.splitlines() if "one" in line]
+    assert "other" in line
+
+
+# ------------------------------------------------------------------------------------ figures of stories
+
+
+def test_figures_of_stories() -> None:
+    # The example of Lin (2004): S2 shares a sequence of three words of four with S1, S3 of two.
+    s1, s2, s3 = "police killed the gunman", "police kill the gunman", "the gunman kill police"
+    assert story_metrics.rouge_l(s2.split(), s1.split()) == 0.75
+    assert story_metrics.rouge_l(s3.split(), s1.split()) == 0.5
+    assert story_metrics.rouge_l([], s1.split()) == 0
+    found = story_metrics.StoryMetrics().compute(
+        predictions=["The cat sat. The cat sat. The cat sat!", ""], references=["A cat sat down.", "Nothing"]
+    )
+    assert found["words"] == [9, 0]
+    assert found["rouge_l"] == [pytest.approx(2 * 2 / (9 + 4)), 0]
+    assert found["distinct_2"] == [3 / 8, None]
+    assert found["repetition"] == [3 / 6, None]  # of six runs of four words three stood there before
