@@ -615,8 +615,11 @@ def _print_summary(summary: Any, store: Any, grid: Path) -> None:
 
     from harness import launch
 
+    if summary.elsewhere:
+        out.print(f"{summary.elsewhere} trials were done by another runner meanwhile", highlight=False)
     if not summary.records:
-        out.print("all of them are recorded already; nothing to run", highlight=False)
+        if not summary.left:
+            out.print("all of them are recorded already; nothing to run", highlight=False)
         return
     counts = Counter(record.status for record in summary.records)
     said = ", ".join(f"{count} {status}" for status, count in counts.most_common())

@@ -111,6 +111,10 @@ class LiveDisplay:
         self._progress.update(self._now, visible=False)
         self._progress.advance(self._bar)
 
+    def waiting(self, count: int) -> None:
+        """Say for whom."""
+        self._progress.update(self._now, description=f"waiting for {count} trials of another runner", visible=True)
+
     def interrupted(self) -> None:
         """Say what the interrupt does."""
         self.console.print("[yellow]finishing the running trial; interrupt again to stop it now[/]")
@@ -123,6 +127,7 @@ class PlainDisplay:
         self.console = console
         self._total = 0
         self._number = 0
+        self._waits = False
         self._began = time.monotonic()
 
     def __enter__(self) -> PlainDisplay:
@@ -156,6 +161,12 @@ class PlainDisplay:
             f"[{self._number}/{self._total}] {record.status} {record.label}: {outcome(record)} "
             f"({seconds:.1f} s, about {left / 60:.0f} min left)"
         )
+
+    def waiting(self, count: int) -> None:
+        """Say for whom, once."""
+        if not self._waits:
+            self._waits = True
+            self._say(f"waiting for {count} trials of another runner")
 
     def interrupted(self) -> None:
         """Say what the interrupt does."""

@@ -21,5 +21,15 @@ def write_whole(file: Path, content: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(aside, file)
+        _flush_names(file.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """A name is on the disk when its folder is."""
+    names = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(names)
+    finally:
+        os.close(names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import time
 import types
 import typing
 import uuid
@@ -417,6 +418,18 @@ class Store:
         rows = self.read("trials", columns=["trial_id", "status"])
         return dict(zip(rows["trial_id"].to_pylist(), rows["status"].to_pylist(), strict=True))
 
+    def marks(self) -> dict[str, dt.datetime]:
+        """When each recorded trial began: what tells a record from a later one of the same trial."""
+        rows = self.read("trials", columns=["trial_id", "started_at"])
+        return dict(zip(rows["trial_id"].to_pylist(), rows["started_at"].to_pylist(), strict=True))
+
+    def mark(self, trial_id: str) -> dt.datetime | None:
+        """As `marks`, of one trial; null where it is not recorded."""
+        row = self.part(trial_id)
+        if row is not None:
+            return row["started_at"]  # type: ignore[no-any-return]  # rows are untyped
+        return self.marks().get(trial_id) if any(p.name.startswith("all-") for p in self._parts("trials")) else None
+
     def rename(self, names: Mapping[str, Mapping[str, Any]]) -> None:
         """Give recorded trials the place that they have in the grid now: it may have been edited since.
 
@@ -487,7 +500,8 @@ class Store:
             parts = self._parts(table)
             if len(parts) > above:
                 content = self.read(table)
-                name = f"all-{uuid.uuid4().hex[:8]}"
+                # In the order of time: should a former one be left behind, the rows of the later one count.
+                name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
                 self._write_table(table, name, content)
                 for part in parts:
                     part.unlink(missing_ok=True)

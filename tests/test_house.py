@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "harness"
 FLOORS: dict[str, int] = {
     "cli": 6, "display": 6, "doctor": 6, "__main__": 7,
     "until_decided": 5, "tune": 5, "largest": 5, "launch": 5, "launch.local": 5, "launch.planner": 5,
-    "launch.preload": 5, "launch.isolated": 5, "launch.merging": 5, "launch.serving": 5,
+    "launch.preload": 5, "launch.isolated": 5, "launch.merging": 5, "launch.serving": 5, "launch.leases": 5,
     "report": 5, "report.measurements": 5, "report.words": 5, "report.tables": 5, "report.verdicts": 5,
     "report.plots": 5, "report.document": 5, "report.faces": 5, "report.recommend": 5, "report.versus": 5,
     "report.found": 5, "report.tuning": 5, "report.tuning_plots": 5, "report.planned": 5, "report.served": 5,
@@ -26,7 +26,7 @@ FLOORS: dict[str, int] = {
     "wording": 1, "errors": 0, "files": 0, "": 0,
 }  # fmt: skip
 WITHOUT_TORCH = ("cli", "display", "doctor", "grid", "launch", "launch.local", "launch.planner", "launch.isolated",
-                 "launch.merging", "launch.serving", "report.served", "results", "stats",
+                 "launch.merging", "launch.serving", "launch.leases", "report.served", "results", "stats",
                  "claims", "until_decided", "search", "tune", "calibration", "largest", "cards", "prediction",
                  "roofline", "report.planned", "report.tuning", "report.tuning_plots", "report.found",
                  "report", "report.document", "report.faces", "report.recommend", "report.versus",

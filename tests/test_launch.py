@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import formula
 import psutil
 import pytest
 
 from harness.grid import Grid, Trial
 from harness.launch import Launcher, Summary, pending, run_grid
+from harness.launch.leases import EXPIRES_SECONDS, Leases
 from harness.launch.local import LocalLauncher
 from harness.results import Job, Record, Store
 from harness.spec import TrialSpec
@@ -46,6 +50,9 @@ class Watch:
 
     def finished(self, record: Record) -> None:
         pass
+
+    def waiting(self, count: int) -> None:
+        self.seen.append(("", "waiting", count))
 
     def interrupted(self) -> None:
         self.seen.append((self.running, "interrupted", None))
@@ -142,9 +149,6 @@ def test_an_interrupt_finishes_the_running_trial_and_two_stop_it(
 
 
 def test_a_worker_leaves_when_its_runner_is_gone(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    import subprocess
-    import sys
-
     script = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -191,3 +195,102 @@ def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Laun
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         saved = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 - no mapping
     assert row["adapter_bytes"] == saved == 4 * row["trainable_parameters"]
+
+
+# ------------------------------------------------------------------------------------ several runners
+
+RUNNER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import formula
+from test_launch import Watch, formula_grid
+from harness.launch import run_grid
+from harness.launch.local import LocalLauncher
+from harness.results import Store
+with LocalLauncher(formula.child, preload="harness.search") as launcher:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    summary = run_grid(formula_grid({trials}), Store(Path({folder!r})), launcher, Watch())
+    print(len(summary.records), summary.elsewhere, summary.left, flush=True)
+"""
+
+
+def formula_grid(trials: int) -> Grid:
+    specs = [TrialSpec.model_validate(formula.BASE | {"lora_r": 1 + i}) for i in range(trials)]
+    return Grid("g", "G", "list", tuple(Trial(s, f"lora_r={s.lora_r}", None, None) for s in specs))
+
+
+def runner(folder: Path, trials: int, seconds: float) -> subprocess.Popen[str]:
+    """A runner that waits for a line, then runs a grid whose trials sleep."""
+    code = RUNNER.format(tests=str(Path(__file__).parent), folder=str(folder), trials=trials)
+    started = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"FORMULA_SECONDS": str(seconds)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+def let_go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def said(process: subprocess.Popen[str]) -> list[int]:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return [int(number) for number in out.split()]
+
+
+def test_two_runners_share_the_trials(tmp_path: Path) -> None:
+    """Each of 40 trials is done by one of them."""
+    both = [runner(tmp_path, 40, 0.15) for _ in range(2)]
+    for each in both:
+        let_go(each)
+    shares = [said(each) for each in both]
+    done = [records for records, _, _ in shares]
+    assert sum(done) == 40
+    assert all(records + elsewhere == 40 and left == 0 for records, elsewhere, left in shares)
+    assert min(done) >= 12, "both had their share"
+    assert len(Store(tmp_path).read("trials")) == 40
+    assert not list((tmp_path / "leases").glob("*.json"))
+
+
+def test_a_killed_runner_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    killed, other = (runner(tmp_path, 16, 0.2) for _ in range(2))
+    let_go(killed)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "trials").glob("*.parquet"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    killed.kill()  # in the middle of a trial
+    killed.wait()
+    before = Store(tmp_path).marks()
+    assert len(list((tmp_path / "leases").glob("*.json"))) == 1
+    let_go(other)
+    assert said(other) == [16 - len(before), 0, 0]
+    after = Store(tmp_path).marks()
+    assert len(after) == 16
+    assert before.items() <= after.items(), "what was finished is not run again"
+
+
+def test_a_lease_of_another_machine_holds_until_it_is_stale(tmp_path: Path) -> None:
+    elsewhere, here = Leases(tmp_path), Leases(tmp_path)
+    elsewhere._me = elsewhere._me.model_copy(update={"host": "another", "pid": 1})
+    with elsewhere.lock():
+        assert elsewhere.take("t")
+    with here.lock():
+        assert not here.take("t")
+        assert here.take("u")
+        old = time.time() - EXPIRES_SECONDS - 1
+        os.utime(tmp_path / "leases/t.json", (old, old))
+        assert here.take("t")
+    with elsewhere.lock():
+        assert not elsewhere.take("u")
+    (tmp_path / "leases/u.json").write_bytes(b"half")
+    with elsewhere.lock():
+        assert elsewhere.take("u"), "what nobody can read holds nothing"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from harness import environment
 from harness.grid import Grid, Trial
+from harness.launch.leases import Leases
 from harness.prediction import NOTHING_EXPECTED, Expected
 from harness.results import Job, Record, Status, Store, trial_id
 
@@ -44,6 +46,9 @@ class Display(Protocol):
     def interrupted(self) -> None:
         """The user asked to stop; the running trial is finished first."""
 
+    def waiting(self, count: int) -> None:
+        """Nothing is left but so many trials that other runners are doing."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -54,6 +59,8 @@ class Summary:
     """Trials that had been recorded before."""
     left: int
     """Trials that were not reached."""
+    elsewhere: int = 0
+    """Trials that other runners recorded meanwhile."""
 
 
 def pending(grid: Grid, store: Store, rerun: frozenset[Status] = frozenset()) -> list[Trial]:
@@ -93,7 +100,8 @@ def run_grid(
 ) -> Summary:
     """Run what is pending, one trial after another, each kept as soon as it ends.
 
-    An interrupt lets the running trial finish; a second one stops it. What was recorded stays.
+    Several runners may do so in one folder at once: each trial is done by one of them. An interrupt lets the running
+    trial finish; a second one stops it. What was recorded stays.
 
     Args:
         grid: validated trials.
@@ -111,6 +119,7 @@ def run_grid(
         KeyboardInterrupt: interrupted twice.
         OSError: a record cannot be kept.
     """
+    marks = store.marks()
     trials = pending(grid, store, rerun)
     store.rename({_id(trial): _place(trial) for trial in grid.trials})
     store.describe(grid.about)
@@ -118,8 +127,9 @@ def run_grid(
     todo = trials[:limit]
     display.begin(len(todo), skipped)
     records: list[Record] = []
+    shares = _Shares(store, marks, display)
     with interrupts(display.interrupted) as asked_to_stop:
-        for number, trial in enumerate(todo, start=1):
+        for number, trial in enumerate(shares.take(todo, asked_to_stop), start=1):
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
             display.trial(number, job)
             assert launcher is not None  # noqa: S101 - the caller's promise
@@ -134,10 +144,59 @@ def run_grid(
                 skip_infeasible=skip_infeasible,
             )
             records.append(record)
-            if asked_to_stop():
-                break
-    store.compact()
-    return Summary(tuple(records), skipped, len(trials) - len(records))
+    shares.compact()
+    return Summary(tuple(records), skipped, len(trials) - len(records) - shares.elsewhere, shares.elsewhere)
+
+
+_LOOK_SECONDS = 0.5
+"""How often a runner with nothing else to do looks whether another one has finished or died."""
+
+
+class _Shares:
+    """One runner's share of the trials of a results folder."""
+
+    def __init__(self, store: Store, marks: dict[str, dt.datetime], display: Display) -> None:
+        self.elsewhere = 0
+        self._store, self._marks, self._display = store, marks, display
+        self._leases = Leases(store.folder)
+
+    def take(self, trials: Sequence[Trial], asked_to_stop: Callable[[], bool]) -> Iterator[Trial]:
+        """The trials that nobody else does, one by one, each leased until the next is asked for.
+
+        Those that others are doing come last, should their runners die; it ends when all are recorded.
+        """
+        left = list(trials)
+        while left:
+            busy = []
+            for trial in left:
+                if asked_to_stop():
+                    return
+                with self._leases.lock():
+                    taken = self._leases.take(_id(trial))
+                if not taken:
+                    busy.append(trial)
+                    continue
+                with self._leases.held(_id(trial)):
+                    # Records are kept before their leases are given back: what is not there now is nobody's.
+                    if self._recorded_since(_id(trial)):
+                        self.elsewhere += 1
+                    else:
+                        yield trial
+            if len(busy) == len(left):  # nothing moved
+                self._display.waiting(len(busy))
+                time.sleep(_LOOK_SECONDS)
+            left = busy
+
+    def compact(self) -> None:
+        """Make one part of many, unless a runner is at work that may be writing one of them."""
+        with self._leases.lock():
+            if self._leases.nobody_works():
+                self._store.compact()
+
+    def _recorded_since(self, trial_id: str) -> bool:
+        """Whether a record is there that was not when this run began."""
+        mark = self._store.mark(trial_id)
+        return mark is not None and mark != self._marks.get(trial_id)
 
 
 def log_path(store: Store, job: Job) -> Path:
