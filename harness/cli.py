@@ -481,7 +481,7 @@ def merge(
     from harness.metrics import show_bytes
 
     if trial is not None and config is None and adapter is None:
-        source = merging.trained(results, trial)
+        source: merging.Trained = merging.trained(results, trial)
     elif trial is None and config is not None and adapter is not None:
         source = merging.Trained(merging.configured(config), adapter, config.stem, {})
     else:
@@ -521,8 +521,6 @@ def evaluate(
     from harness.report import faces, measurements, served
 
     source = merging.trained(results, trial)
-    assert source.grid is not None  # noqa: S101 - it is of a recorded trial
-    assert source.row is not None  # noqa: S101
     with bar(out, "loading") as hear:
         serving.measure(
             source, rounds=rounds, told=told, most_tokens=tokens, hear=hear, trust_remote_code=trust_remote_code

@@ -54,9 +54,7 @@ class Workshop:
         self.device = torch.device(environment.resolve_device(spec.device))
         self.pretrained = model_source.resolve(spec.base_model).pretrained
         self.tokenizer = model.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-        self.pad_id = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
-        )
+        self.pad_id = model.pad_id(self.tokenizer)
         self._adapter = adapter
         self._trust_remote_code = trust_remote_code
 
@@ -223,11 +221,11 @@ def _answers(
             pieces: list[str] = []
             prompt = example.input_ids[: example.completion_start]
             tell(workshop, network, prompt, pieces.append, most_tokens=most_tokens)
-            heard = told_story(story.instruction, story.completion, "".join(pieces))
+            heard = _told(story.instruction, story.completion, "".join(pieces))
         yield Answer(model=name, story_id=story_id, loss=loss, tokens=tokens, **heard)
 
 
-def told_story(synopsis: str, reference: str, story: str) -> dict[str, Any]:
+def _told(synopsis: str, reference: str, story: str) -> dict[str, Any]:
     """A generated story beside the one that was held out, with its figures, as an `Answer` has them."""
     figures = StoryMetrics(keep_in_memory=True).compute(predictions=[story], references=[reference])
     return {

@@ -278,6 +278,12 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(_folder(spec.base_model), trust_remote_code=trust_remote_code)
 
 
+def pad_id(tokenizer: Any) -> int:
+    """What a tokenizer pads with; without a padding token anything would do: the mask says what is padding."""
+    found: int | None = tokenizer.pad_token_id
+    return found if found is not None else tokenizer.eos_token_id or 0
+
+
 def byte_tokenizer() -> Any:
     """One token to a byte, for models that bring no tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

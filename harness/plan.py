@@ -71,7 +71,7 @@ def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tu
         raise
     except (OSError, ValueError):  # a folder with a config alone; bytes stand in, and make examples rather longer
         tokenizer = model.byte_tokenizer()
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad_id = model.pad_id(tokenizer)
     # To fill any sequence, the stories are read as they are: a short one would leave nothing of them.
     read = spec.model_copy(update={"sequence_length": _WHOLE, "eval_sequence_length": _WHOLE}) if full_length else spec
     train = data.load(read, tokenizer).train

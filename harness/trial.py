@@ -107,8 +107,7 @@ class _Trial:
         _seed(self.spec.seed)
         self._enter("load")
         tokenizer = model.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
-        # A tokenizer without a padding token pads with anything: the mask says what is padding.
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.pad_id = model.pad_id(tokenizer)
         stories = data.load(self.spec, tokenizer)
         self.metrics |= {"truncated_examples": stories.truncated, "dropped_examples": stories.dropped}
         network = self._load(meter)

@@ -21,6 +21,7 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     baseline_id = figures.pop("baseline_id", TrialSpec.model_validate(SMALL | {"seed": spec.seed}).id)
     tokens = figures.pop("story_tokens", 10)
     rates = figures.pop("rates", ())
+    adapter_id = figures.pop("adapter_id", None)
     failure = {} if status == "ok" else {"phase": "forward", "error": "no", "error_type": "X"}
     stories = [StoryLoss(story_id=str(i), when="after", loss=x, tokens=tokens) for i, x in enumerate(losses)]
     steps = [
@@ -33,6 +34,6 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     store.write(
         Record.of(
             job, environment=environment, status=status, **failure, started_at=started_at,
-            metrics=figures, stories=tuple(stories), steps=tuple(steps),
+            metrics=figures, stories=tuple(stories), steps=tuple(steps), adapter_id=adapter_id,
         )
     )  # fmt: skip

@@ -13,20 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 from conftest import SMALL
 from rich.console import Console
+from rows import keep
 from test_launch import Watch
 
 import harness
 from harness import stories, story_metrics
 from harness.display import storytelling
+from harness.environment import current
 from harness.errors import InputError
 from harness.grid import Grid, Trial
 from harness.launch import merging, run_grid, serving
 from harness.launch.local import LocalLauncher
-from harness.report import document, faces, measurements, plots, served, tables
-from harness.results import Inference, Store, spec_of
+from harness.report import document, faces, measurements, plots, served, tables, verdicts
+from harness.results import Inference, Request, Served, Store, spec_of
 from harness.spec import DatasetSpec, TrialSpec
 
 PRECISIONS = ("fp32", "bf16", "nf4")
@@ -264,7 +267,7 @@ def test_three_models_at_work_are_measured(results: Path, at_work: Inference) ->
     (row,) = [r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "fp32"]
     models = {each.model: each for each in at_work.models}
     assert models["unmerged"].model_bytes - models["base"].model_bytes == row["adapter_bytes"]
-    assert models["merged"].model_bytes == models["base"].model_bytes
+    assert models["merged"].model_bytes == models["base"].model_bytes == row["memory_weights_bytes"]
     assert all(each.peak_inference_bytes > each.model_bytes for each in at_work.models)
     assert models["merged"].logit_difference is not None
     assert 0 < models["merged"].logit_difference <= 1e-4
@@ -284,10 +287,21 @@ def test_three_models_at_work_are_measured(results: Path, at_work: Inference) ->
     assert told[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
 
 
+def test_a_quantised_model_is_counted_with_its_scales_and_merged_in_16_bit(results: Path) -> None:
+    (row,) = [r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "nf4"]
+    found = serving.measure(
+        merging.trained(results, "nf4"), rounds=1, told=0, most_tokens=1, hear=lambda said: None
+    )  # fmt: skip
+    models = {each.model: each for each in found.models}
+    assert models["base"].model_bytes == row["memory_weights_bytes"]
+    assert [models[name].precision for name in ("base", "unmerged", "merged")] == ["nf4", "nf4", "bf16"]
+    assert models["merged"].model_bytes > models["base"].model_bytes
+
+
 def test_models_at_work_are_reported_and_judged(results: Path, at_work: Inference, tmp_path: Path) -> None:
     said = document.document(measurements.load(results / "g"), results / "g")
     (table,) = [t for t in said.tables if t.id == "merged"]
-    assert [row[1].text for row in table.rows] == ["base", "unmerged", "merged"]
+    assert [row[1].text for row in table.rows if row[0].text == "fp32"] == ["base", "unmerged", "merged"]
     verdict = {v.claim.id: v for v in said.verdicts}
     assert verdict["merging-weights"].word == "supported"
     assert verdict["merging-same-model"].word == "supported"
@@ -300,6 +314,50 @@ def test_models_at_work_are_reported_and_judged(results: Path, at_work: Inferenc
     assert {*told.stories} == {"base", "merged"}
     assert f"*{told.synopsis}*" in markdown
     assert "<figcaption>merged</figcaption>" in page
+
+
+def _at_work(precision: str, merged: str, size: int, ratio: float) -> Inference:
+    """Figures of a trial whose merged model decodes `ratio` times as fast as the unmerged one."""
+    models = (("unmerged", precision, size + 10, 1.0), ("merged", merged, size, ratio))
+    return Inference(
+        environment=current("cpu"),
+        models=tuple(
+            Served(model=name, precision=held, model_bytes=size, peak_inference_bytes=size + 1)  # type: ignore[arg-type]
+            for name, held, size, _ in models
+        ),
+        requests=tuple(
+            Request(model=name, round=i, story_id="a", prompt_tokens=8, prefill_seconds=1.0,  # type: ignore[arg-type]
+                    token_seconds=((1 + i / 10) / speed,) * 4)
+            for name, _, _, speed in models for i in range(3)
+        ),
+        answers=(),
+    )  # fmt: skip
+
+
+def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    found = {
+        "one": ("fp32", _at_work("fp32", "fp32", 1000, 1.2)),
+        "two": ("bf16", _at_work("bf16", "bf16", 500, 1.25)),
+        "quantised": ("nf4", _at_work("nf4", "bf16", 900, 3.0)),
+        "trained again": ("fp16", _at_work("fp16", "fp16", 500, 9.0)),
+    }
+    for label, (precision, inference) in found.items():
+        spec = TrialSpec.model_validate(SMALL | {"precision": precision})
+        keep(store, spec, label, [2.0], adapter_id="new", eval_loss=2.0)
+        row = store.read("trials").filter(pc.field("label") == label).to_pylist()[0]
+        store.write_inference(row | {"adapter_id": "old" if label == "trained again" else "new"}, inference)
+    loaded = measurements.load(tmp_path, baseline_ids=None)
+    said = {v.claim.id: v for v in verdicts.judge(loaded)}
+    assert said["merging-weights"].word == "supported"
+    assert said["merging-weights"].pairs == "2 repeats, exact"
+    assert said["merging-faster"].pairs == "2 trials", "what rounds of a trial have in common counts once"
+    assert said["merging-faster"].size.startswith("×1.22")
+    assert said["merging-faster"].rests_on == "unmerged → merged of one, two"
+    shown = served.models(loaded).rows
+    assert {row[0].text for row in shown} == {"one", "two", "quantised"}, "figures of a former adapter are nobody's"
+    (merged,) = [row for row in shown if (row[0].text, row[1].text) == ("quantised", "merged")]
+    assert merged[12].text.startswith("×3"), "in its own row the exchange is seen"
 
 
 def test_generated_text_steers_neither_page_nor_terminal() -> None:

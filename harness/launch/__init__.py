@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,8 +128,12 @@ def run_grid(
     display.begin(len(todo), skipped)
     records: list[Record] = []
     shares = _Shares(store, marks, display)
-    with interrupts(display.interrupted) as asked_to_stop:
-        for number, trial in enumerate(shares.take(todo, asked_to_stop), start=1):
+    # Closed at once, whatever happens: the lease of the trial that was stopped is given back.
+    with (
+        interrupts(display.interrupted) as asked_to_stop,
+        contextlib.closing(shares.take(todo, asked_to_stop)) as turns,
+    ):
+        for number, trial in enumerate(turns, start=1):
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
             display.trial(number, job)
             assert launcher is not None  # noqa: S101 - the caller's promise
@@ -160,7 +164,7 @@ class _Shares:
         self._store, self._marks, self._display = store, marks, display
         self._leases = Leases(store.folder)
 
-    def take(self, trials: Sequence[Trial], asked_to_stop: Callable[[], bool]) -> Iterator[Trial]:
+    def take(self, trials: Sequence[Trial], asked_to_stop: Callable[[], bool]) -> Generator[Trial, None, None]:
         """The trials that nobody else does, one by one, each leased until the next is asked for.
 
         Those that others are doing come last, should their runners die; it ends when all are recorded.
@@ -238,7 +242,7 @@ def execute(
     return record
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupts(on_first: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Within, the first interrupt is remembered and the second raises. Yields what asks for the first."""
     seen: list[int] = []

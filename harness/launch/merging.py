@@ -30,13 +30,19 @@ class Trained:
     """Short, for a folder's name."""
     figures: Mapping[str, float]
     """Of its trial; empty where it comes from elsewhere."""
-    row: Mapping[str, Any] | None = None
-    """Of its trial; null where it comes from elsewhere."""
-    grid: Path | None = None
-    """Folder of its grid's results; likewise."""
 
 
-def trained(results: Path, trial: str) -> Trained:
+@dataclass(frozen=True)
+class Recorded(Trained):
+    """The adapter of a recorded trial."""
+
+    row: Mapping[str, Any]
+    """Of the trials table."""
+    grid: Path
+    """Folder of its grid's results."""
+
+
+def trained(results: Path, trial: str) -> Recorded:
     """The adapter of a recorded trial.
 
     Args:
@@ -65,7 +71,7 @@ def trained(results: Path, trial: str) -> Trained:
     figures = {name: row[name] for name in _ON_THE_CARD if row[name] is not None}
     name = f"{folder.name}-{row['trial_id']}"
     adapter = folder / "adapters" / row["adapter_id"]
-    return Trained(spec_of(row), adapter, name, figures, row, folder)
+    return Recorded(spec_of(row), adapter, name, figures, row, folder)
 
 
 def merge(source: Trained, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

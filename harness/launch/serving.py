@@ -9,13 +9,13 @@ from typing import Any
 from harness import environment
 from harness.errors import InputError
 from harness.launch.isolated import isolated
-from harness.launch.merging import Trained, check_adapter
+from harness.launch.merging import Recorded, Trained, check_adapter
 from harness.results import Inference, Model, Store
 from harness.spec import TrialSpec
 
 
 def measure(
-    source: Trained,
+    source: Recorded,
     *,
     rounds: int,
     told: int,
@@ -37,8 +37,6 @@ def measure(
         InputError: the adapter is none, does not fit, was trained elsewhere, or there are no held-out stories.
         OSError: the folder cannot be written.
     """
-    assert source.grid is not None  # noqa: S101 - it is of a recorded trial
-    assert source.row is not None  # noqa: S101
     here = environment.current(environment.resolve_device(source.spec.device)).id
     if here != source.row["environment_id"]:
         raise InputError(
