@@ -27,9 +27,10 @@ def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
     def listen(kind: str, value: Any) -> None:
         heard.append(time.perf_counter())
 
-    options = {"folder": None, "log": str(folder / "log"), "trust_remote_code": False}
+    options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    record = launcher.run(Job(grid="startup", spec=spec, label="startup"), options, timeout=None, on_event=listen)
+    job = Job(grid="startup", spec=spec, label="startup")
+    record = launcher.run(job, options, log=folder / "log", on_event=listen)
     if record.status != "ok":
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
     return heard[0] - began

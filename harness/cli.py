@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from harness import __version__
-from harness.errors import InputError
+from harness.errors import InputError, says_disk_full
+from harness.terminal import plain
 
 if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
     from harness.grid import Grid, Trial
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
     from harness.prediction import Expected
     from harness.report.measurements import Measurements
     from harness.report.planned import Plan
+    from harness.results import Store
     from harness.roofline import Rates
     from harness.spec import TrialSpec
 
@@ -37,8 +39,14 @@ err = Console(stderr=True)
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds a folder for each grid.")]
 
 
+_Timeout = Annotated[float | None, typer.Option(min=1, help="Seconds that a trial may take.")]
+_Stall = Annotated[float, typer.Option(min=1, help="Seconds that a step may give no sign of life.")]
+_Retries = Annotated[int, typer.Option(min=0, help="More attempts at a trial whose process was killed or lost.")]
+
+
 def main() -> None:
     """Entry point of the `harness` command."""
+    warnings.showwarning = _warn
     try:
         app()
     except InputError as error:
@@ -49,12 +57,19 @@ def main() -> None:
         sys.stderr.close()  # the reader went away (| head); there is nobody to tell
         raise SystemExit(1) from None
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+        after = "; what was finished is kept: free some space, and run the same again" if says_disk_full(error) else ""
+        _fail((f"{error.strerror or error}: {error.filename}" if error.filename else str(error)) + after, 1)
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"[red]harness:[/] {escape(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+    err.print(f"[red]harness:[/] {plain(' '.join(message.split()))}", soft_wrap=True, highlight=False)
     raise SystemExit(code)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+    """One line for what a user should know of; what libraries tell each other is for logs."""
+    if category.__module__.startswith("harness"):
+        err.print(f"[yellow]harness:[/] {plain(' '.join(str(message).split()))}", soft_wrap=True, highlight=False)
 
 
 def _version(asked: bool) -> None:
@@ -82,7 +97,16 @@ def run(
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each trial, instead of the file's.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget of every trial, like 24GiB; enforced.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that a trial may take.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run no more than the trials of this label ('lora_r=*' means several), and the baseline."),
+    ] = None,
+    timeout: _Timeout = None,
+    stall: _Stall = 1800,
+    retries: _Retries = 0,
+    retry_timeouts: Annotated[
+        bool, typer.Option("--retry-timeouts", help="Count a trial that took too long among those.")
+    ] = False,
     rerun: Annotated[
         list[str] | None, typer.Option(help="Run recorded trials of this status again (failed, oom, …, or all).")
     ] = None,
@@ -113,7 +137,8 @@ def run(
     most_trials = max_trials or grids.MAX_TRIALS
 
     def grid_of(times: int | None) -> Grid:
-        return grids.load(grid, repeats=times, overrides=overrides, max_trials=most_trials)
+        found = grids.load(grid, repeats=times, overrides=overrides, max_trials=most_trials)
+        return found.only(grids.labels_like(found, only)) if only else found
 
     loaded = grid_of(repeats)
     if until_decided is not None and until_decided < loaded.repeats:
@@ -127,6 +152,7 @@ def run(
         _print_trials(loaded, store, statuses)
         return
     grids.preflight(loaded if until_decided is None else grid_of(until_decided))
+    store.set_aside()
 
     from harness import launch
     from harness.display import display
@@ -135,7 +161,8 @@ def run(
     from harness.report import faces, measurements, tables
     from harness.until_decided import until_decided as decide
 
-    out.print(f"[bold]{escape(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible)
 
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
@@ -150,12 +177,10 @@ def run(
                 store,
                 launcher,
                 shown,
-                timeout=timeout,
+                policy,
                 rerun=statuses,
                 limit=limit,
-                trust_remote_code=trust_remote_code,
                 expected=expected,
-                skip_infeasible=skip_infeasible,
             )
         _print_summary(summary, store, grid)
         return summary.left == 0
@@ -165,7 +190,7 @@ def run(
     else:
         still_open = decide(grid_of, loaded.repeats, until_decided, execute, store.folder)
         said = ", ".join(sorted(still_open)) or "none"
-        out.print(f"not decided within {until_decided} repeats: {escape(said)}", highlight=False)
+        out.print(f"not decided within {until_decided} repeats: {plain(said)}", highlight=False)
     found = measurements.load(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
     out.print(faces.terminal(tables.compare(found)))
 
@@ -182,7 +207,9 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the file's.")] = None,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds in which a trial may begin.")] = None,
-    trial_timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that one trial may take.")] = None,
+    trial_timeout: _Timeout = None,
+    stall: _Stall = 1800,
+    retries: _Retries = 0,
     memory: Annotated[str | None, typer.Option(help="Memory budget, like 12GiB, instead of the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2, random or brute-force.")] = None,
@@ -215,14 +242,17 @@ def tune(
     from harness import environment
     from harness import tune as tuning
     from harness.display import display
+    from harness.launch import Policy
     from harness.launch.local import LocalLauncher
     from harness.launch.planner import Planner
     from harness.report import measurements
     from harness.report import tuning as reporting
 
     store = Store(results / search.name)
+    store.set_aside()
+    policy = Policy(trial_timeout, stall, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
     said = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
-    out.print(f"[bold]{escape(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
+    out.print(f"[bold]{plain(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
     opened = tuning.open_storage(storage, store)
     with (
         LocalLauncher() as launcher,
@@ -232,12 +262,11 @@ def tune(
         options = tuning.Options(
             storage=opened,
             sources=tuple(source or ()),
-            trial_timeout=trial_timeout,
-            trust_remote_code=trust_remote_code,
+            policy=policy,
             planner=planner,
             rates=_rates(environment.resolve_device(search.base.device)),
         )
-        done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(escape(line), style="dim"))
+        done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(plain(line), style="dim"))
     before = f", {done.warm} known before" if done.warm else ""
     out.print(f"{done.tried} trials{before} in study {done.study}, kept in {store.folder}", highlight=False)
     if done.left:
@@ -246,7 +275,7 @@ def tune(
     if found is None:
         raise InputError(f"{search.name}: no trial of the study ended well; look at harness ls {search.name}")
     for sentence in found.sentences:
-        out.print(f"- {escape(sentence)}", highlight=False)
+        out.print(f"- {plain(sentence)}", highlight=False)
     if export is not None:
         export.parent.mkdir(parents=True, exist_ok=True)
         export.write_text(found.yaml, encoding="utf-8")
@@ -372,7 +401,7 @@ def plan(
     made = planned.Plan(lines=lines, **about)
     out.print(planned.terminal(made, out.width))
     for note in made.footnotes():
-        out.print(escape(note), style="dim", highlight=False)
+        out.print(plain(note), style="dim", highlight=False)
     if output is not None:
         written = planned.write(made, output)
         out.print(f"{', '.join(file.name for file in written)} written to {output}", highlight=False, soft_wrap=True)
@@ -453,7 +482,7 @@ def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
             out.print(f"environment {where.id}: {error}", style="yellow", highlight=False)
             continue
         file = calibration.keep(found, results)
-        out.print(f"{escape(found.said())}; written to {file}", highlight=False, soft_wrap=True)
+        out.print(f"{plain(found.said())}; written to {file}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -599,19 +628,17 @@ def _print_trials(loaded: Any, store: Any, statuses: frozenset[Any]) -> None:
     from harness import launch
 
     todo = launch.pending(loaded, store, statuses)
-    table = Table(title=f"{escape(loaded.title)}: {len(loaded.trials)} trials, {len(todo)} to run")
+    table = Table(title=f"{plain(loaded.title)}: {len(loaded.trials)} trials, {len(todo)} to run")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)
     for number, trial in enumerate(loaded.trials, start=1):
         recorded = "" if trial in todo else "yes"
-        table.add_row(str(number), escape(trial.label), str(trial.repeat), trial.spec.id, recorded)
+        table.add_row(str(number), plain(trial.label), str(trial.repeat), trial.spec.id, recorded)
     out.print(table)
 
 
 def _print_summary(summary: Any, store: Any, grid: Path) -> None:
     from collections import Counter
-
-    from harness import launch
 
     if summary.elsewhere:
         out.print(f"{summary.elsewhere} trials were done by another runner meanwhile", highlight=False)
@@ -623,8 +650,10 @@ def _print_summary(summary: Any, store: Any, grid: Path) -> None:
     said = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     out.print(f"{len(summary.records)} trials ended ({said}), kept in {store.folder}", highlight=False)
     for record in summary.records:
-        if record.status in ("failed", "killed"):
-            out.print(f"[red]{escape(record.label)}[/]: see {launch.log_path(store, record)}", highlight=False)
+        if record.status in ("failed", "killed") and record.log is not None:
+            out.print(
+                f"[red]{plain(record.label)}[/]: see {store.folder / record.log}", highlight=False, soft_wrap=True
+            )
     if summary.left:
         out.print(f"{summary.left} trials are left; go on with: harness run {grid}", highlight=False)
 
@@ -655,7 +684,7 @@ def report(
     out.print(faces.terminal(said.comparison))
     out.print("[bold]On this machine[/]")
     for sentence in said.summary:
-        out.print(f"- {escape(sentence)}", highlight=False)
+        out.print(f"- {plain(sentence)}", highlight=False)
     out.print(f"{len(written)} files written; open {target / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -701,10 +730,10 @@ def recommend(
     for number, row in best.choices.iterrows():
         figures = [words.figure(metric, row[metric]) for metric in ("tokens_per_second", "eval_loss")]
         style = "bold" if number == best.config else None
-        table.add_row(escape(row["label"]), show_bytes(row["memory"]), *figures, style=style)
+        table.add_row(plain(row["label"]), show_bytes(row["memory"]), *figures, style=style)
     out.print(table)
     for sentence in best.sentences:
-        out.print(escape(sentence), highlight=False)
+        out.print(plain(sentence), highlight=False)
     target = output or Path("reports") / folder.resolve().name / "recommended.yml"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(best.yaml, encoding="utf-8")
@@ -738,16 +767,16 @@ def compare(
     if found.environments:
         table = Table("environment", "first", "second", title="What differs between the two")
         for names in found.environments:
-            table.add_row(*map(escape, names))
+            table.add_row(*map(plain, names))
         out.print(table)
     else:
         out.print("both ran in the same environment")
-    table = Table(*map(escape, found.table.headings), title=escape(found.table.title))
+    table = Table(*map(plain, found.table.headings), title=plain(found.table.title))
     for row in found.table.rows:
-        table.add_row(*(escape(cell.text) for cell in row))
+        table.add_row(*(plain(cell.text) for cell in row))
     out.print(table)
     if found.warning:
-        out.print(f"[yellow]{escape(found.warning)}[/]", highlight=False)
+        out.print(f"[yellow]{plain(found.warning)}[/]", highlight=False)
 
 
 @app.command(epilog="[dim]Examples:[/]  harness ls   |   harness ls techniques")
@@ -771,7 +800,7 @@ def ls(
         for folder in folders:
             counts = Counter(Store(folder).read("trials", ["trial_id", "status"])["status"].to_pylist())
             said = ", ".join(f"{n} {s}" for s, n in counts.most_common())
-            table.add_row(escape(folder.name), str(sum(counts.values())), said)
+            table.add_row(plain(folder.name), str(sum(counts.values())), said)
         out.print(table)
         return
     if results / grid not in folders:
@@ -783,7 +812,7 @@ def ls(
             "–" if row[m] is None else METRICS[m].show(row[m])
             for m in ("peak_memory_bytes", "tokens_per_second", "eval_loss")
         ]
-        table.add_row(row["spec_id"], escape(row["label"]), str(row["repeat"]), row["status"], *figures)
+        table.add_row(row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"], *figures)
     out.print(table)
 
 
@@ -813,11 +842,15 @@ def show(
     if not matches:
         raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
     for folder, row in matches:
-        out.rule(f"{escape(folder.name)} / {escape(row['label'])} (repeat {row['repeat']}), {row['status']}")
+        out.rule(f"{plain(folder.name)} / {plain(row['label'])} (repeat {row['repeat']}), {row['status']}")
         if row["error"]:
-            out.print(f"in {row['phase']}: {row['error_type']}: {escape(row['error'])}", highlight=False)
+            out.print(plain(f"in {row['phase']}: {row['error_type']}: {row['error']}"), highlight=False)
+            if row["attempt"] > 1:
+                out.print(f"attempt {row['attempt']}; of the earlier ones nothing came", highlight=False)
+            if row["log"]:
+                out.print(plain(f"see {folder / row['log']}"), highlight=False, soft_wrap=True)
         spec = {k: v for k, v in spec_of(row).canonical().items() if v is not None}
-        out.print(escape(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)), highlight=False)
+        out.print(plain(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)), highlight=False)
         table = Table("figure", "value", "meaning")
         for name, metric in METRICS.items():
             if row[name] is not None:
@@ -838,7 +871,7 @@ def keys() -> None:
     for name, field in TrialSpec.model_fields.items():
         default = "required" if field.is_required() else str(field.default)
         default = "storyteller" if name == "datasets" else default
-        table.add_row(name, escape(default), escape(field.description or ""))
+        table.add_row(name, plain(default), plain(field.description or ""))
     out.print(table)
     table = Table("figure", "unit", "meaning", title="Figures")
     for metric in FIGURES.values():
@@ -846,16 +879,93 @@ def keys() -> None:
     out.print(table)
 
 
-@app.command()
-def doctor() -> None:
-    """Say what this machine is, what works on it, what is missing and how to get it."""
+@app.command(epilog="[dim]Examples:[/]  harness doctor   |   harness doctor results")
+def doctor(
+    results: Annotated[
+        Path | None, typer.Argument(help="Results to look at: a grid's folder, or the folder of several.")
+    ] = None,
+) -> None:
+    """Say what this machine is, what works on it, what is missing and how to get it; or how recorded results are."""
     from harness import doctor as checks
 
-    found = checks.examine()
+    found = checks.examine() if results is None else checks.examine_results(_stores(results))
     for check in found:
         mark = {True: "[green]yes[/]", False: "[red]no [/]", None: "[yellow]-  [/]"}[check.works]
-        out.print(f"{mark} {escape(check.what)}: {escape(check.detail)}", highlight=False, soft_wrap=True)
+        out.print(f"{mark} {plain(check.what)}: {plain(check.detail)}", highlight=False, soft_wrap=True)
         if check.remedy:
-            out.print(f"      {escape(check.remedy)}", highlight=False, soft_wrap=True)
+            out.print(f"      {plain(check.remedy)}", highlight=False, soft_wrap=True)
     if any(check.works is False for check in found):
         raise SystemExit(1)
+
+
+def _stores(folder: Path) -> list[Store]:
+    """The results of one grid, or of each in a folder."""
+    from harness.results import Store
+
+    if (folder / "trials").is_dir():
+        return [Store(folder)]
+    found = sorted(p.parent for p in folder.glob("*/trials"))
+    if not found:
+        raise InputError(f"{folder}: nothing is recorded there; give results, or results/<grid>")
+    return [Store(each) for each in found]
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness merge-results laptop/results results   |   "
+    "harness merge-results a/results/smoke b/results/smoke results/smoke"
+)
+def merge_results(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Results, the last of them those that the others are added to: grids, or folders of grids."
+        ),
+    ],
+) -> None:
+    """Join results of several machines: each trial once, the later record where two have one. What is joined stays."""
+    from harness.display import bar
+    from harness.results import Store
+
+    *sources, target = folders
+    if not sources:
+        raise InputError("harness merge-results needs two folders or more, the last to be added to")
+    for source in sources:
+        single = (source / "trials").is_dir()
+        for store in _stores(source):
+            into = Store(target if single else target / store.folder.name)
+            if into.folder.resolve() == store.folder.resolve():
+                raise InputError(f"{store.folder} cannot be joined to itself")
+            into.set_aside()
+            with bar(out, str(store.folder)) as told:
+                joined = into.join(store, lambda done, of, name=str(store.folder): told((done, of, name)))  # type: ignore[misc]  # bound at once
+            into.compact()
+            out.print(
+                f"{store.folder} into {into.folder}: {joined.added} trials added, {joined.replaced} replaced by later "
+                f"records, {joined.kept} there already",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+@app.command(
+    epilog="[dim]Examples:[/]  harness clean   |   harness clean results/smoke --dry-run   |   harness clean --cache"
+)
+def clean(
+    results: Annotated[Path, typer.Argument(help="A grid's results, or the folder of several.")] = Path("results"),
+    cache: Annotated[bool, typer.Option("--cache", help="Converted models and measured rates too; made anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+) -> None:
+    """Free what runs leave behind: halves of files, logs of what went well, adapters of no trial. Never results."""
+    from harness import cleaning
+    from harness.metrics import show_bytes
+
+    stores = [] if cache and not results.is_dir() else _stores(results)
+    found = [left for store in stores for left in cleaning.leftovers(store)]
+    found += cleaning.cached() if cache else []
+    for left in found:
+        out.print(plain(f"{left.what}: {left.path}"), style="dim", highlight=False, soft_wrap=True)
+    freed = sum(left.size for left in found)
+    if not dry_run:
+        cleaning.remove(found)
+    said = "would be freed" if dry_run else "freed"
+    out.print(f"{len(found)} files and folders, {show_bytes(freed)} {said}", highlight=False)

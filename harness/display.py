@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,6 +16,8 @@ from rich.text import Text
 
 from harness.metrics import METRICS
 from harness.results import Job, Record
+from harness.terminal import plain, printable
+from harness.wording import one_line
 
 _SHOWN = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
 _UNITS = {"tokens_per_second": " tok/s", "eval_loss": " nats"}
@@ -41,6 +42,10 @@ def outcome(record: Record) -> str:
     return f"in {record.phase}{bound}" if record.status == "oom" else f"in {record.phase}: {record.error}"
 
 
+def _came_to_nothing(record: Record) -> str:
+    return f"attempt {record.attempt} came to nothing in {record.phase}: {record.error}"
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -60,7 +65,7 @@ def bar(console: Console, first: str) -> Iterator[Callable[[tuple[int, int, str]
     progress.live.transient = True
     task = progress.add_task(first, total=None)
     with progress:
-        yield lambda said: progress.update(task, completed=said[0], total=said[1], description=escape(said[2]))
+        yield lambda said: progress.update(task, completed=said[0], total=said[1], description=plain(said[2]))
 
 
 class LiveDisplay:
@@ -89,7 +94,7 @@ class LiveDisplay:
 
     def trial(self, number: int, job: Job) -> None:
         """Name the running trial."""
-        self._label = escape(job.label if not job.repeat else f"{job.label} (repeat {job.repeat})")
+        self._label = plain(job.label if not job.repeat else f"{job.label} (repeat {job.repeat})")
         self._progress.reset(self._now, description=self._label, visible=True, total=None)
 
     def event(self, kind: str, value: Any) -> None:
@@ -105,11 +110,14 @@ class LiveDisplay:
         colour = _COLOURS.get(record.status, "red")
         seconds = record.metrics.get("trial_seconds")
         took = f"[dim]{seconds:6.1f} s[/]" if seconds is not None else ""
-        self.console.print(
-            f"[{colour}]{record.status:>8}[/] {took}  {escape(record.label):32} {escape(outcome(record))}"
-        )
+        self.console.print(f"[{colour}]{record.status:>8}[/] {took}  {plain(record.label):32} {plain(outcome(record))}")
         self._progress.update(self._now, visible=False)
         self._progress.advance(self._bar)
+
+    def retried(self, record: Record) -> None:
+        """Say why."""
+        self.console.print(f"[yellow]   again[/] {'':9} {plain(record.label):32} {plain(_came_to_nothing(record))}")
+        self._progress.reset(self._now, description=self._label, total=None)
 
     def waiting(self, count: int) -> None:
         """Say for whom."""
@@ -162,6 +170,10 @@ class PlainDisplay:
             f"({seconds:.1f} s, about {left / 60:.0f} min left)"
         )
 
+    def retried(self, record: Record) -> None:
+        """Say why."""
+        self._say(f"{one_line(record.label)} again: {one_line(_came_to_nothing(record))}")
+
     def waiting(self, count: int) -> None:
         """Say for whom, once."""
         if not self._waits:
@@ -197,13 +209,13 @@ def _one_after_another(console: Console, models: Sequence[str]) -> Iterator[Call
 
     def hear(name: str | None, piece: str) -> None:
         if name is None:
-            console.print(Text(f"{_printable(piece)}\n", style="italic"), soft_wrap=True)
+            console.print(Text(f"{printable(piece)}\n", style="italic"), soft_wrap=True)
             return
         if name not in speaker:
             speaker.append(name)
             if len(models) > 1:
                 console.print(Text(f"{chr(10) * 2 * (len(speaker) > 1)}--- {name}"))
-        console.print(Text(_printable(piece)), end="", soft_wrap=True)
+        console.print(Text(printable(piece)), end="", soft_wrap=True)
 
     try:
         yield hear
@@ -223,9 +235,9 @@ def _side_by_side(console: Console, models: Sequence[str]) -> Iterator[Callable[
 
     def hear(name: str | None, piece: str) -> None:
         if name is None:
-            console.print(Text(_printable(piece), style="italic"))
+            console.print(Text(printable(piece), style="italic"))
         else:
-            told[name] += _printable(piece)
+            told[name] += printable(piece)
 
     try:
         # While it grows it is cut to the screen.
@@ -233,8 +245,3 @@ def _side_by_side(console: Console, models: Sequence[str]) -> Iterator[Callable[
             yield hear
     finally:  # whole, as far as it was told
         console.print(shown())
-
-
-def _printable(text: str) -> str:
-    """A model may say anything; nothing of it shall steer the terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import environment, model_source
+from harness.cleaning import leftovers
 from harness.environment import version
 from harness.errors import InputError
 from harness.metrics import show_bytes
+from harness.results import DamagedPart, Store
 
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pandas", "pyarrow")
 _LEAST_FREE = 2 * 2**30
@@ -32,6 +37,31 @@ def examine() -> list[Check]:
     return [*_device(), *_packages(), _bundled_model(), _cache(), *_optional()]
 
 
+def examine_results(stores: Iterable[Store]) -> list[Check]:
+    """What is wrong with recorded results, grid by grid."""
+    return [check for store in stores for check in _results(store)]
+
+
+def _results(store: Store) -> list[Check]:
+    name, damaged = store.folder.name, store.damage()
+    with warnings.catch_warnings(action="ignore", category=DamagedPart):  # each is a check of its own
+        statuses = Counter(store.read("trials", ["trial_id", "status"])["status"].to_pylist())
+        lost = store.incomplete()
+    said = ", ".join(f"{count} {status}" for status, count in statuses.most_common()) or "none that can be read"
+    found = [Check(name, f"trials: {said}", not damaged and not lost)]
+    for part, reason in damaged.items():
+        remedy = "the next `harness run` sets it aside and does its trials again"
+        found.append(Check(f"{name}/{part.parent.name}/{part.name}", reason, False, remedy))
+    gone, aside = "its steps or stories are gone", "was set aside; look at it, or remove it"
+    found += [Check(f"{name}: {trial}", gone, False, "`harness run` does it again") for trial in sorted(lost)]
+    found += [Check(f"{name}/set-aside/{file.name}", aside, None) for file in sorted(store.folder.glob("set-aside/*"))]
+    left = leftovers(store)
+    if left:
+        size = show_bytes(sum(each.size for each in left))
+        found.append(Check(name, f"{len(left)} leftovers of runs, {size}", None, "`harness clean` frees them"))
+    return found
+
+
 def _device() -> list[Check]:
     device = environment.resolve_device("auto")
     here = environment.current(device)
@@ -43,7 +73,7 @@ def _device() -> list[Check]:
         found.append(Check("CUDA", "a card is there, and torch is a CPU build", False, "install a CUDA build of torch"))
     elif device == "cpu":
         found.append(Check("CUDA", "no card; trials run on the CPU, in every precision", None))
-    if device == "cpu" and here.half_matmul != "native":
+    if device == "cpu" and here.half_matmul == "fp32-blocks":
         found.append(
             Check("16-bit products", "no instructions for them here; done in blocks of fp32, at fp32 speed", None)
         )

@@ -23,6 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 # Without these instructions PyTorch multiplies 16-bit matrices in plain loops (half_matmul.py).
 NATIVE_HALF = {"avx512bw", "avx512_fp16", "amx_bf16", "bf16", "asimdhp"}
+HalfMatmul = Literal["amx", "avx512_bf16", "native", "fp32-blocks"]
 
 
 class Environment(BaseModel):
@@ -46,8 +47,9 @@ class Environment(BaseModel):
     """Operating system and architecture."""
     python: str
     """Python version, minor release."""
-    half_matmul: Literal["native", "fp32-blocks"]
-    """How a CPU multiplies 16-bit matrices: its own instructions, or harness's blocks of fp32."""
+    half_matmul: HalfMatmul
+    """How a CPU multiplies 16-bit matrices: its own instructions (the two fastest by name: they sum in orders of their
+    own, at speeds of their own), or harness's blocks of fp32."""
     versions: dict[str, str | None]
     """Versions of the packages that measure and are measured; null: not installed."""
 
@@ -129,10 +131,14 @@ def _memory_bytes() -> int:
 
 
 @functools.cache
-def half_matmul() -> Literal["native", "fp32-blocks"]:
+def half_matmul() -> HalfMatmul:
     """Whether this CPU has instructions for 16-bit matrix products that PyTorch uses."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
+    if "amx_bf16" in flags:
+        return "amx"
+    if "avx512_bf16" in flags:
+        return "avx512_bf16"
     # An unknown processor keeps PyTorch's own kernels.
     return "native" if not flags or flags & NATIVE_HALF else "fp32-blocks"
 

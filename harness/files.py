@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -33,3 +37,16 @@ def _flush_names(folder: Path) -> None:
         os.fsync(names)
     finally:
         os.close(names)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, nobody else who asks is in that folder; it is made where it is missing. The kernel lets others in when
+    the process dies.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import itertools
 import math
 import os
@@ -126,6 +127,22 @@ def load(
         return _build(document, path, repeats, dict(overrides or {}), max_trials)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
+
+
+def labels_like(grid: Grid, patterns: Sequence[str]) -> set[str]:
+    """Labels of a grid that are one of these, or like one of them where it has `*`, `?` or `[…]`.
+
+    Raises:
+        InputError: one means no trial.
+    """
+    labels = list(dict.fromkeys(trial.label for trial in grid.trials if not trial.twin))
+    found = set()
+    for pattern in patterns:
+        meant = {label for label in labels if label == pattern or fnmatch.fnmatchcase(label, pattern)}
+        if not meant:
+            raise InputError(one_line(f"{grid.name}: {unknown('trial', pattern, labels)}"))
+        found |= meant
+    return found
 
 
 def preflight(grid: Grid, *, to_plan: bool = False) -> None:

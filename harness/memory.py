@@ -7,6 +7,7 @@ CUDA, so that a peak has the same meaning on both: the highest sum of live tenso
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -212,6 +213,20 @@ def _nvml_process_bytes(device: torch.device) -> int | None:
         return None
 
 
+# CUDA's runtime and driver, ROCm, PyTorch's allocator of a CPU, cuBLAS and its kin (which have no room for a
+# workspace), and the kernel (to a mapping).
+_SPELLINGS = re.compile(
+    r"out of memory|can't allocate memory|OutOfMemory|(?:CUBLAS|CUDNN|CUSPARSE|CUSOLVER|CUFFT)_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc|Unable to allocate"
+)
+
+
+def _says_so(error: BaseException, text: str) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _SPELLINGS.search(text) is not None
+
+
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(B|bytes|KiB|MiB|GiB)")
 _UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -225,10 +240,7 @@ def out_of_memory(error: BaseException, meter: MemoryMeter) -> dict[str, int | N
     if isinstance(error, OutOfBudget):
         return {"oom_reached_bytes": error.reached, "oom_requested_bytes": error.requested}
     text = str(error)
-    if not (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
-    ):
+    if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or _says_so(error, text)):
         return None
     match = _REQUESTED.search(text)
     requested = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None

@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import re
+import shutil
 import time
 import types
 import typing
 import uuid
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from harness import metrics
 from harness.environment import Environment
 from harness.errors import InputError
-from harness.files import write_whole
+from harness.files import locked, write_whole
 from harness.spec import TrialSpec
 
 SCHEMA_VERSION = 1
@@ -36,6 +40,9 @@ Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer",
 Table = Literal["trials", "steps", "stories", "models", "requests", "answers"]
 Model = Literal["base", "unmerged", "merged"]
 """A trained model at work: the base alone, the base under its adapter, and the two made one."""
+
+DISK_FULL = "DiskFull"
+"""Kind of error of a trial that had no room for what it writes: no fault of its own."""
 
 _MOST_LOOKS = 10
 _COMPACT_ABOVE = 16
@@ -208,6 +215,10 @@ class Record(Job):
     """Held-out stories."""
     adapter_id: str | None = None
     """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
+    attempt: int = 1
+    """From 1. Of the earlier ones nothing came: the worker was lost."""
+    log: str | None = None
+    """What it printed, within the results folder, where it did not end well."""
 
     @field_validator("metrics")
     @classmethod
@@ -253,6 +264,8 @@ _IDENTITY = {
     "study": pa.string(),
     "study_trial": pa.int64(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
+    "attempt": pa.int64(),
+    "log": pa.string(),
     "started_at": pa.timestamp("us", tz="UTC"),
 }
 _ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
@@ -284,7 +297,7 @@ def _model_columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
 AT_WORK: dict[Table, type[_Row]] = {"requests": Request, "answers": Answer, "models": Served}
 """Tables of trained models at work, in the order in which they are written."""
 
-_SINCE = {"measure_forgetting": False, "kind": "held-out"}
+_SINCE = {"measure_forgetting": False, "kind": "held-out", "attempt": 1}
 """Columns that came later, and what they would have said of the rows from before; of others null."""
 
 _METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m in metrics.METRICS.values()}
@@ -351,8 +364,28 @@ def spec_of(row: Mapping[str, Any]) -> TrialSpec:
 # ------------------------------------------------------------------------------------ store
 
 
+class DamagedPart(UserWarning):
+    """A part of the results that is none of ours or is damaged; its rows are left out."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What joining two folders did with the trials of the other one."""
+
+    added: int
+    replaced: int
+    """Recorded in both, and later in the other one."""
+    kept: int
+    """Recorded in both, and not later there."""
+
+
+_IN_ORDER: tuple[Table, ...] = ("steps", "stories", *AT_WORK, "trials")
+"""What is listed in a later one is whole in those before."""
+_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
 class Store:
-    """The parquet folder of one grid."""
+    """The parquet folder of one grid. Several processes may write to it at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -365,12 +398,12 @@ class Store:
             OSError: the folder cannot be written.
         """
         name = record.trial_id
-        for table, rows in (
-            ("steps", [s.model_dump() for s in record.steps]),
-            ("stories", [s.model_dump() for s in record.stories]),
-        ):
-            self._write_part(table, name, [{"trial_id": name, **row} for row in rows])  # type: ignore[arg-type]  # literals
-        self._write_part("trials", name, [_trial_row(record)])
+        steps = [{"trial_id": name, **step.model_dump()} for step in record.steps]
+        stories = [{"trial_id": name, **story.model_dump()} for story in record.stories]
+        with locked(self.folder):
+            self._write_part("steps", name, steps)
+            self._write_part("stories", name, stories)
+            self._write_part("trials", name, [_trial_row(record)])
 
     def write_inference(self, trial: Mapping[str, Any], inference: Inference) -> None:
         """Keep how a trial's model works; what was known of it before is replaced. `models` comes last: what is listed
@@ -384,14 +417,17 @@ class Store:
             OSError: the folder cannot be written.
         """
         of = {"trial_id": trial["trial_id"], "adapter_id": trial["adapter_id"]}
-        for table in AT_WORK:
-            rows = [of | row.model_dump() for row in getattr(inference, table)]
-            self._write_part(table, trial["trial_id"], rows)
+        with locked(self.folder):
+            for table in AT_WORK:
+                rows = [of | row.model_dump() for row in getattr(inference, table)]
+                self._write_part(table, trial["trial_id"], rows)
 
     def _write_part(self, table: Table, name: str, rows: list[dict[str, Any]]) -> None:
         self._write_table(table, name, pa.Table.from_pylist(rows, schema=SCHEMAS[table]))
 
     def _write_table(self, table: Table, name: str, content: pa.Table) -> None:
+        if not _PART_NAME.fullmatch(name):  # rows of others may say anything
+            raise InputError(f"{self.folder}: {name!r} is no trial id")
         written = pa.BufferOutputStream()
         pq.write_table(content, written, compression="zstd")
         write_whole(self.folder / table / f"{name}.parquet", written.getvalue().to_pybytes())
@@ -409,14 +445,26 @@ class Store:
         """What the grid said of itself; empty where nothing is known."""
         try:
             found = json.loads((self.folder / "grid.json").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
     def completed(self) -> dict[str, str]:
-        """Status of each recorded trial, by trial id."""
+        """Status of each recorded trial, by trial id; of those that have lost their steps or stories none."""
         rows = self.read("trials", columns=["trial_id", "status"])
-        return dict(zip(rows["trial_id"].to_pylist(), rows["status"].to_pylist(), strict=True))
+        lost = self.incomplete()
+        statuses = zip(rows["trial_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
+        return {trial: status for trial, status in statuses if trial not in lost}
+
+    def incomplete(self) -> set[str]:
+        """Trials whose row is there and whose steps or stories are not: a part was damaged, or moved away."""
+        rows = self.read("trials", columns=["trial_id", "optimizer_steps", "evaluated_stories"])
+        lost = set()
+        for table, needs in (("steps", "optimizer_steps"), ("stories", "evaluated_stories")):
+            there = set(self.read(table, columns=["trial_id"])["trial_id"].to_pylist())  # type: ignore[arg-type]  # literals
+            wanted = zip(rows["trial_id"].to_pylist(), rows[needs].to_pylist(), strict=True)
+            lost |= {trial for trial, count in wanted if count and trial not in there}
+        return lost
 
     def marks(self) -> dict[str, dt.datetime]:
         """When each recorded trial began: what tells a record from a later one of the same trial."""
@@ -436,16 +484,17 @@ class Store:
         Args:
             names: by trial id, any of `label`, `factor`, `level`, `repeat` and `baseline_id`.
         """
-        for row in self.read("trials").to_pylist():
-            wanted = names.get(row["trial_id"])
-            if wanted and any(row[key] != value for key, value in wanted.items()):
-                self._write_part("trials", row["trial_id"], [row | wanted])
+        with locked(self.folder):
+            for row in self.read("trials").to_pylist():
+                wanted = names.get(row["trial_id"])
+                if wanted and any(row[key] != value for key, value in wanted.items()):
+                    self._write_part("trials", row["trial_id"], [row | wanted])
 
     def part(self, trial_id: str) -> dict[str, Any] | None:
         """The row of a trial that was recorded since the parts were last made one; null where it was not."""
         try:
             content = _read_part(self.folder / "trials" / f"{trial_id}.parquet", SCHEMAS["trials"])
-        except FileNotFoundError:
+        except (FileNotFoundError, _Damaged):
             return None
         return content.to_pylist()[0]  # type: ignore[no-any-return]  # pyarrow has no types
 
@@ -458,16 +507,48 @@ class Store:
             row: all columns of its row here.
         """
         tables: tuple[Table, ...] = ("steps", "stories")
-        for table in tables:
-            found = source.read(table).filter(pc.field("trial_id") == trial_id).to_pylist()
-            self._write_part(table, row["trial_id"], [each | {"trial_id": row["trial_id"]} for each in found])
-        self._write_part("trials", row["trial_id"], [dict(row)])
+        with locked(self.folder):
+            for table in tables:
+                found = source.read(table).filter(pc.field("trial_id") == trial_id).to_pylist()
+                self._write_part(table, row["trial_id"], [each | {"trial_id": row["trial_id"]} for each in found])
+            self._write_part("trials", row["trial_id"], [dict(row)])
 
-    def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a table, the latest record of each trial only; empty where nothing was recorded.
+    def join(self, other: Store, hear: Callable[[int, int], None] = lambda done, of: None) -> Joined:
+        """Keep the trials of another folder here too, each once: where both have one, the later record. What comes with
+        a trial (steps, stories, its model at work, adapter, log) comes along. Joining again changes nothing.
+
+        Args:
+            other: left as it is.
+            hear: told how many trials are done, of how many.
 
         Raises:
-            InputError: a part is not one of ours or is damaged.
+            InputError: a name in its rows is not one that harness gives.
+            OSError: the folder cannot be written.
+        """
+        theirs = other.read("trials").to_pylist()
+        mine = self.marks()
+        newer = [r for r in theirs if r["trial_id"] not in mine or r["started_at"] > mine[r["trial_id"]]]
+        of_trial = {table: _by_trial(other.read(table)) for table in SCHEMAS}
+        for number, row in enumerate(newer, start=1):
+            for folder, name in (("adapters", row["adapter_id"]), ("logs", row["log"] and Path(row["log"]).name)):
+                _copy_within(other.folder / folder, self.folder / folder, name)
+            with locked(self.folder):
+                for table in _IN_ORDER:
+                    rows = of_trial[table].get(row["trial_id"], [])
+                    if rows or table not in AT_WORK:
+                        self._write_part(table, row["trial_id"], rows)
+            hear(number, len(newer))
+        if not self.description() and other.description():
+            self.describe(other.description())
+        added = sum(row["trial_id"] not in mine for row in newer)
+        return Joined(added, len(newer) - added, len(theirs) - len(newer))
+
+    def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a table, the latest record of each trial only; empty where nothing was recorded. Parts that are
+        damaged or none of ours are left out, with a `DamagedPart` warning each.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
         """
         for _ in range(_MOST_LOOKS):
             with contextlib.suppress(FileNotFoundError):
@@ -477,57 +558,135 @@ class Store:
     def _read(self, table: Table, columns: list[str] | None) -> pa.Table:
         schema = SCHEMAS[table]
         wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
-        # Compacted parts first and single parts after: a trial that is in both was run again.
-        parts = sorted(self._parts(table), key=lambda p: (not p.name.startswith("all-"), p.name))
-        if not parts:
-            return wanted.empty_table()
-        tables = [_read_part(part, wanted) for part in parts]
-        owner = {trial: i for i, part in enumerate(tables) for trial in set(part["trial_id"].to_pylist())}
-        kept = [
-            part.filter(pa.array([owner[trial] == i for trial in part["trial_id"].to_pylist()], pa.bool_()))
-            for i, part in enumerate(tables)
-        ]
-        return pa.concat_tables(kept)
+        tables = list(self._whole_parts(table, wanted).values())
+        return _latest(tables) if tables else wanted.empty_table()
 
     def _parts(self, table: Table) -> list[Path]:
-        return [p for p in (self.folder / table).glob("*.parquet") if not p.name.startswith(".")]
+        """Compacted parts first and single ones after: a trial that is in both was run again."""
+        parts = [p for p in (self.folder / table).glob("*.parquet") if not p.name.startswith(".")]
+        return sorted(parts, key=lambda p: (not p.name.startswith("all-"), p.name))
+
+    def _whole_parts(self, table: Table, schema: pa.Schema) -> dict[Path, pa.Table]:
+        """Those that can be read; a warning for each of the others."""
+        found = {}
+        for part in self._parts(table):
+            try:
+                found[part] = _read_part(part, schema)
+            except _Damaged as damage:
+                warnings.warn(DamagedPart(f"{part}: {damage}; left out"), stacklevel=4)
+        return found
+
+    def damage(self) -> dict[Path, str]:
+        """Parts that cannot be read, each with what is wrong with it.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
+        """
+        found = {}
+        for table, schema in SCHEMAS.items():
+            for part in self._parts(table):
+                try:
+                    _read_part(part, schema)
+                except _Damaged as damage:
+                    found[part] = str(damage)
+                except FileNotFoundError:  # compacted meanwhile
+                    continue
+        return found
+
+    def set_aside(self) -> None:
+        """Move damaged and foreign parts out of the way, into `set-aside/`, with a `DamagedPart` warning each.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
+            OSError: the folder cannot be written.
+        """
+        if not self.folder.is_dir():
+            return
+        with locked(self.folder):
+            for part, reason in self.damage().items():
+                place = self.folder / "set-aside" / f"{part.parent.name}-{time.time_ns()}-{part.name}"
+                place.parent.mkdir(exist_ok=True)
+                part.rename(place)
+                warnings.warn(DamagedPart(f"{part}: {reason}; set aside as {place.name}"), stacklevel=2)
 
     def compact(self, above: int = _COMPACT_ABOVE) -> None:
         """Make one part of many. Rows are written before the parts that held them go; a reader in
         between sees some rows twice and keeps one.
         """
-        for table in SCHEMAS:
-            parts = self._parts(table)
-            if len(parts) > above:
-                content = self.read(table)
-                # In the order of time: should a former one be left behind, the rows of the later one count.
-                name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-                self._write_table(table, name, content)
-                for part in parts:
-                    part.unlink(missing_ok=True)
+        with locked(self.folder):
+            for table in SCHEMAS:
+                if len(self._parts(table)) > above:
+                    parts = self._whole_parts(table, SCHEMAS[table])  # what is damaged stays as it is
+                    content = _latest(list(parts.values()))
+                    # In the order of time: should a former one be left behind, the rows of the later one count.
+                    name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+                    self._write_table(table, name, content)
+                    for part in parts:
+                        part.unlink(missing_ok=True)
+
+
+class _Damaged(Exception):
+    """What is wrong with a part."""
 
 
 def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
     try:
-        content = pq.read_table(part)
+        with pq.ParquetFile(part) as file:
+            about = file.schema_arrow
+            version = (about.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
+            if not (version.isascii() and version.isdigit()):
+                raise _Damaged("not written by harness (it has no schema_version)")
+            if int(version) > SCHEMA_VERSION:
+                raise InputError(
+                    f"{part}: schema_version {version} is newer than this harness ({SCHEMA_VERSION}); upgrade it"
+                )
+            if "trial_id" not in about.names or len(set(about.names)) < len(about.names):
+                raise _Damaged("not written by harness (it has no trial_id, or a column twice)")
+            content = file.read(columns=[name for name in schema.names if name in about.names])
+        content.validate(full=True)
+        columns = [
+            content[field.name].cast(field.type)
+            if field.name in about.names
+            else pa.repeat(pa.scalar(_SINCE.get(field.name), field.type), len(content))
+            for field in schema
+        ]
     except FileNotFoundError:
         raise  # somebody compacted the folder meanwhile: its rows are in another part
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{part}: not a readable parquet file ({str(error).splitlines()[0]}); move it away") from None
-    version = (content.schema.metadata or {}).get(b"schema_version", b"").decode()
-    if not version.isdigit():
-        raise InputError(f"{part}: not written by harness (no schema_version); move it away")
-    if int(version) > SCHEMA_VERSION:
-        raise InputError(f"{part}: schema_version {version} is newer than this harness ({SCHEMA_VERSION}); upgrade it")
-    if content.schema.equals(schema):
-        return content
-    columns = [
-        content[f.name].cast(f.type)
-        if f.name in content.schema.names
-        else pa.repeat(pa.scalar(_SINCE.get(f.name), f.type), len(content))
-        for f in schema
-    ]
+        raise _Damaged(f"not a readable parquet file ({str(error).splitlines()[0]})") from None
     return pa.table(columns, schema=schema)
+
+
+def _latest(tables: list[pa.Table]) -> pa.Table:
+    """One table of all rows but those of a trial that is in a later table too."""
+    owner = {trial: i for i, part in enumerate(tables) for trial in set(part["trial_id"].to_pylist())}
+    kept = [
+        part.filter(pa.array([owner[trial] == i for trial in part["trial_id"].to_pylist()], pa.bool_()))
+        for i, part in enumerate(tables)
+    ]
+    return pa.concat_tables(kept)
+
+
+def _by_trial(content: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in content.to_pylist():
+        found.setdefault(row["trial_id"], []).append(row)
+    return found
+
+
+def _copy_within(source: Path, target: Path, name: str | None) -> None:
+    """Copy a file or folder of that name, which is whole or absent; one that is there already is the same."""
+    if name is None or not _PART_NAME.fullmatch(name) or (target / name).exists() or not (source / name).exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    aside = target / f".{name}.{uuid.uuid4().hex[:8]}.aside"
+    try:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, aside)
+        aside.rename(target / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.unlink(missing_ok=True)
 
 
 def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:

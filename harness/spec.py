@@ -28,6 +28,8 @@ from pydantic import (
     model_validator,
 )
 
+from harness.private import without_home
+
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
 
@@ -144,6 +146,8 @@ class PromptSpec(_Frozen):
 
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
+Place = Annotated[Name, AfterValidator(without_home)]
+"""A name that may be a path: one under the home folder begins with `~`, and is the same for everybody."""
 _MOST = 2**31 - 1
 """Larger counts are slips of the keyboard, and no Arrow column or seed holds just any integer."""
 
@@ -151,7 +155,7 @@ _MOST = 2**31 - 1
 class DatasetSpec(_Frozen):
     """Where stories come from."""
 
-    path: Name
+    path: Place
     """Bundled name (`storyteller`, `storyteller-openings`), a .jsonl/.json/.csv/.parquet file, or a hub id."""
     type: PromptSpec = PromptSpec()
     """Prompt keys."""
@@ -164,7 +168,7 @@ UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
 class TrialSpec(_Frozen):
     """One fine-tuning. Equal specs have equal ids on every machine."""
 
-    base_model: Name
+    base_model: Place
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
     """Story sources, joined."""
@@ -245,7 +249,7 @@ class TrialSpec(_Frozen):
     seed: Annotated[StrictInt, Field(ge=0, le=_MOST)] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 
-    output_dir: StrictStr | None = None
+    output_dir: Annotated[StrictStr, AfterValidator(without_home)] | None = None
     """Accepted from training files; results go where `harness run --results` says."""
     logging_steps: PositiveInt = 1
     """Accepted from training files; every step is recorded."""

@@ -18,9 +18,11 @@ import numpy
 import torch
 
 from harness import data, environment, evaluate_model, model, model_source
+from harness.errors import says_disk_full
 from harness.memory import MemoryMeter, out_of_memory
 from harness.metrics import SCORES
-from harness.results import Job, Phase, Record, Status, Step, StoryLoss
+from harness.private import withheld
+from harness.results import DISK_FULL, Job, Phase, Record, Status, Step, StoryLoss
 from harness.training import TRACKED_STEPS, Diverged, Trainer
 
 Tell = Callable[[Literal["phase", "step"], Any], None]
@@ -87,7 +89,8 @@ class _Trial:
             traceback.print_exc()
             oom = out_of_memory(error, meter) if meter is not None else None
             status = _status(error, oom)
-            failure = {"phase": self.phase, "error_type": type(error).__name__, "error": _one_line(error)}
+            kind = DISK_FULL if says_disk_full(error) else type(error).__name__
+            failure = {"phase": self.phase, "error_type": kind, "error": _one_line(error)}
             self.metrics.update(oom or {})
         self.metrics["trial_seconds"] = time.perf_counter() - started
         if status != "ok":
@@ -315,6 +318,6 @@ def _status(error: BaseException, oom: dict[str, int | None] | None) -> Status:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of an error, short, without the user's home folder."""
+    """The first line of an error, short, without what is the user's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].replace(str(Path.home()), "~")[:500]
+    return withheld(lines[0])[:500]

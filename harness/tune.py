@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness import environment
 from harness.errors import InputError
 from harness.grid import Grid, Trial, interleave, repeat
-from harness.launch import Display, Launcher, execute, interrupts, run_grid
+from harness.launch import Display, Launcher, Policy, execute, interrupts, run_grid
 from harness.launch.planner import Planner
 from harness.metrics import FITS, METRICS, show_bytes
 from harness.prediction import NOTHING_EXPECTED, Expected
@@ -65,10 +66,8 @@ class Options:
     """The study's memory; null: an SQLite file beside the rows."""
     sources: tuple[Path, ...] = ()
     """Results folders whose rows the search starts from."""
-    trial_timeout: float | None = None
-    """Seconds that one trial may take."""
-    trust_remote_code: bool = False
-    """Let models from the hub run their own code."""
+    policy: Policy = field(default_factory=lambda: Policy(skip_infeasible=True))
+    """How each trial is run."""
     planner: Planner | None = None
     """Predicts each trial's peak: what is over the budget is not started. Null: nothing is predicted."""
     rates: Rates | None = None
@@ -175,6 +174,7 @@ class _Tuning:
         self.display.begin(self._left(), 0)
         number = 0
         with interrupts(self.display.interrupted) as asked_to_stop:
+            self.asked_to_stop = asked_to_stop
             while self._goes_on():
                 number += 1
                 self._one(number)
@@ -280,10 +280,9 @@ class _Tuning:
             self.store,
             self.launcher,
             self.display,
-            timeout=self.options.trial_timeout,
-            trust_remote_code=self.options.trust_remote_code,
-            expected=self._expected([spec]),
-            skip_infeasible=True,
+            self.options.policy,
+            self._expected([spec]),
+            self.asked_to_stop,
         )
         row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
         self.recorded[record.trial_id] = row
@@ -329,8 +328,7 @@ class _Tuning:
             self.store,
             self.launcher,
             self.display,
-            timeout=self.options.trial_timeout,
-            trust_remote_code=self.options.trust_remote_code,
+            dataclasses.replace(self.options.policy, skip_infeasible=False),  # the search has measured them
             expected=self._expected([trial.spec for trial in trials]),
         )
         return summary.left == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -20,12 +21,12 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
 
     Args:
         job: a `Job` as JSON.
-        options: `folder` for adapters, `log` for all that is printed, `trust_remote_code`.
+        options: `folder` for adapters, `trust_remote_code`.
         connection: gets `[kind, value]` in JSON: phases, steps, and the record last.
     """
     # An interrupt is for the runner: it decides whether this trial is finished or stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _print_to(Path(options["log"]))
+    faulthandler.enable()  # a crash says where
     threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
     half_matmul.install()
 
@@ -41,15 +42,6 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _print_to(log: Path) -> None:
-    """Point this process's output at the trial's log."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.close(file)
 
 
 def _leave_with(connection: Connection) -> None:

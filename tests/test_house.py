@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "harness"
 
 # Imports point downward: a module may import those of lower floors, and of its own where noted.
 FLOORS: dict[str, int] = {
-    "cli": 6, "display": 6, "doctor": 6, "__main__": 7,
+    "cli": 6, "display": 6, "doctor": 6, "cleaning": 6, "__main__": 7,
     "until_decided": 5, "tune": 5, "largest": 5, "launch": 5, "launch.local": 5, "launch.planner": 5,
     "launch.preload": 5, "launch.isolated": 5, "launch.merging": 5, "launch.serving": 5, "launch.leases": 5,
+    "launch.logs": 5, "launch.endings": 5,
     "report": 5, "report.measurements": 5, "report.words": 5, "report.tables": 5, "report.verdicts": 5,
     "report.plots": 5, "report.document": 5, "report.faces": 5, "report.recommend": 5, "report.versus": 5,
     "report.found": 5, "report.tuning": 5, "report.tuning_plots": 5, "report.planned": 5, "report.served": 5,
@@ -23,10 +24,11 @@ FLOORS: dict[str, int] = {
     "model": 2, "data": 2, "memory": 2, "flops": 1, "half_matmul": 2, "rates": 2, "story_metrics": 1,
     "grid": 2, "search": 2, "claims": 2, "results": 2, "stats": 2, "prediction": 2, "roofline": 2, "cards": 2,
     "model_source": 1, "stories": 1, "spec": 1, "metrics": 1, "environment": 1,
-    "wording": 1, "errors": 0, "files": 0, "": 0,
+    "wording": 1, "errors": 0, "files": 0, "private": 0, "terminal": 0, "": 0,
 }  # fmt: skip
 WITHOUT_TORCH = ("cli", "display", "doctor", "grid", "launch", "launch.local", "launch.planner", "launch.isolated",
-                 "launch.merging", "launch.serving", "launch.leases", "report.served", "results", "stats",
+                 "launch.merging", "launch.serving", "launch.leases", "launch.logs",
+                 "launch.endings", "cleaning", "report.served", "results", "stats",
                  "claims", "until_decided", "search", "tune", "calibration", "largest", "cards", "prediction",
                  "roofline", "report.planned", "report.tuning", "report.tuning_plots", "report.found",
                  "report", "report.document", "report.faces", "report.recommend", "report.versus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,11 +17,13 @@ import formula
 import psutil
 import pytest
 
+from harness import environment
 from harness.grid import Grid, Trial
-from harness.launch import Launcher, Summary, pending, run_grid
+from harness.launch import Launcher, Policy, Summary, pending, run_grid
 from harness.launch.leases import EXPIRES_SECONDS, Leases
 from harness.launch.local import LocalLauncher
-from harness.results import Job, Record, Store
+from harness.launch.logs import MOST_BYTES
+from harness.results import Job, Record, Store, trial_id
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -48,6 +51,9 @@ class Watch:
             self.phase = ""
             self.act()
 
+    def retried(self, record: Record) -> None:
+        self.seen.append((record.label, "retried", record.status))
+
     def finished(self, record: Record) -> None:
         pass
 
@@ -56,6 +62,20 @@ class Watch:
 
     def interrupted(self) -> None:
         self.seen.append((self.running, "interrupted", None))
+
+
+class Acts(Watch):
+    """Does something at a phase of each of several trials, once or so many times."""
+
+    def __init__(self, phase: str, acts: dict[str, Callable[[], None]], times: int = 1) -> None:
+        super().__init__()
+        self.at, self.acts, self.left = phase, acts, dict.fromkeys(acts, times)
+
+    def event(self, kind: str, value: Any) -> None:
+        super().event(kind, value)
+        if value == self.at and self.left.get(self.running, 0):
+            self.left[self.running] -= 1
+            self.acts[self.running]()
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +98,49 @@ def workers() -> list[psutil.Process]:
     return [child for server in servers for child in server.children()]
 
 
+def pending_id(spec: TrialSpec) -> str:
+    return trial_id(spec, environment.current("cpu"))
+
+
+def kill_server() -> None:
+    for worker in workers():
+        parent = worker.parent()
+        assert parent is not None
+        parent.kill()
+
+
 def kill_worker() -> None:
     for worker in workers():
         os.kill(worker.pid, signal.SIGKILL)
+
+
+def stop_worker() -> None:
+    for worker in workers():
+        worker.suspend()
+
+
+def crash_worker() -> None:
+    for worker in workers():
+        os.kill(worker.pid, signal.SIGSEGV)
 
 
 def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     grid = grid_of(
         first=small(),
         murdered=small(seed=1),
+        crashes=small(seed=3),
+        hangs=small(seed=4),
         raises=small(excess_length="raise"),
         too_large=small(memory_budget=4_000_000),
-        endless=small(train_samples=1_000_000),
         explodes=small(learning_rate=1e30),
         last=small(seed=2),
     )
+    endless = grid_of(endless=small(train_samples=1_000_000))
     store = Store(tmp_path)
-    go(grid, store, launcher, Watch("murdered", "backward", kill_worker), timeout=20)
+    shared = set(Path("/dev/shm").iterdir())  # noqa: S108 - where a process could leave something
+    acts = {"murdered": kill_worker, "crashes": crash_worker, "hangs": stop_worker}
+    go(grid, store, launcher, Acts("backward", acts), policy=Policy(stall=3))
+    go(endless, store, launcher, policy=Policy(timeout=4))
 
     rows = {row["label"]: row for row in store.read("trials").to_pylist()}
     ends = {label: (row["status"], row["phase"]) for label, row in rows.items()}
@@ -104,24 +150,145 @@ def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path,
     assert ends == {
         "first": ("ok", None),
         "murdered": ("killed", "backward"),
+        "crashes": ("killed", "backward"),
+        "hangs": ("timeout", "backward"),
         "raises": ("failed", "load"),
         "too_large": ("oom", "forward"),
         "explodes": ("diverged", "forward"),
         "last": ("ok", None),
     }
-    assert rows["murdered"]["error_type"] == "SIGKILL"
+    kinds = {label: row["error_type"] for label, row in rows.items() if row["status"] in ("killed", "timeout")}
+    assert kinds == {"murdered": "SIGKILL", "crashes": "SIGSEGV", "hangs": "Stall", "endless": "Timeout"}
     assert "excess_length" in rows["raises"]["error"]
     held, asked = rows["too_large"]["oom_reached_bytes"], rows["too_large"]["oom_requested_bytes"]
     assert held <= 4_000_000 < held + asked
-    assert rows["endless"]["trial_seconds"] >= 20
+    assert rows["endless"]["trial_seconds"] >= 4
+    assert rows["endless"]["peak_process_bytes"] > 2**27
+    assert "Segmentation fault" in (tmp_path / rows["crashes"]["log"]).read_text()
+    assert "Traceback" in (tmp_path / rows["raises"]["log"]).read_text()
     for label, row in rows.items():
         assert (row["tokens_per_second"] is not None) == (row["status"] == "ok"), label
+        assert (row["log"] is None) == (row["status"] == "ok"), label
     assert not workers(), "no process is left behind"
+    assert set(Path("/dev/shm").iterdir()) <= shared, "nor shared memory"  # noqa: S108
 
     again = Watch()
-    assert go(grid, store, launcher, again).skipped == 7
+    assert go(grid, store, launcher, again).skipped == 8
     assert again.total == 0
-    assert [t.label for t in pending(grid, store, frozenset({"killed", "oom"}))] == ["murdered", "too_large"]
+    assert [t.label for t in pending(grid, store, frozenset({"killed", "oom"}))] == ["murdered", "crashes", "too_large"]
+
+
+def test_a_lost_worker_is_tried_again(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """Killed, and lost with its server; not what crashes by itself or fails."""
+    store = Store(tmp_path)
+    acts = {"killed": kill_worker, "orphaned": kill_server, "crashes": crash_worker}
+    grid = grid_of(killed=small(), orphaned=small(seed=1), crashes=small(seed=2), raises=small(excess_length="raise"))
+    watch = Acts("forward", acts)
+    go(grid, store, launcher, watch, policy=Policy(retries=2))
+    rows = {row["label"]: row for row in store.read("trials").to_pylist()}
+    assert {label: (row["status"], row["attempt"]) for label, row in rows.items()} == {
+        "killed": ("ok", 2),
+        "orphaned": ("ok", 2),
+        "crashes": ("killed", 1),
+        "raises": ("failed", 1),
+    }
+    assert [label for label, kind, _ in watch.seen if kind == "retried"] == ["killed", "orphaned"]
+
+    # For ever is not tried either, and what takes too long only where it is asked for.
+    always = Acts("forward", {"k": kill_worker}, times=9)
+    go(grid_of(k=small(seed=5)), store, launcher, always, policy=Policy(retries=1))
+    assert store.part(pending_id(small(seed=5)))["attempt"] == 2  # type: ignore[index]  # it is there
+    for asked, attempts in ((False, 1), (True, 2)):
+        slow = Acts("forward", {"s": stop_worker}, times=9)
+        policy = Policy(stall=0.6, retries=1, retry_timeouts=asked)
+        go(grid_of(s=small(seed=6)), store, launcher, slow, policy=policy, rerun=frozenset({"timeout"}))
+        assert store.part(pending_id(small(seed=6)))["attempt"] == attempts  # type: ignore[index]  # as above
+
+
+def test_the_kernels_kill_for_want_of_memory_is_told_from_others(
+    small: Small, tmp_path: Path, launcher: Launcher
+) -> None:
+    """In a control group of its own, so that the kernel finds nobody else to end."""
+    group = Path("/sys/fs/cgroup/memory/harness-test")
+    if not (group.parent / "memory.limit_in_bytes").exists():
+        group = Path("/sys/fs/cgroup/harness-test")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group can be made here")
+    try:
+        limits = [group / "memory.limit_in_bytes", group / "memory.max"]
+
+        def confine() -> None:
+            for worker in workers():
+                (group / "cgroup.procs").write_text(str(worker.pid))
+            next(limit for limit in limits if limit.exists()).write_text(str(2**24))
+
+        grid = grid_of(huge=small(base_model="random:smollm2-135m", max_steps=3, train_samples=None))
+        go(grid, Store(tmp_path), launcher, Acts("load", {"huge": confine}))
+    except PermissionError:
+        pytest.skip("a control group gets no process here")
+    finally:
+        group.rmdir()
+    row = Store(tmp_path).read("trials").to_pylist()[0]
+    assert (row["status"], row["error_type"], row["phase"]) == ("oom", "HostOutOfMemory", "load")
+    assert "the kernel ended the worker" in row["error"]
+
+
+def test_a_log_has_a_limit_and_no_secrets(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "open-sesame-1")
+    go(grid_of(one=small()), Store(tmp_path), LocalLauncher(chatty))
+    row = Store(tmp_path).read("trials").to_pylist()[0]
+    assert (row["status"], row["error_type"]) == ("failed", "WorkerExit")
+    assert row["error"].endswith("the last word")
+    text = (tmp_path / row["log"]).read_text()
+    assert 0.8 * MOST_BYTES < len(text) < MOST_BYTES + 1000
+    assert text.startswith("the first word\n~/secret and https://[hidden]@host\n")
+    assert "bytes left out]" in text
+    assert "sesame" not in text
+
+
+def chatty(job: str, options: dict[str, Any], channel: Any) -> None:
+    print("the first word")
+    print(f"{Path.home()}/secret and https://me:open-sesame-1@host", flush=True)
+    for number in range(100_000):
+        print(f"line {number} open-sesame-1 hf_abcdefghijklmnopqrst")
+    print("the last word", flush=True)
+    os._exit(3)
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """A disk that has no room for an adapter, then none for a row, then enough."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        store = Store(disk / "g")
+        grid = grid_of(one=small(), two=small(save_adapter=True, lora_r=512), three=small(seed=1))
+        with pytest.raises(OSError, match="No space left on device"):
+            go(grid, store, launcher)
+        assert store.completed().keys() == {pending_id(small())}, "the adapter had no room, and no row says it failed"
+        assert not [*(disk / "g/adapters").iterdir()], "nor is half of it left"
+        first = store.marks()
+
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        with pytest.raises(OSError, match="No space left on device"):
+            go(grid_of(three=small(seed=1)), store, launcher)
+        assert store.marks() == first
+        assert not store.damage()
+
+        (disk / "filler").unlink()
+        subprocess.run(["/bin/mount", "-o", "remount,size=64m", disk], check=True)
+        assert {r.status for r in go(grid, store, launcher).records} == {"ok"}
+        assert len(store.marks()) == 3
+        assert first.items() <= store.marks().items()
+    finally:
+        subprocess.run(["/bin/umount", "-l", disk], check=True)
 
 
 def test_an_interrupt_finishes_the_running_trial_and_two_stop_it(
@@ -156,7 +323,7 @@ def test_a_worker_leaves_when_its_runner_is_gone(small: Small, tmp_path: Path, l
         "from harness.results import Job\n"
         "job = Job.model_validate_json(sys.argv[1])\n"
         "with LocalLauncher() as launcher:\n"
-        "    launcher.run(job, {'folder': None, 'log': sys.argv[2], 'trust_remote_code': False}, timeout=None,\n"
+        "    launcher.run(job, {'folder': None, 'trust_remote_code': False}, log=Path(sys.argv[2]),\n"
         "                 on_event=lambda kind, value: print(kind, flush=True))\n"
     )
     job = Job(grid="test", spec=small(train_samples=1_000_000), label="endless")
@@ -281,16 +448,14 @@ def test_a_killed_runner_loses_and_doubles_nothing(tmp_path: Path) -> None:
 def test_a_lease_of_another_machine_holds_until_it_is_stale(tmp_path: Path) -> None:
     elsewhere, here = Leases(tmp_path), Leases(tmp_path)
     elsewhere._me = elsewhere._me.model_copy(update={"host": "another", "pid": 1})
-    with elsewhere.lock():
-        assert elsewhere.take("t")
-    with here.lock():
-        assert not here.take("t")
-        assert here.take("u")
-        old = time.time() - EXPIRES_SECONDS - 1
-        os.utime(tmp_path / "leases/t.json", (old, old))
-        assert here.take("t")
-    with elsewhere.lock():
-        assert not elsewhere.take("u")
+    assert elsewhere.take("t")
+    assert not here.take("t")
+    assert here.take("u")
+    assert not elsewhere.take("u")
+    assert not here.nobody_works()
+    old = time.time() - EXPIRES_SECONDS - 1
+    os.utime(tmp_path / "leases/t.json", (old, old))
+    assert here.nobody_works()
+    assert here.take("t")
     (tmp_path / "leases/u.json").write_bytes(b"half")
-    with elsewhere.lock():
-        assert elsewhere.take("u"), "what nobody can read holds nothing"
+    assert elsewhere.take("u"), "what nobody can read holds nothing"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from pydantic import ValidationError
 from harness.environment import current
 from harness.errors import InputError
 from harness.metrics import METRICS
-from harness.results import SCHEMAS, Job, Record, Step, Store, StoryLoss, spec_of
+from harness.results import SCHEMAS, DamagedPart, Job, Joined, Record, Step, Store, StoryLoss, spec_of
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -88,28 +91,117 @@ def test_a_part_that_is_being_written_is_not_read(small: Small, tmp_path: Path) 
     assert len(store.read("trials")) == 1
 
 
-def test_foreign_and_newer_files_are_refused_by_name(small: Small, tmp_path: Path) -> None:
-    folder = tmp_path / "trials"
-    folder.mkdir()
+def spoil(folder: Path) -> list[str]:
+    """Put what is no part of ours, or no longer, among the parts; returns their names."""
+    whole = next(folder.glob("*.parquet")).read_bytes()
+    (folder / "junk.parquet").write_bytes(b"PAR1 and junk")
+    (folder / "empty.parquet").write_bytes(b"")
+    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    broken = bytearray(whole)
+    broken[100:400] = bytes(300)
+    (folder / "broken.parquet").write_bytes(broken)
     pq.write_table(pa.table({"a": [1]}), folder / "foreign.parquet")
-    with pytest.raises(InputError, match=r"foreign\.parquet.*not written by harness"):
-        Store(tmp_path).read("trials")
-    (folder / "foreign.parquet").unlink()
+    ours = {"schema_version": "1"}
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(ours), folder / "nameless.parquet")
+    wrong = pa.table({"trial_id": ["t"], "status": ["ok"], "lora_r": ["many"]}).replace_schema_metadata(ours)
+    pq.write_table(wrong, folder / "wrong.parquet")
+    binary = pa.table({"trial_id": pa.array([b"\xff\xfe"]).cast(pa.string(), safe=False)})
+    pq.write_table(binary.replace_schema_metadata(ours), folder / "binary.parquet")
+    return ["binary", "broken", "cut", "empty", "foreign", "junk", "nameless", "wrong"]
+
+
+def test_damaged_and_foreign_parts_are_left_out_and_set_aside(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(record(small()))
+    spoilt = spoil(tmp_path / "trials")
+    with pytest.warns(DamagedPart) as said:
+        assert len(store.read("trials")) == 1
+    assert sorted(re.findall(r"/(\w+)\.parquet: ", " ".join(str(w.message) for w in said))) == spoilt
+    with pytest.warns(DamagedPart):
+        store.compact(above=1)
+    assert sorted(part.stem for part in store.damage()) == spoilt, "compaction removes nothing that it cannot read"
+    with pytest.warns(DamagedPart, match="set aside as trials-"):
+        store.set_aside()
+    assert len(list((tmp_path / "set-aside").iterdir())) == len(spoilt)
+    with warnings.catch_warnings(action="error"):
+        assert len(store.read("trials")) == 1
+        assert len(pandas.read_parquet(tmp_path / "trials")) == 1
+        store.set_aside()
+
+
+def test_a_newer_part_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
     pq.write_table(SCHEMAS["trials"].empty_table().replace_schema_metadata({"schema_version": "99"}),
-                   folder / "newer.parquet")  # fmt: skip
-    with pytest.raises(InputError, match="99 is newer"):
-        Store(tmp_path).read("trials")
-    (folder / "newer.parquet").write_bytes(b"junk")
-    with pytest.raises(InputError, match="not a readable parquet"):
-        Store(tmp_path).read("trials")
+                   tmp_path / "trials/newer.parquet")  # fmt: skip
+    for look in (lambda: Store(tmp_path).read("trials"), Store(tmp_path).set_aside):
+        with pytest.raises(InputError, match=r"newer\.parquet: schema_version 99 is newer"):
+            look()
+    assert (tmp_path / "trials/newer.parquet").exists()
+
+
+def test_a_trial_without_its_steps_is_not_complete(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed in range(3):
+        store.write(record(small(seed=seed), metrics={"optimizer_steps": 1, "evaluated_stories": 1}))
+    ids = [record(small(seed=seed)).trial_id for seed in range(3)]
+    (tmp_path / f"steps/{ids[0]}.parquet").write_bytes(b"junk")
+    (tmp_path / f"stories/{ids[1]}.parquet").unlink()
+    with pytest.warns(DamagedPart):
+        assert store.completed().keys() == {ids[2]}
+    assert len(store.marks()) == 3
+
+
+def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    later = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    here.write(record(small(), metrics={"peak_memory_bytes": 1}))
+    here.write(record(small(seed=1), metrics={"peak_memory_bytes": 2}, started_at=later))
+    here.compact(above=1)
+    there.write(record(small(), metrics={"peak_memory_bytes": 3}, started_at=later))
+    there.write(record(small(seed=1), metrics={"peak_memory_bytes": 4}))
+    failed = {"status": "failed", "phase": "load", "error": "x", "error_type": "X", "metrics": {}, "log": "logs/a.log"}
+    there.write(record(small(seed=2), **failed))
+    there.write(record(small(seed=3), adapter_id="0123456789abcdef"))
+    there.describe({"title": "T"})
+    for file in ("adapters/0123456789abcdef/adapter_model.safetensors", "logs/a.log", "logs/other.log"):
+        (there.folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (there.folder / file).write_text(file)
+
+    assert here.join(there) == Joined(added=2, replaced=1, kept=1)
+    rows = {row["seed"]: row for row in here.read("trials").to_pylist()}
+    assert {seed: row["peak_memory_bytes"] for seed, row in rows.items()} == {0: 3, 1: 2, 2: None, 3: 1000}
+    assert sorted(here.read("steps")["trial_id"].to_pylist()) == sorted(row["trial_id"] for row in rows.values())
+    assert (here.folder / "logs/a.log").read_text() == "logs/a.log"
+    assert not (here.folder / "logs/other.log").exists()
+    assert (here.folder / "adapters/0123456789abcdef/adapter_model.safetensors").is_file()
+    assert here.description() == {"title": "T"}
+    everything = here.read("trials").sort_by("trial_id")
+    assert here.join(there) == Joined(added=0, replaced=0, kept=4)
+    here.compact(above=1)
+    assert here.read("trials").sort_by("trial_id").equals(everything)
+
+
+def test_a_name_that_leaves_the_folder_is_refused(small: Small, tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    there.write(record(small()))
+    part = next((there.folder / "trials").iterdir())
+    content = pq.read_table(part)
+    for column, value in (("trial_id", "../../evil"), ("adapter_id", ".."), ("log", "../../evil")):
+        hostile = content.set_column(content.schema.get_field_index(column), column, pa.array([value]))
+        pq.write_table(hostile.cast(content.schema), part)
+        with contextlib.suppress(InputError):
+            here.join(there)
+        assert not list(tmp_path.rglob("evil*"))
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "there"}
 
 
 def test_an_older_schema_still_reads(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write(record(small()))
     part = next((tmp_path / "trials").glob("*.parquet"))
-    pq.write_table(pq.read_table(part).drop_columns(["peak_load_bytes"]), part)
-    assert store.read("trials")["peak_load_bytes"].to_pylist() == [None]
+    pq.write_table(pq.read_table(part).drop_columns(["peak_load_bytes", "attempt", "log"]), part)
+    row = store.read("trials").to_pylist()[0]
+    assert (row["peak_load_bytes"], row["attempt"], row["log"]) == (None, 1, None)
 
 
 def test_records_refuse_what_is_no_measurement(small: Small) -> None:

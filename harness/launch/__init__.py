@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,16 +15,27 @@ from typing import Any, Protocol
 
 from harness import environment
 from harness.grid import Grid, Trial
+from harness.launch.endings import is_transient
 from harness.launch.leases import Leases
 from harness.prediction import NOTHING_EXPECTED, Expected
-from harness.results import Job, Record, Status, Store, trial_id
+from harness.results import DISK_FULL, Job, Record, Status, Store, trial_id
+
+STALL_SECONDS = 1800.0
+"""A worker that gave no sign of life for so long within a step hangs."""
 
 
 class Launcher(Protocol):
     """Runs one job at a time to its record."""
 
     def run(
-        self, job: Job, options: dict[str, Any], *, timeout: float | None, on_event: Callable[[str, Any], None]
+        self,
+        job: Job,
+        options: dict[str, Any],
+        *,
+        log: Path,
+        timeout: float | None = None,
+        stall: float | None = None,
+        on_event: Callable[[str, Any], None],
     ) -> Record:
         """Run a job in a process of its own; the record says how it ended."""
         ...
@@ -40,6 +53,9 @@ class Display(Protocol):
     def event(self, kind: str, value: Any) -> None:
         """The running trial says a phase or a step."""
 
+    def retried(self, record: Record) -> None:
+        """An attempt came to nothing, and there is another one."""
+
     def finished(self, record: Record) -> None:
         """A trial ended."""
 
@@ -48,6 +64,24 @@ class Display(Protocol):
 
     def waiting(self, count: int) -> None:
         """Nothing is left but so many trials that other runners are doing."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How trials are run; none of it changes what is measured."""
+
+    timeout: float | None = None
+    """Seconds that a trial may take; null: any."""
+    stall: float | None = STALL_SECONDS
+    """Seconds that it may give no sign of life within a step; null: any."""
+    retries: int = 0
+    """So many more attempts where the worker was killed or lost: what may well end otherwise."""
+    retry_timeouts: bool = False
+    """Whether one that took too long gets them too."""
+    trust_remote_code: bool = False
+    """Let models from the hub run their own code."""
+    skip_infeasible: bool = False
+    """Record what is predicted not to fit without starting it."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +124,11 @@ def run_grid(
     store: Store,
     launcher: Launcher | None,
     display: Display,
+    policy: Policy = Policy(),
     *,
-    timeout: float | None = None,
     rerun: frozenset[Status] = frozenset(),
     limit: int | None = None,
-    trust_remote_code: bool = False,
     expected: Expected = NOTHING_EXPECTED,
-    skip_infeasible: bool = False,
 ) -> Summary:
     """Run what is pending, one trial after another, each kept as soon as it ends.
 
@@ -108,12 +140,10 @@ def run_grid(
         store: where records are kept.
         launcher: runs each trial; null where none is pending.
         display: shows it.
-        timeout: seconds that a trial may take; null: any.
+        policy: how they are run.
         rerun: statuses of recorded trials that are run again.
         limit: most trials to run now; null: all.
-        trust_remote_code: let models from the hub run their own code.
         expected: what was predicted, kept beside what is measured.
-        skip_infeasible: record what is predicted not to fit without starting it.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -137,18 +167,8 @@ def run_grid(
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
             display.trial(number, job)
             assert launcher is not None  # noqa: S101 - the caller's promise
-            record = execute(
-                job,
-                store,
-                launcher,
-                display,
-                timeout=timeout,
-                trust_remote_code=trust_remote_code,
-                expected=expected,
-                skip_infeasible=skip_infeasible,
-            )
-            records.append(record)
-    shares.compact()
+            records.append(execute(job, store, launcher, display, policy, expected, asked_to_stop))
+    store.compact()
     return Summary(tuple(records), skipped, len(trials) - len(records) - shares.elsewhere, shares.elsewhere)
 
 
@@ -175,9 +195,7 @@ class _Shares:
             for trial in left:
                 if asked_to_stop():
                     return
-                with self._leases.lock():
-                    taken = self._leases.take(_id(trial))
-                if not taken:
+                if not self._leases.take(_id(trial)):
                     busy.append(trial)
                     continue
                 with self._leases.held(_id(trial)):
@@ -191,21 +209,17 @@ class _Shares:
                 time.sleep(_LOOK_SECONDS)
             left = busy
 
-    def compact(self) -> None:
-        """Make one part of many, unless a runner is at work that may be writing one of them."""
-        with self._leases.lock():
-            if self._leases.nobody_works():
-                self._store.compact()
-
     def _recorded_since(self, trial_id: str) -> bool:
         """Whether a record is there that was not when this run began."""
         mark = self._store.mark(trial_id)
         return mark is not None and mark != self._marks.get(trial_id)
 
 
-def log_path(store: Store, job: Job) -> Path:
-    """Where a trial's output goes."""
-    return store.folder / "logs" / f"{job.spec.id}{'-twin' * job.twin}.log"
+def log_path(store: Store, job: Job, attempt: int = 1) -> Path:
+    """Where an attempt's output goes."""
+    here = environment.current(environment.resolve_device(job.spec.device))
+    name = trial_id(job.spec, here, twin=job.twin)
+    return store.folder / "logs" / (f"{name}.log" if attempt == 1 else f"{name}.attempt-{attempt}.log")
 
 
 def execute(
@@ -213,33 +227,51 @@ def execute(
     store: Store,
     launcher: Launcher,
     display: Display,
-    *,
-    timeout: float | None = None,
-    trust_remote_code: bool = False,
+    policy: Policy = Policy(),
     expected: Expected = NOTHING_EXPECTED,
-    skip_infeasible: bool = False,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Run one job and keep its record, with what was predicted for it.
 
-    With `skip_infeasible` a trial that is predicted not to fit is recorded as skipped, and not started.
-
     Raises:
         KeyboardInterrupt: interrupted twice.
-        OSError: the record cannot be kept.
+        OSError: the record cannot be kept, or there was no room for what the trial writes.
     """
-    options = {
-        "folder": str(store.folder / "adapters"),
-        "log": str(log_path(store, job)),
-        "trust_remote_code": trust_remote_code,
-    }
-    reason = expected.infeasible(job.spec) if skip_infeasible else None
+    reason = expected.infeasible(job.spec) if policy.skip_infeasible else None
     if reason is not None:
         record = expected.skipped(job, reason, started_at=dt.datetime.now(dt.UTC))
     else:
-        record = expected.beside(launcher.run(job, options, timeout=timeout, on_event=display.event))
+        record = expected.beside(_attempted(job, store, launcher, display, policy, asked_to_stop))
     store.write(record)
     display.finished(record)
     return record
+
+
+def _attempted(
+    job: Job,
+    store: Store,
+    launcher: Launcher,
+    display: Display,
+    policy: Policy,
+    asked_to_stop: Callable[[], bool],
+) -> Record:
+    """The record of the last attempt: the first from which something came, or the last that there may be."""
+    options = {"folder": str(store.folder / "adapters"), "trust_remote_code": policy.trust_remote_code}
+    attempt = 1
+    while True:
+        log = log_path(store, job, attempt)
+        record = launcher.run(
+            job, options, log=log, timeout=policy.timeout, stall=policy.stall, on_event=display.event
+        )  # fmt: skip
+        if record.error_type == DISK_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder))
+        log_name = str(log.relative_to(store.folder)) if record.status != "ok" and log.exists() else None
+        record = record.model_copy(update={"attempt": attempt, "log": log_name})
+        last = attempt > policy.retries or asked_to_stop()
+        if last or not is_transient(record, timeouts=policy.retry_timeouts):
+            return record
+        display.retried(record)
+        attempt += 1
 
 
 @contextlib.contextmanager

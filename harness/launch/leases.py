@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.files import write_whole
+from harness.files import locked, write_whole
 
 BEAT_SECONDS = 5.0
 """How often a lease is made fresh."""
@@ -51,24 +50,26 @@ class Leases:
             started=psutil.Process().create_time(),
         )
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Within, no other runner takes a lease. The kernel frees it when the process dies."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._folder / ".lock"):
-            yield
-
     def take(self, trial_id: str) -> bool:
-        """Hold the lease of a trial, unless another runner does. To be called within `lock`."""
+        """Hold the lease of a trial, unless another runner does.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         file = self._file(trial_id)
-        if self._is_held_by_another(file):
-            return False
-        write_whole(file, self._me.model_dump_json().encode())
-        return True
+        with locked(self._folder):
+            if self._is_held_by_another(file):
+                return False
+            write_whole(file, self._me.model_dump_json().encode())
+            return True
+
+    def stale(self) -> list[Path]:
+        """Files of leases that nobody holds any more: what killed runners left."""
+        return [file for file in sorted(self._folder.glob("*.json")) if not self._is_held_by_another(file)]
 
     def nobody_works(self) -> bool:
-        """Whether no runner holds any lease. To be called within `lock`."""
-        return not any(self._is_held_by_another(file) for file in self._folder.glob("*.json"))
+        """Whether no runner holds any lease."""
+        return len(self.stale()) == len(list(self._folder.glob("*.json")))
 
     @contextlib.contextmanager
     def held(self, trial_id: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import environment
+from harness.launch import endings
+from harness.launch.logs import Log, print_to
 from harness.results import Job, Phase, Record
 
 OnEvent = Callable[[str, Any], None]
@@ -57,46 +60,135 @@ class LocalLauncher:
     def __exit__(self, *error: object) -> None:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # no public way to end it before the process
 
-    def run(self, job: Job, options: dict[str, Any], *, timeout: float | None, on_event: OnEvent) -> Record:
+    def run(
+        self,
+        job: Job,
+        options: dict[str, Any],
+        *,
+        log: Path,
+        timeout: float | None = None,
+        stall: float | None = None,
+        on_event: OnEvent,
+    ) -> Record:
         """Run one job to its record, whatever kills it.
 
         Args:
             job: what to do.
             options: see `worker.main`.
+            log: file for what it prints.
             timeout: seconds after which the process is killed; null: none.
+            stall: the same within a step, from one sign of life to the next.
             on_event: told phases and steps as they happen.
 
         Raises:
             KeyboardInterrupt: passed on from `on_event` or the terminal; the process is killed first.
         """
+        started_at, kills = dt.datetime.now(dt.UTC), endings.oom_kills()
+        vigil = _Vigil(timeout, stall)
+        with Log(log) as output:
+            record, code = self._watched(job, options, output, vigil, on_event)
+        if record is not None:
+            return record
+        outcome = vigil.time_is_up() or endings.silent_end(code, kills, log)
+        seconds = (dt.datetime.now(dt.UTC) - started_at).total_seconds()
+        return Record.of(
+            job,
+            environment=environment.current(environment.resolve_device(job.spec.device)),
+            phase=vigil.phase,
+            started_at=started_at,
+            metrics={"trial_seconds": seconds, "peak_process_bytes": vigil.held},
+            **outcome,
+        )
+
+    def _watched(
+        self, job: Job, options: dict[str, Any], output: Log, vigil: _Vigil, on_event: OnEvent
+    ) -> tuple[Record | None, int | None]:
+        """The record that the worker left, or how it left without one."""
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=self._child, args=(job.model_dump_json(), options, theirs), daemon=True)
-        started_at, deadline = dt.datetime.now(dt.UTC), None if timeout is None else time.monotonic() + timeout
+        arguments = (self._child, output.theirs, job.model_dump_json(), options, theirs)
+        process = self._context.Process(target=_begin, args=arguments, daemon=True)
         with main_module_hidden():
             process.start()
+        vigil.begin(process.pid or 0)
         theirs.close()
-        phase: Phase = "start"
+        output.hand_over()
         try:
-            for kind, value in _events(ours, process, deadline):
+            for kind, value in _events(ours, process, vigil):
                 if kind == "record":
-                    return Record.model_validate(value)
-                if kind == "phase":
-                    phase = value
+                    return Record.model_validate(value), None
+                vigil.hear(kind, value)
                 on_event(kind, value)
-            return _silent_end(job, process, phase, started_at, timeout, Path(options["log"]))
+            return None, process.exitcode
         finally:
             process.kill()
             process.join()
+            if process.exitcode == _SERVER_LOST and process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
             ours.close()
 
 
-def _events(channel: connection.Connection, process: Any, deadline: float | None) -> Iterator[tuple[str, Any]]:
+_LOOK_SECONDS = 0.25
+"""How often a worker is looked at while it says nothing."""
+_STEP: frozenset[Phase] = frozenset({"forward", "backward", "optimizer"})
+_SERVER_LOST = 255
+"""What multiprocessing takes for the exit code of a process whose fork server has died; it may live."""
+
+
+class _Vigil:
+    """Watches over a worker: where it is, what it holds, whether its time is up."""
+
+    def __init__(self, timeout: float | None, stall: float | None) -> None:
+        self.phase: Phase = "start"
+        self.held: int | None = None
+        self._timeout, self._stall = timeout, stall
+        self._pid = 0
+        self._began = self._heard = self._looked = math.inf
+
+    def begin(self, pid: int) -> None:
+        """The worker is there. Before the first one, its server imports everything; that is not its time."""
+        self._pid = pid
+        self._began = self._heard = self._looked = time.monotonic()
+
+    def hear(self, kind: str, value: Any) -> None:
+        """The worker has said something."""
+        self._heard = time.monotonic()
+        if kind == "phase":
+            self.phase = value
+
+    def look(self) -> None:
+        """See what it holds."""
+        if time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.held = endings.peak_process_bytes(self._pid) or self.held
+
+    def time_is_up(self) -> dict[str, Any] | None:
+        """What a record says of it; null where it is not."""
+        now = time.monotonic()
+        if self._timeout is not None and now - self._began >= self._timeout:
+            return {"status": "timeout", "error_type": "Timeout", "error": f"stopped after {self._timeout:g} s"}
+        if self._stall is not None and self.phase in _STEP and now - self._heard >= self._stall:
+            said = f"stopped: it gave no sign of life for {self._stall:g} s within a step"
+            return {"status": "timeout", "error_type": "Stall", "error": said}
+        return None
+
+
+def _begin(
+    child: Callable[[str, dict[str, Any], connection.Connection], None],
+    output: connection.Connection,
+    job: str,
+    options: dict[str, Any],
+    channel: connection.Connection,
+) -> None:
+    print_to(output)
+    child(job, options, channel)
+
+
+def _events(channel: connection.Connection, process: Any, vigil: _Vigil) -> Iterator[tuple[str, Any]]:
     """What the worker says, until it ends or its time is up."""
-    while True:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = connection.wait([channel, process.sentinel], left)
-        if not ready:
-            return
+    while vigil.time_is_up() is None:
+        ready = connection.wait([channel, process.sentinel], _LOOK_SECONDS)
+        vigil.look()
         # The pipe before the end: a worker may have said its last words and gone.
         if channel in ready:
             try:
@@ -104,43 +196,9 @@ def _events(channel: connection.Connection, process: Any, deadline: float | None
             except (EOFError, OSError):
                 process.join(5)
                 return
-        else:
+        elif ready:
+            process.join(5)
             return
-
-
-def _silent_end(
-    job: Job, process: Any, phase: Phase, started_at: dt.datetime, timeout: float | None, log: Path
-) -> Record:
-    """The record of a worker that did not leave one."""
-    seconds = (dt.datetime.now(dt.UTC) - started_at).total_seconds()
-    if timeout is not None and process.exitcode is None and seconds >= timeout:
-        outcome = {"status": "timeout", "error_type": "Timeout", "error": f"stopped after {timeout:g} s"}
-    else:
-        process.join(5)
-        code = process.exitcode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            outcome = {"status": "killed", "error_type": name, "error": f"the worker was ended by {name}"}
-        else:
-            last = _last_line(log)
-            outcome = {"status": "failed", "error_type": "WorkerExit", "error": f"the worker left with {code}: {last}"}
-    device = environment.resolve_device(job.spec.device)
-    return Record.of(
-        job,
-        environment=environment.current(device),
-        phase=phase,
-        started_at=started_at,
-        metrics={"trial_seconds": seconds},
-        **outcome,
-    )
-
-
-def _last_line(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1][:300] if lines else "it printed nothing"
 
 
 @contextlib.contextmanager

@@ -84,12 +84,13 @@ def document(measurements: Measurements, folder: Path) -> Document:
     searched = tuning.findings(measurements, folder)
     heard = tuple(served.stories(measurements))
     first, *rest = tables.all_tables(comparison)
-    charts = plots.all_charts(comparison, _steps(measurements, folder))
+    steps = _steps(measurements, folder)
+    charts = plots.all_charts(comparison, steps)
     return Document(
         name=measurements.name,
         title=measurements.title,
         where=f"{describe(measurements.environment)}; environment {measurements.environment_id}",
-        summary=(*(searched.sentences if searched else ()), *_summary(comparison, judged)),
+        summary=(*(searched.sentences if searched else ()), *_summary(comparison, steps, judged)),
         comparison=comparison,
         tables=(
             first,
@@ -122,7 +123,9 @@ def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
 # ------------------------------------------------------------------------------------ summary
 
 
-def _summary(comparison: tables.Comparison, judged: tuple[verdicts.ClaimVerdict, ...]) -> list[str]:
+def _summary(
+    comparison: tables.Comparison, steps: pandas.DataFrame, judged: tuple[verdicts.ClaimVerdict, ...]
+) -> list[str]:
     m = comparison.measurements
     configs = m.configs[~m.configs["twin"]]
     counts = Counter(m.trials["status"])
@@ -148,11 +151,37 @@ def _summary(comparison: tables.Comparison, judged: tuple[verdicts.ClaimVerdict,
             f"Two runs of the baseline differ in speed so much that effects below {math.expm1(m.floor):.1%} "
             "are noise here; none of them is called a difference."
         )
+    found += _repeated(m, steps)
     found += _foreseen(m)
     tally = Counter(verdict.word for verdict in judged)
     order: tuple[verdicts.Word, ...] = ("supported", "contradicted", "not distinguishable", "not measured here")
     found.append(f"Of {len(judged)} claims: " + ", ".join(f"{tally[w]} {w}" for w in order if tally[w]) + ".")
     return found
+
+
+def _repeated(m: Measurements, steps: pandas.DataFrame) -> list[str]:
+    """Whether losses come out the same to the last bit when a trial is run again, as the baseline was."""
+    twins = m.configs.index[m.configs["twin"]]
+    once, again = (
+        steps[steps["config"].isin(found)].set_index(["repeat", "step"])["loss"] for found in ([m.baseline], twins[:1])
+    )
+    both = pandas.concat([once, again], axis=1, keys=["once", "again"]).dropna()
+    if both.empty:
+        return []
+    largest = (both["once"] - both["again"]).abs().max()
+    if largest == 0:
+        return [
+            f"Losses repeat to the last bit: two runs of the baseline have the same loss in each of {len(both)} steps."
+        ]
+    why = (
+        "kernels of the card add in an order that is not fixed"
+        if m.environment["device_type"] == "cuda"
+        else "the machine's libraries share sums among threads in an order that is not fixed"
+    )
+    return [
+        f"Losses do not repeat to the last bit: two runs of the baseline differ by up to {largest:.2g} nats in a step, "
+        f"as {why}. The same grid run again gives slightly other losses."
+    ]
 
 
 def _foreseen(m: Measurements) -> list[str]:
@@ -226,7 +255,7 @@ def _caveats(comparison: tables.Comparison) -> list[str]:
             "Intervals of losses are over the held-out stories, for the seeds that were run; stories that were cut "
             "elsewhere are not compared."
         )
-    if m.environment["half_matmul"] != "native":
+    if m.environment["half_matmul"] == "fp32-blocks":
         found.append("This CPU has no 16-bit products; they are done in blocks of fp32, at its speed.")
     if len(m.configs) > MOST_ROWS:
         found.append(f"The first {MOST_ROWS} of {len(m.configs):,} configurations are shown; the CSV has them all.")

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 from harness.files import write_whole
@@ -18,6 +17,7 @@ from harness.report.measurements import describe
 from harness.report.plots import Chart
 from harness.report.served import Told
 from harness.report.tables import Cell, Comparison, Table, techniques
+from harness.terminal import plain
 
 _PNG_SCALE = 2.0
 _THEME = {
@@ -73,12 +73,12 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
 
 def rich_table(table: Table) -> RichTable:
     """A table for a terminal, turned on its side: a column for each row."""
-    shown = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", show_header=False)
+    shown = RichTable(title=plain(table.title), caption=plain(table.note), title_justify="left", show_header=False)
     shown.add_column()
     for _ in table.rows:
         shown.add_column(justify="right")
     for number, heading in enumerate(table.headings):
-        shown.add_row(escape(heading), *(escape(row[number].text) for row in table.rows))
+        shown.add_row(plain(heading), *(plain(row[number].text) for row in table.rows))
     return shown
 
 
@@ -87,15 +87,15 @@ def terminal(comparison: Comparison) -> RichTable:
     m = comparison.measurements
     left_out = f"; left out: {', '.join(m.left_out)}" if m.left_out else ""
     where = f"{describe(m.environment)}; environment {m.environment_id}{left_out}"
-    shown = RichTable(title=escape(m.title), caption=escape(where), title_justify="left", caption_justify="left")
+    shown = RichTable(title=plain(m.title), caption=plain(where), title_justify="left", caption_justify="left")
     for number, heading in enumerate(("Technique", "Peak memory", "Tokens/s", "Eval loss", "n")):
         shown.add_column(heading, justify="right" if number == 4 else "left")
     for technique, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
         figures = [
-            f"{escape(value.text)}\n[dim]{escape(against.text)}[/]"
+            f"{plain(value.text)}\n[dim]{plain(against.text)}[/]"
             for value, against in zip(cells[::2], cells[1::2], strict=True)
         ]
-        shown.add_row(escape(technique.text), *figures, repeats.text)
+        shown.add_row(plain(technique.text), *figures, repeats.text)
     return shown
 
 

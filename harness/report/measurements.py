@@ -524,7 +524,9 @@ def _number(ids: pandas.Series, known: pandas.Series) -> Any:
 def describe(environment: dict[str, Any]) -> str:
     """Where trials ran, in one line."""
     versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
-    kernel = "" if environment["half_matmul"] == "native" else ", 16-bit products in blocks of fp32"
+    products = {"fp32-blocks": "in blocks of fp32", "amx": "by AMX", "avx512_bf16": "by AVX-512"}
+    how = products.get(environment["half_matmul"])
+    kernel = f", 16-bit products {how}" if how and environment["device_type"] == "cpu" else ""
     return (
         f"{environment['device_name']}, {show_bytes(environment['device_memory_bytes'])}, "
         f"{environment['cpu_cores']} CPU cores{kernel}; {versions}"

@@ -12,7 +12,6 @@ import altair
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 from harness.calibration import Calibration
@@ -26,6 +25,7 @@ from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart
 from harness.results import Phase
 from harness.roofline import Rates, expected_seconds, least_seconds
 from harness.spec import TrialSpec
+from harness.terminal import plain
 
 _WIDE = 130
 """Columns of a terminal that has room for everything."""
@@ -117,7 +117,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
     """A row for each trial: peak and whether it fits; where there is width, components, phase and work too."""
     unit, size = plan.unit
     wide = width >= _WIDE
-    table = RichTable(title=f"{escape(plan.title)}: predicted peaks, {unit}", title_justify="left")
+    table = RichTable(title=f"{plain(plan.title)}: predicted peaks, {unit}", title_justify="left")
     table.add_column("trial", overflow="fold")
     more = (*COMPONENTS, "in", "FLOP/step") if wide else ()
     step = ("step",) if plan.rates is not None else ()
@@ -126,7 +126,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
     for line in plan.lines:
         found = line.prediction
         if found is None:
-            table.add_row(escape(line.label), "[red]–[/]")
+            table.add_row(plain(line.label), "[red]–[/]")
             continue
         peak = plan.peak(found)
         details = (
@@ -135,7 +135,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
             show_scientific(found.flops),
         )
         table.add_row(
-            escape(line.label),
+            plain(line.label),
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
             *((_step(plan, found),) if step else ()),
@@ -174,18 +174,18 @@ def terminal_largest(
         found: answers by spec id and name.
         most: where the search ended.
     """
-    table = RichTable(title=f"{escape(title)}: largest {key} that fits", title_justify="left")
+    table = RichTable(title=f"{plain(title)}: largest {key} that fits", title_justify="left")
     table.add_column("trial")
     for name in rooms:
         table.add_column(name, justify="right")
     for spec_id, label in labels.items():
-        table.add_row(escape(label), *(_answer(found[spec_id, name], most) for name in rooms))
+        table.add_row(plain(label), *(_answer(found[spec_id, name], most) for name in rooms))
     return table
 
 
 def _answer(found: Largest, most: int) -> str:
     if found.error is not None:
-        return "[dim]–[/]" if found.error == NO_EFFECT else f"[red]{escape(found.error)}[/]"
+        return "[dim]–[/]" if found.error == NO_EFFECT else f"[red]{plain(found.error)}[/]"
     if found.value is None or found.need is None:
         return "[red]not even 1[/]"
     bound = "≥ " if found.value >= most else ""

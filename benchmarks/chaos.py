@@ -1,0 +1,158 @@
+"""Kill workers, their server and the runner at random moments, start the runner anew, and look what became of the rows.
+
+    python benchmarks/chaos.py [--kills 100] [--trials 60] [--seed 0]
+
+The grid is then compared with one that nobody disturbed: every trial once, with the same losses to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from harness.results import Store
+
+LONGEST_WAIT = 0.8
+"""Seconds from the moment that a trial is under way to the kill, at most."""
+
+
+@dataclass
+class Toll:
+    """What was done to a grid, and what became of it."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    """By victim."""
+    runners: int = 0
+    """How often the runner was started."""
+    redone: set[str] = field(default_factory=set)
+    """Trials that were finished, and done again."""
+    lost: set[str] = field(default_factory=set)
+    """Trials that were finished, and are not there."""
+    unreadable: int = 0
+    """Parts."""
+
+
+def disturb(runner: Sequence[str], store: Store, kills: int, seed: int, **options: Any) -> Toll:
+    """Run a grid to its end, killing so many processes on the way; fewer where it ends before.
+
+    Args:
+        runner: command that runs what is pending.
+        store: where it keeps its rows.
+        kills: how many.
+        seed: of victims and moments.
+        options: of the process.
+    """
+    chance, toll = random.Random(seed), Toll()
+    finished: dict[str, Any] = {}
+    while True:
+        toll.runners += 1
+        process = subprocess.Popen(runner, stdout=subprocess.DEVNULL, **options)
+        while process.poll() is None and toll.kills.total() < kills:
+            victims = _victims(process.pid)
+            if "worker" not in victims:
+                time.sleep(0.005)
+                continue
+            time.sleep(chance.uniform(0, LONGEST_WAIT))
+            kind = chance.choices(["worker", "runner", "server"], [6, 3, 1])[0]
+            _look(store, toll, finished)
+            _kill(victims[kind])
+            toll.kills[kind] += 1
+        code = process.wait()
+        if code not in (0, -9):
+            raise SystemExit(f"the runner left with {code}")
+        _look(store, toll, finished)
+        if code == 0:
+            return toll
+
+
+def _victims(runner: int) -> dict[str, list[psutil.Process]]:
+    """The runner, its fork server and the worker, as far as they are there."""
+    found: dict[str, list[psutil.Process]] = {}
+    try:
+        parent = psutil.Process(runner)
+        found["runner"] = [parent]
+        servers = [child for child in parent.children() if "forkserver" in " ".join(child.cmdline())]
+        workers = [child for server in servers for child in server.children()]
+    except psutil.Error:
+        return {}
+    return found | ({"server": servers} if servers else {}) | ({"worker": workers} if workers else {})
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:  # it ended in time
+            continue
+
+
+def _look(store: Store, toll: Toll, finished: dict[str, Any]) -> None:
+    """Compare what is finished now with what was finished before."""
+    now = store.marks()
+    statuses = store.completed()
+    toll.lost |= finished.keys() - now.keys()
+    toll.redone |= {trial for trial, mark in finished.items() if now.get(trial, mark) != mark}
+    finished |= {trial: mark for trial, mark in now.items() if statuses.get(trial) == "ok"}
+    toll.unreadable = max(toll.unreadable, len(store.damage()))
+
+
+def losses(store: Store) -> dict[tuple[str, int], float]:
+    """Of each step of each trial."""
+    steps = store.read("steps").to_pylist()
+    return {(step["trial_id"], step["step"]): step["loss"] for step in steps}
+
+
+def main() -> None:
+    """Print the toll, and fail where anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        grid = folder / "chaos.yml"
+        base = {"base_model": "random:tiny", "precision": "fp32", "sequence_length": 256, "train_samples": 8,
+                "val_set_size": 2, "lora_r": 4, "device": "cpu", "lora_dropout": 0.1}  # fmt: skip
+        levels = [{"seed": 1 + number} for number in range(given.trials)]
+        grid.write_text(yaml.safe_dump({"name": "chaos", "base": base, "trials": levels}))
+
+        def command(results: str) -> list[str]:
+            said = ["run", str(grid), "--results", str(folder / results), "--no-predict"]
+            return [sys.executable, "-m", "harness", *said, "--retries", "1000", "--rerun", "killed"]
+
+        quiet, disturbed = (Store(folder / results / "chaos") for results in ("quiet", "disturbed"))
+        subprocess.run(command("quiet"), check=True, stdout=subprocess.DEVNULL)
+        began = time.monotonic()
+        toll = disturb(command("disturbed"), disturbed, given.kills, given.seed, env=os.environ | {"COLUMNS": "200"})
+        seconds = time.monotonic() - began
+        rows = disturbed.read("trials").to_pylist()
+        same = losses(quiet) == losses(disturbed) and {r["trial_id"] for r in rows} == quiet.completed().keys()
+        attempts = max(row["attempt"] for row in rows)
+
+    killed = ", ".join(f"{count} of the {victim}" for victim, count in toll.kills.most_common())
+    print(f"{toll.kills.total()} kills ({killed}) in {seconds:.0f} s; the runner was started {toll.runners} times")
+    print(f"{len(rows)} rows of {given.trials} trials, {Counter(row['status'] for row in rows)['ok']} ok, "
+          f"up to {attempts} attempts at one")  # fmt: skip
+    print(f"{len(toll.lost)} lost, {len(toll.redone)} done again, {toll.unreadable} parts unreadable")
+    print(f"losses of every step {'equal' if same else 'DIFFER FROM'} those of the undisturbed run")
+    whole = len(rows) == given.trials and not toll.lost and not toll.redone and not toll.unreadable and same
+    if not whole or toll.kills.total() < given.kills:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

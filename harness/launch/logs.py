@@ -1,0 +1,99 @@
+"""What a trial prints, kept in a file of limited size and without what is the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from harness.private import withheld
+
+MOST_BYTES = 2**20
+"""Of a trial's log. Where there is more, its first and last halves are kept."""
+_MOST_LINE = 2**16
+"""A longer line is taken for several."""
+
+
+class Log:
+    """The file that a process's output goes to, through a pipe that this one reads: it is whole when the process dies,
+    and a full disk stops no trial. Use as a context manager.
+
+    Args:
+        file: a former one is replaced.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._ours, self.theirs = Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> Log:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hand_over()
+        self._thread.join(1.0)  # unless something that the process has started lives on and holds the pipe
+
+    def hand_over(self) -> None:
+        """Close the writing end here, once the process has its own: the log ends when that does."""
+        self.theirs.close()
+
+    def _keep(self) -> None:
+        with self._ours, contextlib.ExitStack() as stack:
+            out: io.BufferedIOBase | None = None
+            with contextlib.suppress(OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                out = stack.enter_context(self._file.open("wb", buffering=0))  # type: ignore[assignment]  # raw is enough
+            for piece in _limited(_lines(self._ours.fileno())):
+                if out is not None:
+                    with contextlib.suppress(OSError):  # what does not fit is lost, and the pipe stays empty
+                        out.write(piece)
+
+
+def _lines(pipe: int) -> Iterator[bytes]:
+    """Whole lines as they come, some at a time, until the other end is closed."""
+    begun = b""
+    while chunk := os.read(pipe, _MOST_LINE):
+        whole, end, begun = (begun + chunk).rpartition(b"\n")
+        if end:
+            yield whole + end
+        if len(begun) > _MOST_LINE:
+            yield begun
+            begun = b""
+    if begun:
+        yield begun
+
+
+def _limited(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """The first and the last of them, without secrets."""
+    room = MOST_BYTES // 2
+    tail: deque[bytes] = deque()
+    held = left_out = 0
+    for line in lines:
+        text = withheld(line.decode(errors="replace")).encode(errors="replace")
+        if not tail and len(text) <= room:
+            room -= len(text)
+            yield text
+            continue
+        tail.append(text)
+        held += len(text)
+        while held > MOST_BYTES // 2:
+            left_out += len(tail[0])
+            held -= len(tail.popleft())
+    if left_out:
+        yield f"\n[{left_out} bytes left out]\n\n".encode()
+    yield from tail
+
+
+def print_to(pipe: Connection) -> None:
+    """Point this process's output at a log."""
+    for stream in (1, 2):
+        os.dup2(pipe.fileno(), stream)
+    pipe.close()
