@@ -25,9 +25,6 @@ import yaml
 
 from harness.results import Store
 
-LONGEST_WAIT = 0.8
-"""Seconds from the moment that a trial is under way to the kill, at most."""
-
 
 @dataclass
 class Toll:
@@ -45,7 +42,9 @@ class Toll:
     """Parts."""
 
 
-def disturb(runner: Sequence[str], store: Store, kills: int, seed: int, **options: Any) -> Toll:
+def disturb(
+    runner: Sequence[str], store: Store, kills: int, seed: int, longest_wait: float = 0.8, **options: Any
+) -> Toll:
     """Run a grid to its end, killing so many processes on the way; fewer where it ends before.
 
     Args:
@@ -53,6 +52,7 @@ def disturb(runner: Sequence[str], store: Store, kills: int, seed: int, **option
         store: where it keeps its rows.
         kills: how many.
         seed: of victims and moments.
+        longest_wait: seconds from when a trial is under way to the kill, at most.
         options: of the process.
     """
     chance, toll = random.Random(seed), Toll()
@@ -65,11 +65,10 @@ def disturb(runner: Sequence[str], store: Store, kills: int, seed: int, **option
             if "worker" not in victims:
                 time.sleep(0.005)
                 continue
-            time.sleep(chance.uniform(0, LONGEST_WAIT))
+            time.sleep(chance.uniform(0, longest_wait))
             kind = chance.choices(["worker", "runner", "server"], [6, 3, 1])[0]
             _look(store, toll, finished)
-            _kill(victims[kind])
-            toll.kills[kind] += 1
+            toll.kills[kind] += _kill(victims[kind])
         code = process.wait()
         if code not in (0, -9):
             raise SystemExit(f"the runner left with {code}")
@@ -91,12 +90,17 @@ def _victims(runner: int) -> dict[str, list[psutil.Process]]:
     return found | ({"server": servers} if servers else {}) | ({"worker": workers} if workers else {})
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def _kill(processes: list[psutil.Process]) -> int:
+    """How many there were to kill: a worker may have ended in time."""
+    killed = 0
     for process in processes:
         try:
+            alive = process.status() != psutil.STATUS_ZOMBIE
             process.kill()
-        except psutil.NoSuchProcess:  # it ended in time
+            killed += alive
+        except psutil.NoSuchProcess:
             continue
+    return killed
 
 
 def _look(store: Store, toll: Toll, finished: dict[str, Any]) -> None:
@@ -140,16 +144,17 @@ def main() -> None:
         toll = disturb(command("disturbed"), disturbed, given.kills, given.seed, env=os.environ | {"COLUMNS": "200"})
         seconds = time.monotonic() - began
         rows = disturbed.read("trials").to_pylist()
-        same = losses(quiet) == losses(disturbed) and {r["trial_id"] for r in rows} == quiet.completed().keys()
+        wanted = quiet.completed().keys()
+        same = losses(quiet) == losses(disturbed) and {row["trial_id"] for row in rows} == wanted
         attempts = max(row["attempt"] for row in rows)
 
     killed = ", ".join(f"{count} of the {victim}" for victim, count in toll.kills.most_common())
     print(f"{toll.kills.total()} kills ({killed}) in {seconds:.0f} s; the runner was started {toll.runners} times")
-    print(f"{len(rows)} rows of {given.trials} trials, {Counter(row['status'] for row in rows)['ok']} ok, "
-          f"up to {attempts} attempts at one")  # fmt: skip
+    ok = sum(row["status"] == "ok" for row in rows)
+    print(f"{len(rows)} rows of {len(wanted)} trials, {ok} ok, up to {attempts} attempts at one")
     print(f"{len(toll.lost)} lost, {len(toll.redone)} done again, {toll.unreadable} parts unreadable")
     print(f"losses of every step {'equal' if same else 'DIFFER FROM'} those of the undisturbed run")
-    whole = len(rows) == given.trials and not toll.lost and not toll.redone and not toll.unreadable and same
+    whole = ok == len(rows) == len(wanted) and not toll.lost and not toll.redone and not toll.unreadable and same
     if not whole or toll.kills.total() < given.kills:
         raise SystemExit(1)
 

@@ -46,7 +46,7 @@ def _results(store: Store) -> list[Check]:
     name, damaged = store.folder.name, store.damage()
     with warnings.catch_warnings(action="ignore", category=DamagedPart):  # each is a check of its own
         statuses = Counter(store.read("trials", ["trial_id", "status"])["status"].to_pylist())
-        lost = store.incomplete()
+        lost, left = store.incomplete(), leftovers(store)
     said = ", ".join(f"{count} {status}" for status, count in statuses.most_common()) or "none that can be read"
     found = [Check(name, f"trials: {said}", not damaged and not lost)]
     for part, reason in damaged.items():
@@ -55,7 +55,6 @@ def _results(store: Store) -> list[Check]:
     gone, aside = "its steps or stories are gone", "was set aside; look at it, or remove it"
     found += [Check(f"{name}: {trial}", gone, False, "`harness run` does it again") for trial in sorted(lost)]
     found += [Check(f"{name}/set-aside/{file.name}", aside, None) for file in sorted(store.folder.glob("set-aside/*"))]
-    left = leftovers(store)
     if left:
         size = show_bytes(sum(each.size for each in left))
         found.append(Check(name, f"{len(left)} leftovers of runs, {size}", None, "`harness clean` frees them"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from harness.launch import Launcher, Policy, Summary, pending, run_grid
 from harness.launch.leases import EXPIRES_SECONDS, Leases
 from harness.launch.local import LocalLauncher
 from harness.launch.logs import MOST_BYTES
+from harness.model_source import ARCHITECTURES
 from harness.results import Job, Record, Store, trial_id
 from harness.spec import TrialSpec
 
@@ -235,6 +237,46 @@ def test_the_kernels_kill_for_want_of_memory_is_told_from_others(
     assert "the kernel ended the worker" in row["error"]
 
 
+def test_out_of_memory_in_each_phase(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """By a budget that is passed there; when saving by an allocator that has none left."""
+    wide = ARCHITECTURES["tiny"] | {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+    # So many weights that state and gradients of all are more than the activations of a few tokens.
+    heavy = {"base_model": f"random:{tmp_path / 'wide.json'}", "adapter": "none", "micro_batch_size": 1}
+    budgets = {"load": 300_000, "evaluate": 1_000_000, "forward": 4_000_000, "backward": 7_500_000}
+    specs = {phase: small(memory_budget=budget) for phase, budget in budgets.items()}
+    specs["optimizer"] = small(memory_budget=110_000_000, **heavy)
+    store = Store(tmp_path / "g")
+    go(grid_of(**specs, enough=small(memory_budget=8_000_000)), store, launcher)
+    go(grid_of(save=small(save_adapter=True)), store, LocalLauncher(without_memory_to_save))
+    go(grid_of(after=small(seed=1)), store, launcher)
+
+    rows = {row["label"]: row for row in store.read("trials").to_pylist()}
+    ends = {label: (row["status"], row["phase"]) for label, row in rows.items()}
+    assert ends.pop("enough") == ends.pop("after") == ("ok", None)
+    assert ends == {phase: ("oom", phase) for phase in (*budgets, "optimizer", "save")}
+    for phase in (*budgets, "optimizer"):
+        held, asked = (rows[phase][f"oom_{what}_bytes"] for what in ("reached", "requested"))
+        assert held <= rows[phase]["memory_budget"] < held + asked, phase
+    assert rows["save"]["oom_requested_bytes"] == 2**50
+    assert rows["save"]["adapter_id"] is None
+    assert not list((store.folder / "adapters").iterdir())
+
+
+def without_memory_to_save(job: str, options: dict[str, Any], channel: Any) -> None:
+    import torch
+
+    from harness import model, worker
+
+    def save_adapter(network: Any, spec: TrialSpec, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("half")
+        torch.empty(2**50, dtype=torch.uint8)  # more than any machine has
+
+    model.save_adapter = save_adapter
+    worker.main(job, options, channel)
+
+
 def test_a_log_has_a_limit_and_no_secrets(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
 ) -> None:
@@ -372,13 +414,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import formula
 from test_launch import Watch, formula_grid
-from harness.launch import run_grid
+from harness.launch import Policy, run_grid
 from harness.launch.local import LocalLauncher
 from harness.results import Store
 with LocalLauncher(formula.child, preload="harness.search") as launcher:
     print("ready", flush=True)
     sys.stdin.readline()
-    summary = run_grid(formula_grid({trials}), Store(Path({folder!r})), launcher, Watch())
+    grid, store = formula_grid({trials}), Store(Path({folder!r}))
+    summary = run_grid(grid, store, launcher, Watch(), Policy(retries=1000), rerun=frozenset({{"killed"}}))
     print(len(summary.records), summary.elsewhere, summary.left, flush=True)
 """
 
@@ -388,11 +431,14 @@ def formula_grid(trials: int) -> Grid:
     return Grid("g", "G", "list", tuple(Trial(s, f"lora_r={s.lora_r}", None, None) for s in specs))
 
 
+def command(folder: Path, trials: int) -> list[str]:
+    return [sys.executable, "-c", RUNNER.format(tests=str(Path(__file__).parent), folder=str(folder), trials=trials)]
+
+
 def runner(folder: Path, trials: int, seconds: float) -> subprocess.Popen[str]:
     """A runner that waits for a line, then runs a grid whose trials sleep."""
-    code = RUNNER.format(tests=str(Path(__file__).parent), folder=str(folder), trials=trials)
     started = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"FORMULA_SECONDS": str(seconds)},
+        command(folder, trials), env=os.environ | {"FORMULA_SECONDS": str(seconds)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert started.stdout is not None
@@ -443,6 +489,23 @@ def test_a_killed_runner_loses_and_doubles_nothing(tmp_path: Path) -> None:
     after = Store(tmp_path).marks()
     assert len(after) == 16
     assert before.items() <= after.items(), "what was finished is not run again"
+
+
+def test_random_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one of `benchmarks/chaos.py`, which trains."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    chaos = importlib.import_module("chaos")
+    store = Store(tmp_path / "g")
+    calm = {"env": os.environ | {"FORMULA_SECONDS": "0.3"}, "stdin": subprocess.DEVNULL}
+    toll = chaos.disturb(command(store.folder, 18), store, kills=10, seed=1, longest_wait=0.35, **calm)
+    assert toll.kills.total() == 10
+    assert min(toll.kills["worker"], toll.kills["runner"]) >= 1
+    assert (toll.lost, toll.redone, toll.unreadable) == (set(), set(), 0)
+    rows = store.read("trials").to_pylist()
+    assert sorted(row["lora_r"] for row in rows) == list(range(1, 19))
+    assert {row["eval_loss"] for row in rows} == {formula.figures(t.spec)[1] for t in formula_grid(18).trials}
+    assert len(list((store.folder / "trials").glob("*.parquet"))) == 1, "compacted"
+    assert not list((store.folder / "leases").glob("*.json"))
 
 
 def test_a_lease_of_another_machine_holds_until_it_is_stale(tmp_path: Path) -> None:

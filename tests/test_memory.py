@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from harness import half_matmul, trial
-from harness.memory import LiveTensors, OutOfBudget
+from harness.memory import LiveTensors, MemoryMeter, OutOfBudget, out_of_memory
 from harness.results import Job, Record
 from harness.spec import TrialSpec
 
@@ -139,3 +140,32 @@ def test_weight_bytes_are_those_of_the_format(small: Small, wide: str) -> None:
         assert 0 <= measured[precision] - size < 4096, precision
     double = figures(small(base_model=wide, precision="nf4", double_quantization=True))["memory_weights_bytes"]
     assert double - 2 * other == pytest.approx(linear * 0.516, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("error", "requested"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1.0 GiB free."), 5 * 2**29),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), None),
+        (RuntimeError("CUDA driver error: out of memory"), None),
+        (RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"), 20 * 2**20),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), 4096),
+        (MemoryError("std::bad_alloc"), None),
+        (MemoryError("Unable to allocate 1.00 GiB for an array"), None),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_way_of_saying_that_memory_is_out(error: Exception, requested: int | None) -> None:
+    found = out_of_memory(error, MemoryMeter(torch.device("cpu"), None))
+    assert found is not None
+    assert found["oom_requested_bytes"] == requested
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left"), KeyError("x")]
+)
+def test_other_errors_are_not_want_of_memory(error: Exception) -> None:
+    assert out_of_memory(error, MemoryMeter(torch.device("cpu"), None)) is None
