@@ -9,7 +9,7 @@ INSTALL := install -qq --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check report bench clean
+.PHONY: help run test check report bench gpu clean
 
 help: ## Print this menu
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +29,18 @@ check: $(INSTALLED) ## Lint, formatting and types
 report: $(INSTALLED) ## Write the report of results/techniques anew
 	$(BIN)/harness report results/techniques
 
-bench: $(INSTALLED) ## Measure harness itself: fidelity of its figures, start-up time, cost of a report and of a search (25 min)
+bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (40 min)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report_scale.py
 	$(BIN)/python benchmarks/tune_front.py
 	$(BIN)/python benchmarks/tune_cost.py
+	$(BIN)/python benchmarks/sharing.py
+	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/fuzz.py
+
+gpu: $(INSTALLED) ## Visit a CUDA card: grids, reports and log in ARGS='--minutes 20'; without one, ARGS=--dry-run says what would be
+	$(BIN)/python benchmarks/gpu_visit.py $(ARGS)
 
 clean: ## Remove .venv, caches and build folders; results/ and reports/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

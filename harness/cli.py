@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -94,6 +95,7 @@ def _options(
 def run(
     grid: Annotated[Path, typer.Argument(help="A grid file, or a training file as a grid of one trial.")],
     results: Results = Path("results"),
+    model: Annotated[str | None, typer.Option(help="Base model of every trial, instead of the file's.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each trial, instead of the file's.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget of every trial, like 24GiB; enforced.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
@@ -115,6 +117,7 @@ def run(
         typer.Option("--until-decided", min=2, help="Go on repeating, up to so many times, what is not yet decided."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Run at most so many trials now.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin no trial after so many minutes.")] = None,
     max_trials: Annotated[int | None, typer.Option(min=1, help="Accept a grid of so many trials.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")] = False,
     predict: Annotated[bool, typer.Option(help="Predict each peak beforehand, to be kept beside the measured.")] = True,
@@ -126,14 +129,12 @@ def run(
     ] = False,
 ) -> None:
     """Run the trials of a grid that are not recorded yet, each in a process of its own."""
+    began = time.monotonic()
     from harness import grid as grids
     from harness.results import Store
 
-    overrides: dict[str, Any] = {}
-    if memory is not None:
-        overrides["memory_budget"] = memory
-    if device is not None:
-        overrides["device"] = device
+    given = {"base_model": model, "memory_budget": memory, "device": device}
+    overrides = {key: value for key, value in given.items() if value is not None}
     most_trials = max_trials or grids.MAX_TRIALS
 
     def grid_of(times: int | None) -> Grid:
@@ -163,6 +164,7 @@ def run(
 
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
     policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible)
+    until = None if minutes is None else began + 60 * minutes
 
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
@@ -180,6 +182,7 @@ def run(
                 policy,
                 rerun=statuses,
                 limit=limit,
+                until=until,
                 expected=expected,
             )
         _print_summary(summary, store, grid)
@@ -358,7 +361,7 @@ def plan(
             return
     if grid is None:
         raise InputError("harness plan needs a grid file, or --calibrate with a results folder")
-    from harness import calibration, environment
+    from harness import calibration, cards, environment
     from harness import grid as grids
     from harness.launch import planner as planning
     from harness.prediction import room_of
@@ -388,8 +391,12 @@ def plan(
         "device_type": target,
         "rooms": rooms,
         "calibration": calibration.kept(results, target, here),
-        "rates": _rates(target) if is_here and not gpu and largest is None else None,
     }
+    if len(rooms) == 1 and rooms.keys() <= cards.RATES.keys():
+        (card,) = rooms
+        about |= {"rates": cards.RATES[card], "rates_from": f"the {card}'s data sheet"}
+    elif is_here and not gpu and largest is None:
+        about["rates"] = _rates(target)
     with planning.Planner(
         target, full_length=full_length or largest is not None, trust_remote_code=trust_remote_code
     ) as p:

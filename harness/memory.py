@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness import card_watch
 from harness.flops import operations
 from harness.metrics import COMPONENTS
 
@@ -205,9 +206,8 @@ def _nvml_process_bytes(device: torch.device) -> int | None:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        with card_watch.handle(device) as card:
+            mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card) if p.pid == os.getpid()]
         return int(mine[0].usedGpuMemory) if mine and mine[0].usedGpuMemory else None
     except pynvml.NVMLError:
         return None

@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from harness import data, environment, evaluate_model, model, model_source
+from harness.card_watch import CardWatch
 from harness.errors import says_disk_full
 from harness.memory import MemoryMeter, out_of_memory
 from harness.metrics import SCORES
@@ -188,18 +189,17 @@ class _Trial:
         meter.tracker.flops = 0
         meter.restart()
         peak, shares = 0, {}
-        for number, group in enumerate(groups, start=1):
-            tracked = number <= TRACKED_STEPS
-            if tracked:
-                with meter.phase(split=True):
-                    self._step(trainer, group, number, len(groups), meter)
-                if meter.peak() >= peak:
-                    peak = meter.peak()
-                    shares = meter.shares(peak)
-                if number == TRACKED_STEPS:
-                    meter.restart()
-            else:
+        for number, group in enumerate(groups[:TRACKED_STEPS], start=1):
+            with meter.phase(split=True):
+                self._step(trainer, group, number, len(groups), meter)
+            if meter.peak() >= peak:
+                peak = meter.peak()
+                shares = meter.shares(peak)
+        meter.restart()
+        with CardWatch(self.device) as card:
+            for number, group in enumerate(groups[TRACKED_STEPS:], start=TRACKED_STEPS + 1):
                 self._step(trainer, group, number, len(groups), None)
+        self.metrics |= card.metrics(sum(step.tokens for step in self.steps if not step.tracked))
         if self.device.type == "cuda":  # the allocator has seen the timed steps too
             peak = max(peak, meter.peak())
         self.metrics |= {"peak_memory_bytes": peak, **shares, "peak_reserved_bytes": meter.reserved()}
@@ -209,16 +209,14 @@ class _Trial:
     def _step(
         self, trainer: Trainer, group: list[data.Example], number: int, of: int, meter: MemoryMeter | None
     ) -> None:
-        self._synchronise()
-        began = time.perf_counter()
+        began = self._now()
         batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
         result = trainer.step(batches) if meter is None else trainer.tracked_step(batches, meter.tracker)
-        self._synchronise()
         self.steps.append(
             Step(
                 step=number,
                 tracked=meter is not None,
-                seconds=time.perf_counter() - began,
+                seconds=self._since(began),
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
@@ -231,9 +229,21 @@ class _Trial:
         )
         self.tell("step", (number, of))
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _now(self) -> Any:
+        """This moment, on the clock of the device: work that is queued on a card has its time there."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since(self, moment: Any) -> float:
+        """Seconds since then, once what was queued is done."""
+        now = self._now()
+        if self.device.type == "cpu":
+            return float(now - moment)
+        now.synchronize()
+        return float(moment.elapsed_time(now)) / 1000
 
     def _refuse_untrained(self, before: list[float], after: list[float]) -> None:
         norms = [s.grad_norm for s in self.steps if s.grad_norm is not None]

@@ -21,7 +21,7 @@ FLOORS: dict[str, int] = {
     "report.found": 5, "report.tuning": 5, "report.tuning_plots": 5, "report.planned": 5, "report.served": 5,
     "worker": 4, "trial": 4, "plan": 4, "merge": 4, "inference": 4,
     "training": 3, "evaluate_model": 3, "target": 3, "replay": 3, "hollow": 3, "calibration": 3,
-    "model": 2, "data": 2, "memory": 2, "flops": 1, "half_matmul": 2, "rates": 2, "story_metrics": 1,
+    "model": 2, "data": 2, "memory": 2, "flops": 1, "half_matmul": 2, "card_watch": 1, "rates": 2, "story_metrics": 1,
     "grid": 2, "search": 2, "claims": 2, "results": 2, "stats": 2, "prediction": 2, "roofline": 2, "cards": 2,
     "model_source": 1, "stories": 1, "spec": 1, "metrics": 1, "environment": 1,
     "wording": 1, "errors": 0, "files": 0, "private": 0, "terminal": 0, "": 0,

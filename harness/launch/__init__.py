@@ -128,6 +128,7 @@ def run_grid(
     *,
     rerun: frozenset[Status] = frozenset(),
     limit: int | None = None,
+    until: float | None = None,
     expected: Expected = NOTHING_EXPECTED,
 ) -> Summary:
     """Run what is pending, one trial after another, each kept as soon as it ends.
@@ -143,6 +144,7 @@ def run_grid(
         policy: how they are run.
         rerun: statuses of recorded trials that are run again.
         limit: most trials to run now; null: all.
+        until: moment of `time.monotonic` after which none begins; null: none.
         expected: what was predicted, kept beside what is measured.
 
     Raises:
@@ -161,7 +163,7 @@ def run_grid(
     # Closed at once, whatever happens: the lease of the trial that was stopped is given back.
     with (
         interrupts(display.interrupted) as asked_to_stop,
-        contextlib.closing(shares.take(todo, asked_to_stop)) as turns,
+        contextlib.closing(shares.take(todo, lambda: asked_to_stop() or _is_past(until))) as turns,
     ):
         for number, trial in enumerate(turns, start=1):
             job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
@@ -170,6 +172,10 @@ def run_grid(
             records.append(execute(job, store, launcher, display, policy, expected, asked_to_stop))
     store.compact()
     return Summary(tuple(records), skipped, len(trials) - len(records) - shares.elsewhere, shares.elsewhere)
+
+
+def _is_past(moment: float | None) -> bool:
+    return moment is not None and time.monotonic() > moment
 
 
 _LOOK_SECONDS = 0.5

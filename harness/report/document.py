@@ -233,6 +233,10 @@ def _best(comparison: tables.Comparison, metric: str, what: str) -> str | None:
 # ------------------------------------------------------------------------------------ small print
 
 
+_THROTTLED = 0.05
+"""A trial that was held down for more of its time is named."""
+
+
 def _caveats(comparison: tables.Comparison) -> list[str]:
     m = comparison.measurements
     found = [f"Left out: {what}." for what in m.left_out]
@@ -254,6 +258,13 @@ def _caveats(comparison: tables.Comparison) -> list[str]:
         found.append(
             "Intervals of losses are over the held-out stories, for the seeds that were run; stories that were cut "
             "elsewhere are not compared."
+        )
+    held_down = m.trials[m.trials["throttled_share"] > _THROTTLED]
+    if len(held_down):
+        names = ", ".join(sorted(set(held_down["label"])))
+        found.append(
+            f"Heat or power held the card's clock down for over {_THROTTLED:.0%} of the time in {len(held_down)} "
+            f"trials ({names}): their speeds may be lower than the card's."
         )
     if m.environment["half_matmul"] == "fp32-blocks":
         found.append("This CPU has no 16-bit products; they are done in blocks of fp32, at its speed.")

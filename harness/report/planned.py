@@ -55,7 +55,9 @@ class Plan:
     calibration: Calibration | None = None
     """Corrects the peaks."""
     rates: Rates | None = None
-    """Of the device, where they were measured."""
+    """Of the device, where they are known."""
+    rates_from: str = "this device's measured rates"
+    """Where they come from."""
 
     @property
     def margin(self) -> float:
@@ -104,8 +106,8 @@ class Plan:
             said.append("Of a card, what the CUDA context takes (0.5 GiB) is left out of what there is.")
         if self.rates is not None:
             said.append(
-                "Step: expected from this device's measured rates, and in brackets the share that arithmetic and "
-                "bandwidth need of it."
+                f"Step: expected from {self.rates_from}, and in brackets the share that arithmetic and bandwidth need "
+                "of it."
             )
         return said
 
@@ -139,7 +141,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
             *((_step(plan, found),) if step else ()),
-            *(_verdict(plan, peak, room) for room in plan.rooms.values()),
+            *(_verdict(plan, peak, _room(line, room)) for room in plan.rooms.values()),
         )
     return table
 
@@ -149,6 +151,11 @@ def _step(plan: Plan, found: Prediction) -> str:
     if seconds is None or plan.rates is None:
         return ""
     return f"{show_seconds(seconds)} ({least_seconds(found.work, plan.rates) / seconds:.0%})"
+
+
+def _room(line: Line, room: int) -> int:
+    """Bytes that a trial may take where there are so many: its own budget may be less."""
+    return min(room, line.spec.memory_budget or room)
 
 
 def _verdict(plan: Plan, peak: int, room: int) -> str:
@@ -216,7 +223,10 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "positions": p.positions if p else None,
                 "step_seconds": plan.step_seconds(p) if p else None,
                 "least_step_seconds": least_seconds(p.work, plan.rates) if p and plan.rates else None,
-                **{f"fits {name}": fits(plan.peak(p), room, plan.margin) if p else None for name, room in rooms},
+                **{
+                    f"fits {name}": fits(plan.peak(p), _room(line, room), plan.margin) if p else None
+                    for name, room in rooms
+                },
                 "error": line.error,
             }
         )  # fmt: skip
