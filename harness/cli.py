@@ -105,6 +105,9 @@ def run(
     ] = None,
     timeout: _Timeout = None,
     stall: _Stall = 1800,
+    workers: Annotated[
+        str, typer.Option(help="Trials at the same time, each with its share of the cores; auto: one for each card.")
+    ] = "1",
     retries: _Retries = 0,
     retry_timeouts: Annotated[
         bool, typer.Option("--retry-timeouts", help="Count a trial that took too long among those.")
@@ -155,7 +158,7 @@ def run(
     grids.preflight(loaded if until_decided is None else grid_of(until_decided))
     store.set_aside()
 
-    from harness import launch
+    from harness import environment, launch
     from harness.display import display
     from harness.launch.local import LocalLauncher
     from harness.prediction import NOTHING_EXPECTED
@@ -163,11 +166,13 @@ def run(
     from harness.until_decided import until_decided as decide
 
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
-    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible)
+    team = _workers(workers, {trial.spec.device for trial in loaded.trials})
+    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible, team)
     until = None if minutes is None else began + 60 * minutes
 
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(environment.divided(team))
             # A server that imports torch is not started for nothing.
             pending = launch.pending(grid_now, store, statuses)[:limit]
             launcher = stack.enter_context(LocalLauncher()) if pending else None
@@ -284,6 +289,25 @@ def tune(
         export.write_text(found.yaml, encoding="utf-8")
         out.print(f"written to {export}; run it with: harness run {export}", highlight=False, soft_wrap=True)
     out.print(f"see it with: harness report {store.folder}", highlight=False)
+
+
+def _workers(asked: str, devices: set[str]) -> int:
+    """How many trials run at the same time.
+
+    Raises:
+        InputError: it is no number, or the machine has no room for so many.
+    """
+    from harness import environment
+
+    device_type = max(environment.resolve_device(device) for device in devices)  # cuda, where one is for it
+    if asked == "auto":
+        count = max(1, len(environment.cards())) if device_type == "cuda" else 1
+    elif asked.isascii() and asked.isdigit() and int(asked):
+        count = int(asked)
+    else:
+        raise InputError(f"--workers {asked} is no number of workers; give 1, 2, … or auto")
+    environment.seats(count, device_type)
+    return count
 
 
 def _expected(specs: list[TrialSpec], trust_remote_code: bool) -> Expected:

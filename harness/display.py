@@ -10,7 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -71,10 +79,10 @@ def bar(console: Console, first: str) -> Iterator[Callable[[tuple[int, int, str]
 class LiveDisplay:
     """For a terminal: a bar with the time left, the running trial with its phase, a line per finished one."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, beside: LiveDisplay | None = None) -> None:
         self.console = console
-        self._progress = _progress(console)
-        self._bar = self._progress.add_task("trials", total=None)
+        self._progress: Progress = _progress(console) if beside is None else beside._progress
+        self._bar: TaskID = self._progress.add_task("trials", total=None) if beside is None else beside._bar
         self._now = self._progress.add_task("", total=None, visible=False)
         self._label = ""
         self._phase = ""
@@ -123,6 +131,10 @@ class LiveDisplay:
         """Say for whom."""
         self._progress.update(self._now, description=f"waiting for {count} trials of another runner", visible=True)
 
+    def beside(self) -> LiveDisplay:
+        """Another running trial in the same display."""
+        return LiveDisplay(self.console, self)
+
     def interrupted(self) -> None:
         """Say what the interrupt does."""
         self.console.print("[yellow]finishing the running trial; interrupt again to stop it now[/]")
@@ -154,14 +166,14 @@ class PlainDisplay:
         self._say(f"{total} trials to run" + (f", {skipped} recorded already" if skipped else ""))
 
     def trial(self, number: int, job: Job) -> None:
-        """Remember where we are; the line comes with the figures."""
-        self._number = number
+        """Nothing: the line comes with the figures."""
 
     def event(self, kind: str, value: Any) -> None:
         """Nothing: steps would fill a log."""
 
     def finished(self, record: Record) -> None:
         """One line with the figures, and the time left at this pace."""
+        self._number += 1
         elapsed = time.monotonic() - self._began
         left = elapsed / self._number * (self._total - self._number)
         seconds = record.metrics.get("trial_seconds") or 0.0
@@ -179,6 +191,10 @@ class PlainDisplay:
         if not self._waits:
             self._waits = True
             self._say(f"waiting for {count} trials of another runner")
+
+    def beside(self) -> PlainDisplay:
+        """Itself: lines come as trials end."""
+        return self
 
     def interrupted(self) -> None:
         """Say what the interrupt does."""

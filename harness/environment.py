@@ -5,11 +5,14 @@ Two rows are comparable when their environment ids are equal.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from harness import __version__
+from harness.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -52,12 +56,77 @@ class Environment(BaseModel):
     own, at speeds of their own), or harness's blocks of fp32."""
     versions: dict[str, str | None]
     """Versions of the packages that measure and are measured; null: not installed."""
+    neighbours: int = 0
+    """Most trials that ran at the same time on this machine; the cores are a share of it then."""
 
     @property
     def id(self) -> str:
-        """Eight hex digits of the hash of all fields."""
-        text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        """Eight hex digits of the hash of all fields; trials that ran alone have that from before there were others."""
+        alone = {"neighbours"} if self.neighbours == 0 else set()
+        text = json.dumps(self.model_dump(exclude=alone), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one of several workers has of a machine."""
+
+    cores: tuple[int, ...]
+    """Numbers of its cores."""
+    card: int | None
+    """Number of its card; null on a CPU."""
+    neighbours: int
+    """Other seats."""
+
+    def take(self) -> None:
+        """Keep this process to the seat. Before CUDA is touched: which cards there are is asked once."""
+        global _neighbours
+        os.sched_setaffinity(0, self.cores)
+        if self.card is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(self.card)
+        _neighbours = self.neighbours
+
+
+_neighbours = 0
+"""Of this process, if it is a worker."""
+_seats = 1
+"""Into so many this process divides the machine, if it is a runner."""
+
+
+def seats(count: int, device_type: str) -> list[Seat]:
+    """The machine divided among so many workers: a card each, and as many cores.
+
+    Raises:
+        InputError: there are fewer cards or cores, or the cards differ.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if count > len(cores):
+        raise InputError(f"{count} workers, and {len(cores)} cores; give --workers {len(cores)} at most")
+    own: list[int | None] = [None] * count
+    if device_type == "cuda":
+        there = cards()
+        if count > len(there):
+            raise InputError(f"{count} workers, and {len(there)} cards; give --workers {max(1, len(there))} at most")
+        kinds = {(card["name"], card["memory_bytes"]) for card in there[:count]}
+        if len(kinds) > 1:
+            said = ", ".join(sorted(name for name, _ in kinds))
+            raise InputError(
+                f"the cards differ ({said}), and so would their figures; name like ones in CUDA_VISIBLE_DEVICES"
+            )
+        own = [card["index"] for card in there[:count]]
+    share = len(cores) // count
+    return [Seat(tuple(cores[k * share : (k + 1) * share]), own[k], count - 1) for k in range(count)]
+
+
+@contextlib.contextmanager
+def divided(count: int) -> Iterator[None]:
+    """Within, `current` is the environment of one of so many workers."""
+    global _seats
+    former, _seats = _seats, count
+    try:
+        yield
+    finally:
+        _seats = former
 
 
 def version(package: str) -> str | None:
@@ -143,9 +212,13 @@ def half_matmul() -> HalfMatmul:
     return "native" if not flags or flags & NATIVE_HALF else "fp32-blocks"
 
 
-@functools.cache
 def current(device_type: Literal["cpu", "cuda"]) -> Environment:
-    """The environment of this process for trials on that device."""
+    """The environment of this process, or of its workers, for trials on that device."""
+    return _current(device_type, _seats, _neighbours)
+
+
+@functools.cache
+def _current(device_type: Literal["cpu", "cuda"], seats: int, neighbours: int) -> Environment:
     info = _cpuinfo()
     cpu_name = info.get("model name") or platform.processor() or platform.machine()
     # Kernels reserve a little more or less at each boot; the machine is the same.
@@ -157,9 +230,10 @@ def current(device_type: Literal["cpu", "cuda"]) -> Environment:
         device_memory_bytes=card["memory_bytes"] if card else memory,
         driver=card["driver"] if card else None,
         cpu_name=cpu_name,
-        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_cores=(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // seats,
         system=f"{platform.system()} {platform.machine()}",
         python=".".join(platform.python_version_tuple()[:2]),
         half_matmul="native" if device_type == "cuda" else half_matmul(),
         versions={"harness": __version__, **{name: version(name) for name in PACKAGES}},
+        neighbours=neighbours or seats - 1,
     )

@@ -148,7 +148,7 @@ def measure(workshop: Workshop, *, rounds: int, told: int, most_tokens: int, say
             del network
     apart = largest_difference(logits["merged"], logits["unmerged"])
     return Inference(
-        environment=environment.current(workshop.device.type),
+        environment=environment.current(environment.resolve_device(workshop.device.type)),
         models=(
             served["base"],
             served["unmerged"],

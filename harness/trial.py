@@ -49,10 +49,10 @@ def run(
         trust_remote_code: let a model from the hub run its own code.
         tell: told how far it is.
     """
-    device = torch.device(environment.resolve_device(job.spec.device))
-    trial = _Trial(job, device, folder, trust_remote_code, tell)
+    device_type = environment.resolve_device(job.spec.device)
+    trial = _Trial(job, torch.device(device_type), folder, trust_remote_code, tell)
     outcome = trial.run()
-    return Record.of(job, environment=environment.current(device.type), **outcome)
+    return Record.of(job, environment=environment.current(device_type), **outcome)
 
 
 class _Trial:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness import environment
 from harness.errors import InputError
 from harness.grid import Grid, Trial, interleave, repeat
-from harness.launch import Display, Launcher, Policy, execute, interrupts, run_grid
+from harness.launch import Display, Launcher, Policy, Situation, execute, interrupts, run_grid
 from harness.launch.planner import Planner
 from harness.metrics import FITS, METRICS, show_bytes
 from harness.prediction import NOTHING_EXPECTED, Expected
@@ -173,12 +173,11 @@ class _Tuning:
         """Ask, run and tell. False: interrupted before the end."""
         self.display.begin(self._left(), 0)
         number = 0
-        with interrupts(self.display.interrupted) as asked_to_stop:
-            self.asked_to_stop = asked_to_stop
+        with interrupts(self.display.interrupted) as self.interrupt:
             while self._goes_on():
                 number += 1
                 self._one(number)
-                if asked_to_stop():
+                if self.interrupt.asked:
                     return not self._goes_on()
         self._refuse_hopeless(least=1)
         return True
@@ -275,15 +274,15 @@ class _Tuning:
             study_trial=trial.number,
         )
         self.display.trial(number, job)
-        record = execute(
-            job,
+        at = Situation(
             self.store,
             self.launcher,
             self.display,
             self.options.policy,
             self._expected([spec]),
-            self.asked_to_stop,
+            interrupt=self.interrupt,
         )
+        record = execute(job, at)
         row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
         self.recorded[record.trial_id] = row
         return row

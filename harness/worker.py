@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from harness import half_matmul, trial
+import torch
+
+from harness import environment, half_matmul, trial
 from harness.results import Job
 
 
@@ -21,13 +23,18 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
 
     Args:
         job: a `Job` as JSON.
-        options: `folder` for adapters, `trust_remote_code`.
+        options: `folder` for adapters, `trust_remote_code`; `seat`, fields of an `environment.Seat`, where others are
+            at work beside.
         connection: gets `[kind, value]` in JSON: phases, steps, and the record last.
     """
     # An interrupt is for the runner: it decides whether this trial is finished or stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()  # a crash says where
     threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+    if options.get("seat") is not None:
+        seat = environment.Seat(**options["seat"])
+        seat.take()
+        torch.set_num_threads(len(seat.cores))
     half_matmul.install()
 
     def tell(kind: str, value: Any) -> None:

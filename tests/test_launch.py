@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from harness import environment
+from harness.errors import InputError
 from harness.grid import Grid, Trial
 from harness.launch import Launcher, Policy, Summary, pending, run_grid
 from harness.launch.leases import EXPIRES_SECONDS, Leases
@@ -64,6 +65,9 @@ class Watch:
 
     def interrupted(self) -> None:
         self.seen.append((self.running, "interrupted", None))
+
+    def beside(self) -> Watch:
+        return Watch(self.label, self.phase, self.act)
 
 
 class Acts(Watch):
@@ -404,6 +408,87 @@ def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Laun
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         saved = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 - no mapping
     assert row["adapter_bytes"] == saved == 4 * row["trainable_parameters"]
+
+
+# ------------------------------------------------------------------------------------ several workers
+
+
+def test_trials_side_by_side_share_the_machine(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """Each has a core of its own, says that it had a neighbour, and has the losses of a trial on one core."""
+    grid = grid_of(**{f"t{seed}": small(seed=seed) for seed in range(4)})
+    both, alone = Store(tmp_path / "both"), Store(tmp_path / "alone")
+    summary = go(grid, both, launcher, policy=Policy(workers=2))
+    assert (len(summary.records), summary.left, summary.elsewhere) == (4, 0, 0)
+    go(grid, alone, launcher)
+    records = {record.label: record for record in summary.records}
+    for record in records.values():
+        assert record.status == "ok"
+        assert record.environment.neighbours == 1
+        assert record.environment.cpu_cores == len(os.sched_getaffinity(0)) // 2
+    begun = sorted((r.started_at, r.metrics["trial_seconds"]) for r in records.values())
+    assert (begun[1][0] - begun[0][0]).total_seconds() < (begun[0][1] or 0), "they overlap"
+    assert {r["environment_id"] for r in both.read("trials").to_pylist()}.isdisjoint(
+        r["environment_id"] for r in alone.read("trials").to_pylist()
+    ), "speeds beside neighbours are not compared with others"
+    peaks = [{r["label"]: r["peak_memory_bytes"] for r in s.read("trials").to_pylist()} for s in (both, alone)]
+    assert peaks[0] == peaks[1]
+    assert go(grid, both, launcher, policy=Policy(workers=2)).skipped == 4
+    assert len(pending(grid, both)) == 4, "alone they would be other measurements"
+
+
+def test_an_interrupt_stops_all_workers(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    endless = {f"e{seed}": small(seed=seed, train_samples=1_000_000) for seed in range(3)}
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(grid_of(**endless), Store(tmp_path), launcher, Watch("e0", "forward", twice), policy=Policy(workers=2))
+    assert not workers()
+    assert not Store(tmp_path).completed()
+    assert not list((tmp_path / "leases").glob("*.json"))
+
+
+def test_a_disk_error_of_one_worker_ends_the_run(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    class Full(Store):
+        def write(self, record: Record) -> None:
+            if record.label == "bad":
+                raise OSError(28, "No space left on device")
+            super().write(record)
+
+    grid = grid_of(bad=small(), **{f"t{seed}": small(seed=seed) for seed in range(1, 9)})
+    with pytest.raises(OSError, match="No space left"):
+        go(grid, Full(tmp_path), launcher, policy=Policy(workers=2))
+    assert len(Store(tmp_path).completed()) < 8, "nothing further is begun"
+
+
+@pytest.mark.parametrize(
+    ("count", "cards", "says"),
+    [
+        (1000, [], "1000 workers, and"),
+        (2, ["H100"], "2 workers, and 1 cards; give --workers 1 at most"),
+        (2, ["H100", "L4"], r"the cards differ \(H100, L4\)"),
+    ],
+)
+def test_a_machine_without_room_for_the_workers(
+    count: int, cards: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tuple({"index": i, "name": name, "memory_bytes": 1, "driver": "1"} for i, name in enumerate(cards))
+    monkeypatch.setattr(environment, "cards", lambda: there)
+    with pytest.raises(InputError, match=says):
+        environment.seats(count, "cuda" if cards else "cpu")
+
+
+def test_a_card_and_its_cores_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tuple({"index": i, "name": "H100", "memory_bytes": 1, "driver": "1"} for i in (2, 5))
+    monkeypatch.setattr(environment, "cards", lambda: there)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4})
+    assert environment.seats(2, "cuda") == [
+        environment.Seat(cores=(0, 1), card=2, neighbours=1),
+        environment.Seat(cores=(2, 3), card=5, neighbours=1),
+    ]
 
 
 # ------------------------------------------------------------------------------------ several runners

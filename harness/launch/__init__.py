@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import errno
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +40,11 @@ class Launcher(Protocol):
         stall: float | None = None,
         on_event: Callable[[str, Any], None],
     ) -> Record:
-        """Run a job in a process of its own; the record says how it ended."""
+        """Run a job in a process of its own; the record says how it ended. Several may run at once."""
         ...
+
+    def stop(self) -> None:
+        """End what is running now."""
 
 
 class Display(Protocol):
@@ -65,6 +71,10 @@ class Display(Protocol):
     def waiting(self, count: int) -> None:
         """Nothing is left but so many trials that other runners are doing."""
 
+    def beside(self) -> Display:
+        """The display of another trial at the same time; its methods are called from another thread."""
+        ...
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -82,6 +92,8 @@ class Policy:
     """Let models from the hub run their own code."""
     skip_infeasible: bool = False
     """Record what is predicted not to fit without starting it."""
+    workers: int = 1
+    """So many trials at the same time, each with its share of the machine."""
 
 
 @dataclass(frozen=True)
@@ -151,27 +163,93 @@ def run_grid(
         KeyboardInterrupt: interrupted twice.
         OSError: a record cannot be kept.
     """
-    marks = store.marks()
-    trials = pending(grid, store, rerun)
-    store.rename({_id(trial): _place(trial) for trial in grid.trials})
-    store.describe(grid.about)
-    skipped = len(grid.trials) - len(trials)
-    todo = trials[:limit]
-    display.begin(len(todo), skipped)
-    records: list[Record] = []
-    shares = _Shares(store, marks, display)
-    # Closed at once, whatever happens: the lease of the trial that was stopped is given back.
-    with (
-        interrupts(display.interrupted) as asked_to_stop,
-        contextlib.closing(shares.take(todo, lambda: asked_to_stop() or _is_past(until))) as turns,
-    ):
-        for number, trial in enumerate(turns, start=1):
-            job = Job(grid=grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
-            display.trial(number, job)
-            assert launcher is not None  # noqa: S101 - the caller's promise
-            records.append(execute(job, store, launcher, display, policy, expected, asked_to_stop))
-    store.compact()
-    return Summary(tuple(records), skipped, len(trials) - len(records) - shares.elsewhere, shares.elsewhere)
+    with environment.divided(policy.workers):
+        marks = store.marks()
+        trials = pending(grid, store, rerun)
+        store.rename({_id(trial): _place(trial) for trial in grid.trials})
+        store.describe(grid.about)
+        skipped = len(grid.trials) - len(trials)
+        todo = trials[:limit]
+        display.begin(len(todo), skipped)
+        team = _Team(grid, store, launcher, policy, expected, marks)
+        with interrupts(display.interrupted) as interrupt:
+            team.work(todo, display, interrupt, lambda: interrupt.asked or _is_past(until))
+        store.compact()
+        done = {record.trial_id for record in team.records}
+        elsewhere = len(team.elsewhere - done)
+        return Summary(tuple(team.records), skipped, len(trials) - len(done) - elsewhere, elsewhere)
+
+
+class _Team:
+    """The workers of one runner: each takes trials as a runner of its own would, until none is left."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        store: Store,
+        launcher: Launcher | None,
+        policy: Policy,
+        expected: Expected,
+        marks: dict[str, dt.datetime],
+    ) -> None:
+        self.records: list[Record] = []
+        self.elsewhere: set[str] = set()
+        """Ids of trials that somebody else recorded."""
+        self._grid, self._store, self._launcher, self._marks = grid, store, launcher, marks
+        self._policy, self._expected = policy, expected
+        self._numbers = itertools.count(1)
+        self._failed = False
+
+    def work(self, todo: list[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]) -> None:
+        """Do the trials.
+
+        Raises:
+            KeyboardInterrupt: interrupted twice.
+            OSError: a record cannot be kept.
+        """
+        count = self._policy.workers
+        if count == 1 or not todo:
+            self._one(todo, display, None, interrupt, is_over)
+            return
+        seats = environment.seats(count, environment.resolve_device(todo[0].spec.device))
+        shown = [display, *(display.beside() for _ in seats[1:])]
+        with ThreadPoolExecutor(count) as threads:
+            running = [
+                threads.submit(self._one, todo, each, seat, interrupt, lambda: self._failed or is_over())
+                for each, seat in zip(shown, seats, strict=True)
+            ]
+            try:
+                wait(running)
+            except KeyboardInterrupt:
+                assert self._launcher is not None  # noqa: S101 - something is running
+                self._launcher.stop()
+                raise
+        for each in running:
+            each.result()
+
+    def _one(
+        self,
+        todo: Sequence[Trial],
+        display: Display,
+        seat: environment.Seat | None,
+        interrupt: Interrupt,
+        is_over: Callable[[], bool],
+    ) -> None:
+        shares = _Shares(self._store, self._marks, display if self._policy.workers == 1 else None)
+        # Closed at once, whatever happens: the lease of the trial that was stopped is given back.
+        with contextlib.closing(shares.take(todo, is_over)) as turns:
+            try:
+                for trial in turns:
+                    job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, **_place(trial))
+                    display.trial(next(self._numbers), job)
+                    assert self._launcher is not None  # noqa: S101 - the caller's promise
+                    at = Situation(self._store, self._launcher, display, self._policy, self._expected, seat, interrupt)
+                    self.records.append(execute(job, at))
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
+                self.elsewhere |= shares.elsewhere
 
 
 def _is_past(moment: float | None) -> bool:
@@ -185,8 +263,8 @@ _LOOK_SECONDS = 0.5
 class _Shares:
     """One runner's share of the trials of a results folder."""
 
-    def __init__(self, store: Store, marks: dict[str, dt.datetime], display: Display) -> None:
-        self.elsewhere = 0
+    def __init__(self, store: Store, marks: dict[str, dt.datetime], display: Display | None) -> None:
+        self.elsewhere: set[str] = set()
         self._store, self._marks, self._display = store, marks, display
         self._leases = Leases(store.folder)
 
@@ -207,11 +285,12 @@ class _Shares:
                 with self._leases.held(_id(trial)):
                     # Records are kept before their leases are given back: what is not there now is nobody's.
                     if self._recorded_since(_id(trial)):
-                        self.elsewhere += 1
+                        self.elsewhere.add(_id(trial))
                     else:
                         yield trial
             if len(busy) == len(left):  # nothing moved
-                self._display.waiting(len(busy))
+                if self._display is not None:
+                    self._display.waiting(len(busy))
                 time.sleep(_LOOK_SECONDS)
             left = busy
 
@@ -228,71 +307,86 @@ def log_path(store: Store, job: Job, attempt: int = 1) -> Path:
     return store.folder / "logs" / (f"{name}.log" if attempt == 1 else f"{name}.attempt-{attempt}.log")
 
 
-def execute(
-    job: Job,
-    store: Store,
-    launcher: Launcher,
-    display: Display,
-    policy: Policy = Policy(),
-    expected: Expected = NOTHING_EXPECTED,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-) -> Record:
+@dataclass(frozen=True)
+class Situation:
+    """What a job is executed with."""
+
+    store: Store
+    launcher: Launcher
+    display: Display
+    policy: Policy = Policy()
+    expected: Expected = NOTHING_EXPECTED
+    seat: environment.Seat | None = None
+    """Where several trials share the machine."""
+    interrupt: Interrupt = field(default_factory=lambda: Interrupt())
+
+
+def execute(job: Job, at: Situation) -> Record:
     """Run one job and keep its record, with what was predicted for it.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
         OSError: the record cannot be kept, or there was no room for what the trial writes.
     """
-    reason = expected.infeasible(job.spec) if policy.skip_infeasible else None
+    reason = at.expected.infeasible(job.spec) if at.policy.skip_infeasible else None
     if reason is not None:
-        record = expected.skipped(job, reason, started_at=dt.datetime.now(dt.UTC))
+        record = at.expected.skipped(job, reason, started_at=dt.datetime.now(dt.UTC))
     else:
-        record = expected.beside(_attempted(job, store, launcher, display, policy, asked_to_stop))
-    store.write(record)
-    display.finished(record)
+        record = at.expected.beside(_attempted(job, at))
+    at.store.write(record)
+    at.display.finished(record)
     return record
 
 
-def _attempted(
-    job: Job,
-    store: Store,
-    launcher: Launcher,
-    display: Display,
-    policy: Policy,
-    asked_to_stop: Callable[[], bool],
-) -> Record:
+def _attempted(job: Job, at: Situation) -> Record:
     """The record of the last attempt: the first from which something came, or the last that there may be."""
+    store, policy = at.store, at.policy
     options = {"folder": str(store.folder / "adapters"), "trust_remote_code": policy.trust_remote_code}
+    if at.seat is not None:
+        options["seat"] = dataclasses.asdict(at.seat)
     attempt = 1
     while True:
         log = log_path(store, job, attempt)
-        record = launcher.run(
-            job, options, log=log, timeout=policy.timeout, stall=policy.stall, on_event=display.event
-        )  # fmt: skip
+        record = at.launcher.run(
+            job, options, log=log, timeout=policy.timeout, stall=policy.stall, on_event=at.display.event
+        )
+        if at.interrupt.at_once:  # what was stopped has no end of its own
+            raise KeyboardInterrupt
         if record.error_type == DISK_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder))
         log_name = str(log.relative_to(store.folder)) if record.status != "ok" and log.exists() else None
         record = record.model_copy(update={"attempt": attempt, "log": log_name})
-        last = attempt > policy.retries or asked_to_stop()
+        last = attempt > policy.retries or at.interrupt.asked
         if last or not is_transient(record, timeouts=policy.retry_timeouts):
             return record
-        display.retried(record)
+        at.display.retried(record)
         attempt += 1
 
 
+class Interrupt:
+    """What the user has asked for with Ctrl-C so far."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        """Once: finish what is running, and begin nothing."""
+        self.at_once = False
+        """Twice: stop."""
+
+
 @contextlib.contextmanager
-def interrupts(on_first: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first interrupt is remembered and the second raises. Yields what asks for the first."""
-    seen: list[int] = []
+def interrupts(on_first: Callable[[], None]) -> Iterator[Interrupt]:
+    """Within, the first interrupt is remembered and the second raises. Yields what is remembered."""
+    interrupt = Interrupt()
 
     def handle(number: int, frame: Any) -> None:
-        if seen:
+        if interrupt.asked:
+            interrupt.at_once = True
             raise KeyboardInterrupt
-        seen.append(number)
+        interrupt.asked = True
         on_first()
 
     former = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: bool(seen)
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, former)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ class LocalLauncher:
         self._child = child
         self._preload = preload
         self._context = multiprocessing.get_context("forkserver")
+        self._running: set[Any] = set()
+        """Processes."""
+        self._starting = threading.Lock()
 
     def __enter__(self) -> LocalLauncher:
         # Asking for cards through NVML keeps CUDA untouched, without which no fork could use it.
@@ -100,6 +104,12 @@ class LocalLauncher:
             **outcome,
         )
 
+    def stop(self) -> None:
+        """End what is running now."""
+        for process in [*self._running]:
+            with contextlib.suppress(OSError):  # it has ended
+                os.kill(process.pid, signal.SIGKILL)
+
     def _watched(
         self, job: Job, options: dict[str, Any], output: Log, vigil: _Vigil, on_event: OnEvent
     ) -> tuple[Record | None, int | None]:
@@ -107,8 +117,9 @@ class LocalLauncher:
         ours, theirs = self._context.Pipe()
         arguments = (self._child, output.theirs, job.model_dump_json(), options, theirs)
         process = self._context.Process(target=_begin, args=arguments, daemon=True)
-        with main_module_hidden():
+        with self._starting, main_module_hidden():
             process.start()
+        self._running.add(process)
         vigil.begin(process.pid or 0)
         theirs.close()
         output.hand_over()
@@ -120,6 +131,7 @@ class LocalLauncher:
                 on_event(kind, value)
             return None, process.exitcode
         finally:
+            self._running.discard(process)
             process.kill()
             process.join()
             if process.exitcode == _SERVER_LOST and process.pid is not None:
