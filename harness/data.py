@@ -229,6 +229,12 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     )
 
 
+def silent(batch: Batch) -> Batch:
+    """The same micro-batch with nothing to learn from it and nothing to count."""
+    inputs = batch.inputs | {"labels": torch.full_like(batch.inputs["labels"], IGNORED)}
+    return Batch(inputs, samples=0, tokens=0, supervised_tokens=0, padded_tokens=0)
+
+
 def micro_batches(examples: Sequence[Example], size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
     """Consecutive micro-batches of at most `size` examples."""
     for start in range(0, len(examples), size):

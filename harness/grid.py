@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from harness import stories
 from harness.claims import Claim, unique
-from harness.environment import resolve_device
+from harness.environment import cards, current, resolve_device
 from harness.errors import InputError
 from harness.spec import PRECISION_FLAGS, TrialSpec, merge, normalise
 from harness.wording import as_written, explain, kind_of, one_line, unknown
@@ -162,11 +162,24 @@ def preflight(grid: Grid, *, to_plan: bool = False) -> None:
             f"{grid.name}: device is cuda, and there is no card that torch could use; "
             "give --device cpu, or look at harness doctor"
         )
+    if not to_plan:
+        for trial in grid.trials:
+            _refuse_too_many_processes(trial)
     ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}
     for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
         stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))
     for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
         model_source.check(name, weights=not to_plan)
+
+
+def _refuse_too_many_processes(trial: Trial) -> None:
+    on_cards = resolve_device(trial.spec.device) == "cuda"
+    there, what = (len(cards()), "card") if on_cards else (current("cpu").cpu_cores, "core")
+    if trial.spec.num_processes > max(1, there):
+        raise InputError(
+            f"{trial.label}: num_processes {trial.spec.num_processes}, and {there} {what}{'s' * (there != 1)} here; "
+            f"each process takes a {what}"
+        )
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -404,8 +417,8 @@ def levels_of(factor: Any, given: Any, where: str = "vary") -> list[Level]:
         given = given.get("levels")
         if hold and isinstance(given, dict):
             raise ValueError(f"{where}: {factor}: hold goes with a list of levels, not with labelled ones")
-    if hold and factor != "micro_batch_size":
-        raise ValueError(f"{where}: {factor}: hold: effective_batch_size goes with micro_batch_size")
+    if hold and factor not in ("micro_batch_size", "num_processes"):
+        raise ValueError(f"{where}: {factor}: hold: effective_batch_size goes with micro_batch_size and num_processes")
     if isinstance(given, dict):
         if not given:
             raise ValueError(f"{where}: {factor} has no levels; give at least one")
@@ -498,13 +511,17 @@ def _design(
 
 
 def _hold_effective_batch(values: dict[str, Any], base: TrialSpec, level: Level) -> dict[str, Any]:
-    micro = values.get("micro_batch_size")
-    if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1 or base.effective_batch_size % micro:
+    sizes = [values.get(key, 1) for key in ("micro_batch_size", "num_processes")]
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            sizes = [base.effective_batch_size + 1]  # divides nothing
+    at_once = math.prod(sizes)
+    if base.effective_batch_size % at_once:
         raise ValueError(
-            f"{level.label}: micro_batch_size {kind_of(micro)} does not divide the effective batch of "
+            f"{level.label}: {level.factor} {kind_of(values.get(level.factor))} does not divide the effective batch of "
             f"{base.effective_batch_size} that is held"
         )
-    return values | {"gradient_accumulation_steps": base.effective_batch_size // micro}
+    return values | {"gradient_accumulation_steps": base.effective_batch_size // at_once}
 
 
 def _exclude(trials: list[Trial], rules: Any) -> list[Trial]:

@@ -52,6 +52,8 @@ def predict(
         InputError: the model's config or the stories cannot be had.
         Unpredictable: an operation has no shape to be known without its contents; it is named.
     """
+    if spec.num_processes > 1:
+        raise Unpredictable("only what one process holds is predicted")
     began = time.perf_counter()
     steps, pad_id = _examples(spec, full_length, trust_remote_code)
     try:

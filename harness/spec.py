@@ -312,8 +312,6 @@ class TrialSpec(_Frozen):
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
             raise ValueError(f"lora_bias {self.lora_bias} with precision {self.precision}: use lora_bias: none")
-        if self.num_processes > 1:
-            raise ValueError(f"num_processes {self.num_processes}: trials run in one process so far; use 1")
 
     @property
     def effective_batch_size(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from harness import distributed
 from harness.data import Batch
 from harness.memory import LiveTensors
 from harness.model import autocast, compute_dtype, trainable
@@ -57,7 +58,7 @@ class Trainer:
         on_phase: Callable[[Phase], None] = lambda phase: None,
         read: Callable[[torch.Tensor], float] = float,
     ) -> None:
-        self.model = model
+        self.model = distributed.wrapped(model, device)
         self.spec = spec
         self.device = device
         self.optimizer = _optimizer(model, spec)
@@ -68,7 +69,7 @@ class Trainer:
         self._read = read
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over the micro-batches of one effective batch.
+        """One optimizer step over the micro-batches of one effective batch, or this process's share of them.
 
         The loss is the sum over all supervised tokens divided by their number, so that the
         micro-batching changes nothing but memory and time.
@@ -76,17 +77,19 @@ class Trainer:
         Raises:
             Diverged: loss or gradient is not finite.
         """
-        supervised = torch.tensor(sum(b.supervised_tokens for b in batches), device=self.device)
+        supervised = distributed.total(torch.tensor(sum(b.supervised_tokens for b in batches), device=self.device))
         losses = []
         for batch in batches:
-            self.on_phase("forward")
-            with autocast(self.spec, self.device):
-                loss = self.model(**batch.inputs, num_items_in_batch=supervised).loss
-            self.on_phase("backward")
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            losses.append(loss.detach())
-            del loss  # its graph, else freed only when the next micro-batch's loss replaces it
-        total = self._read(torch.stack(losses).sum())
+            with distributed.accumulating(self.model, last=batch is batches[-1]):
+                self.on_phase("forward")
+                with autocast(self.spec, self.device):
+                    loss = self.model(**batch.inputs, num_items_in_batch=supervised).loss
+                self.on_phase("backward")
+                shared = loss * distributed.count() if distributed.count() > 1 else loss  # they are averaged
+                (shared if self.scaler is None else self.scaler.scale(shared)).backward()
+                losses.append(loss.detach())
+                del loss, shared  # their graph, else freed only when the next micro-batch's loss replaces it
+        total = self._read(distributed.total(torch.stack(losses).sum()))
         if not math.isfinite(total):
             self.on_phase("forward")  # that is where it arose
             raise Diverged(f"loss is {total}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy
 import torch
 
-from harness import data, environment, evaluate_model, model, model_source
+from harness import data, distributed, environment, evaluate_model, model, model_source
 from harness.card_watch import CardWatch
 from harness.errors import says_disk_full
 from harness.memory import MemoryMeter, out_of_memory
@@ -185,6 +185,8 @@ class _Trial:
         if not model.trainable(network):
             raise DidNotTrain("the model has no trainable parameter")
         trainer = Trainer(network, self.spec, self.device, len(groups), self._enter)
+        if distributed.number() > 0:  # each process drops out other neurons
+            torch.manual_seed(self.spec.seed + distributed.number())
         before = _fingerprint(network)
         meter.tracker.flops = 0
         meter.restart()
@@ -204,13 +206,13 @@ class _Trial:
             peak = max(peak, meter.peak())
         self.metrics |= {"peak_memory_bytes": peak, **shares, "peak_reserved_bytes": meter.reserved()}
         self._refuse_untrained(before, _fingerprint(network))
-        self._summarise(meter.tracker.flops)
+        self._summarise(int(distributed.total(torch.tensor(meter.tracker.flops, device=self.device))))
 
     def _step(
         self, trainer: Trainer, group: list[data.Example], number: int, of: int, meter: MemoryMeter | None
     ) -> None:
         began = self._now()
-        batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
+        batches = self._share(group)
         result = trainer.step(batches) if meter is None else trainer.tracked_step(batches, meter.tracker)
         self.steps.append(
             Step(
@@ -220,14 +222,28 @@ class _Trial:
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
-                samples=sum(b.samples for b in batches),
-                tokens=sum(b.tokens for b in batches),
-                supervised_tokens=sum(b.supervised_tokens for b in batches),
-                padded_tokens=sum(b.padded_tokens for b in batches),
+                **self._counts(batches),
                 peak_memory_bytes=meter.peak() if meter is not None else None,
             )
         )
         self.tell("step", (number, of))
+
+    def _share(self, group: list[data.Example]) -> list[data.Batch]:
+        """This process's micro-batches of a step, as many as everybody has: they go through it together."""
+        size = self.spec.micro_batch_size
+        parts = [group[i : i + size] for i in range(0, len(group), size)]
+        mine = distributed.share(parts)
+        batches = [data.collate(part, self.pad_id, self.device) for part in mine]
+        lacking = math.ceil(len(parts) / distributed.count()) - len(mine)
+        return batches + [data.silent(data.collate(parts[0], self.pad_id, self.device))] * lacking
+
+    def _counts(self, batches: list[data.Batch]) -> dict[str, int]:
+        """What all processes' micro-batches of a step hold."""
+        names = ("samples", "tokens", "supervised_tokens", "padded_tokens")
+        sums = [sum(getattr(batch, name) for batch in batches) for name in names]
+        if distributed.count() > 1:
+            sums = distributed.total(torch.tensor(sums, device=self.device)).tolist()
+        return dict(zip(names, sums, strict=True))
 
     def _now(self) -> Any:
         """This moment, on the clock of the device: work that is queued on a card has its time there."""

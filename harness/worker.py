@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from harness import environment, half_matmul, trial
+from harness import environment, half_matmul, ranks, trial
 from harness.results import Job
 
 
@@ -30,7 +30,11 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
     # An interrupt is for the runner: it decides whether this trial is finished or stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()  # a crash says where
-    threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+
+    def watch() -> None:
+        threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+
+    watch()
     if options.get("seat") is not None:
         seat = environment.Seat(**options["seat"])
         seat.take()
@@ -41,9 +45,9 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
         connection.send_bytes(json.dumps([kind, value]).encode())
 
     folder = Path(options["folder"]) if options.get("folder") else None
-    record = trial.run(
-        Job.model_validate_json(job), folder=folder, trust_remote_code=options["trust_remote_code"], tell=tell
-    )
+    asked = Job.model_validate_json(job)
+    how: dict[str, Any] = {"folder": folder, "trust_remote_code": options["trust_remote_code"], "tell": tell}
+    record = trial.run(asked, **how) if asked.spec.num_processes == 1 else ranks.run(asked, watch, **how)
     tell("record", record.model_dump(mode="json"))
     # Everything is said. An orderly end would spend a second on tearing down what the kernel frees at once.
     sys.stdout.flush()

@@ -283,7 +283,14 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         _base("lora_target_linear: true, lora_target_modules: [q_proj]"),
         r"lora_target_linear and lora_target_modules exclude each other",
     ),
-    "two processes": (_base("num_processes: 2"), r"num_processes 2: .*use 1"),
+    "more processes than cores": (
+        _base("num_processes: 9999, device: cpu"),
+        r"num_processes 9999, and \d+ cores? here",
+    ),
+    "processes that do not divide": (
+        BASE + "vary: {num_processes: {levels: [2], hold: effective_batch_size}}\n",
+        r"num_processes=2: num_processes 2 does not divide the effective batch of 1",
+    ),
     # ---- the prompt
     "format without instruction": (_data("storyteller", "format: 'Tell a story'"), r"never names \{instruction\}"),
     "format with braces for instruction": (_data("storyteller", "format: '{{instruction}}'"), r"never names \{instruc"),

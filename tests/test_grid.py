@@ -624,6 +624,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "save_adapter": True,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "num_processes": 2,
         "gradient_checkpointing": True,
         "train_samples": 8,
         "max_steps": 8,
@@ -636,11 +637,8 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "max_grad_norm": 0.0,
         "seed": 1,
     }
-    # num_processes has one value so far, and double_quantization goes with 4 bits only.
-    assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | {
-        "num_processes",
-        "double_quantization",
-    }
+    # double_quantization goes with 4 bits only.
+    assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | {"double_quantization"}
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}
     ids["nothing"] = TrialSpec.model_validate(plain).id
     ids["double_quantization"] = TrialSpec.model_validate(plain | {"precision": "nf4", "double_quantization": True}).id
@@ -715,3 +713,20 @@ def test_a_grid_is_checked_without_torch(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "grid.yml")], check=True, cwd=Path(__file__).parent.parent
     )
+
+
+def test_the_effective_batch_is_micro_batch_times_accumulation_times_processes(tmp_path: Path) -> None:
+    """The lesson's two examples, and processes as a factor at equal work."""
+    plain = {"base_model": "random:tiny"}
+    sizes = [(4, 2, 1), (1, 16, 4)]
+    keys = ("micro_batch_size", "gradient_accumulation_steps", "num_processes")
+    specs = [TrialSpec.model_validate(plain | dict(zip(keys, size, strict=True))) for size in sizes]
+    assert [spec.effective_batch_size for spec in specs] == [8, 64]
+    file = tmp_path / "g.yml"
+    file.write_text(
+        "base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 8}\n"
+        "vary: {num_processes: {levels: [2, 4], hold: effective_batch_size}}\n"
+    )
+    trials = {t.label: t.spec for t in grid.load(file).trials}
+    assert [trials[f"num_processes={n}"].gradient_accumulation_steps for n in (2, 4)] == [4, 2]
+    assert {spec.effective_batch_size for spec in trials.values()} == {16}

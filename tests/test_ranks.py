@@ -1,0 +1,121 @@
+"""A trial over several processes is the same training, and ends as one row whatever becomes of one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_launch import Acts, Watch, go, grid_of, workers
+
+from harness.launch import Launcher
+from harness.launch.local import LocalLauncher
+from harness.results import Record, Store
+from harness.spec import TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with LocalLauncher() as started:
+        yield started
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_two_processes_are_one_with_twice_the_micro_batch(
+    small: Small, tmp_path: Path, launcher: Launcher, adapter: str
+) -> None:
+    """Step by step, the last one too, which has no micro-batch for the second process."""
+    length = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora"}
+    grid = grid_of(
+        alone=small(micro_batch_size=2, gradient_accumulation_steps=2, **length),
+        both=small(micro_batch_size=1, gradient_accumulation_steps=2, num_processes=2, **length),
+    )
+    summary = go(grid, Store(tmp_path), launcher)
+    alone, both = (record for record in summary.records)
+    assert alone.status == both.status == "ok", both.error
+    assert [s.loss for s in both.steps] == pytest.approx([s.loss for s in alone.steps], rel=1e-5)
+    assert [s.grad_norm for s in both.steps] == pytest.approx([s.grad_norm for s in alone.steps], rel=1e-3)
+    assert [s.samples for s in both.steps] == [4, 4, 4, 1]
+    for name in ("tokens", "supervised_tokens"):
+        assert [getattr(s, name) for s in both.steps] == [getattr(s, name) for s in alone.steps], "no example twice"
+    figures = both.metrics
+    assert figures["trained_tokens"] == alone.metrics["trained_tokens"]
+    assert figures["memory_weights_bytes"] == alone.metrics["memory_weights_bytes"], "of one process, not of both"
+    assert (figures["peak_memory_bytes"] or 0) < (alone.metrics["peak_memory_bytes"] or 0), "half the micro-batch"
+    assert figures["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
+    assert len(list((tmp_path / "adapters").glob("*"))) == (2 if adapter == "lora" else 0)
+
+
+def family() -> list[psutil.Process]:
+    return [child for worker in workers() for child in worker.children(recursive=True)]
+
+
+def test_a_dead_rank_ends_the_trial_and_leaves_nobody(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    ranks: list[psutil.Process] = []
+
+    def kill_last() -> None:
+        ranks.extend(family())
+        ranks[-1].kill()
+
+    def kill_worker() -> None:
+        ranks.extend(family())
+        workers()[0].kill()
+
+    endless = {"num_processes": 2, "train_samples": 1_000_000}
+    grid = grid_of(rank=small(**endless), worker=small(seed=1, **endless), after=small(seed=2, num_processes=2))
+    began = time.monotonic()
+    summary = go(grid, Store(tmp_path), launcher, Acts("optimizer", {"rank": kill_last, "worker": kill_worker}))
+    assert time.monotonic() - began < 60
+    ends = {r.label: (r.status, r.error_type, r.phase) for r in summary.records}
+    assert ends.pop("after") == ("ok", None, None)
+    assert {end[:2] for end in ends.values()} == {("killed", "SIGKILL")}
+    assert len(ranks) == 4
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    assert not alive
+    assert not workers()
+
+
+def test_one_rank_out_of_memory_is_the_trial_out_of_memory(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """The others only see that it has gone."""
+    record: Record
+    (record,) = go(grid_of(o=small(num_processes=2)), Store(tmp_path), LocalLauncher(second_has_no_memory)).records
+    assert (record.status, record.error_type, record.phase) == ("oom", "MemoryError", "forward")
+    assert not workers()
+    assert (
+        go(grid_of(f=small(num_processes=2, learning_rate=1e30)), Store(tmp_path), launcher, Watch()).records[0].status
+        == "diverged"
+    )
+
+
+def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> None:
+    from harness import distributed, training, worker
+
+    step = training.Trainer.step
+
+    def greedy(self: Any, batches: Any) -> Any:
+        if distributed.number() == 1:
+            self.on_phase("forward")
+            raise MemoryError("std::bad_alloc")
+        return step(self, batches)
+
+    training.Trainer.step = greedy  # type: ignore[method-assign]  # of a process that ends with this
+    worker.main(job, options, channel)
+
+
+def test_an_interrupt_is_for_the_runner(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    def interrupt() -> None:
+        for process in family():
+            process.send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    grid = grid_of(one=small(num_processes=2), two=small(num_processes=2, seed=1))
+    summary = go(grid, Store(tmp_path), launcher, Acts("backward", {"one": interrupt}))
+    assert [record.status for record in summary.records] == ["ok"]
+    assert summary.left == 1
