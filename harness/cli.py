@@ -14,7 +14,7 @@ from rich.console import Console
 
 from harness import __version__
 from harness.errors import InputError, says_disk_full
-from harness.terminal import plain
+from harness.terminal import plain, printable
 
 if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
     from harness.grid import Grid, Trial
@@ -34,8 +34,8 @@ app = typer.Typer(
     help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
     epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke",
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # a label may say :boom:
+err = Console(stderr=True, emoji=False)
 
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds a folder for each grid.")]
 
@@ -276,9 +276,9 @@ def tune(
         )
         done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(plain(line), style="dim"))
     before = f", {done.warm} known before" if done.warm else ""
-    out.print(f"{done.tried} trials{before} in study {done.study}, kept in {store.folder}", highlight=False)
+    out.print(f"{done.tried} trials{before} in study {done.study}, kept in {plain(str(store.folder))}", highlight=False)
     if done.left:
-        out.print(f"{done.left} trials are left; go on with: harness tune {grid}", highlight=False)
+        out.print(f"{done.left} trials are left; go on with: harness tune {plain(str(grid))}", highlight=False)
     found = reporting.findings(measurements.load(store.folder, baseline_ids=None), store.folder)
     if found is None:
         raise InputError(f"{search.name}: no trial of the study ended well; look at harness ls {search.name}")
@@ -287,8 +287,12 @@ def tune(
     if export is not None:
         export.parent.mkdir(parents=True, exist_ok=True)
         export.write_text(found.yaml, encoding="utf-8")
-        out.print(f"written to {export}; run it with: harness run {export}", highlight=False, soft_wrap=True)
-    out.print(f"see it with: harness report {store.folder}", highlight=False)
+        out.print(
+            f"written to {plain(str(export))}; run it with: harness run {plain(str(export))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out.print(f"see it with: harness report {plain(str(store.folder))}", highlight=False)
 
 
 def _workers(asked: str, devices: set[str]) -> int:
@@ -342,9 +346,11 @@ def _rates(device_type: Literal["cpu", "cuda"]) -> Rates | None:
         with out.status("measuring once what this device can do"):
             found = planner.measure_rates(device_type)
     except (OSError, InputError) as error:
-        out.print(f"the rates of this {device_type} are not known: {error}", style="yellow", highlight=False)
+        out.print(
+            f"the rates of this {device_type} are not known: {plain(str(error))}", style="yellow", highlight=False
+        )
         return None
-    out.print(f"this {device_type} at its best: {found.said()}", style="dim", highlight=False)
+    out.print(f"this {device_type} at its best: {plain(found.said())}", style="dim", highlight=False)
     return found
 
 
@@ -435,7 +441,11 @@ def plan(
         out.print(plain(note), style="dim", highlight=False)
     if output is not None:
         written = planned.write(made, output)
-        out.print(f"{', '.join(file.name for file in written)} written to {output}", highlight=False, soft_wrap=True)
+        out.print(
+            f"{', '.join(file.name for file in written)} written to {plain(str(output))}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _by_factor(trial: Trial) -> tuple[Any, ...]:
@@ -510,10 +520,10 @@ def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
         try:
             found = calibration.fit_rows(mine, {p.spec.memory_key: p.prediction for p in planned}, where)
         except ValueError as error:
-            out.print(f"environment {where.id}: {error}", style="yellow", highlight=False)
+            out.print(f"environment {where.id}: {plain(str(error))}", style="yellow", highlight=False)
             continue
         file = calibration.keep(found, results)
-        out.print(f"{plain(found.said())}; written to {file}", highlight=False, soft_wrap=True)
+        out.print(f"{plain(found.said())}; written to {plain(str(file))}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -559,7 +569,7 @@ def merge(
         f"largest difference of logits, merged from unmerged: {found['largest_logit_difference']:.3g}", style="dim"
     )
     size = show_bytes(found["weights_bytes"])
-    out.print(f"{size} of {found['dtype']} weights written to {folder}", highlight=False, soft_wrap=True)
+    out.print(f"{size} of {found['dtype']} weights written to {plain(str(folder))}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="[dim]Examples:[/]  harness evaluate baseline   |   harness evaluate 3f2a1b --stories 5 --rounds 8")
@@ -590,7 +600,9 @@ def evaluate(
     for table in (served.models(found), served.told(found)):
         if table.rows:
             out.print(faces.rich_table(table))
-    out.print(f"kept beside the trial; see it with: harness report {source.grid}", highlight=False, soft_wrap=True)
+    out.print(
+        f"kept beside the trial; see it with: harness report {plain(str(source.grid))}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command(
@@ -679,14 +691,16 @@ def _print_summary(summary: Any, store: Any, grid: Path) -> None:
         return
     counts = Counter(record.status for record in summary.records)
     said = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    out.print(f"{len(summary.records)} trials ended ({said}), kept in {store.folder}", highlight=False)
+    out.print(f"{len(summary.records)} trials ended ({said}), kept in {plain(str(store.folder))}", highlight=False)
     for record in summary.records:
         if record.status in ("failed", "killed") and record.log is not None:
             out.print(
-                f"[red]{plain(record.label)}[/]: see {store.folder / record.log}", highlight=False, soft_wrap=True
+                f"[red]{plain(record.label)}[/]: see {plain(str(store.folder / record.log))}",
+                highlight=False,
+                soft_wrap=True,
             )
     if summary.left:
-        out.print(f"{summary.left} trials are left; go on with: harness run {grid}", highlight=False)
+        out.print(f"{summary.left} trials are left; go on with: harness run {plain(str(grid))}", highlight=False)
 
 
 _Folder = Annotated[Path, typer.Argument(help="Results of a grid.", show_default=True)]
@@ -716,7 +730,9 @@ def report(
     out.print("[bold]On this machine[/]")
     for sentence in said.summary:
         out.print(f"- {plain(sentence)}", highlight=False)
-    out.print(f"{len(written)} files written; open {target / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(
+        f"{len(written)} files written; open {plain(str(target / 'report.html'))}", highlight=False, soft_wrap=True
+    )
 
 
 def _measurements(folder: Path, environment: str | None) -> Measurements:
@@ -768,7 +784,11 @@ def recommend(
     target = output or Path("reports") / folder.resolve().name / "recommended.yml"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(best.yaml, encoding="utf-8")
-    out.print(f"written to {target}; run it with: harness run {target}", highlight=False, soft_wrap=True)
+    out.print(
+        f"written to {plain(str(target))}; run it with: harness run {plain(str(target))}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(
@@ -887,7 +907,7 @@ def show(
             if row[name] is not None:
                 table.add_row(name, metric.show(row[name]), metric.definition)
         out.print(table)
-        out.print_json(json.dumps(json.loads(row["environment"])))
+        out.print_json(printable(json.dumps(json.loads(row["environment"]), ensure_ascii=False)))
 
 
 @app.command()
@@ -967,12 +987,12 @@ def merge_results(
             if into.folder.resolve() == store.folder.resolve():
                 raise InputError(f"{store.folder} cannot be joined to itself")
             into.set_aside()
-            with bar(out, str(store.folder)) as told:
+            with bar(out, plain(str(store.folder))) as told:
                 joined = into.join(store, lambda done, of, name=str(store.folder): told((done, of, name)))  # type: ignore[misc]  # bound at once
             into.compact()
             out.print(
-                f"{store.folder} into {into.folder}: {joined.added} trials added, {joined.replaced} replaced by later "
-                f"records, {joined.kept} there already",
+                f"{plain(str(store.folder))} into {plain(str(into.folder))}: {joined.added} trials added, "
+                f"{joined.replaced} replaced by later records, {joined.kept} there already",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -189,7 +189,11 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice: the first would be lost in silence."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
+    if not isinstance(node, yaml.MappingNode):  # `!!map 3`
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.tag} is given to what is no mapping", node.start_mark
+        )
     own = {id(key_node) for key_node, _ in node.value}
     loader.flatten_mapping(node)  # puts what `<<` merges before the own keys, which may replace it
     if len(node.value) > _MAX_VALUES:
@@ -208,7 +212,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return seen
 
 
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    str(value)  # raises for one, written in another base, of more digits than Python writes
+    return value
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -218,9 +229,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: there is none, or it is too large, too deep or not plain YAML.
     """
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes; a grid file has at most {_MAX_FILE_BYTES}")
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - derived from SafeLoader
+        with path.open("rb") as file:  # a pipe or a device has no size, and perhaps no end
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            size = max(path.stat().st_size, len(content))
+            raise InputError(one_line(f"{path}: {size} bytes; a grid file has at most {_MAX_FILE_BYTES}"))
+        document = yaml.load(content.decode(), _Loader)  # noqa: S506 - derived from SafeLoader
         count = _count(document, {})
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
@@ -341,7 +355,7 @@ def base_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
         ValueError: there are none, or one is unknown.
     """
     base = document.get("base")
-    if isinstance(base, str):
+    if isinstance(base, str) and base.isprintable():
         base = read_yaml(path.parent / os.path.expanduser(base))  # Path's raises for ~nobody
     if not isinstance(base, dict):
         raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")

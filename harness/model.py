@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from harness import model_source
 from harness.errors import InputError
+from harness.private import without_home
 from harness.spec import QUANTISED, TrialSpec
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -189,6 +190,9 @@ def save_adapter(model: Any, spec: TrialSpec, folder: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = spec.base_model
     model.save_pretrained(folder)
+    card = folder / "README.md"  # peft's, which names the path
+    said = card.read_text(encoding="utf-8").replace(str(model.config._name_or_path), spec.base_model)
+    card.write_text(without_home(said), encoding="utf-8")
 
 
 def with_saved_adapter(model: Any, folder: Path) -> Any:

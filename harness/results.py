@@ -25,13 +25,15 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from harness import metrics
 from harness.environment import Environment
 from harness.errors import InputError
 from harness.files import locked, write_whole
 from harness.spec import TrialSpec
+from harness.wording import explain, one_line
 
 SCHEMA_VERSION = 1
 
@@ -355,10 +357,116 @@ def spec_of(row: Mapping[str, Any]) -> TrialSpec:
         elif isinstance(value, numpy.generic):
             value = value.item()
         values[name] = value
-    values["datasets"] = json.loads(values["datasets"])
     for name in ("memory_budget", "train_samples", "max_steps", "eval_sequence_length"):
         values[name] = None if values[name] is None else int(values[name])  # pandas holds nullable integers as floats
-    return TrialSpec.model_validate(values)
+    return _plain_spec(values)
+
+
+def _plain_spec(values: Mapping[str, Any]) -> TrialSpec:
+    return TrialSpec.model_validate({**values, "datasets": json.loads(values["datasets"])})
+
+
+# ------------------------------------------------------------------------------------ rows of others
+
+_DECLARED: dict[str, dict[str, FieldInfo]] = {
+    "trials": {**TrialSpec.model_fields, **Record.model_fields},
+    "steps": Step.model_fields,
+    "stories": StoryLoss.model_fields,
+    **{table: row.model_fields for table, row in AT_WORK.items()},
+}
+"""The fields that columns are made of, by table and name."""
+
+_ONCE: dict[Table, tuple[str, ...]] = {
+    "trials": ("trial_id",),
+    "steps": ("trial_id", "step"),
+    "stories": ("trial_id", "story_id", "when", "kind"),
+    "models": ("trial_id", "model"),
+    "answers": ("trial_id", "model", "story_id"),
+}
+"""Columns that together are said once in a part."""
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_PART_NAME = re.compile(_NAME)
+_IDS = ("trial_id", "spec_id", "environment_id", "baseline_id", "adapter_id")
+_PATTERNS = {**dict.fromkeys(_IDS, rf"\A{_NAME}\z"), "log": rf"\Alogs/{_NAME}\z"}
+"""What becomes a path, or a part of the code that a report shows."""
+_NULLABLE = frozenset(_METRIC_COLUMNS) | {"adapter_id"}
+"""Columns that may be null, beside those whose field says so."""
+_SIGNED = frozenset({"loss"} | {m.name for m in metrics.METRICS.values() if m.scale == "difference"})
+_LAST_MICROSECOND = int(dt.datetime(9999, 1, 1, tzinfo=dt.UTC).timestamp()) * 10**6
+"""Python counts no further."""
+
+
+class _Damaged(Exception):
+    """What is wrong with a part."""
+
+
+def _refuse_foreign(table: Table, content: pa.Table) -> None:
+    """Look whether rows are such as `Store` writes: whoever reads them relies on it.
+
+    Args:
+        table: whose rows they are.
+        content: some of its columns, in their declared types.
+
+    Raises:
+        _Damaged: they are not; somebody else has written or changed them.
+    """
+    there = {*content.column_names}
+    for name in content.column_names:
+        if said := _foreign(content[name].combine_chunks(), name, _DECLARED[table].get(name)):
+            raise _Damaged(f"not rows of harness ({name} {said})")
+    once = _ONCE.get(table)
+    if once and {*once} <= there and len(content.group_by(list(once)).aggregate([])) < len(content):
+        raise _Damaged(f"not rows of harness (the same {' and '.join(once)} twice)")
+    try:
+        if "environment" in there:
+            for text in content["environment"].unique().to_pylist():
+                Environment.model_validate_json(text)
+        if TrialSpec.model_fields.keys() <= there and len(content):
+            # Repeats differ in the seed alone: their spec is looked at once, with the largest.
+            rows = content.select([name for name in TrialSpec.model_fields if name != "seed"]).to_pylist()
+            seed = pc.max(content["seed"]).as_py()
+            for row in {str(row): row for row in rows}.values():
+                _plain_spec(row | {"seed": seed})
+    except ValidationError as error:
+        raise _Damaged(one_line(f"not rows of harness ({explain(error)})")) from None
+    except (ValueError, TypeError, RecursionError):
+        raise _Damaged("not rows of harness (datasets is no JSON)") from None
+
+
+def _foreign(column: pa.Array, name: str, field: FieldInfo | None) -> str | None:
+    """What a column holds that none of harness's does; null where there is nothing."""
+    known = column.drop_null()
+    may_be_null = field is not None and (not field.is_required() or type(None) in typing.get_args(field.annotation))
+    if len(known) < len(column) and not may_be_null and name not in _NULLABLE:
+        return "is missing"
+    if pa.types.is_list(known.type):
+        known = known.flatten()
+        if known.null_count:
+            return "has gaps"
+    if not len(known) or pa.types.is_boolean(known.type):
+        return None
+    if pa.types.is_string(known.type):
+        known = known.unique()
+        if name in _PATTERNS and not pc.all(pc.match_substring_regex(known, _PATTERNS[name])).as_py():
+            return "is no name"
+        words = _words(field.annotation) if field is not None else ()
+        return "is none of its words" if words and not {*known.to_pylist()} <= {*words} else None
+    if pa.types.is_timestamp(known.type):
+        known = known.cast(pa.int64())
+        if pc.max(known).as_py() > _LAST_MICROSECOND:
+            return "is beyond all time"
+    elif pa.types.is_floating(known.type) and not pc.all(pc.is_finite(known)).as_py():
+        return "is not finite"
+    return "is negative" if name not in _SIGNED and pc.min(known).as_py() < 0 else None
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """The words of a Literal, alone or beside null."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    beside = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    return next((words for each in beside if (words := _words(each))), ())
 
 
 # ------------------------------------------------------------------------------------ store
@@ -381,7 +489,6 @@ class Joined:
 
 _IN_ORDER: tuple[Table, ...] = ("steps", "stories", *AT_WORK, "trials")
 """What is listed in a later one is whole in those before."""
-_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Store:
@@ -445,6 +552,7 @@ class Store:
         """What the grid said of itself; empty where nothing is known."""
         try:
             found = json.loads((self.folder / "grid.json").read_bytes())
+            json.dumps(found, ensure_ascii=False).encode()  # JSON can escape half a character, which no page holds
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -493,7 +601,7 @@ class Store:
     def part(self, trial_id: str) -> dict[str, Any] | None:
         """The row of a trial that was recorded since the parts were last made one; null where it was not."""
         try:
-            content = _read_part(self.folder / "trials" / f"{trial_id}.parquet", SCHEMAS["trials"])
+            content = _read_part(self.folder / "trials" / f"{trial_id}.parquet", "trials")
         except (FileNotFoundError, _Damaged):
             return None
         return content.to_pylist()[0]  # type: ignore[no-any-return]  # pyarrow has no types
@@ -556,22 +664,20 @@ class Store:
         raise InputError(f"{self.folder}: its parts vanish while they are read; is somebody moving them?")
 
     def _read(self, table: Table, columns: list[str] | None) -> pa.Table:
-        schema = SCHEMAS[table]
-        wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
-        tables = list(self._whole_parts(table, wanted).values())
-        return _latest(tables) if tables else wanted.empty_table()
+        tables = list(self._whole_parts(table, columns).values())
+        return _latest(tables) if tables else SCHEMAS[table].empty_table().select(columns or SCHEMAS[table].names)
 
     def _parts(self, table: Table) -> list[Path]:
         """Compacted parts first and single ones after: a trial that is in both was run again."""
         parts = [p for p in (self.folder / table).glob("*.parquet") if not p.name.startswith(".")]
         return sorted(parts, key=lambda p: (not p.name.startswith("all-"), p.name))
 
-    def _whole_parts(self, table: Table, schema: pa.Schema) -> dict[Path, pa.Table]:
+    def _whole_parts(self, table: Table, columns: list[str] | None = None) -> dict[Path, pa.Table]:
         """Those that can be read; a warning for each of the others."""
         found = {}
         for part in self._parts(table):
             try:
-                found[part] = _read_part(part, schema)
+                found[part] = _read_part(part, table, columns)
             except _Damaged as damage:
                 warnings.warn(DamagedPart(f"{part}: {damage}; left out"), stacklevel=4)
         return found
@@ -583,10 +689,10 @@ class Store:
             InputError: a part is of a newer version of harness.
         """
         found = {}
-        for table, schema in SCHEMAS.items():
+        for table in SCHEMAS:
             for part in self._parts(table):
                 try:
-                    _read_part(part, schema)
+                    _read_part(part, table)
                 except _Damaged as damage:
                     found[part] = str(damage)
                 except FileNotFoundError:  # compacted meanwhile
@@ -616,7 +722,7 @@ class Store:
         with locked(self.folder):
             for table in SCHEMAS:
                 if len(self._parts(table)) > above:
-                    parts = self._whole_parts(table, SCHEMAS[table])  # what is damaged stays as it is
+                    parts = self._whole_parts(table)  # what is damaged stays as it is
                     content = _latest(list(parts.values()))
                     # In the order of time: should a former one be left behind, the rows of the later one count.
                     name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
@@ -625,16 +731,13 @@ class Store:
                         part.unlink(missing_ok=True)
 
 
-class _Damaged(Exception):
-    """What is wrong with a part."""
-
-
-def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
+def _read_part(part: Path, table: Table, columns: list[str] | None = None) -> pa.Table:
+    schema = SCHEMAS[table] if columns is None else pa.schema([SCHEMAS[table].field(c) for c in columns])
     try:
         with pq.ParquetFile(part) as file:
             about = file.schema_arrow
             version = (about.metadata or {}).get(b"schema_version", b"").decode(errors="replace")
-            if not (version.isascii() and version.isdigit()):
+            if not re.fullmatch(r"[0-9]{1,9}", version):
                 raise _Damaged("not written by harness (it has no schema_version)")
             if int(version) > SCHEMA_VERSION:
                 raise InputError(
@@ -644,17 +747,19 @@ def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
                 raise _Damaged("not written by harness (it has no trial_id, or a column twice)")
             content = file.read(columns=[name for name in schema.names if name in about.names])
         content.validate(full=True)
-        columns = [
+        cast = [
             content[field.name].cast(field.type)
             if field.name in about.names
             else pa.repeat(pa.scalar(_SINCE.get(field.name), field.type), len(content))
             for field in schema
         ]
-    except FileNotFoundError:
+    except (FileNotFoundError, InputError):
         raise  # somebody compacted the folder meanwhile: its rows are in another part
-    except (pa.ArrowException, OSError) as error:
-        raise _Damaged(f"not a readable parquet file ({str(error).splitlines()[0]})") from None
-    return pa.table(columns, schema=schema)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise _Damaged(one_line(f"not a readable parquet file ({error})")) from None
+    found = pa.table(cast, schema=schema)
+    _refuse_foreign(table, found)
+    return found
 
 
 def _latest(tables: list[pa.Table]) -> pa.Table:

@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.errors import InputError
 from harness.spec import DatasetSpec, PromptSpec
+from harness.wording import one_line
 
 _DATA = Path(__file__).parent / "data"
 BUNDLED: dict[str, Path] = {
@@ -58,8 +59,9 @@ def read(dataset: DatasetSpec) -> list[Story]:
     needed = [c for c in (prompt.field_instruction, prompt.field_input, prompt.field_output) if c is not None]
     for column in needed:
         if column not in columns:
+            there = one_line(", ".join(map(repr, sorted(columns))))
             raise InputError(
-                f"dataset {dataset.path} has no column {column!r}; it has {', '.join(map(repr, sorted(columns)))} "
+                f"dataset {dataset.path} has no column {column!r}; it has {there} "
                 "(set field_instruction, field_input and field_output under datasets: type:)"
             )
     return [_story(dataset, number, row) for number, row in enumerate(rows, start=1)]
@@ -114,7 +116,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -126,7 +131,7 @@ def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
             raise InputError(f"dataset {path}: no such file (looked in {Path.cwd()})")
         try:
             rows = list(_read_file(file))
-        except (ValueError, OSError, KeyError, NotImplementedError, RecursionError, csv.Error) as error:
+        except _UNREADABLE as error:
             raise InputError(f"dataset {path} cannot be read as {file.suffix}: {_first_line(error)}") from None
     elif HUB_ID.fullmatch(path) and not os.path.exists(file):
         rows = _read_hub(path)
@@ -143,9 +148,15 @@ def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
     return {column for row in rows for column in row}, rows
 
 
+# OverflowError: a time that parquet can hold and Python cannot.
+_UNREADABLE = (
+    ValueError, OSError, KeyError, TypeError, NotImplementedError, RecursionError, OverflowError, csv.Error,
+)  # fmt: skip
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return one_line(lines[0]) if lines else type(error).__name__
 
 
 def _read_file(file: Path) -> Iterator[dict[str, Any]]:

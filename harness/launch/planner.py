@@ -17,6 +17,7 @@ from harness.files import write_whole
 from harness.launch.isolated import context, isolated
 from harness.launch.local import main_module_hidden
 from harness.prediction import DeviceType, Prediction
+from harness.private import withheld
 from harness.roofline import Rates
 from harness.spec import TrialSpec
 
@@ -128,7 +129,7 @@ def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> di
         try:
             found = plan.predict(TrialSpec.model_validate_json(text), device_type, **options)
         except Exception as error:  # a model's own code may raise anything; the grid goes on
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            first = withheld(next(iter(str(error).strip().splitlines()), type(error).__name__))
             return {"error": first if isinstance(error, plan.Unpredictable) else f"{type(error).__name__}: {first}"}
     return found.model_dump(mode="json")
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import yaml
 
 from harness.metrics import METRICS
+from harness.private import without_home
 from harness.report import plots, served, tables, tuning, verdicts, words
 from harness.report.measurements import Measurements, describe, labels, spec
 from harness.results import Store
@@ -292,8 +293,9 @@ def _snippets(comparison: tables.Comparison, folder: Path) -> list[Snippet]:
         return []
     ids = sorted({i for i in m.trials["baseline_id"] if isinstance(i, str)})
     kept = f"environment_id == {m.environment_id!r} and status == 'ok' and baseline_id in {ids}"
+    trials, texts = (without_home(str(folder / table)) for table in ("trials", "stories"))
     prepare = (
-        f"t = pandas.read_parquet({str(folder / 'trials')!r}).query({kept!r})\n"
+        f"t = pandas.read_parquet({trials!r}).query({kept!r})\n"
         'b = t[~t.twin].merge(t, left_on=["baseline_id", "repeat"], right_on=["spec_id", "repeat"], '
         'suffixes=("", "_base"))\n'
     )
@@ -307,7 +309,7 @@ def _snippets(comparison: tables.Comparison, folder: Path) -> list[Snippet]:
     # Rows from before there was general text do not say that they are of held-out stories.
     which = "when == 'after'" + " and kind != 'general'" * (not m.changes["forgetting"].empty)
     stories = (
-        f's = pandas.read_parquet({str(folder / "stories")!r}).query("{which}")\n'
+        f's = pandas.read_parquet({texts!r}).query("{which}")\n'
         'p = b[["label", "trial_id", "trial_id_base"]].merge(s, on="trial_id").merge(s.rename(columns={"trial_id": '
         '"trial_id_base", "loss": "loss_base"}), on=["trial_id_base", "story_id", "tokens"])\n'
         'result = (p.loss - p.loss_base).groupby([p.label, p.story_id]).mean().groupby("label").mean()'

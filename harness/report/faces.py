@@ -17,7 +17,7 @@ from harness.report.measurements import describe
 from harness.report.plots import Chart
 from harness.report.served import Told
 from harness.report.tables import Cell, Comparison, Table, techniques
-from harness.terminal import plain
+from harness.terminal import plain, printable
 
 _PNG_SCALE = 2.0
 _THEME = {
@@ -198,7 +198,8 @@ def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 
 def _no_formula(text: str) -> str:
     """Spreadsheets would compute a label that begins like a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
 def comparisons_csv(document: Document) -> str:
@@ -225,7 +226,7 @@ _LATEX = str.maketrans({
 
 
 def _tex(text: str) -> str:
-    return " ".join(text.split()).translate(_LATEX)
+    return printable(" ".join(text.split())).translate(_LATEX)
 
 
 def latex(table: Table) -> str:
@@ -263,7 +264,11 @@ def html(document: Document) -> str:
     import vl_convert
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("harness", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("harness", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # markup is ours
     )
     return environment.get_template("page.html.j2").render(
         document=document,

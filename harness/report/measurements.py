@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import numpy
 import pandas
+import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from harness import stats
 from harness.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast
@@ -22,6 +24,8 @@ from harness.metrics import FIGURES, METRICS, show_bytes
 from harness.results import AT_WORK, Store, Table, spec_of
 from harness.spec import TrialSpec
 from harness.stats import Verdict
+from harness.terminal import printable
+from harness.wording import explain, one_line
 
 _KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
@@ -377,6 +381,9 @@ def load(
         raise InputError(f"{folder}: no trials of environment {chosen!r}; there is {', '.join(sorted(there))}")
     here = table.filter(pc.field("environment_id") == chosen)
     described = json.loads(here["environment"][0].as_py())
+    for name in ("label", "factor", "level"):  # harness's are such; what somebody has changed goes into every face
+        said = [text and " ".join(printable(text).split()) for text in here[name].to_pylist()]
+        here = here.set_column(here.schema.get_field_index(name), name, pa.array(said, pa.string()))
     trials = here.drop_columns(["environment"]).to_pandas()
     left_out = []
     if len(trials) < len(table):
@@ -389,8 +396,8 @@ def load(
     losses = _losses(store, kept["trial_id"])
     return Measurements(
         name=folder.name,
-        title=str(about.get("title", folder.name)),
-        claims=tuple(Claim.model_validate(claim) for claim in about.get("claims", [])),
+        title=one_line(str(about.get("title", folder.name))),
+        claims=_claims(about, store.folder / "grid.json"),
         trials=kept,
         configs=configs,
         rates=_rates(store, kept["trial_id"]),
@@ -402,6 +409,14 @@ def load(
         left_out=tuple(left_out),
         _codes=codes,
     )
+
+
+def _claims(about: Mapping[str, Any], file: Path) -> tuple[Claim, ...]:
+    try:
+        return tuple(Claim.model_validate(claim) for claim in about.get("claims", []))
+    except (ValidationError, TypeError) as error:
+        said = explain(error, Claim) if isinstance(error, ValidationError) else "no list"
+        raise InputError(one_line(f"{file}: says nothing readable of its claims ({said})")) from None
 
 
 def _choose(folder: Path, there: Sequence[str]) -> str:

@@ -99,7 +99,7 @@ def _rounds(requests: pandas.DataFrame) -> pandas.DataFrame:
     """Speeds of each round, over its requests."""
     rows = []
     for (trial, model, number), mine in requests.groupby(["trial", "model", "round"], sort=False):
-        seconds = numpy.concatenate(mine["token_seconds"].tolist()) if len(mine) else numpy.empty(0)
+        seconds = numpy.concatenate([numpy.empty(0), *mine["token_seconds"]])
         known = bool(len(seconds))
         rows.append(
             {
@@ -186,7 +186,7 @@ def stories(m: Measurements) -> list[Told]:
     """Held-out synopses with the stories that the models tell."""
     found = []
     for _, label, only in _by_trial(m):
-        answers = only.served["answers"].dropna(subset=["story"])
+        answers = only.served["answers"].dropna(subset=["story", "synopsis", "reference"])
         for _, mine in answers.groupby("story_id", sort=False):
             first = mine.iloc[0]
             said = dict(zip(mine["model"], mine["story"], strict=True))
