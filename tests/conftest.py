@@ -1,21 +1,30 @@
-"""Shared by the tests: small specs, and one cache for made and converted weights."""
+"""Shared by the tests: small specs, what makes them cheap, and one cache for made and converted weights."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import cli
 from harness.spec import TrialSpec
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads of tiny matrices wait for one another longer than they compute; so in the workers too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+FEW = "storyteller-openings"
+"""The bundled dataset of 60 short texts: to tokenise 240 whole stories takes longer than to train on some of them."""
+
 SMALL: dict[str, Any] = {
     "base_model": "random:tiny",
+    "datasets": [{"path": FEW}],
     "precision": "fp32",
     "sequence_length": 256,
     "micro_batch_size": 2,
@@ -34,3 +43,51 @@ def small() -> Callable[..., TrialSpec]:
         return TrialSpec.model_validate(SMALL | overrides)
 
     return make
+
+
+_seen = 0
+
+
+@pytest.fixture(autouse=True)
+def _settled() -> None:
+    """What was imported stays for good, as in the server that trials are forked from: no collector looks at it again.
+
+    Every trial and every prediction collects; among all that tests import, that would be half of what they take.
+    """
+    global _seen
+    if len(sys.modules) != _seen:
+        _seen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_server() -> Iterator[None]:
+    """The fork server outlives the commands that start it: a new one would import torch and transformers anew."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]  # no public way, as in the launcher
+    stop = server._stop
+    server._stop = lambda: None
+    yield
+    server._stop = stop
+    stop()
+
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Answer]:
+    """Runs a command in this process through its own entry point, in a folder of its own: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -1,4 +1,5 @@
-"""The commands as people run them: the real program in a process of its own."""
+"""The commands as people run them: the real program. In a process of its own where it starts others or must be quick;
+else in this one, through its own entry point: starting 30 would take as long as all that they do."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
 import pytest
+from conftest import Answer
 from malformed import FILES, MALFORMED
 
 from harness import grid
 
 ROOT = Path(__file__).parent.parent
+Ask = Callable[..., Answer]
 TINY = """
 name: tiny
 base: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, val_set_size: 2, lora_r: 4}
@@ -71,17 +75,17 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
         "generate",
     ],
 )
-def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
-    done = harness(command, "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert f"harness {command}" in done.stdout
+def test_every_command_explains_itself(ask: Ask, command: str) -> None:
+    code, said, _ = ask(command, "--help")
+    assert code == 0
+    assert f"harness {command}" in said
 
 
-def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
+def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "tiny.yml").write_text(TINY)
-    dry = harness("run", "tiny.yml", "--dry-run", cwd=tmp_path)
-    assert dry.returncode == 0
-    assert "lora_r=8" in dry.stdout
+    code, said, _ = ask("run", "tiny.yml", "--dry-run")
+    assert code == 0
+    assert "lora_r=8" in said
     assert not (tmp_path / "results").exists()
 
     first = harness("run", "tiny.yml", cwd=tmp_path)
@@ -93,13 +97,12 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
     assert trials["eval_loss"].isna().all(), "a loss of random weights means nothing"
     assert len(pandas.read_parquet(tmp_path / "results/tiny/steps")) == 32
 
-    second = harness("run", "tiny.yml", cwd=tmp_path)
-    assert second.returncode == 0
-    assert "nothing to run" in second.stdout
+    code, said, _ = ask("run", "tiny.yml")
+    assert code == 0
+    assert "nothing to run" in said
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "results/tiny/trials"), trials)
 
-    report = harness("report", "results/tiny", cwd=tmp_path)
-    assert report.returncode == 0
+    assert ask("report", "results/tiny")[0] == 0
     text = (tmp_path / "reports/tiny/report.md").read_text()
     memory = trials.set_index("label")["peak_memory_bytes"]
     ratio = memory["lora_r=8"] / memory["baseline"]
@@ -107,12 +110,12 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
     assert f"{ratio:.2f}" in row
     assert "full \\| fine-tuning &lt;b>" in text, "a label cannot break the table or become markup"
 
-    listed = harness("ls", cwd=tmp_path)
-    assert "tiny" in listed.stdout
-    assert "4 ok" in listed.stdout
-    shown = harness("show", "lora_r=8", cwd=tmp_path)
-    assert "lora_r: 8" in shown.stdout
-    assert "peak_memory_bytes" in shown.stdout
+    listed = ask("ls")[1]
+    assert "tiny" in listed
+    assert "4 ok" in listed
+    shown = ask("show", "lora_r=8")[1]
+    assert "lora_r: 8" in shown
+    assert "peak_memory_bytes" in shown
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,15 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path) -> None:
         (("show", "none"), "no trial"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_two(
+    tmp_path: Path, ask: Ask, arguments: tuple[str, ...], says: str
+) -> None:
     (tmp_path / "tiny.yml").write_text(TINY)
-    done = harness(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("harness: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert says in done.stderr
+    code, _, errors = ask(*arguments)
+    assert code == 2
+    assert errors.startswith("harness: ")
+    assert len(errors.splitlines()) == 1
+    assert says in errors
     assert not (tmp_path / "results").exists()
 
 
@@ -187,10 +192,10 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
         assert what in done.stdout
 
 
-def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(tmp_path: Path) -> None:
-    dry = harness("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run", cwd=tmp_path)
-    assert dry.returncode == 0, dry.stderr
-    assert "1 trials" in dry.stdout
+def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(ask: Ask) -> None:
+    code, said, errors = ask("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run")
+    assert code == 0, errors
+    assert "1 trials" in said
 
 
 def test_the_shipped_grids_are_whole(tmp_path: Path) -> None:
@@ -215,27 +220,27 @@ tune:
 """
 
 
-def test_tune_export_run_and_report(tmp_path: Path) -> None:
+def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "search.yml").write_text(TUNE)
-    refused = harness("run", "search.yml", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "run it with harness tune" in refused.stderr
+    code, _, errors = ask("run", "search.yml")
+    assert code == 2
+    assert "run it with harness tune" in errors
 
-    done = harness("tune", "search.yml", "--export", "best.yml", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "3 trials in study search-" in done.stdout
-    assert "Against the baseline" in done.stdout or "Take baseline" in done.stdout
+    code, said, errors = ask("tune", "search.yml", "--export", "best.yml")
+    assert code == 0, errors
+    assert "3 trials in study search-" in said
+    assert "Against the baseline" in said or "Take baseline" in said
     rows = pandas.read_parquet(tmp_path / "results/search/trials")
     assert (rows["status"] == "ok").all()
     assert set(rows["repeat"]) == {0, 1}
     assert (rows["memory_budget"] == 2**30).all()
 
-    best = harness("run", "best.yml", "--dry-run", cwd=tmp_path)
-    assert best.returncode == 0, best.stderr
-    assert "1 to run" in best.stdout
+    code, said, errors = ask("run", "best.yml", "--dry-run")
+    assert code == 0, errors
+    assert "1 to run" in said
 
-    report = harness("report", "results/search", cwd=tmp_path)
-    assert report.returncode == 0, report.stderr
+    code, _, errors = ask("report", "results/search")
+    assert code == 0, errors
     written = tmp_path / "reports/search"
     assert (written / "recommended.yml").read_text() == (tmp_path / "best.yml").read_text()
     assert {"tuning-front.svg", "tuning-history.svg", "tuning-slices.svg"} <= {f.name for f in written.glob("plots/*")}
@@ -252,10 +257,10 @@ def test_tune_export_run_and_report(tmp_path: Path) -> None:
         (["tune", "search.yml", "--storage", "nodb://x"], "the study's storage cannot be opened"),
     ],
 )
-def test_tune_refuses_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_tune_refuses_in_one_line(tmp_path: Path, ask: Ask, arguments: list[str], said: str) -> None:
     (tmp_path / "search.yml").write_text(TUNE)
     (tmp_path / "tiny.yml").write_text(TINY)
-    done = harness(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in " ".join(done.stderr.split())
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, _, errors = ask(*arguments)
+    assert code == 2
+    assert said in " ".join(errors.split())
+    assert len(errors.strip().splitlines()) == 1

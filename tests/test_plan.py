@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import formula
 import optuna
 import pytest
 import torch
+from conftest import FEW, Answer
 from test_launch import Watch
 
-from harness import calibration, cli, environment, grid, plan, replay, trial
+from harness import calibration, environment, grid, plan, replay, trial
 from harness.calibration import Calibration, Pair
 from harness.cards import CARDS, available
 from harness.errors import InputError
@@ -59,32 +59,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 GRID = (
     "name: g\nbase: {base_model: random:tiny, precision: fp32, sequence_length: 256, train_samples: 8, "
-    "val_set_size: 2, device: cuda}\nvary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
+    f"val_set_size: 2, device: cuda, datasets: [{{path: {FEW}}}]}}\n"
+    "vary: {lora_r: [64], lora_alpha: [64], adapter: [none]}\n"
 )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "g.yml").write_text(GRID)
     return tmp_path
-
-
-Answer = tuple[int, str, str]
-
-
-@pytest.fixture
-def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Answer]:
-    """Runs a command in this process, whose fork server serves every test: exit code, stdout, stderr."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["harness", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code or 0, *capsys.readouterr()  # type: ignore[return-value]  # an int, as everywhere
-
-    return run
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -234,7 +217,7 @@ def test_what_is_predicted_over_the_budget_is_not_started_and_told(tmp_path: Pat
     store = Store(tmp_path / "t")
     limit = 1_000_000
     search = formula.search(
-        {"base_model": "random:tiny", "sequence_length": 256, "lora_r": 64},
+        {"base_model": "random:tiny", "sequence_length": 256, "lora_r": 64, "datasets": [{"path": FEW}]},
         objectives=["peak_memory_bytes"], constraints=["peak_memory_bytes <= 1MB"], sampler="random", trials=30,
     )  # fmt: skip
     nobody = LocalLauncher(formula.child)  # not entered: it could start nothing
@@ -418,7 +401,7 @@ def test_the_shape_of_8b_without_its_weights() -> None:
     """Bytes per parameter as they are published: 2 in bf16; in nf4 9/16 of a byte for what is in linear layers."""
     base = {
         "base_model": "random:llama-3.1-8b", "sequence_length": 512, "lora_r": 32, "gradient_checkpointing": True,
-        "train_samples": 1,
+        "train_samples": 1, "datasets": [{"path": FEW}],
     }  # fmt: skip
     bf16 = plan.predict(TrialSpec.model_validate(base), "cpu")
     assert bf16.shares["memory_weights_bytes"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)

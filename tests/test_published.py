@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import FEW
 
 from harness import plan, training
 from harness.data import Example
@@ -23,7 +24,7 @@ from harness.spec import TrialSpec
 
 PEFT: dict[str, Any] = {
     "base_model": "random:llama-3.2-3b", "precision": "bf16", "sequence_length": 768, "micro_batch_size": 4,
-    "optimizer": "adamw_torch", "max_steps": 2, "val_set_size": 0,
+    "optimizer": "adamw_torch", "max_steps": 2, "val_set_size": 0, "datasets": [{"path": FEW}],
 }  # fmt: skip
 QUERY_VALUE = {"lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {

@@ -155,8 +155,9 @@ def test_former_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> N
     store.rename({trial: {"label": "shorter", "factor": "f", "baseline_id": former}})
     assert row(measurements.load(tmp_path, baseline_ids={former}), "shorter")[:2] == ("10 B", "×0.20 very high savings")
     # A level that was edited under its name leaves its former trials behind.
-    keep(store, small(lora_r=8, learning_rate=1e-3), "lora_r=8", [], peak_memory_bytes=30, started_at=LATER)
-    keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=LATER)
+    edited = LATER + dt.timedelta(minutes=1)
+    keep(store, small(lora_r=8, learning_rate=1e-3), "lora_r=8", [], peak_memory_bytes=30, started_at=edited)
+    keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=edited)
     assert row(measurements.load(tmp_path), "lora_r=8")[0] == "30 B"
 
 
