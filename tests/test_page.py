@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import formula
 import pytest
+from conftest import SMALL
 from test_launch import Watch
 from test_report import full_report, measured
 
 from harness.launch.local import LocalLauncher
+from harness.report.document import Document
 from harness.results import Store
 from harness.spec import TrialSpec
 from harness.tune import tune
-
-Small = Callable[..., TrialSpec]
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -54,13 +53,21 @@ def browser() -> Iterator[Any]:
         started.quit()
 
 
-def test_the_page_works_from_disk_without_a_network(browser: Any, small: Small, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, str]:
+    """What is said of a whole grid, and the page's address."""
+    folder = tmp_path_factory.mktemp("page")
+    measured(lambda **overrides: TrialSpec.model_validate(SMALL | overrides), folder / "results" / "g")
+    said = full_report(folder / "results" / "g", folder / "out")
+    return said, (folder / "out" / "report.html").as_uri()
+
+
+def test_the_page_works_from_disk_without_a_network(browser: Any, report: tuple[Document, str]) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    measured(small, tmp_path / "results" / "g")
-    said = full_report(tmp_path / "results" / "g", tmp_path / "out")
-    browser.get((tmp_path / "out" / "report.html").as_uri())
+    said, address = report
+    browser.get(address)
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
 
     # Every chart is drawn, and marks with it.
@@ -99,17 +106,16 @@ def test_the_page_works_from_disk_without_a_network(browser: Any, small: Small, 
     assert not errors, errors
 
 
-def test_both_colour_schemes_are_drawn(browser: Any, small: Small, tmp_path: Path) -> None:
+def test_both_colour_schemes_are_drawn(browser: Any, report: tuple[Document, str]) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    measured(small, tmp_path / "results" / "g")
-    full_report(tmp_path / "results" / "g", tmp_path / "out")
+    _, address = report
     colours = set()
     for scheme in ("dark", "light"):
         feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-        browser.get((tmp_path / "out" / "report.html").as_uri())
+        browser.get(address)
         WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
         label = browser.find_element(By.CSS_SELECTOR, "[data-chart=memory] .role-axis-title text")
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -123,7 +129,7 @@ def test_a_search_is_drawn_and_its_recommendation_can_be_copied(browser: Any, tm
 
     store = Store(tmp_path / "results" / "t")
     with LocalLauncher(formula.child, preload="harness.search") as launcher:
-        tune(formula.search(trials=25, confirm=1), store, launcher, Watch())
+        tune(formula.search(trials=12, confirm=1), store, launcher, Watch())
     said = full_report(store.folder, tmp_path / "out")
     browser.get((tmp_path / "out" / "report.html").as_uri())
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))

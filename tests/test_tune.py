@@ -56,16 +56,16 @@ def test_the_front_is_found_sooner_than_by_chance(launcher: LocalLauncher, tmp_p
 
 
 def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp_path: Path) -> None:
-    search = made(sampler="random", seed=8, trials=30)
+    search = made(sampler="random", seed=8, trials=20)
     store = Store(tmp_path / "t")
     said: list[str] = []
     done = tune(search, store, launcher, Watch(), say=said.append)
     rows = trials(store)
     study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
-    assert len(study.trials) == done.tried == 30
+    assert len(study.trials) == done.tried == 20
     assert set(rows[~rows["twin"]]["study"]) == {done.study}
     by_number = rows[~rows["twin"]].astype({"study_trial": int}).set_index("study_trial").sort_index()
-    assert by_number.index.tolist() == list(range(30)), "a row for each trial, under its number"
+    assert by_number.index.tolist() == list(range(20)), "a row for each trial, under its number"
     assert by_number.loc[0, "label"] == "baseline", "the configuration that one would take anyway comes first"
     states = {t.number: t.state.name for t in study.trials}
     for number, row in by_number.iterrows():
@@ -89,13 +89,13 @@ def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp
 
 def test_going_on_adds_no_trial_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
-    first = tune(made(trials=6), store, launcher, Watch())
+    first = tune(made(trials=3), store, launcher, Watch())
     again = Watch()
-    same = tune(made(trials=6), store, launcher, again)
-    assert (same.study, same.tried, again.seen) == (first.study, 6, [])
-    more = tune(made(trials=9), store, launcher, Watch())
-    assert (more.study, more.tried) == (first.study, 9)
-    assert len(trials(store).query("~twin")) == 9
+    same = tune(made(trials=3), store, launcher, again)
+    assert (same.study, same.tried, again.seen) == (first.study, 3, [])
+    more = tune(made(trials=5), store, launcher, Watch())
+    assert (more.study, more.tried) == (first.study, 5)
+    assert len(trials(store).query("~twin")) == 5
 
 
 def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLauncher, tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLau
             self.number = number
 
     store = Store(tmp_path / "t")
-    done = tune(made(trials=6), store, launcher, Impatient(2, 1))
-    assert (done.tried, done.left) == (2, 4)
+    done = tune(made(trials=4), store, launcher, Impatient(2, 1))
+    assert (done.tried, done.left) == (2, 2)
     with pytest.raises(KeyboardInterrupt):
-        tune(made(trials=6), store, launcher, Impatient(1, 2))
-    done = tune(made(trials=6), store, launcher, Watch())
-    assert done.tried == 6
-    assert len(trials(store).query("~twin")) == 6
+        tune(made(trials=4), store, launcher, Impatient(1, 2))
+    done = tune(made(trials=4), store, launcher, Watch())
+    assert done.tried == 4
+    assert len(trials(store).query("~twin")) == 4
 
 
 # ------------------------------------------------------------------------------------ killed, and two at once
@@ -146,7 +146,7 @@ def runner(folder: Path, count: int, **environment: str) -> subprocess.Popen[byt
 
 def test_a_killed_search_goes_on_and_counts_nothing_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    process = runner(folder, 12, FORMULA_SECONDS="0.2")
+    process = runner(folder, 8, FORMULA_SECONDS="0.2")
     deadline = time.monotonic() + 120
     while len(list(folder.glob("trials/*.parquet"))) < 4:
         assert time.monotonic() < deadline
@@ -155,28 +155,29 @@ def test_a_killed_search_goes_on_and_counts_nothing_twice(launcher: LocalLaunche
     process.kill()
     process.wait()
     before = set(trials(Store(folder))["trial_id"])
-    done = tune(made(trials=12), Store(folder), launcher, Watch())
-    assert done.tried == 12
+    done = tune(made(trials=8), Store(folder), launcher, Watch())
+    assert done.tried == 8
     rows = trials(Store(folder)).query("~twin")
     assert before <= set(rows["trial_id"])
-    assert len(rows) == 12
+    assert len(rows) == 8
     study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{folder / 'study.db'}")
     finished = [t for t in study.trials if t.state.name == "COMPLETE"]
     failed = [t for t in study.trials if t.state.name == "FAIL" and "status" in t.user_attrs]
-    assert len(finished) + len([t for t in failed if f"given back {t.number}" not in study.user_attrs]) == 12
+    assert len(finished) + len([t for t in failed if f"given back {t.number}" not in study.user_attrs]) == 8
     assert not [t for t in study.trials if t.state.name == "RUNNING"]
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    both = [runner(folder, 16, FORMULA_SECONDS="0.3") for _ in range(2)]
+    # A trial sleeps for long beside what it costs on a busy machine.
+    both = [runner(folder, 12, FORMULA_SECONDS="0.6") for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     rows = trials(Store(folder)).query("~twin")
     # The last proposal may have been made by both at once.
-    assert 16 <= len(rows) <= 17
+    assert 12 <= len(rows) <= 13
     assert rows["study"].nunique() == 1
     overlapping = rows.sort_values("started_at")["started_at"].diff().dt.total_seconds().dropna()
-    assert (overlapping < 0.25).sum() >= 4, "they work at the same time"
+    assert (overlapping < 0.55).sum() >= 4, "they work at the same time"
 
 
 # ------------------------------------------------------------------------------------ what ends a search
@@ -276,7 +277,7 @@ def test_halving_stops_what_is_behind(launcher: LocalLauncher, tmp_path: Path) -
 
 def test_the_winner_meets_its_rivals_in_fresh_repeats(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
-    search = made(trials=15, confirm=2)
+    search = made(trials=10, confirm=2)
     tune(search, store, launcher, Watch())
     m = measurements.load(store.folder)
     read = found.read(m, store.folder)
@@ -297,7 +298,7 @@ def test_the_winner_meets_its_rivals_in_fresh_repeats(launcher: LocalLauncher, t
 
 def test_unconfirmed_is_said(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
-    tune(made(trials=8), store, launcher, Watch())
+    tune(made(trials=4), store, launcher, Watch())
     findings = reporting.findings(measurements.load(store.folder), store.folder)
     assert findings is not None
     assert any("not confirmed in fresh repeats" in sentence for sentence in findings.sentences)
@@ -306,7 +307,7 @@ def test_unconfirmed_is_said(launcher: LocalLauncher, tmp_path: Path) -> None:
 def test_what_mattered(launcher: LocalLauncher, tmp_path: Path) -> None:
     """Checkpointing has no part in the loss of the formula, the learning rate has the largest."""
     store = Store(tmp_path / "t")
-    tune(made(trials=40, sampler="random"), store, launcher, Watch())
+    tune(made(trials=30, sampler="random"), store, launcher, Watch())
     read = found.read(measurements.load(store.folder), store.folder)
     assert read is not None
     shares = found.importances(read, "eval_loss")
