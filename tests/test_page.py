@@ -20,6 +20,7 @@ from harness.results import Store
 from harness.spec import TrialSpec
 from harness.tune import tune
 
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium without a screen. Where it is missing the tests are skipped, except where CI is set."""
