@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 import warnings
@@ -43,6 +44,14 @@ Results = Annotated[Path, typer.Option("--results", help="Folder that holds a fo
 _Timeout = Annotated[float | None, typer.Option(min=1, help="Seconds that a trial may take.")]
 _Stall = Annotated[float, typer.Option(min=1, help="Seconds that a step may give no sign of life.")]
 _Retries = Annotated[int, typer.Option(min=0, help="More attempts at a trial whose process was killed or lost.")]
+
+
+_Engine = Annotated[
+    str, typer.Option(help="local: processes here; ray: tasks of a cluster; inline: this process, for a debugger.")
+]
+_Address = Annotated[str | None, typer.Option(help="With --engine ray: the cluster's address, or auto.")]
+_Cpus = Annotated[int | None, typer.Option(min=1, help="With --engine ray: cores of a trial, instead of a node's.")]
+_Accelerator = Annotated[str | None, typer.Option(help="With --engine ray: kind of card, like H100; no other is used.")]
 
 
 def main() -> None:
@@ -106,8 +115,13 @@ def run(
     timeout: _Timeout = None,
     stall: _Stall = 1800,
     workers: Annotated[
-        str, typer.Option(help="Trials at the same time, each with its share of the cores; auto: one for each card.")
-    ] = "1",
+        str | None,
+        typer.Option(help="Trials at the same time, each with its share of the cores; auto: one for each card."),
+    ] = None,
+    engine: _Engine = "local",
+    address: _Address = None,
+    cpus: _Cpus = None,
+    accelerator: _Accelerator = None,
     retries: _Retries = 0,
     retry_timeouts: Annotated[
         bool, typer.Option("--retry-timeouts", help="Count a trial that took too long among those.")
@@ -155,7 +169,7 @@ def run(
     if dry_run:
         _print_trials(loaded, store, statuses)
         return
-    grids.preflight(loaded if until_decided is None else grid_of(until_decided))
+    grids.preflight(loaded if until_decided is None else grid_of(until_decided), elsewhere=engine == "ray")
     store.set_aside()
 
     from harness import environment, launch
@@ -166,17 +180,26 @@ def run(
     from harness.until_decided import until_decided as decide
 
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
-    team = _workers(workers, {trial.spec.device for trial in loaded.trials})
-    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible, team)
+    devices: set[str] = {trial.spec.device for trial in loaded.trials}
+    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible)
     until = None if minutes is None else began + 60 * minutes
 
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(environment.divided(team))
-            # A server that imports torch is not started for nothing.
+            if engine == "local":
+                team = _workers(workers, devices)
+                stack.enter_context(environment.divided(team))
+                launcher: Any = LocalLauncher()
+            else:
+                launcher = stack.enter_context(_launcher(engine, devices, address, cpus, accelerator))
+                team = _most(workers, launcher.workers)
+                stack.enter_context(environment.elsewhere(getattr(launcher, "nodes", ())))
             pending = launch.pending(grid_now, store, statuses)[:limit]
-            launcher = stack.enter_context(LocalLauncher()) if pending else None
-            expected = _expected([t.spec for t in pending], trust_remote_code) if predict else NOTHING_EXPECTED
+            if pending and engine == "local":  # a server that imports torch is not started for nothing
+                stack.enter_context(launcher)
+            # What a node would hold is not known here.
+            foretold = predict and engine != "ray"
+            expected = _expected([t.spec for t in pending], trust_remote_code) if foretold else NOTHING_EXPECTED
             shown = display(out)
             stack.enter_context(shown)
             summary = launch.run_grid(
@@ -184,7 +207,7 @@ def run(
                 store,
                 launcher,
                 shown,
-                policy,
+                dataclasses.replace(policy, workers=team),
                 rerun=statuses,
                 limit=limit,
                 until=until,
@@ -295,7 +318,43 @@ def tune(
     out.print(f"see it with: harness report {plain(str(store.folder))}", highlight=False)
 
 
-def _workers(asked: str, devices: set[str]) -> int:
+def _launcher(engine: str, devices: set[str], address: str | None, cpus: int | None, accelerator: str | None) -> Any:
+    """What runs trials elsewhere than in processes of this machine.
+
+    Raises:
+        InputError: there is no such engine, or it is not installed.
+    """
+    if engine == "inline":
+        from harness.launch.inline import InlineLauncher
+
+        return InlineLauncher()
+    if engine != "ray":
+        raise InputError(f"--engine {engine} is none; use local, ray or inline")
+    try:
+        from harness.launch.cluster import RayLauncher
+    except ImportError:
+        raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
+    if len(devices) > 1:
+        raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")
+    return RayLauncher(address, device=next(iter(devices)), cpus=cpus, accelerator=accelerator)
+
+
+def _most(asked: str | None, there: int) -> int:
+    """How many trials run at the same time, of as many as there is room for."""
+    if asked in (None, "auto"):
+        return there
+    return min(there, _count(asked))
+
+
+def _count(asked: str | None) -> int:
+    if asked is None:
+        return 1
+    if not (asked.isascii() and asked.isdigit() and int(asked)):
+        raise InputError(f"--workers {asked} is no number of workers; give 1, 2, … or auto")
+    return int(asked)
+
+
+def _workers(asked: str | None, devices: set[str]) -> int:
     """How many trials run at the same time.
 
     Raises:
@@ -304,13 +363,10 @@ def _workers(asked: str, devices: set[str]) -> int:
     from harness import environment
 
     device_type = max(environment.resolve_device(device) for device in devices)  # cuda, where one is for it
-    if asked == "auto":
-        count = max(1, len(environment.cards())) if device_type == "cuda" else 1
-    elif asked.isascii() and asked.isdigit() and int(asked):
-        count = int(asked)
-    else:
-        raise InputError(f"--workers {asked} is no number of workers; give 1, 2, … or auto")
-    environment.seats(count, device_type)
+    by_cards = max(1, len(environment.cards())) if device_type == "cuda" else 1
+    count = by_cards if asked == "auto" else _count(asked)
+    if count > 1:
+        environment.seats(count, device_type)
     return count
 
 

@@ -66,31 +66,39 @@ class Environment(BaseModel):
         text = json.dumps(self.model_dump(exclude=alone), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+    def at(self, seat: Seat) -> Environment:
+        """That of a worker of this machine."""
+        return self.model_copy(update={"cpu_cores": seat.threads or len(seat.cores), "neighbours": seat.neighbours})
+
 
 @dataclass(frozen=True)
 class Seat:
     """What one of several workers has of a machine."""
 
     cores: tuple[int, ...]
-    """Numbers of its cores."""
-    card: int | None
-    """Number of its card; null on a CPU."""
+    """Numbers of the cores that it may use."""
+    card: int | str | None
+    """Its card, as CUDA_VISIBLE_DEVICES names it; null: as it is, or none."""
     neighbours: int
     """Other seats."""
+    threads: int | None = None
+    """So many cores are meant, where they are not its own; null: all of them."""
 
     def take(self) -> None:
         """Keep this process to the seat. Before CUDA is touched: which cards there are is asked once."""
-        global _neighbours
+        global _seat
         os.sched_setaffinity(0, self.cores)
         if self.card is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(self.card)
-        _neighbours = self.neighbours
+        _seat = self
 
 
-_neighbours = 0
-"""Of this process, if it is a worker."""
+_seat: Seat | None = None
+"""Of this process, if it is one of several workers."""
 _seats = 1
 """Into so many this process divides the machine, if it is a runner."""
+_nodes: tuple[Environment, ...] = ()
+"""Where the trials of this runner run, if it is elsewhere."""
 
 
 def seats(count: int, device_type: str) -> list[Seat]:
@@ -214,11 +222,34 @@ def half_matmul() -> HalfMatmul:
 
 def current(device_type: Literal["cpu", "cuda"]) -> Environment:
     """The environment of this process, or of its workers, for trials on that device."""
-    return _current(device_type, _seats, _neighbours)
+    if _nodes:
+        return _nodes[0]
+    here = _current(device_type)
+    if _seat is not None:
+        return here.at(_seat)
+    return here if _seats == 1 else here.model_copy(
+        update={"cpu_cores": here.cpu_cores // _seats, "neighbours": _seats - 1}
+    )  # fmt: skip
+
+
+def possible(device_type: Literal["cpu", "cuda"]) -> tuple[Environment, ...]:
+    """Those that a trial of this runner may find itself in."""
+    return _nodes or (current(device_type),)
+
+
+@contextlib.contextmanager
+def elsewhere(nodes: tuple[Environment, ...]) -> Iterator[None]:
+    """Within, trials run in these environments, not in this machine's."""
+    global _nodes
+    former, _nodes = _nodes, nodes
+    try:
+        yield
+    finally:
+        _nodes = former
 
 
 @functools.cache
-def _current(device_type: Literal["cpu", "cuda"], seats: int, neighbours: int) -> Environment:
+def _current(device_type: Literal["cpu", "cuda"]) -> Environment:
     info = _cpuinfo()
     cpu_name = info.get("model name") or platform.processor() or platform.machine()
     # Kernels reserve a little more or less at each boot; the machine is the same.
@@ -230,10 +261,9 @@ def _current(device_type: Literal["cpu", "cuda"], seats: int, neighbours: int) -
         device_memory_bytes=card["memory_bytes"] if card else memory,
         driver=card["driver"] if card else None,
         cpu_name=cpu_name,
-        cpu_cores=(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // seats,
+        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         python=".".join(platform.python_version_tuple()[:2]),
         half_matmul="native" if device_type == "cuda" else half_matmul(),
         versions={"harness": __version__, **{name: version(name) for name in PACKAGES}},
-        neighbours=neighbours or seats - 1,
     )

@@ -145,24 +145,26 @@ def labels_like(grid: Grid, patterns: Sequence[str]) -> set[str]:
     return found
 
 
-def preflight(grid: Grid, *, to_plan: bool = False) -> None:
+def preflight(grid: Grid, *, to_plan: bool = False, elsewhere: bool = False) -> None:
     """Look at what the trials need from outside: a card, datasets with their columns and enough rows, models.
 
     Args:
         grid: what shall be run.
         to_plan: nothing shall be trained: no card has to be there, and of a model its config alone.
+        elsewhere: trials run on other machines: no card has to be here.
 
     Raises:
         InputError: something is not there.
     """
     from harness import model_source
 
-    if not to_plan and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
+    here = not to_plan and not elsewhere
+    if here and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
         raise InputError(
             f"{grid.name}: device is cuda, and there is no card that torch could use; "
             "give --device cpu, or look at harness doctor"
         )
-    if not to_plan:
+    if here:
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
     ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}

@@ -189,6 +189,8 @@ def save_adapter(model: Any, spec: TrialSpec, folder: Path) -> None:
     """The adapters in peft's format, with the base under the name that it has in the spec, not its path here."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = spec.base_model
+        if isinstance(config.target_modules, set):  # in an order that is each process's own
+            config.target_modules = sorted(config.target_modules)
     model.save_pretrained(folder)
     card = folder / "README.md"  # peft's, which names the path
     said = card.read_text(encoding="utf-8").replace(str(model.config._name_or_path), spec.base_model)

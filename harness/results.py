@@ -219,6 +219,8 @@ class Record(Job):
     """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
     attempt: int = 1
     """From 1. Of the earlier ones nothing came: the worker was lost."""
+    node: str | None = None
+    """Machine of a cluster that it ran on; null: that of its runner."""
     log: str | None = None
     """What it printed, within the results folder, where it did not end well."""
 
@@ -267,6 +269,7 @@ _IDENTITY = {
     "study_trial": pa.int64(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
     "attempt": pa.int64(),
+    "node": pa.string(),
     "log": pa.string(),
     "started_at": pa.timestamp("us", tz="UTC"),
 }

@@ -38,7 +38,7 @@ def main(job: str, options: dict[str, Any], connection: Connection) -> None:
     if options.get("seat") is not None:
         seat = environment.Seat(**options["seat"])
         seat.take()
-        torch.set_num_threads(len(seat.cores))
+        torch.set_num_threads(seat.threads or len(seat.cores))
     half_matmul.install()
 
     def tell(kind: str, value: Any) -> None:

@@ -46,6 +46,10 @@ class Launcher(Protocol):
     def stop(self) -> None:
         """End what is running now."""
 
+    def seats(self, count: int, device_type: str) -> Sequence[environment.Seat | None]:
+        """This machine divided among so many workers; nulls where they work elsewhere."""
+        ...
+
 
 class Display(Protocol):
     """Shows a run as it goes."""
@@ -114,16 +118,21 @@ def pending(grid: Grid, store: Store, rerun: frozenset[Status] = frozenset()) ->
     done = store.completed()
 
     def is_done(trial: Trial) -> bool:
-        status = done.get(_id(trial))
-        return status is not None and status not in rerun
+        statuses = [done[i] for i in _ids(trial) if i in done]
+        return any(status not in rerun for status in statuses)
 
     return [trial for trial in grid.trials if not is_done(trial)]
 
 
-def _id(trial: Trial) -> str:
-    """The trial's id in this environment."""
-    here = environment.current(environment.resolve_device(trial.spec.device))
-    return trial_id(trial.spec, here, twin=trial.twin)
+def _ids(trial: Trial | Record) -> list[str]:
+    """The trial's ids in the environments that it may find itself in."""
+    where = environment.possible(environment.resolve_device(trial.spec.device))
+    return [trial_id(trial.spec, each, twin=trial.twin) for each in where]
+
+
+def _id(trial: Trial | Record) -> str:
+    """The first of them, which its lease goes by."""
+    return _ids(trial)[0]
 
 
 def _place(trial: Trial) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def run_grid(
     with environment.divided(policy.workers):
         marks = store.marks()
         trials = pending(grid, store, rerun)
-        store.rename({_id(trial): _place(trial) for trial in grid.trials})
+        store.rename({each: _place(trial) for trial in grid.trials for each in _ids(trial)})
         store.describe(grid.about)
         skipped = len(grid.trials) - len(trials)
         todo = trials[:limit]
@@ -175,7 +184,7 @@ def run_grid(
         with interrupts(display.interrupted) as interrupt:
             team.work(todo, display, interrupt, lambda: interrupt.asked or _is_past(until))
         store.compact()
-        done = {record.trial_id for record in team.records}
+        done = {_id(record) for record in team.records}
         elsewhere = len(team.elsewhere - done)
         return Summary(tuple(team.records), skipped, len(trials) - len(done) - elsewhere, elsewhere)
 
@@ -211,7 +220,8 @@ class _Team:
         if count == 1 or not todo:
             self._one(todo, display, None, interrupt, is_over)
             return
-        seats = environment.seats(count, environment.resolve_device(todo[0].spec.device))
+        assert self._launcher is not None  # noqa: S101 - the caller's promise
+        seats = self._launcher.seats(count, environment.resolve_device(todo[0].spec.device))
         shown = [display, *(display.beside() for _ in seats[1:])]
         with ThreadPoolExecutor(count) as threads:
             running = [
@@ -221,7 +231,6 @@ class _Team:
             try:
                 wait(running)
             except KeyboardInterrupt:
-                assert self._launcher is not None  # noqa: S101 - something is running
                 self._launcher.stop()
                 raise
         for each in running:
@@ -284,7 +293,7 @@ class _Shares:
                     continue
                 with self._leases.held(_id(trial)):
                     # Records are kept before their leases are given back: what is not there now is nobody's.
-                    if self._recorded_since(_id(trial)):
+                    if any(map(self._recorded_since, _ids(trial))):
                         self.elsewhere.add(_id(trial))
                     else:
                         yield trial

@@ -104,6 +104,14 @@ class LocalLauncher:
             **outcome,
         )
 
+    def seats(self, count: int, device_type: str) -> list[environment.Seat]:
+        """This machine divided among so many workers.
+
+        Raises:
+            InputError: it has no room for them.
+        """
+        return environment.seats(count, device_type)
+
     def stop(self) -> None:
         """End what is running now."""
         for process in [*self._running]:

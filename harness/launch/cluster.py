@@ -1,0 +1,296 @@
+"""Trials as tasks of a Ray cluster. The one module that imports Ray.
+
+On its node a trial is what it is here: a process forked from a server that has imported everything once, watched over
+by a `LocalLauncher`. What it says, its record, its log and its adapter come back through Ray: nodes share no disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import os
+import platform
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from harness import environment
+from harness.errors import InputError
+from harness.launch.endings import WORKER_LOST
+from harness.launch.local import LocalLauncher, OnEvent, measure
+from harness.results import Job, Phase, Record
+
+_TELL_SECONDS = 0.5
+"""Between two signs of life that travel; what a step does in detail stays on its node."""
+
+Child = Callable[[str, dict[str, Any], Any], None]
+
+
+class Sent(NamedTuple):
+    """What comes back from a node at the end of a trial."""
+
+    record: str
+    """JSON."""
+    node: str
+    """Name of the machine."""
+    log: bytes
+    files: dict[str, bytes]
+    """Of the adapter, by the path within `adapters/`."""
+
+
+class RayLauncher:
+    """One task for each trial, with the resources that it takes. Use as a context manager.
+
+    Args:
+        address: of a cluster (`auto`: the one that this machine belongs to); null: one on this machine alone.
+        device: of the trials: `cuda` asks for a card each.
+        cpus: cores of a trial; null: those of the smallest node, by the cards of it where trials have cards.
+        accelerator: kind of card that nodes must have, by Ray's name for it (`H100`, `A100`, …).
+        child, preload: as a `LocalLauncher` takes them.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        device: str = "auto",
+        cpus: int | None = None,
+        accelerator: str | None = None,
+        child: Child = measure,
+        preload: str = "harness.launch.preload",
+    ) -> None:
+        self._address, self._device = address, device
+        self._cpus, self._accelerator = cpus, accelerator
+        self._how = {"child": child, "preload": preload}
+        self._running: set[Any] = set()
+
+    def __enter__(self) -> RayLauncher:
+        # Its page would be open to the network else; what it says of itself is for logs.
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if self._address is None:
+            options |= {"include_dashboard": False, "dashboard_host": "127.0.0.1"}
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            ray.init(address=self._address, **options)
+        except ConnectionError as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"--address {self._address}: {first} Start one with: ray start --head") from None
+        nodes = self._nodes()
+        self._gpus = 1 if self._device == "cuda" or (self._device == "auto" and any(_gpus(n) for n in nodes)) else 0
+        able = [node for node in nodes if _gpus(node) >= self._gpus]
+        if not able:
+            self.__exit__()
+            raise InputError("no node of the cluster has a card; give --device cpu, or start nodes with cards")
+        shares = [int(_cpus(node) // max(1, _gpus(node) if self._gpus else 1)) for node in able]
+        self._cpus = self._cpus or max(1, min(shares))
+        self.workers = sum(self._seats(node) for node in able)
+        """So many trials at the same time."""
+        if not self.workers:
+            self.__exit__()
+            raise InputError(f"no node of the cluster has {self._cpus} cores; give fewer with --cpus")
+        self.nodes = self._look([node for node in able if self._seats(node)])
+        """Environments of the nodes, each kind once."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ray.shutdown()
+
+    def run(
+        self,
+        job: Job,
+        options: dict[str, Any],
+        *,
+        log: Path,
+        timeout: float | None = None,
+        stall: float | None = None,
+        on_event: OnEvent,
+    ) -> Record:
+        """As `LocalLauncher.run`, on a node of the cluster. A node that is lost ends as `killed`.
+
+        Raises:
+            KeyboardInterrupt: passed on from `on_event`; the task is cancelled first.
+        """
+        started_at = dt.datetime.now(dt.UTC)
+        task: Any = _trial.options(**self._resources(), num_returns="streaming")
+        said = task.remote(job.model_dump_json(), options, self._how, self._cpus, timeout, stall)
+        self._running.add(said)
+        phase: Phase = "start"
+        sent: Sent | None = None
+        error: Exception = RuntimeError("it ended without a record")
+        try:
+            for reference in said:  # to its end: Ray uses the worker again
+                kind, value = ray.get(reference)
+                if kind == "sent":
+                    sent = Sent(*value)
+                    continue
+                if kind == "phase":
+                    phase = value
+                on_event(kind, value)
+        except ray.exceptions.RayError as lost:
+            error = lost
+        except BaseException:
+            _cancel(said)
+            raise
+        finally:
+            self._running.discard(said)
+        if sent is not None:
+            return self._arrived(sent, options, log)
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Record.of(
+            job,
+            environment=environment.current(environment.resolve_device(job.spec.device)),
+            status="killed",
+            phase=phase,
+            error_type=WORKER_LOST,
+            error=f"the node or its worker was lost ({type(error).__name__}: {first})"[:500],
+            started_at=started_at,
+            metrics={"trial_seconds": (dt.datetime.now(dt.UTC) - started_at).total_seconds()},
+        )
+
+    def seats(self, count: int, device_type: str) -> list[None]:
+        """Nodes divide themselves."""
+        return [None] * count
+
+    def stop(self) -> None:
+        """End what is running now."""
+        for said in [*self._running]:
+            _cancel(said)
+
+    def _arrived(self, sent: Sent, options: dict[str, Any], log: Path) -> Record:
+        """Put into place what a node has sent."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(sent.log)
+        record = Record.model_validate_json(sent.record).model_copy(update={"node": sent.node})
+        if record.adapter_id is not None and options.get("folder"):
+            target = Path(options["folder"]) / record.adapter_id
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.aside")
+            try:
+                for name, content in sent.files.items():
+                    file = aside / Path(name).relative_to(record.adapter_id)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(content)
+                if not target.is_dir():
+                    aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        return record
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in _all_nodes() if node["Alive"] and _cpus(node)]
+
+    def _seats(self, node: dict[str, Any]) -> int:
+        by_cores = int(_cpus(node) // (self._cpus or 1))
+        return min(by_cores, int(_gpus(node))) if self._gpus else by_cores
+
+    def _resources(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": 0}
+        return found | ({"accelerator_type": self._accelerator} if self._accelerator else {})
+
+    def _look(self, nodes: list[dict[str, Any]]) -> tuple[environment.Environment, ...]:
+        """What trials will run on, asked of each node."""
+        asked = [
+            _environment.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(self._device, dataclasses.asdict(_seat(self._cpus or 1, self._seats(node))))
+            for node in nodes
+        ]
+        found = [environment.Environment.model_validate_json(text) for text in ray.get(asked)]
+        return tuple({each.id: each for each in found}.values())
+
+
+def _all_nodes() -> list[dict[str, Any]]:
+    return list(ray.nodes())  # type: ignore[no-untyped-call]  # Ray's
+
+
+def _cpus(node: dict[str, Any]) -> float:
+    return float(node["Resources"].get("CPU", 0))
+
+
+def _gpus(node: dict[str, Any]) -> float:
+    return float(node["Resources"].get("GPU", 0))
+
+
+def _cancel(said: Any) -> None:
+    try:
+        ray.cancel(said, force=True)
+    except (ray.exceptions.RayError, ValueError, TypeError):  # it has ended
+        return
+
+
+# ------------------------------------------------------------------------------------ on a node
+
+_server: LocalLauncher | None = None
+"""Of this Ray worker, which Ray uses for one task after another."""
+
+
+def _seat(cpus: int, seats: int) -> environment.Seat:
+    """What a task has of its node; Ray binds it to no cores of its own."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return environment.Seat(cores, os.environ.get("CUDA_VISIBLE_DEVICES"), seats - 1, threads=cpus)
+
+
+@ray.remote
+def _environment(device: str, seat: dict[str, Any]) -> str:
+    """The environment of a trial on this node, as JSON."""
+    taken = environment.Seat(**seat)
+    return environment.current(environment.resolve_device(device)).at(taken).model_dump_json()
+
+
+@ray.remote
+def _trial(
+    job: str,
+    options: dict[str, Any],
+    how: dict[str, Any],
+    cpus: int,
+    timeout: float | None,
+    stall: float | None,
+) -> Iterator[tuple[str, Any]]:
+    """One trial on this node: signs of life, and last what is to be kept."""
+    global _server
+    if _server is None:
+        _server = LocalLauncher(**how)
+        _server.__enter__()
+    server = _server
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in _all_nodes() if node["NodeID"] == here)
+    seats = max(1, int(resources.get("CPU", cpus) // cpus))
+    heard: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name) / "adapters", Path(name) / "log"
+        asked = options | {"folder": str(folder), "seat": dataclasses.asdict(_seat(cpus, seats))}
+
+        def run() -> None:
+            try:
+                record = server.run(
+                    Job.model_validate_json(job), asked, log=log, timeout=timeout, stall=stall,
+                    on_event=lambda kind, value: heard.put((kind, value)),
+                )  # fmt: skip
+                heard.put(("record", record))
+            except BaseException as error:  # told to whoever waits for it
+                heard.put(("error", error))
+
+        threading.Thread(target=run, daemon=True).start()
+        told = 0.0
+        while True:
+            kind, value = heard.get()
+            if kind == "error":
+                raise value
+            if kind == "record":
+                files = {
+                    str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+                }
+                text = log.read_bytes() if log.exists() else b""
+                yield "sent", tuple(Sent(value.model_dump_json(), platform.node(), text, files))
+                return
+            if time.monotonic() - told >= _TELL_SECONDS or (kind == "phase" and value in ("load", "evaluate", "save")):
+                told = time.monotonic()
+                yield kind, value

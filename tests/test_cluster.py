@@ -1,0 +1,98 @@
+"""A Ray cluster of two nodes on this machine: trials are shared out, and a node that dies costs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from test_launch import Watch, go, grid_of
+
+from harness import environment
+from harness.errors import InputError
+from harness.launch import Policy
+from harness.launch.cluster import RayLauncher
+from harness.launch.local import LocalLauncher
+from harness.results import Record, Store
+from harness.spec import TrialSpec
+
+Small = Callable[..., TrialSpec]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+def losses(store: Store) -> dict[tuple[str, int], float]:
+    labels = {row["trial_id"]: row["label"] for row in store.read("trials").to_pylist()}
+    return {(labels[step["trial_id"]], step["step"]): step["loss"] for step in store.read("steps").to_pylist()}
+
+
+class Axe(Watch):
+    """Fells a node after so many trials."""
+
+    def __init__(self, after: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.after, self.act = after, act
+
+    def finished(self, record: Record) -> None:
+        self.after -= 1
+        if self.after == 0:
+            self.act()
+
+    def beside(self) -> Axe:
+        return self
+
+
+def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
+    """20 trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
+    grid = grid_of(**{f"t{seed}": small(seed=seed, train_samples=12, device="cpu") for seed in range(20)})
+    store, local = Store(tmp_path / "ray"), Store(tmp_path / "local")
+    second = next(iter(cluster.worker_nodes))
+    with RayLauncher(cluster.address, device="cpu") as launcher, environment.elsewhere(launcher.nodes):
+        assert (launcher.workers, len(launcher.nodes)) == (2, 1), "two nodes of one kind"
+        axe = Axe(6, lambda: cluster.remove_node(second, allow_graceful=False))
+        summary = go(grid, store, launcher, axe, policy=Policy(workers=2, retries=3))
+        assert go(grid, store, launcher, policy=Policy(workers=2)).records == ()
+    assert len(summary.records) == 20
+    assert {record.status for record in summary.records} == {"ok"}
+    assert all(record.node for record in summary.records)
+    assert len(store.marks()) == 20
+    with LocalLauncher() as started:
+        go(grid, local, started)
+    assert losses(store) == losses(local)
+
+
+def test_an_interrupt_cancels_tasks(small: Small, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with RayLauncher(cpus=1, device="cpu") as launcher, environment.elsewhere(launcher.nodes):
+        endless = grid_of(e=small(train_samples=1_000_000))
+        with pytest.raises(KeyboardInterrupt):
+            go(endless, Store(tmp_path), launcher, Watch("e", "load", twice))
+        assert not Store(tmp_path).completed()
+        (record,) = go(grid_of(after=small()), Store(tmp_path), launcher).records
+        assert record.status == "ok", "its cores are free again"
+
+
+def test_what_a_cluster_has_not_is_said() -> None:
+    with pytest.raises(InputError, match="no node of the cluster has a card"), RayLauncher(device="cuda"):
+        pass
+    with (
+        pytest.raises(InputError, match="no node of the cluster has 1000 cores; give fewer with --cpus"),
+        RayLauncher(device="cpu", cpus=1000),
+    ):
+        pass
+    with pytest.raises(InputError, match=r"--address 127\.0\.0\.1:1: "), RayLauncher("127.0.0.1:1"):
+        pass
