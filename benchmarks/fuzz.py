@@ -798,7 +798,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def fuzz_results(count: int, seed: int, keep: Path) -> Tally:
     """Give so many tampered folders to every command that reads results; those that fail are kept."""
     chance, tally = random.Random(seed), Tally()
-    with tempfile.TemporaryDirectory() as name, _a_part_of_the_lesson():
+    # Nobody pulls the plug here, and waiting for the disk would take most of the time.
+    with tempfile.TemporaryDirectory() as name, _a_part_of_the_lesson(), mock.patch("os.fsync"):
         root = Path(name)
         valid_results(root / "valid" / "g")
         command("report", str(root / "valid" / "g"), "--output", str(root / "output"))  # see fuzz_grids

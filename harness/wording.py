@@ -83,7 +83,8 @@ def explain(error: ValidationError, model: type[BaseModel] = TrialSpec) -> str:
         inside = place.rpartition(".")[0]
         return f"{inside}: " * bool(inside) + unknown("key", first["loc"][-1], owner.model_fields)
     if kind == "missing":
-        return f"{place} is missing; give one: {owner.model_fields[str(first['loc'][-1])].description}"
+        meant = owner.model_fields.get(str(first["loc"][-1]))
+        return f"{place} is missing; give one: {meant.description}" if meant else f"{place} is missing"  # of a pair
     if kind == "literal_error":
         return unknown(place, given, re.findall(r"'([^']*)'", context["expected"]))
     if kind == "value_error":
