@@ -47,7 +47,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 @given(text=st.text(max_size=300) | st.binary(max_size=300))
 @example(text="base: {base_model: random:tiny, !!map [a]}")
 @example(text="- !!map x")
-@example(text=f"name: 0x{'f' * 5000}")
+@example(text=f"0x{'f' * 5000}")
 @example(text='base: "a\\0b"')
 @example(text="base: /dev/zero")
 @ONE_FOLDER
@@ -55,6 +55,12 @@ def test_any_text_is_a_grid_or_refused_in_a_line(text: str | bytes, tmp_path: Pa
     file = tmp_path / "any.yml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     _is_grid_or_line(file)
+
+
+def test_a_base_that_no_path_can_be_is_said_as_such(tmp_path: Path) -> None:
+    (tmp_path / "g.yml").write_text('base: "a\\0b"')
+    with pytest.raises(InputError, match=r"base is 'a\\x00b'; it must be a mapping"):
+        grid.load(tmp_path / "g.yml")
 
 
 @given(
