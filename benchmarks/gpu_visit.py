@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_visit.py [--minutes 20] [--wheels FOLDER] [--card h100] [--dry-run]
 
-The machine needs Python 3.11 and a CUDA build of torch, transformers and peft, and no network: what else is missing is
-installed from a folder of wheels (`--fetch-wheels` fills one where there is a network). It stops in time and, called
-again, goes on where it was cut off. With `--dry-run` nothing is trained: it prints what would be, with predicted peaks
-and times, and needs no card.
+The machine needs Python 3.11 or newer (wheels are fetched for 3.12) and a CUDA build of torch, transformers and peft,
+and no network: what else is missing is installed from a folder of wheels (`--fetch-wheels` fills one where there is a
+network). It stops in time and, called again, goes on where it was cut off. With `--dry-run` nothing is trained: it
+prints what would be, with predicted peaks and times, and needs no card.
 
 The file begins with the standard library alone: what is missing is missing to it too.
 """
@@ -17,8 +17,10 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,8 @@ NEEDED = {
     "bitsandbytes": "bitsandbytes", "accelerate": "accelerate", "peft": "peft",
     "pydantic": "pydantic", "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
     "typing_inspection": "typing-inspection", "yaml": "PyYAML", "filelock": "filelock", "psutil": "psutil",
-    "pyarrow": "pyarrow", "pandas": "pandas", "scipy": "scipy", "rich": "rich", "typer": "typer",
+    "pyarrow": "pyarrow", "pandas": "pandas", "dateutil": "python-dateutil", "scipy": "scipy", "rich": "rich",
+    "typer": "typer",
     "shellingham": "shellingham", "annotated_doc": "annotated-doc", "jinja2": "Jinja2", "pynvml": "nvidia-ml-py",
     "altair": "altair", "narwhals": "narwhals", "jsonschema": "jsonschema", "referencing": "referencing",
     "jsonschema_specifications": "jsonschema-specifications", "rpds": "rpds-py", "attr": "attrs",
@@ -99,13 +102,14 @@ def _install(wheels: Path | None) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     sys.path[:0] = paths[:2]
     lacking = missing(NEEDED)
-    if not lacking and wheels is None:
+    if not lacking and (wheels is None or site.is_dir()):
         return
     if wheels is None:
         raise SystemExit(f"not installed: {', '.join(lacking)}; give --wheels a folder that --fetch-wheels has filled")
     files = [str(file) for file in sorted(wheels.glob("*.whl"))]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
-    subprocess.run([*pip, "--target", str(site), *files], check=True)
+    if subprocess.run([*pip, "--target", str(site), *files], check=False).returncode:
+        raise SystemExit(f"the wheels in {wheels} cannot be installed here; see above")
     importlib.invalidate_caches()
     if lacking := missing(NEEDED):
         raise SystemExit(f"not among the wheels in {wheels}: {', '.join(lacking)}")
@@ -138,38 +142,65 @@ def visit(until: float, results: Path, reports: Path) -> None:
     """
     results.mkdir(parents=True, exist_ok=True)
     with (results / "gpu_visit.log").open("a", encoding="utf-8") as log:
-        _run(["doctor"], log)
+        _run(["doctor"], log, until)
         model = ["--model", "random:smollm2-135m"] if missing(STORIES) else []
-        kept_for_reports = 45.0
+        # Sixteen gigabytes are written once; a trial that began with that would be out of time.
+        make = "from harness.model import prepare; prepare('random:llama-3.1-8b')"
+        if any(part.grid == _8B for part in PARTS):
+            _follow([sys.executable, "-c", make], log, until)
         for part in PARTS:
-            minutes = part.share * (until - kept_for_reports - time.monotonic()) / 60
-            if minutes > 0:
+            left = until - _REPORT_SECONDS - time.monotonic()
+            if left > _LEAST_SECONDS:
                 _run(
                     ["run", str(part.grid), "--results", str(results), "--repeats", str(part.repeats),
-                     "--minutes", f"{minutes:.2f}", "--timeout", "180", "--retries", "1",
-                     *(model if part.grid == _TECHNIQUES else [])],
+                     "--minutes", f"{part.share * left / 60:.2f}", "--timeout", f"{min(180, left):.0f}",
+                     "--retries", "1", *(model if part.grid == _TECHNIQUES else [])],
                     log,
+                    until - _REPORT_SECONDS,
                 )  # fmt: skip
         for name in dict.fromkeys(part.grid.stem for part in PARTS):
             if (results / name / "trials").is_dir():
                 if missing(REPORTS):
                     _say(f"no report here; write it elsewhere: harness report {results / name}", log)
                 else:
-                    _run(["report", str(results / name), "--output", str(reports / name)], log)
+                    _run(["report", str(results / name), "--output", str(reports / name)], log, until + _REPORT_SECONDS)
                 for line in found(results / name):
                     _say(line, log)
 
 
-def _run(arguments: Sequence[str], log: object) -> None:
-    """A command of harness, its output shown and kept."""
+_REPORT_SECONDS = 45.0
+_LEAST_SECONDS = 20.0
+"""In less no trial is worth its beginning."""
+
+
+def _run(arguments: Sequence[str], log: object, until: float) -> None:
+    """A command of harness, its output shown and kept. When the time is up it is stopped, as by two interrupts."""
     _say(f"$ harness {' '.join(arguments)}", log)
-    command = [sys.executable, "-m", "harness", *arguments]
+    _follow([sys.executable, "-m", "harness", *arguments], log, until)
+
+
+def _follow(command: Sequence[str], log: object, until: float) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            _say(line.rstrip("\n"), log)
+        stop = threading.Timer(max(0.0, until - time.monotonic()), _interrupt_twice, [process])
+        stop.start()
+        try:
+            for line in process.stdout:
+                _say(line.rstrip("\n"), log)
+        except KeyboardInterrupt:  # the command has heard it too, and ends in its own way
+            for line in process.stdout:
+                _say(line.rstrip("\n"), log)
+            raise SystemExit("stopped; what was finished is kept") from None
+        finally:
+            stop.cancel()
     if process.returncode:
         _say(f"it left with {process.returncode}", log)
+
+
+def _interrupt_twice(process: subprocess.Popen[str]) -> None:
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
 
 
 def _say(line: str, log: object) -> None:

@@ -1,4 +1,4 @@
-"""How long until a trial's first line: forked from the server, beside a fresh Python that imports the same.
+"""What a launcher adds to a trial: forked here, or as a task of a Ray cluster, beside a fresh Python.
 
 python benchmarks/startup.py [--trials 10]
 """
@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.launch import Launcher
+from harness.launch.cluster import RayLauncher
 from harness.launch.local import LocalLauncher
 from harness.results import Job
 from harness.spec import TrialSpec
@@ -21,7 +23,6 @@ from harness.spec import TrialSpec
 
 def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
     """Seconds from the launch to the first word of the trial."""
-    spec = TrialSpec(base_model="random:tiny", sequence_length=256, max_steps=1, val_set_size=0, seed=seed)
     heard: list[float] = []
 
     def listen(kind: str, value: Any) -> None:
@@ -29,11 +30,35 @@ def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
 
     options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    job = Job(grid="startup", spec=spec, label="startup")
-    record = launcher.run(job, options, log=folder / "log", on_event=listen)
+    record = launcher.run(job(seed), options, log=folder / "log", on_event=listen)
     if record.status != "ok":
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
     return heard[0] - began
+
+
+def through_ray(count: int, folder: Path) -> list[float]:
+    """Seconds that trials take through a cluster on this machine beyond their own; of the later ones."""
+    with RayLauncher(cpus=1, device="cpu") as launcher:
+        return [overhead(launcher, seed, folder) for seed in range(count + 2)][2:]
+
+
+def overhead(launcher: Launcher, seed: int, folder: Path) -> float:
+    """Seconds from launch to record, without those of the trial."""
+    options = {"folder": None, "trust_remote_code": False}
+    began = time.perf_counter()
+    record = launcher.run(job(seed), options, log=folder / "log", on_event=lambda kind, value: None)
+    seconds = record.metrics["trial_seconds"]
+    if record.status != "ok" or seconds is None:
+        raise SystemExit(f"the trial ended as {record.status}: {record.error}")
+    return time.perf_counter() - began - seconds
+
+
+def job(seed: int) -> Job:
+    """A trial of one step."""
+    spec = TrialSpec(
+        base_model="random:tiny", sequence_length=256, max_steps=1, val_set_size=0, seed=seed, device="cpu"
+    )
+    return Job(grid="startup", spec=spec, label="startup")
 
 
 def fresh() -> float:
@@ -51,12 +76,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10)
     count = parser.parse_args().trials
-    with tempfile.TemporaryDirectory() as folder, LocalLauncher() as launcher:
-        first, *later = [forked(launcher, seed, Path(folder)) for seed in range(count + 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        with LocalLauncher() as launcher:
+            first, *later = [forked(launcher, seed, Path(folder)) for seed in range(count + 1)]
+            local = [overhead(launcher, seed, Path(folder)) for seed in range(count)]
+        cluster = through_ray(count, Path(folder))
     fresh_ones = [fresh() for _ in range(3)]
     print(f"first trial, with the server's own start   {first:6.2f} s")
     print(f"{count} later trials: median                   {statistics.median(later):6.3f} s, "
           f"slowest {max(later):.3f} s (0.2 s or less is asked)")  # fmt: skip
+    print(f"beyond the trial itself: local median {statistics.median(local):.3f} s (0.2 s or less is asked), "
+          f"Ray {statistics.median(cluster):.3f} s, slowest {max(cluster):.3f} s (0.5 s or less)")  # fmt: skip
     print(f"fresh process: median of {len(fresh_ones)}                {statistics.median(fresh_ones):6.2f} s")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from harness import model_source
 from harness.launch.leases import Leases
 from harness.results import Store
+
+_OLD_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ def leftovers(store: Store) -> list[Left]:
     rows = store.read("trials", ["trial_id", "adapter_id", "log"]).to_pylist()
     logs = {Path(row["log"]).name for row in rows if row["log"]}
     adapters = {row["adapter_id"] for row in rows}
-    halves = list(store.folder.rglob(".*.aside"))
-    kept = [entry for entry in (store.folder / "adapters").glob("*") if entry not in halves]
+    halves = [entry for entry in store.folder.rglob(".*.aside") if _is_old(entry)]
+    # Rows that cannot be read may name any of them.
+    whole = not store.damage() and not (store.folder / "set-aside").is_dir()
+    kept = [e for e in (store.folder / "adapters").glob("*") if whole and not e.name.startswith(".") and _is_old(e)]
     printed = (store.folder / "logs").glob("*.log")
     return [
         *_left(halves, "half written"),
@@ -43,9 +48,20 @@ def leftovers(store: Store) -> list[Left]:
     ]
 
 
+def _is_old(entry: Path) -> bool:
+    """Whether nobody can be at it any more: a search and a merge lease no trial."""
+    try:
+        return time.time() - entry.stat().st_mtime > _OLD_SECONDS
+    except FileNotFoundError:
+        return False
+
+
 def cached() -> list[Left]:
-    """Converted models and measured rates, which are made anew when they are needed."""
-    return list(_left(model_source.cache_folder().glob("*"), "cache"))
+    """Converted models, random weights and measured rates, which are made anew when they are needed. The folder may be
+    somebody else's too: nothing but what harness has put there.
+    """
+    own = [f"{shape}{model_source.BUNDLED}-*" for shape in ("", ".")] + ["random-*", ".random-*", "rates-*.json"]
+    return list(_left({path for name in own for path in model_source.cache_folder().glob(name)}, "cache"))
 
 
 def remove(what: Iterable[Left]) -> None:

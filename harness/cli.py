@@ -42,7 +42,7 @@ Results = Annotated[Path, typer.Option("--results", help="Folder that holds a fo
 
 
 _Timeout = Annotated[float | None, typer.Option(min=1, help="Seconds that a trial may take.")]
-_Stall = Annotated[float, typer.Option(min=1, help="Seconds that a step may give no sign of life.")]
+_Stall = Annotated[float, typer.Option(min=0, help="Seconds that a step may give no sign of life; 0: any.")]
 _Retries = Annotated[int, typer.Option(min=0, help="More attempts at a trial whose process was killed or lost.")]
 
 
@@ -180,26 +180,16 @@ def run(
     from harness.until_decided import until_decided as decide
 
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
-    devices: set[str] = {trial.spec.device for trial in loaded.trials}
-    policy = launch.Policy(timeout, stall, retries, retry_timeouts, trust_remote_code, skip_infeasible)
     until = None if minutes is None else began + 60 * minutes
 
     def execute(grid_now: Grid) -> bool:
         with contextlib.ExitStack() as stack:
-            if engine == "local":
-                team = _workers(workers, devices)
-                stack.enter_context(environment.divided(team))
-                launcher: Any = LocalLauncher()
-            else:
-                launcher = stack.enter_context(_launcher(engine, devices, address, cpus, accelerator))
-                team = _most(workers, launcher.workers)
-                stack.enter_context(environment.elsewhere(getattr(launcher, "nodes", ())))
             pending = launch.pending(grid_now, store, statuses)[:limit]
             if pending and engine == "local":  # a server that imports torch is not started for nothing
                 stack.enter_context(launcher)
-            # What a node would hold is not known here.
-            foretold = predict and engine != "ray"
-            expected = _expected([t.spec for t in pending], trust_remote_code) if foretold else NOTHING_EXPECTED
+            foretold = predict and engine != "ray"  # what a node would hold is not known here
+            specs = [trial.spec for trial in pending]
+            expected = _expected(specs, trust_remote_code, alone=team == 1) if foretold else NOTHING_EXPECTED
             shown = display(out)
             stack.enter_context(shown)
             summary = launch.run_grid(
@@ -207,7 +197,7 @@ def run(
                 store,
                 launcher,
                 shown,
-                dataclasses.replace(policy, workers=team),
+                policy,
                 rerun=statuses,
                 limit=limit,
                 until=until,
@@ -216,14 +206,28 @@ def run(
         _print_summary(summary, store, grid)
         return summary.left == 0
 
-    if until_decided is None:
-        execute(loaded)
-    else:
-        still_open = decide(grid_of, loaded.repeats, until_decided, execute, store.folder)
-        said = ", ".join(sorted(still_open)) or "none"
-        out.print(f"not decided within {until_decided} repeats: {plain(said)}", highlight=False)
-    found = measurements.load(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
-    out.print(faces.terminal(tables.compare(found)))
+    with contextlib.ExitStack() as where:
+        # The table too is of the environment that trials find themselves in.
+        if engine == "local":
+            launcher: Any = LocalLauncher()
+            team = _workers(workers, loaded)
+            where.enter_context(environment.divided(team))
+        else:
+            launcher = where.enter_context(_launcher(engine, loaded, address, cpus, accelerator))
+            team = _most(workers, launcher.workers)
+            where.enter_context(environment.elsewhere(getattr(launcher, "nodes", ())))
+        policy = launch.Policy(
+            timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible, workers=team
+        )
+        if until_decided is None:
+            execute(loaded)
+        else:
+            still_open = decide(grid_of, loaded.repeats, until_decided, execute, store.folder)
+            said = ", ".join(sorted(still_open)) or "none"
+            out.print(f"not decided within {until_decided} repeats: {plain(said)}", highlight=False)
+        if store.completed():
+            found = measurements.load(store.folder, baseline_ids={t.baseline_id for t in loaded.trials})
+            out.print(faces.terminal(tables.compare(found)))
 
 
 @app.command(
@@ -241,6 +245,10 @@ def tune(
     trial_timeout: _Timeout = None,
     stall: _Stall = 1800,
     retries: _Retries = 0,
+    engine: _Engine = "local",
+    address: _Address = None,
+    cpus: _Cpus = None,
+    accelerator: _Accelerator = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, like 12GiB, instead of the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of the file's.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2, random or brute-force.")] = None,
@@ -265,7 +273,8 @@ def tune(
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = searches.load(grid, overrides)
     search = searches.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
-    grids.preflight(Grid(search.name, search.title, "list", (Trial(search.base, "baseline", None, None),)))
+    base = Grid(search.name, search.title, "list", (Trial(search.base, "baseline", None, None),))
+    grids.preflight(base, elsewhere=engine == "ray")
     for folder in source or []:
         if not (folder / "trials").is_dir():
             raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")
@@ -281,22 +290,23 @@ def tune(
 
     store = Store(results / search.name)
     store.set_aside()
-    policy = Policy(trial_timeout, stall, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
+    policy = Policy(trial_timeout, stall or None, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
     said = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
     out.print(f"[bold]{plain(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
     opened = tuning.open_storage(storage, store)
-    with (
-        LocalLauncher() as launcher,
-        Planner(trust_remote_code=trust_remote_code) as planner,
-        display(out) as shown,
-    ):
-        options = tuning.Options(
-            storage=opened,
-            sources=tuple(source or ()),
-            policy=policy,
-            planner=planner,
-            rates=_rates(environment.resolve_device(search.base.device)),
-        )
+    with contextlib.ExitStack() as stack:
+        options = tuning.Options(storage=opened, sources=tuple(source or ()), policy=policy)
+        if engine == "ray":  # what a node would hold is not known here
+            launcher: Any = stack.enter_context(_launcher(engine, base, address, cpus, accelerator))
+            stack.enter_context(environment.elsewhere(launcher.nodes))
+        else:
+            launcher = stack.enter_context(
+                LocalLauncher() if engine == "local" else _launcher(engine, base, address, cpus, accelerator)
+            )
+            planner = stack.enter_context(Planner(trust_remote_code=trust_remote_code))
+            rates = _rates(environment.resolve_device(search.base.device))
+            options = dataclasses.replace(options, planner=planner, rates=rates)
+        shown: Any = stack.enter_context(display(out))
         done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(plain(line), style="dim"))
     before = f", {done.warm} known before" if done.warm else ""
     out.print(f"{done.tried} trials{before} in study {done.study}, kept in {plain(str(store.folder))}", highlight=False)
@@ -318,7 +328,7 @@ def tune(
     out.print(f"see it with: harness report {plain(str(store.folder))}", highlight=False)
 
 
-def _launcher(engine: str, devices: set[str], address: str | None, cpus: int | None, accelerator: str | None) -> Any:
+def _launcher(engine: str, grid: Grid, address: str | None, cpus: int | None, accelerator: str | None) -> Any:
     """What runs trials elsewhere than in processes of this machine.
 
     Raises:
@@ -334,6 +344,7 @@ def _launcher(engine: str, devices: set[str], address: str | None, cpus: int | N
         from harness.launch.cluster import RayLauncher
     except ImportError:
         raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
+    devices = {trial.spec.device for trial in grid.trials}
     if len(devices) > 1:
         raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")
     return RayLauncher(address, device=next(iter(devices)), cpus=cpus, accelerator=accelerator)
@@ -354,31 +365,41 @@ def _count(asked: str | None) -> int:
     return int(asked)
 
 
-def _workers(asked: str | None, devices: set[str]) -> int:
+def _workers(asked: str | None, grid: Grid) -> int:
     """How many trials run at the same time.
 
     Raises:
-        InputError: it is no number, or the machine has no room for so many.
+        InputError: it is no number, the machine has no room for so many, or trials differ in where they run.
     """
     from harness import environment
 
-    device_type = max(environment.resolve_device(device) for device in devices)  # cuda, where one is for it
-    by_cards = max(1, len(environment.cards())) if device_type == "cuda" else 1
+    devices = {environment.resolve_device(trial.spec.device) for trial in grid.trials}
+    by_cards = max(1, len(environment.cards())) if devices == {"cuda"} else 1
     count = by_cards if asked == "auto" else _count(asked)
     if count > 1:
-        environment.seats(count, device_type)
+        if len(devices) > 1:
+            raise InputError(f"--workers {count}: trials for cpu and for cuda; give --device, one for all")
+        if any(trial.spec.num_processes > 1 for trial in grid.trials):
+            raise InputError(f"--workers {count}: trials over several processes run one at a time; leave it out")
+        environment.seats(count, devices.pop())
     return count
 
 
-def _expected(specs: list[TrialSpec], trust_remote_code: bool) -> Expected:
-    """What is known of the trials before they begin; what cannot be predicted is run all the same."""
+def _expected(specs: list[TrialSpec], trust_remote_code: bool, *, alone: bool) -> Expected:
+    """What is known of the trials before they begin; what cannot be predicted is run all the same.
+
+    Args:
+        specs: of the trials.
+        trust_remote_code: let models from the hub run their own code.
+        alone: whether each has the machine for itself; what a share of it can do is not known.
+    """
     from harness import environment
     from harness.launch.planner import Planner
     from harness.prediction import NOTHING_EXPECTED, Expected
 
     if not specs:
         return NOTHING_EXPECTED
-    rates = _rates(environment.resolve_device(specs[0].device))
+    rates = _rates(environment.resolve_device(specs[0].device)) if alone else None
     with Planner(trust_remote_code=trust_remote_code) as planner:
         planned = _planned(planner, specs)
     return Expected({p.spec.id: p.prediction for p in planned if p.prediction is not None}, rates)

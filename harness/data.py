@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harness import stories
+from harness import distributed, stories
 from harness.errors import InputError
 from harness.spec import TrialSpec
 from harness.stories import Story
@@ -229,13 +230,19 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     )
 
 
-def silent(batch: Batch) -> Batch:
+def micro_batches(examples: Sequence[Example], size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    """Consecutive micro-batches of at most `size` examples: those of this process, and as many as others have, since
+    they go through a step together.
+    """
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    mine = distributed.share(parts)
+    for part in mine:
+        yield collate(part, pad_id, device)
+    for _ in range(math.ceil(len(parts) / distributed.count()) - len(mine)):
+        yield _silent(collate(parts[0], pad_id, device))
+
+
+def _silent(batch: Batch) -> Batch:
     """The same micro-batch with nothing to learn from it and nothing to count."""
     inputs = batch.inputs | {"labels": torch.full_like(batch.inputs["labels"], IGNORED)}
     return Batch(inputs, samples=0, tokens=0, supervised_tokens=0, padded_tokens=0)
-
-
-def micro_batches(examples: Sequence[Example], size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    """Consecutive micro-batches of at most `size` examples."""
-    for start in range(0, len(examples), size):
-        yield collate(examples[start : start + size], pad_id, device)

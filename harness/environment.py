@@ -33,7 +33,8 @@ HalfMatmul = Literal["amx", "avx512_bf16", "native", "fp32-blocks"]
 class Environment(BaseModel):
     """Hardware and versions of one machine, as they bear on the figures."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Rows of a later version may say more.
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     device_type: Literal["cpu", "cuda"]
     """Where tensors live."""
@@ -77,7 +78,7 @@ class Seat:
 
     cores: tuple[int, ...]
     """Numbers of the cores that it may use."""
-    card: int | str | None
+    card: str | None
     """Its card, as CUDA_VISIBLE_DEVICES names it; null: as it is, or none."""
     neighbours: int
     """Other seats."""
@@ -89,7 +90,7 @@ class Seat:
         global _seat
         os.sched_setaffinity(0, self.cores)
         if self.card is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(self.card)
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.card
         _seat = self
 
 
@@ -110,7 +111,7 @@ def seats(count: int, device_type: str) -> list[Seat]:
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise InputError(f"{count} workers, and {len(cores)} cores; give --workers {len(cores)} at most")
-    own: list[int | None] = [None] * count
+    own: list[str | None] = [None] * count
     if device_type == "cuda":
         there = cards()
         if count > len(there):
@@ -121,7 +122,7 @@ def seats(count: int, device_type: str) -> list[Seat]:
             raise InputError(
                 f"the cards differ ({said}), and so would their figures; name like ones in CUDA_VISIBLE_DEVICES"
             )
-        own = [card["index"] for card in there[:count]]
+        own = [card["token"] for card in there[:count]]
     share = len(cores) // count
     return [Seat(tuple(cores[k * share : (k + 1) * share]), own[k], count - 1) for k in range(count)]
 
@@ -147,7 +148,9 @@ def version(package: str) -> str | None:
 
 @functools.cache
 def cards() -> tuple[dict[str, Any], ...]:
-    """CUDA cards that this process may use, from NVML: name, memory_bytes, driver, index. Empty without a driver."""
+    """CUDA cards that this process may use, from NVML: name, memory_bytes, driver, and the token that names it in
+    CUDA_VISIBLE_DEVICES. Empty without a driver.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return ()
@@ -159,15 +162,21 @@ def cards() -> tuple[dict[str, Any], ...]:
         return ()
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        indices = list(range(pynvml.nvmlDeviceGetCount()))
-        if visible is not None and all(part.strip().isdigit() for part in visible.split(",")):
-            indices = [i for i in map(int, visible.split(",")) if i in indices]
+        tokens = [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        if visible is not None:
+            tokens = [t for t in (token.strip() for token in visible.split(",")) if t in tokens or not t.isdigit()]
         found = []
-        for index in indices:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        for token in tokens:
+            try:
+                number = token.isdigit()
+                handle = (pynvml.nvmlDeviceGetHandleByIndex if number else pynvml.nvmlDeviceGetHandleByUUID)(
+                    int(token) if number else token
+                )
+            except pynvml.NVMLError:  # there is no card of that name
+                continue
             found.append(
                 {
-                    "index": index,
+                    "token": token,
                     "name": _text(pynvml.nvmlDeviceGetName(handle)),
                     "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
                     "driver": driver,

@@ -152,8 +152,9 @@ class MemoryMeter:
         self._cuda = device.type == "cuda"
         self.tracker = LiveTensors(device.type, None if self._cuda else budget)
         if self._cuda and budget is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+            card = torch.cuda.current_device()  # torch wants its number here
+            total = torch.cuda.get_device_properties(card).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), card)
 
     @contextlib.contextmanager
     def phase(self, *, split: bool) -> Iterator[None]:

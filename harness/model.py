@@ -322,6 +322,15 @@ def _folder(base_model: str) -> str:
     return source.name
 
 
+def prepare(base_model: str) -> None:
+    """Make or convert the weights of a model now, if they are not at hand: a trial's time would begin with it.
+
+    Raises:
+        InputError: it names nothing.
+    """
+    _folder(base_model)
+
+
 def _made_once(name: str, make: Any) -> Path:
     """A folder of the cache, made aside and renamed by whoever comes first."""
     cache = model_source.cache_folder()
@@ -330,6 +339,8 @@ def _made_once(name: str, make: Any) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{name}.lock"):
+        for left in cache.glob(f".{name}.*/"):  # by one that was killed: nobody else makes it now
+            shutil.rmtree(left, ignore_errors=True)
         if not folder.is_dir():
             aside = cache / f".{name}.{uuid.uuid4().hex[:8]}"
             try:

@@ -56,8 +56,10 @@ def fits(peak: float, room: int, margin: float) -> Verdict:
 
 
 def room_of(device: environment.Environment) -> int:
-    """Bytes of a device that a trial may take."""
-    return device.device_memory_bytes - (cards.CONTEXT_BYTES if device.device_type == "cuda" else 0)
+    """Bytes of a device that a trial may take; of a machine its share, where others run beside."""
+    if device.device_type == "cuda":
+        return device.device_memory_bytes - cards.CONTEXT_BYTES
+    return device.device_memory_bytes // (1 + device.neighbours)
 
 
 def room_for(spec: TrialSpec) -> int:

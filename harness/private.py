@@ -23,14 +23,19 @@ def withheld(text: str) -> str:
     variables that are named like secrets.
     """
     for name, value in os.environ.items():
-        if len(value) >= _LEAST_SECRET and _SECRET_NAMES.search(name):
-            text = text.replace(value, _HIDDEN)
+        if _SECRET_NAMES.search(name):
+            for line in (value, *value.splitlines()):  # a key may have many
+                if len(line) >= _LEAST_SECRET:
+                    text = text.replace(line, _HIDDEN)
     return without_home(_TOKENS.sub(_HIDDEN, text))
 
 
 def without_home(text: str) -> str:
     """The text with `~` for the home folder: the same file for everybody, and nobody's name."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # an unknown user has none
+        return text
     if home.count("/") < 1 or home == "/":
         return text
     return re.sub(rf"(?<![\w./-]){re.escape(home)}(?=/|\W|$)", "~", text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
@@ -21,8 +23,11 @@ from harness.results import Job, Record
 
 _GRACE_SECONDS = 5.0
 """For the others to leave by themselves, when one has failed: what holds them up is that one."""
+_TELLING = ("oom", "diverged", "did_not_train", "failed", "ok")
+"""Statuses of processes, that which says most of the trial first."""
 _OF_THE_HEAVIEST = {"peak_memory_bytes", *(name for name in METRICS if name.startswith("memory_"))}
-_MOST = {"peak_load_bytes", "peak_evaluate_bytes", "peak_reserved_bytes", "peak_process_bytes", "card_temperature"}
+_MOST = {"peak_load_bytes", "peak_evaluate_bytes", "peak_reserved_bytes", "peak_process_bytes", "card_temperature",
+         "throttled_share"}  # fmt: skip
 
 
 def run(job: Job, begin: Callable[[], None], **options: Any) -> Record:
@@ -63,10 +68,21 @@ def _one(
         pipe.close()  # that another one's end is nobody's any more shall be seen
     begin()
     device_type = environment.resolve_device(job.spec.device)
-    distributed.join(device_type, number, job.spec.num_processes, meeting)
     if number > 0:
         options = options | {"folder": None, "tell": lambda kind, value: None}
-    record = trial.run(job, **options)
+    started_at = dt.datetime.now(dt.UTC)
+    try:
+        distributed.join(device_type, number, job.spec.num_processes, meeting)
+        record = trial.run(job, **options)
+    except Exception as error:  # they have not met
+        traceback.print_exc()
+        said = {
+            "status": "failed",
+            "phase": "start",
+            "error_type": type(error).__name__,
+            "error": trial.one_line(error),
+        }
+        record = Record.of(job, environment=environment.current(device_type), started_at=started_at, **said)
     pipes[number].send_bytes(record.model_dump_json().encode())
     os._exit(0)  # an orderly end would wait for the others
 
@@ -74,7 +90,6 @@ def _one(
 def _heard(pipes: list[connection.Connection], processes: list[Any]) -> Record:
     """The record of all, or of the first that failed."""
     records: dict[int, Record] = {}
-    failed: Record | None = None
     until = float("inf")
     while len(records) < len(pipes) and time.monotonic() < until:
         left = [pipe for number, pipe in enumerate(pipes) if number not in records]
@@ -84,9 +99,11 @@ def _heard(pipes: list[connection.Connection], processes: list[Any]) -> Record:
                 records[number] = Record.model_validate_json(pipes[number].recv_bytes())
             except EOFError:  # what the others say then is that it has gone
                 _die_like(processes[number])
-            if failed is None and records[number].status != "ok":
-                failed, until = records[number], time.monotonic() + _GRACE_SECONDS
-    return failed if failed is not None else _together([records[number] for number in range(len(pipes))])
+            if records[number].status != "ok":
+                until = min(until, time.monotonic() + _GRACE_SECONDS)
+    # What is wrong with one makes the others fail, in words of their own.
+    worst = min(records.values(), key=lambda record: _TELLING.index(record.status))
+    return worst if worst.status != "ok" else _together([records[number] for number in range(len(pipes))])
 
 
 def _die_like(process: Any) -> NoReturn:
@@ -111,4 +128,7 @@ def _together(records: list[Record]) -> Record:
     figures |= {name: heaviest.metrics[name] for name in _OF_THE_HEAVIEST if name in heaviest.metrics}
     for name in _MOST & figures.keys():
         figures[name] = max((r.metrics[name] for r in records if r.metrics.get(name) is not None), default=None)  # type: ignore[type-var]  # none is null
+    joules = [r.metrics["joules_per_token"] for r in records if r.metrics.get("joules_per_token") is not None]
+    if len(joules) == len(records):  # each of its own card, over everybody's tokens
+        figures["joules_per_token"] = sum(joules)  # type: ignore[arg-type]  # none is null
     return first.model_copy(update={"metrics": figures})

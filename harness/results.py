@@ -490,8 +490,8 @@ class Joined:
     """Recorded in both, and not later there."""
 
 
-_IN_ORDER: tuple[Table, ...] = ("steps", "stories", *AT_WORK, "trials")
-"""What is listed in a later one is whole in those before."""
+_OF_A_TRIAL: tuple[Table, ...] = ("steps", "stories", "trials")
+"""What is listed in the last is whole in those before."""
 
 
 class Store:
@@ -625,8 +625,9 @@ class Store:
             self._write_part("trials", row["trial_id"], [dict(row)])
 
     def join(self, other: Store, hear: Callable[[int, int], None] = lambda done, of: None) -> Joined:
-        """Keep the trials of another folder here too, each once: where both have one, the later record. What comes with
-        a trial (steps, stories, its model at work, adapter, log) comes along. Joining again changes nothing.
+        """Keep the trials of another folder here too, each once: where both have one, that which ended well, else the
+        later one. What comes with a trial (steps, stories, its model at work, adapter, log) comes along. Joining again
+        changes nothing.
 
         Args:
             other: left as it is.
@@ -636,23 +637,34 @@ class Store:
             InputError: a name in its rows is not one that harness gives.
             OSError: the folder cannot be written.
         """
-        theirs = other.read("trials").to_pylist()
-        mine = self.marks()
-        newer = [r for r in theirs if r["trial_id"] not in mine or r["started_at"] > mine[r["trial_id"]]]
+        lost_here, lost_there = self.incomplete(), other.incomplete()
+        mine = {row["trial_id"]: row for row in self.read("trials").to_pylist() if row["trial_id"] not in lost_here}
+        theirs = [row for row in other.read("trials").to_pylist() if row["trial_id"] not in lost_there]
+        newer = [row for row in theirs if _is_better(row, mine.get(row["trial_id"]))]
         of_trial = {table: _by_trial(other.read(table)) for table in SCHEMAS}
         for number, row in enumerate(newer, start=1):
-            for folder, name in (("adapters", row["adapter_id"]), ("logs", row["log"] and Path(row["log"]).name)):
-                _copy_within(other.folder / folder, self.folder / folder, name)
+            _copy_within(other.folder / "adapters", self.folder / "adapters", row["adapter_id"])
+            _copy_within(other.folder / "logs", self.folder / "logs", row["log"] and Path(row["log"]).name)
             with locked(self.folder):
-                for table in _IN_ORDER:
-                    rows = of_trial[table].get(row["trial_id"], [])
-                    if rows or table not in AT_WORK:
-                        self._write_part(table, row["trial_id"], rows)
+                for table in _OF_A_TRIAL:
+                    self._write_part(table, row["trial_id"], of_trial[table].get(row["trial_id"], []))
             hear(number, len(newer))
+        self._join_at_work(of_trial)
         if not self.description() and other.description():
             self.describe(other.description())
         added = sum(row["trial_id"] not in mine for row in newer)
         return Joined(added, len(newer) - added, len(theirs) - len(newer))
+
+    def _join_at_work(self, theirs: Mapping[Table, Mapping[str, list[dict[str, Any]]]]) -> None:
+        """Keep how another folder's models work, where they are those of the trials here and it is not known yet."""
+        adapters = {row["trial_id"]: row["adapter_id"] for row in self.read("trials").to_pylist()}
+        known = {row["trial_id"]: row["adapter_id"] for row in self.read("models").to_pylist()}
+        for trial, rows in theirs["models"].items():
+            adapter = rows[0]["adapter_id"]
+            if adapters.get(trial) == adapter and known.get(trial) != adapter:
+                with locked(self.folder):
+                    for table in AT_WORK:
+                        self._write_part(table, trial, theirs[table].get(trial, []))
 
     def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, the latest record of each trial only; empty where nothing was recorded. Parts that are
@@ -758,7 +770,11 @@ def _read_part(part: Path, table: Table, columns: list[str] | None = None) -> pa
         ]
     except (FileNotFoundError, InputError):
         raise  # somebody compacted the folder meanwhile: its rows are in another part
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk or the system, not of the part
         raise _Damaged(one_line(f"not a readable parquet file ({error})")) from None
     found = pa.table(cast, schema=schema)
     _refuse_foreign(table, found)
@@ -782,16 +798,27 @@ def _by_trial(content: pa.Table) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _is_better(row: Mapping[str, Any], mine: Mapping[str, Any] | None) -> bool:
+    """Whether a trial's record is kept in place of the one that is here: a later one, unless it ended worse."""
+    if mine is None:
+        return True
+    if (row["status"] == "ok") != (mine["status"] == "ok"):
+        return bool(row["status"] == "ok")
+    return bool(row["started_at"] > mine["started_at"])
+
+
 def _copy_within(source: Path, target: Path, name: str | None) -> None:
-    """Copy a file or folder of that name, which is whole or absent; one that is there already is the same."""
-    if name is None or not _PART_NAME.fullmatch(name) or (target / name).exists() or not (source / name).exists():
+    """Copy a file or folder of that name, which is whole or absent. A folder that is there already is the same: its
+    name is the hash of its content.
+    """
+    if name is None or not _PART_NAME.fullmatch(name) or (target / name).is_dir() or not (source / name).exists():
         return
     target.mkdir(parents=True, exist_ok=True)
     aside = target / f".{name}.{uuid.uuid4().hex[:8]}.aside"
     try:
         copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
         copy(source / name, aside)
-        aside.rename(target / name)
+        aside.replace(target / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ class _Trial:
             oom = out_of_memory(error, meter) if meter is not None else None
             status = _status(error, oom)
             kind = DISK_FULL if says_disk_full(error) else type(error).__name__
-            failure = {"phase": self.phase, "error_type": kind, "error": _one_line(error)}
+            failure = {"phase": self.phase, "error_type": kind, "error": one_line(error)}
             self.metrics.update(oom or {})
         self.metrics["trial_seconds"] = time.perf_counter() - started
         if status != "ok":
@@ -212,7 +212,7 @@ class _Trial:
         self, trainer: Trainer, group: list[data.Example], number: int, of: int, meter: MemoryMeter | None
     ) -> None:
         began = self._now()
-        batches = self._share(group)
+        batches = list(data.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
         result = trainer.step(batches) if meter is None else trainer.tracked_step(batches, meter.tracker)
         self.steps.append(
             Step(
@@ -227,15 +227,6 @@ class _Trial:
             )
         )
         self.tell("step", (number, of))
-
-    def _share(self, group: list[data.Example]) -> list[data.Batch]:
-        """This process's micro-batches of a step, as many as everybody has: they go through it together."""
-        size = self.spec.micro_batch_size
-        parts = [group[i : i + size] for i in range(0, len(group), size)]
-        mine = distributed.share(parts)
-        batches = [data.collate(part, self.pad_id, self.device) for part in mine]
-        lacking = math.ceil(len(parts) / distributed.count()) - len(mine)
-        return batches + [data.silent(data.collate(parts[0], self.pad_id, self.device))] * lacking
 
     def _counts(self, batches: list[data.Batch]) -> dict[str, int]:
         """What all processes' micro-batches of a step hold."""
@@ -343,7 +334,7 @@ def _status(error: BaseException, oom: dict[str, int | None] | None) -> Status:
     return "did_not_train" if isinstance(error, DidNotTrain) else "failed"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an error, short, without what is the user's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return withheld(lines[0])[:500]

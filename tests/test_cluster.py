@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from harness.spec import TrialSpec
 Small = Callable[..., TrialSpec]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
@@ -53,6 +51,18 @@ class Axe(Watch):
         return self
 
 
+def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
+    for options, says in (
+        ({"device": "cuda"}, "no node of the cluster has a card"),
+        ({"device": "cpu", "cpus": 1000}, "no node of the cluster has 1000 cores; give fewer with --cpus"),
+    ):
+        with pytest.raises(InputError, match=says), RayLauncher(cluster.address, **options):
+            pass
+    for address, says in (("127.0.0.1:1", "refused"), ("nowhere", "it is none; give host:port, or auto")):
+        with pytest.raises(InputError, match=f"--address {address}: .*{says}.*ray start --head"), RayLauncher(address):
+            pass
+
+
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
     """20 trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
     grid = grid_of(**{f"t{seed}": small(seed=seed, train_samples=12, device="cpu") for seed in range(20)})
@@ -70,29 +80,3 @@ def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: 
     with LocalLauncher() as started:
         go(grid, local, started)
     assert losses(store) == losses(local)
-
-
-def test_an_interrupt_cancels_tasks(small: Small, tmp_path: Path) -> None:
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with RayLauncher(cpus=1, device="cpu") as launcher, environment.elsewhere(launcher.nodes):
-        endless = grid_of(e=small(train_samples=1_000_000))
-        with pytest.raises(KeyboardInterrupt):
-            go(endless, Store(tmp_path), launcher, Watch("e", "load", twice))
-        assert not Store(tmp_path).completed()
-        (record,) = go(grid_of(after=small()), Store(tmp_path), launcher).records
-        assert record.status == "ok", "its cores are free again"
-
-
-def test_what_a_cluster_has_not_is_said() -> None:
-    with pytest.raises(InputError, match="no node of the cluster has a card"), RayLauncher(device="cuda"):
-        pass
-    with (
-        pytest.raises(InputError, match="no node of the cluster has 1000 cores; give fewer with --cpus"),
-        RayLauncher(device="cpu", cpus=1000),
-    ):
-        pass
-    with pytest.raises(InputError, match=r"--address 127\.0\.0\.1:1: "), RayLauncher("127.0.0.1:1"):
-        pass

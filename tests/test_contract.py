@@ -100,9 +100,25 @@ def test_the_same_resume(small: Small, tmp_path: Path, launcher: Launcher) -> No
     assert len(store.marks()) == 3
 
 
+def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """Two interrupts stop what is running, and nothing of it is recorded."""
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        go(grid_of(e=small(train_samples=50_000)), store, launcher, Watch("e", "load", twice))
+    assert not store.completed()
+    assert not list((tmp_path / "leases").glob("*.json"))
+    (record,) = go(grid_of(after=small()), store, launcher).records
+    assert record.status == "ok", "what it held is free again"
+
+
 def test_the_same_end_of_what_takes_too_long(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     if isinstance(launcher, InlineLauncher):
         pytest.skip("nobody watches over the runner's own process")
-    grid = grid_of(endless=small(train_samples=1_000_000))
+    grid = grid_of(endless=small(train_samples=50_000))
     (record,) = go(grid, Store(tmp_path), launcher, policy=Policy(timeout=3)).records
     assert (record.status, record.error_type) == ("timeout", "Timeout")

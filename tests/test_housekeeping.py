@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,10 +50,14 @@ def store(small: Small, tmp_path: Path) -> Store:
     return kept
 
 
-def fill(folder: Path, *names: str) -> None:
+def fill(folder: Path, *names: str, hours: float = 2.0) -> None:
+    """Files that were last written so long ago."""
+    then = time.time() - 3600 * hours
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("a" * 1000)
+        for entry in (folder / name, (folder / name).parent):
+            os.utime(entry, (then, then))
 
 
 def test_the_doctor_names_what_is_damaged(harness: Command, store: Store, small: Small) -> None:
@@ -95,17 +100,19 @@ def test_folders_are_joined(harness: Command, store: Store, small: Small, tmp_pa
 
 
 def test_cleaning_takes_leftovers_and_no_results(harness: Command, store: Store, tmp_path: Path) -> None:
-    kept = ("logs/x.log", "adapters/0123456789abcdef/adapter_model.safetensors", "set-aside/trials-1-a.parquet")
+    kept = ("logs/x.log", "adapters/0123456789abcdef/adapter_model.safetensors")
+    recent = ("adapters/.b.1.aside/half", "adapters/aaaaaaaaaaaaaaaa/adapter_model.safetensors")
     left = ("logs/y.log", "adapters/fedcba9876543210/adapter_model.safetensors", "adapters/.a.1.aside/half",
             "trials/.b.parquet.1.aside", "leases/gone.json")  # fmt: skip
     fill(store.folder, *kept, *left)
-    fill(tmp_path / "cache", "rates.json")
+    fill(store.folder, *recent, hours=0.0)
+    fill(tmp_path / "cache", "rates-1.json", "random-tiny-1/model.safetensors", "thesis.txt")
     before = store.read("trials")
 
     code, said, _ = harness("clean", "--dry-run")
     assert code == 0
     assert "5 files and folders, 4.88 KiB would be freed" in said
-    assert all((store.folder / name).exists() for name in (*kept, *left))
+    assert all((store.folder / name).exists() for name in (*kept, *recent, *left))
 
     assert Leases(store.folder).take("t")
     code, said, _ = harness("clean")
@@ -114,12 +121,16 @@ def test_cleaning_takes_leftovers_and_no_results(harness: Command, store: Store,
 
     code, said, _ = harness("clean")
     assert "5 files and folders, 4.88 KiB freed" in said
-    assert all((store.folder / name).exists() for name in kept)
+    assert all((store.folder / name).exists() for name in (*kept, *recent)), "somebody may be at the recent ones"
     assert not any((store.folder / name).exists() for name in left)
     assert store.read("trials").equals(before)
     code, said, _ = harness("clean", "--cache")
-    assert "1 files and folders" in said
-    assert not (tmp_path / "cache/rates.json").exists()
+    assert "2 files and folders" in said
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["thesis.txt"], "what is not ours stays"
+
+    fill(store.folder, "adapters/fedcba9876543210/adapter_model.safetensors", "set-aside/trials-1-a.parquet")
+    code, said, _ = harness("clean")
+    assert "0 files and folders" in said, "a row that was set aside may name it"
 
 
 def test_only_some_trials_and_the_baseline(harness: Command, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 from test_launch import Acts, Watch, go, grid_of, workers
+from test_results import record
 
+from harness import ranks
 from harness.launch import Launcher
 from harness.launch.local import LocalLauncher
 from harness.results import Record, Store
@@ -58,14 +62,14 @@ def family() -> list[psutil.Process]:
 
 
 def test_a_dead_rank_ends_the_trial_and_leaves_nobody(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    ranks: list[psutil.Process] = []
+    members: list[psutil.Process] = []
 
     def kill_last() -> None:
-        ranks.extend(family())
-        ranks[-1].kill()
+        members.extend(family())
+        members[-1].kill()
 
     def kill_worker() -> None:
-        ranks.extend(family())
+        members.extend(family())
         workers()[0].kill()
 
     endless = {"num_processes": 2, "train_samples": 1_000_000}
@@ -76,8 +80,8 @@ def test_a_dead_rank_ends_the_trial_and_leaves_nobody(small: Small, tmp_path: Pa
     ends = {r.label: (r.status, r.error_type, r.phase) for r in summary.records}
     assert ends.pop("after") == ("ok", None, None)
     assert {end[:2] for end in ends.values()} == {("killed", "SIGKILL")}
-    assert len(ranks) == 4
-    _, alive = psutil.wait_procs(ranks, timeout=15)
+    assert len(members) == 4
+    _, alive = psutil.wait_procs(members, timeout=15)
     assert not alive
     assert not workers()
 
@@ -106,6 +110,57 @@ def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> Non
         return step(self, batches)
 
     training.Trainer.step = greedy  # type: ignore[method-assign]  # of a process that ends with this
+    worker.main(job, options, channel)
+
+
+def test_memory_is_that_of_the_heaviest_and_energy_of_all(small: Small) -> None:
+    def of(**figures: float) -> Record:
+        return record(small(num_processes=2), metrics=figures)
+
+    light = of(
+        peak_memory_bytes=5, memory_weights_bytes=3, peak_process_bytes=90, joules_per_token=1.0, tokens_per_second=7.0
+    )
+    heavy = of(
+        peak_memory_bytes=6, memory_weights_bytes=2, peak_process_bytes=80, joules_per_token=2.0, tokens_per_second=7.0
+    )
+    assert ranks._together([light, heavy]).metrics == {
+        "peak_memory_bytes": 6, "memory_weights_bytes": 2, "peak_process_bytes": 90, "joules_per_token": 3.0,
+        "tokens_per_second": 7.0,
+    }  # fmt: skip
+
+
+def test_gradients_travel_once_in_a_step(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """However many micro-batches it has, and with other neurons dropped in each process."""
+    grid = grid_of(one=small(num_processes=2, gradient_accumulation_steps=4, lora_dropout=0.5))
+    (told,) = go(grid, Store(tmp_path), LocalLauncher(counting)).records
+    assert told.status == "ok", told.error
+    said = (tmp_path / "logs" / f"{told.trial_id}.log").read_text()
+    assert re.findall(r"reduced (\d+) dropout differs", said) == [str(1 + step) for step in range(len(told.steps))]
+
+
+def counting(job: str, options: dict[str, Any], channel: Any) -> None:
+    """A worker whose first process prints how many micro-batches let their gradients travel."""
+    import torch
+
+    from harness import distributed, training, worker
+
+    accumulating, update = distributed.accumulating, training.Trainer.update
+    travelled = []
+
+    def counted(model: Any, *, last: bool) -> Any:
+        context = accumulating(model, last=last)
+        travelled.append(isinstance(context, contextlib.nullcontext))
+        return context
+
+    def told(self: Any, loss: float) -> Any:
+        seeds = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+        torch.distributed.all_gather(seeds, torch.tensor([torch.initial_seed()]))
+        if distributed.number() == 0:
+            print(f"reduced {sum(travelled)} {'dropout differs' if seeds[0] != seeds[1] else ''}", flush=True)
+        return update(self, loss)
+
+    distributed.accumulating = counted  # type: ignore[assignment]  # of a process that ends with this
+    training.Trainer.update = told  # type: ignore[method-assign]  # as above
     worker.main(job, options, channel)
 
 

@@ -18,7 +18,19 @@ from pydantic import ValidationError
 from harness.environment import current
 from harness.errors import InputError
 from harness.metrics import METRICS
-from harness.results import SCHEMAS, DamagedPart, Job, Joined, Record, Step, Store, StoryLoss, spec_of
+from harness.results import (
+    SCHEMAS,
+    DamagedPart,
+    Inference,
+    Job,
+    Joined,
+    Record,
+    Served,
+    Step,
+    Store,
+    StoryLoss,
+    spec_of,
+)
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -178,6 +190,58 @@ def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -
     assert here.join(there) == Joined(added=0, replaced=0, kept=4)
     here.compact(above=1)
     assert here.read("trials").sort_by("trial_id").equals(everything)
+
+
+def test_joining_keeps_what_is_whole_and_ended_well(small: Small, tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    later = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    failed = {"status": "failed", "phase": "load", "error": "x", "error_type": "X", "metrics": {}, "log": "logs/a.log"}
+    whole = {"metrics": {"optimizer_steps": 1}}
+    ids = [record(small(seed=seed)).trial_id for seed in range(4)]
+    here.write(record(small(), **whole))
+    there.write(record(small(), started_at=later, **whole))  # later, and without its steps
+    here.write(record(small(seed=1), started_at=later, **whole))  # without its steps
+    there.write(record(small(seed=1), **whole))
+    here.write(record(small(seed=2), **whole))
+    there.write(record(small(seed=2), started_at=later, **failed))
+    here.write(record(small(seed=3), started_at=later, **failed))
+    there.write(record(small(seed=3), **whole))
+    (there.folder / f"steps/{ids[0]}.parquet").unlink()
+    (here.folder / f"steps/{ids[1]}.parquet").unlink()
+    here.join(there)
+    assert here.completed() == dict.fromkeys(ids, "ok")
+    assert len(here.read("steps")) == 4
+
+
+def test_a_replaced_record_brings_its_log_and_its_model_at_work(small: Small, tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    failed = {"status": "failed", "phase": "load", "error": "x", "error_type": "X", "metrics": {}, "log": "logs/a.log"}
+    served = Served(model="base", precision="fp32", model_bytes=1, peak_inference_bytes=2)
+    at_work = Inference(environment=current("cpu"), models=(served,), requests=(), answers=())
+    for store, day in ((here, 1), (there, 2)):
+        (store.folder / "logs").mkdir(parents=True)
+        (store.folder / "logs/a.log").write_text(f"day {day}")
+        store.write(record(small(seed=1), started_at=dt.datetime(2026, 1, day, tzinfo=dt.UTC), **failed))
+        store.write(record(small(), adapter_id="0123456789abcdef"))
+    there.write_inference(there.part(record(small()).trial_id) or {}, at_work)
+    here.join(there)
+    assert (here.folder / "logs/a.log").read_text() == "day 2"
+    assert here.read("models")["model_bytes"].to_pylist() == [1]
+
+
+def test_a_disk_that_cannot_be_read_damages_no_part(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.write(record(small()))
+
+    def out_of_files(*arguments: Any, **options: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(pq, "ParquetFile", out_of_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        store.set_aside()
+    assert not (tmp_path / "set-aside").exists()
 
 
 def test_a_name_that_leaves_the_folder_is_refused(small: Small, tmp_path: Path) -> None:

@@ -231,7 +231,8 @@ class _Team:
             try:
                 wait(running)
             except KeyboardInterrupt:
-                self._launcher.stop()
+                while wait(running, 0.1).not_done:  # one may only be starting
+                    self._launcher.stop()
                 raise
         for each in running:
             each.result()

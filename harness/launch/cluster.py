@@ -12,6 +12,7 @@ import os
 import platform
 import queue
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -31,6 +32,8 @@ from harness.results import Job, Phase, Record
 
 _TELL_SECONDS = 0.5
 """Between two signs of life that travel; what a step does in detail stays on its node."""
+
+_KNOCK_SECONDS = 10.0
 
 Child = Callable[[str, dict[str, Any], Any], None]
 
@@ -80,10 +83,11 @@ class RayLauncher:
             options |= {"include_dashboard": False, "dashboard_host": "127.0.0.1"}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            ray.init(address=self._address, **options)
-        except ConnectionError as error:
+            _knock(self._address)
+            ray.init(address=self._address or "local", **options)  # else it looks for one that is running
+        except (ConnectionError, OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise InputError(f"--address {self._address}: {first} Start one with: ray start --head") from None
+            raise InputError(f"--address {self._address}: {first}; start a cluster with: ray start --head") from None
         nodes = self._nodes()
         self._gpus = 1 if self._device == "cuda" or (self._device == "auto" and any(_gpus(n) for n in nodes)) else 0
         able = [node for node in nodes if _gpus(node) >= self._gpus]
@@ -205,6 +209,20 @@ class RayLauncher:
         ]
         found = [environment.Environment.model_validate_json(text) for text in ray.get(asked)]
         return tuple({each.id: each for each in found}.values())
+
+
+def _knock(address: str | None) -> None:
+    """Ray waits for minutes where nobody answers.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: it is no address.
+    """
+    if address is not None and address not in ("auto", "local"):
+        host, _, port = address.rpartition(":")
+        if not (host and port.isascii() and port.isdigit()):
+            raise ValueError("it is none; give host:port, or auto")
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _all_nodes() -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def silent_end(code: int | None, kills_before: tuple[int, ...], log: Path) -> di
 
     Args:
         code: how it left; below zero: the signal.
-        kills_before: `oom_kills` when it began.
+        kills_before: `oom_kills` when it was last seen alive.
         log: what it printed.
     """
     if code is None or code >= 0:

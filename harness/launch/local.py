@@ -57,6 +57,7 @@ class LocalLauncher:
         # Asking for cards through NVML keeps CUDA untouched, without which no fork could use it.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts them
         self._context.set_forkserver_preload([self._preload])
         forkserver.ensure_running()
         return self
@@ -87,13 +88,13 @@ class LocalLauncher:
         Raises:
             KeyboardInterrupt: passed on from `on_event` or the terminal; the process is killed first.
         """
-        started_at, kills = dt.datetime.now(dt.UTC), endings.oom_kills()
+        started_at = dt.datetime.now(dt.UTC)
         vigil = _Vigil(timeout, stall)
         with Log(log) as output:
             record, code = self._watched(job, options, output, vigil, on_event)
         if record is not None:
             return record
-        outcome = vigil.time_is_up() or endings.silent_end(code, kills, log)
+        outcome = vigil.time_is_up() or endings.silent_end(code, vigil.kills, log)
         seconds = (dt.datetime.now(dt.UTC) - started_at).total_seconds()
         return Record.of(
             job,
@@ -161,6 +162,7 @@ class _Vigil:
     def __init__(self, timeout: float | None, stall: float | None) -> None:
         self.phase: Phase = "start"
         self.held: int | None = None
+        self.kills = endings.oom_kills()
         self._timeout, self._stall = timeout, stall
         self._pid = 0
         self._began = self._heard = self._looked = math.inf
@@ -177,10 +179,11 @@ class _Vigil:
             self.phase = value
 
     def look(self) -> None:
-        """See what it holds."""
+        """See what it holds, and how often the kernel has ended a process so far: what comes later may be this one."""
         if time.monotonic() - self._looked >= _LOOK_SECONDS:
             self._looked = time.monotonic()
             self.held = endings.peak_process_bytes(self._pid) or self.held
+            self.kills = endings.oom_kills()
 
     def time_is_up(self) -> dict[str, Any] | None:
         """What a record says of it; null where it is not."""
@@ -207,8 +210,8 @@ def _begin(
 def _events(channel: connection.Connection, process: Any, vigil: _Vigil) -> Iterator[tuple[str, Any]]:
     """What the worker says, until it ends or its time is up."""
     while vigil.time_is_up() is None:
-        ready = connection.wait([channel, process.sentinel], _LOOK_SECONDS)
         vigil.look()
+        ready = connection.wait([channel, process.sentinel], _LOOK_SECONDS)
         # The pipe before the end: a worker may have said its last words and gone.
         if channel in ready:
             try:

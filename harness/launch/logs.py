@@ -18,6 +18,7 @@ MOST_BYTES = 2**20
 """Of a trial's log. Where there is more, its first and last halves are kept."""
 _MOST_LINE = 2**16
 """A longer line is taken for several."""
+_LONGEST_SECRET = 2**12
 
 
 class Log:
@@ -64,9 +65,10 @@ def _lines(pipe: int) -> Iterator[bytes]:
         whole, end, begun = (begun + chunk).rpartition(b"\n")
         if end:
             yield whole + end
-        if len(begun) > _MOST_LINE:
-            yield begun
-            begun = b""
+        if len(begun) > _MOST_LINE:  # cut where no secret is cut with it
+            text = withheld(begun.decode(errors="replace")).encode(errors="replace")
+            yield text[:-_LONGEST_SECRET]
+            begun = text[-_LONGEST_SECRET:]
     if begun:
         yield begun
 
