@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,3 +170,14 @@ def test_every_way_of_saying_that_memory_is_out(error: Exception, requested: int
 )
 def test_other_errors_are_not_want_of_memory(error: Exception) -> None:
     assert out_of_memory(error, MemoryMeter(torch.device("cpu"), None)) is None
+
+
+def test_a_budget_on_a_card_is_the_allocators_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own function is called, up to the driver: it wants the number of the card."""
+    said: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: said.append(given), raising=False)
+    MemoryMeter(torch.device("cuda"), 40)
+    assert said == [(0.4, 1)]

@@ -82,7 +82,7 @@ class Display(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """How trials are run; none of it changes what is measured."""
+    """How trials are run."""
 
     timeout: float | None = None
     """Seconds that a trial may take; null: any."""
