@@ -158,6 +158,7 @@ def run(
         found = grids.load(grid, repeats=times, overrides=overrides, max_trials=most_trials)
         return found.only(grids.labels_like(found, only)) if only else found
 
+    _refuse_in_vain(engine, address=address, cpus=cpus, accelerator=accelerator)
     loaded = grid_of(repeats)
     if until_decided is not None and until_decided < loaded.repeats:
         raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
@@ -270,6 +271,7 @@ def tune(
     from harness.grid import Grid, Trial
     from harness.results import Store
 
+    _refuse_in_vain(engine, address=address, cpus=cpus, accelerator=accelerator)
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = searches.load(grid, overrides)
     search = searches.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
@@ -328,6 +330,17 @@ def tune(
     out.print(f"see it with: harness report {plain(str(store.folder))}", highlight=False)
 
 
+def _refuse_in_vain(engine: str, **options: object) -> None:
+    """What is for a cluster says nothing elsewhere.
+
+    Raises:
+        InputError: one of the options is given without it.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given and engine != "ray":
+        raise InputError(f"--{given[0]} goes with --engine ray; add that, or leave it out")
+
+
 def _launcher(engine: str, grid: Grid, address: str | None, cpus: int | None, accelerator: str | None) -> Any:
     """What runs trials elsewhere than in processes of this machine.
 
@@ -344,6 +357,8 @@ def _launcher(engine: str, grid: Grid, address: str | None, cpus: int | None, ac
         from harness.launch.cluster import RayLauncher
     except ImportError:
         raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
+    if any(trial.spec.num_processes > 1 for trial in grid.trials):
+        raise InputError("--engine ray: a trial over several processes stays on one machine; use --engine local")
     devices = {trial.spec.device for trial in grid.trials}
     if len(devices) > 1:
         raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")

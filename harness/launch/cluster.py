@@ -28,6 +28,7 @@ from harness import environment
 from harness.errors import InputError
 from harness.launch.endings import WORKER_LOST
 from harness.launch.local import LocalLauncher, OnEvent, measure
+from harness.private import withheld
 from harness.results import Job, Phase, Record
 
 _TELL_SECONDS = 0.5
@@ -148,16 +149,13 @@ class RayLauncher:
             self._running.discard(said)
         if sent is not None:
             return self._arrived(sent, options, log)
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return Record.of(
             job,
             environment=environment.current(environment.resolve_device(job.spec.device)),
-            status="killed",
             phase=phase,
-            error_type=WORKER_LOST,
-            error=f"the node or its worker was lost ({type(error).__name__}: {first})"[:500],
             started_at=started_at,
             metrics={"trial_seconds": (dt.datetime.now(dt.UTC) - started_at).total_seconds()},
+            **_silent_end(error),
         )
 
     def seats(self, count: int, device_type: str) -> list[None]:
@@ -178,7 +176,8 @@ class RayLauncher:
             target = Path(options["folder"]) / record.adapter_id
             aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.aside")
             try:
-                for name, content in sent.files.items():
+                own = {n: c for n, c in sent.files.items() if Path(n).parts[0] == record.adapter_id}
+                for name, content in own.items():
                     file = aside / Path(name).relative_to(record.adapter_id)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(content)
@@ -235,6 +234,19 @@ def _cpus(node: dict[str, Any]) -> float:
 
 def _gpus(node: dict[str, Any]) -> float:
     return float(node["Resources"].get("GPU", 0))
+
+
+def _silent_end(error: Exception) -> dict[str, Any]:
+    """Fields of a record, of a task that sent none."""
+    if isinstance(error, ray.exceptions.RayTaskError):  # it could not even begin there: what it lacks it lacks again
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        return {"status": "failed", "error_type": type(cause).__name__, "error": _first_line(cause)}
+    said = f"the node or its worker was lost ({type(error).__name__}: {_first_line(error)})"
+    return {"status": "killed", "error_type": WORKER_LOST, "error": said}
+
+
+def _first_line(error: Exception) -> str:
+    return withheld(next(iter(str(error).strip().splitlines()), type(error).__name__))[:400]
 
 
 def _cancel(said: Any) -> None:
