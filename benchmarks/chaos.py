@@ -43,16 +43,17 @@ class Toll:
 
 
 def disturb(
-    runner: Sequence[str], store: Store, kills: int, seed: int, longest_wait: float = 0.8, **options: Any
+    runner: Sequence[str], store: Store, trials: int, kills: int, seed: int, typical: float, **options: Any
 ) -> Toll:
-    """Run a grid to its end, killing so many processes on the way; fewer where it ends before.
+    """Run a grid to its end, killing so many processes on the way.
 
     Args:
         runner: command that runs what is pending.
         store: where it keeps its rows.
-        kills: how many.
+        trials: how many there are.
+        kills: how many processes are killed, spread over the trials.
         seed: of victims and moments.
-        longest_wait: seconds from when a trial is under way to the kill, at most.
+        typical: seconds of a trial.
         options: of the process.
     """
     chance, toll = random.Random(seed), Toll()
@@ -65,10 +66,12 @@ def disturb(
             if "worker" not in victims:
                 time.sleep(0.005)
                 continue
-            time.sleep(chance.uniform(0, longest_wait))
+            # In haste where more kills are left than trials; else so that some of them outlive what is meant for them.
+            hasty = kills - toll.kills.total() > trials - len(finished)
+            time.sleep(chance.uniform(0, (0.6 if hasty else 1.6) * typical))
             kind = chance.choices(["worker", "runner", "server"], [6, 3, 1])[0]
             _look(store, toll, finished)
-            toll.kills[kind] += _kill(victims[kind])
+            toll.kills[kind] += _kill(victims.get(kind, []))
         code = process.wait()
         if code not in (0, -9):
             raise SystemExit(f"the runner left with {code}")
@@ -141,9 +144,9 @@ def main() -> None:
         quiet, disturbed = (Store(folder / results / "chaos") for results in ("quiet", "disturbed"))
         subprocess.run(command("quiet"), check=True, stdout=subprocess.DEVNULL)
         began = time.monotonic()
-        # So that about a third of the trials outlive what is meant for them.
         typical = statistics.median(row["trial_seconds"] for row in quiet.read("trials").to_pylist())
-        toll = disturb(command("disturbed"), disturbed, given.kills, given.seed, longest_wait=1.5 * typical)
+        count = len(quiet.completed())
+        toll = disturb(command("disturbed"), disturbed, count, given.kills, given.seed, typical)
         seconds = time.monotonic() - began
         rows = disturbed.read("trials").to_pylist()
         wanted = quiet.completed().keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,13 @@ def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher) -> None
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # two at once are one
         os.kill(os.getpid(), signal.SIGINT)
 
-    store = Store(tmp_path)
+    store, count = Store(tmp_path), 1 if isinstance(launcher, InlineLauncher) else 2
+    endless = {f"e{seed}": small(train_samples=50_000, seed=seed) for seed in range(count)}
     with pytest.raises(KeyboardInterrupt):
-        go(grid_of(e=small(train_samples=50_000)), store, launcher, Watch("e", "load", twice))
+        go(grid_of(**endless), store, launcher, Watch("e0", "load", twice), policy=Policy(workers=count))
     assert not store.completed()
     assert not list((tmp_path / "leases").glob("*.json"))
     (record,) = go(grid_of(after=small()), store, launcher).records

@@ -417,7 +417,12 @@ def test_trials_side_by_side_share_the_machine(small: Small, tmp_path: Path, lau
     """Each has a core of its own, says that it had a neighbour, and has the losses of a trial on one core."""
     grid = grid_of(**{f"t{seed}": small(seed=seed) for seed in range(4)})
     both, alone = Store(tmp_path / "both"), Store(tmp_path / "alone")
-    summary = go(grid, both, launcher, policy=Policy(workers=2))
+    cores: list[tuple[int, ...]] = []
+    watch = Watch("t0", "backward", lambda: cores.extend(tuple(w.cpu_affinity() or ()) for w in workers()))
+    summary = go(grid, both, launcher, watch, policy=Policy(workers=2))
+    assert cores
+    assert {len(each) for each in cores} == {len(os.sched_getaffinity(0)) // 2}
+    assert len(set(cores)) == len(cores), "each has cores of its own"
     assert (len(summary.records), summary.left, summary.elsewhere) == (4, 0, 0)
     go(grid, alone, launcher)
     records = {record.label: record for record in summary.records}
@@ -582,7 +587,7 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytes
     chaos = importlib.import_module("chaos")
     store = Store(tmp_path / "g")
     calm = {"env": os.environ | {"FORMULA_SECONDS": "0.3"}, "stdin": subprocess.DEVNULL}
-    toll = chaos.disturb(command(store.folder, 18), store, kills=10, seed=1, longest_wait=0.35, **calm)
+    toll = chaos.disturb(command(store.folder, 18), store, 18, kills=10, seed=1, typical=0.3, **calm)
     assert toll.kills.total() == 10
     assert min(toll.kills["worker"], toll.kills["runner"]) >= 1
     assert (toll.lost, toll.redone, toll.unreadable) == (set(), set(), 0)
