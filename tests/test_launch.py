@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,22 @@ def test_a_lost_worker_is_tried_again(small: Small, tmp_path: Path, launcher: La
         policy = Policy(stall=0.6, retries=1, retry_timeouts=asked)
         go(grid_of(s=small(seed=6)), store, launcher, slow, policy=policy, rerun=frozenset({"timeout"}))
         assert store.part(pending_id(small(seed=6)))["attempt"] == attempts  # type: ignore[index]  # as above
+
+
+def test_a_server_that_dies_while_it_starts_a_worker(
+    small: Small, tmp_path: Path, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial is lost, and tried again with another server."""
+    start, failures = BaseProcess.start, [EOFError("unexpected EOF"), ConnectionResetError(104, "reset")]
+
+    def failing(process: Any) -> None:
+        if failures:
+            raise failures.pop()
+        start(process)
+
+    monkeypatch.setattr(BaseProcess, "start", failing)
+    (record,) = go(grid_of(one=small()), Store(tmp_path), launcher, policy=Policy(retries=2)).records
+    assert (record.status, record.attempt) == ("ok", 3)
 
 
 def test_the_kernels_kill_for_want_of_memory_is_told_from_others(

@@ -56,11 +56,17 @@ def silent_end(code: int | None, kills_before: tuple[int, ...], log: Path) -> di
     """Fields of a record: what a worker died of.
 
     Args:
-        code: how it left; below zero: the signal.
+        code: how it left; below zero: the signal; null: it never began.
         kills_before: `oom_kills` when it was last seen alive.
         log: what it printed.
     """
-    if code is None or code >= 0:
+    if code is None:
+        return {
+            "status": "failed",
+            "error_type": WORKER_LOST,
+            "error": "the server that workers are forked from was lost",
+        }
+    if code >= 0:
         error = f"the worker left with {code}: {_last_line(log)}"
         return {"status": "failed", "error_type": WORKER_LOST, "error": error}
     name = signal.Signals(-code).name

@@ -126,8 +126,13 @@ class LocalLauncher:
         ours, theirs = self._context.Pipe()
         arguments = (self._child, output.theirs, job.model_dump_json(), options, theirs)
         process = self._context.Process(target=_begin, args=arguments, daemon=True)
-        with self._starting, main_module_hidden():
-            process.start()
+        try:
+            with self._starting, main_module_hidden():
+                process.start()
+        except (EOFError, OSError):  # the server has died; the next trial starts another
+            theirs.close()
+            ours.close()
+            return None, None
         self._running.add(process)
         vigil.begin(process.pid or 0)
         theirs.close()
