@@ -66,10 +66,10 @@ def disturb(
             if "worker" not in victims:
                 time.sleep(0.005)
                 continue
-            # In haste where more kills are left than trials; else so that some of them outlive what is meant for them.
-            hasty = kills - toll.kills.total() > trials - len(finished)
-            time.sleep(chance.uniform(0, (0.6 if hasty else 1.6) * typical))
-            kind = chance.choices(["worker", "runner", "server"], [6, 3, 1])[0]
+            # In haste while many kills are left; then so that some trials outlive what is meant for them.
+            hasty = 2 * (kills - toll.kills.total()) > trials - len(finished)
+            time.sleep(chance.uniform(0, (0.5 if hasty else 1.6) * typical))
+            kind = chance.choices(["worker", "runner", "server"], [7, 2, 1])[0]
             _look(store, toll, finished)
             toll.kills[kind] += _kill(victims.get(kind, []))
         code = process.wait()
