@@ -141,27 +141,35 @@ def main() -> None:
             said = ["run", str(grid), "--results", str(folder / results), "--no-predict"]
             return [sys.executable, "-m", "harness", *said, "--retries", "1000", "--rerun", "killed"]
 
-        quiet, disturbed = (Store(folder / results / "chaos") for results in ("quiet", "disturbed"))
+        quiet = Store(folder / "quiet" / "chaos")
         subprocess.run(command("quiet"), check=True, stdout=subprocess.DEVNULL)
         began = time.monotonic()
         typical = statistics.median(row["trial_seconds"] for row in quiet.read("trials").to_pylist())
-        count = len(quiet.completed())
-        toll = disturb(command("disturbed"), disturbed, count, given.kills, given.seed, typical)
-        seconds = time.monotonic() - began
-        rows = disturbed.read("trials").to_pylist()
-        wanted = quiet.completed().keys()
-        same = losses(quiet) == losses(disturbed) and {row["trial_id"] for row in rows} == wanted
-        attempts = max(row["attempt"] for row in rows)
-
-    killed = ", ".join(f"{count} of the {victim}" for victim, count in toll.kills.most_common())
-    print(f"{toll.kills.total()} kills ({killed}) in {seconds:.0f} s; the runner was started {toll.runners} times")
-    ok = sum(row["status"] == "ok" for row in rows)
-    print(f"{len(rows)} rows of {len(wanted)} trials, {ok} ok, up to {attempts} attempts at one")
-    print(f"{len(toll.lost)} lost, {len(toll.redone)} done again, {toll.unreadable} parts unreadable")
-    print(f"losses of every step {'equal' if same else 'DIFFER FROM'} those of the undisturbed run")
-    whole = ok == len(rows) == len(wanted) and not toll.lost and not toll.redone and not toll.unreadable and same
-    if not whole or toll.kills.total() < given.kills:
+        wanted, began = quiet.completed().keys(), time.monotonic()
+        whole, kills, rounds = True, 0, 0
+        while kills < given.kills:  # a grid may be done before the last kill: then another one begins
+            rounds += 1
+            store = Store(folder / f"round-{rounds}" / "chaos")
+            left = given.kills - kills
+            toll = disturb(command(store.folder.parent.name), store, len(wanted), left, given.seed + rounds, typical)
+            kills += toll.kills.total()
+            whole = _judge(toll, store, quiet) and whole
+    print(f"{kills} kills in {rounds} rounds of {len(wanted)} trials, {time.monotonic() - began:.0f} s")
+    if not whole:
         raise SystemExit(1)
+
+
+def _judge(toll: Toll, store: Store, quiet: Store) -> bool:
+    """Say what became of a disturbed grid; whether it is as if nothing had happened."""
+    rows, wanted = store.read("trials").to_pylist(), quiet.completed().keys()
+    ok = sum(row["status"] == "ok" for row in rows)
+    same = losses(quiet) == losses(store) and {row["trial_id"] for row in rows} == wanted
+    killed = ", ".join(f"{count} of the {victim}" for victim, count in toll.kills.most_common())
+    print(f"{toll.kills.total()} kills ({killed}); the runner was started {toll.runners} times")
+    print(f"{len(rows)} rows of {len(wanted)} trials, {ok} ok, up to {max(r['attempt'] for r in rows)} attempts at one")
+    print(f"{len(toll.lost)} lost, {len(toll.redone)} done again, {toll.unreadable} parts unreadable")
+    print(f"losses of every step {'equal' if same else 'DIFFER FROM'} those of the undisturbed run", flush=True)
+    return ok == len(rows) == len(wanted) and not toll.lost and not toll.redone and not toll.unreadable and same
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.launch import Launcher
+from harness.launch.attempt import Attempt
 from harness.launch.cluster import RayLauncher
 from harness.launch.local import LocalLauncher
 from harness.results import Job
@@ -30,7 +31,7 @@ def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
 
     options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    record = launcher.run(job(seed), options, log=folder / "log", on_event=listen)
+    record = launcher.run(Attempt(job(seed), options, folder / "log"), listen)
     if record.status != "ok":
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
     return heard[0] - began
@@ -46,7 +47,7 @@ def overhead(launcher: Launcher, seed: int, folder: Path) -> float:
     """Seconds from launch to record, without those of the trial."""
     options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    record = launcher.run(job(seed), options, log=folder / "log", on_event=lambda kind, value: None)
+    record = launcher.run(Attempt(job(seed), options, folder / "log"), lambda kind, value: None)
     seconds = record.metrics["trial_seconds"]
     if record.status != "ok" or seconds is None:
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")

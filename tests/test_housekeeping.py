@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from test_results import record
 
-from harness import cli
 from harness.launch.leases import Leases
 from harness.results import Store
 from harness.spec import TrialSpec
@@ -22,21 +21,11 @@ GRID = "name: g\nbase: {base_model: random:tiny, lora_r: 4}\nvary: {lora_r: [8, 
 
 
 @pytest.fixture
-def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process; gives its exit code and what it said."""
-    monkeypatch.chdir(tmp_path)
+def harness(ask: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`ask` with a cache of its own, and Python's way of showing warnings put back afterwards."""
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("warnings.showwarning", None)  # the command sets its own
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["harness", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
+    return ask
 
 
 @pytest.fixture

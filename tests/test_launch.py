@@ -382,12 +382,13 @@ def test_a_worker_leaves_when_its_runner_is_gone(small: Small, tmp_path: Path, l
     script = (
         "import sys\n"
         "from pathlib import Path\n"
+        "from harness.launch.attempt import Attempt\n"
         "from harness.launch.local import LocalLauncher\n"
         "from harness.results import Job\n"
         "job = Job.model_validate_json(sys.argv[1])\n"
         "with LocalLauncher() as launcher:\n"
-        "    launcher.run(job, {'folder': None, 'trust_remote_code': False}, log=Path(sys.argv[2]),\n"
-        "                 on_event=lambda kind, value: print(kind, flush=True))\n"
+        "    attempt = Attempt(job, {'folder': None, 'trust_remote_code': False}, Path(sys.argv[2]))\n"
+        "    launcher.run(attempt, lambda kind, value: print(kind, flush=True))\n"
     )
     job = Job(grid="test", spec=small(train_samples=1_000_000), label="endless")
     runner = subprocess.Popen(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from harness import environment
 from harness.grid import Grid, Trial
+from harness.launch.attempt import Attempt, OnEvent
 from harness.launch.endings import is_transient
 from harness.launch.leases import Leases
 from harness.prediction import NOTHING_EXPECTED, Expected
@@ -30,16 +31,7 @@ STALL_SECONDS = 1800.0
 class Launcher(Protocol):
     """Runs one job at a time to its record."""
 
-    def run(
-        self,
-        job: Job,
-        options: dict[str, Any],
-        *,
-        log: Path,
-        timeout: float | None = None,
-        stall: float | None = None,
-        on_event: Callable[[str, Any], None],
-    ) -> Record:
+    def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """Run a job in a process of its own; the record says how it ended. Several may run at once."""
         ...
 
@@ -354,23 +346,21 @@ def _attempted(job: Job, at: Situation) -> Record:
     options = {"folder": str(store.folder / "adapters"), "trust_remote_code": policy.trust_remote_code}
     if at.seat is not None:
         options["seat"] = dataclasses.asdict(at.seat)
-    attempt = 1
+    number = 1
     while True:
-        log = log_path(store, job, attempt)
-        record = at.launcher.run(
-            job, options, log=log, timeout=policy.timeout, stall=policy.stall, on_event=at.display.event
-        )
+        log = log_path(store, job, number)
+        record = at.launcher.run(Attempt(job, options, log, policy.timeout, policy.stall), at.display.event)
         if at.interrupt.at_once:  # what was stopped has no end of its own
             raise KeyboardInterrupt
         if record.error_type == DISK_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder))
         log_name = str(log.relative_to(store.folder)) if record.status != "ok" and log.exists() else None
-        record = record.model_copy(update={"attempt": attempt, "log": log_name})
-        last = attempt > policy.retries or at.interrupt.asked
+        record = record.model_copy(update={"attempt": number, "log": log_name})
+        last = number > policy.retries or at.interrupt.asked
         if last or not is_transient(record, timeouts=policy.retry_timeouts):
             return record
         at.display.retried(record)
-        attempt += 1
+        number += 1
 
 
 class Interrupt:

@@ -26,8 +26,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness import environment
 from harness.errors import InputError
+from harness.launch.attempt import Attempt, OnEvent
 from harness.launch.endings import WORKER_LOST
-from harness.launch.local import LocalLauncher, OnEvent, measure
+from harness.launch.local import LocalLauncher, measure
 from harness.private import withheld
 from harness.results import Job, Phase, Record
 
@@ -109,16 +110,7 @@ class RayLauncher:
     def __exit__(self, *error: object) -> None:
         ray.shutdown()
 
-    def run(
-        self,
-        job: Job,
-        options: dict[str, Any],
-        *,
-        log: Path,
-        timeout: float | None = None,
-        stall: float | None = None,
-        on_event: OnEvent,
-    ) -> Record:
+    def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """As `LocalLauncher.run`, on a node of the cluster. A node that is lost ends as `killed`.
 
         Raises:
@@ -126,7 +118,8 @@ class RayLauncher:
         """
         started_at = dt.datetime.now(dt.UTC)
         task: Any = _trial.options(**self._resources(), num_returns="streaming")
-        said = task.remote(job.model_dump_json(), options, self._how, self._cpus, timeout, stall)
+        how = (self._how, self._cpus, attempt.timeout, attempt.stall)
+        said = task.remote(attempt.job.model_dump_json(), attempt.options, *how)
         self._running.add(said)
         phase: Phase = "start"
         sent: Sent | None = None
@@ -148,10 +141,10 @@ class RayLauncher:
         finally:
             self._running.discard(said)
         if sent is not None:
-            return self._arrived(sent, options, log)
+            return self._arrived(sent, attempt.options, attempt.log)
         return Record.of(
-            job,
-            environment=environment.current(environment.resolve_device(job.spec.device)),
+            attempt.job,
+            environment=environment.current(environment.resolve_device(attempt.job.spec.device)),
             phase=phase,
             started_at=started_at,
             metrics={"trial_seconds": (dt.datetime.now(dt.UTC) - started_at).total_seconds()},
@@ -300,10 +293,8 @@ def _trial(
 
         def run() -> None:
             try:
-                record = server.run(
-                    Job.model_validate_json(job), asked, log=log, timeout=timeout, stall=stall,
-                    on_event=lambda kind, value: heard.put((kind, value)),
-                )  # fmt: skip
+                attempt = Attempt(Job.model_validate_json(job), asked, log, timeout, stall)
+                record = server.run(attempt, lambda kind, value: heard.put((kind, value)))
                 heard.put(("record", record))
             except BaseException as error:  # told to whoever waits for it
                 heard.put(("error", error))

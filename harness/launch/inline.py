@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 from harness.errors import InputError
-from harness.launch.local import OnEvent
+from harness.launch.attempt import Attempt, OnEvent
 from harness.private import withheld
-from harness.results import Job, Record
+from harness.results import Record
 
 
 class InlineLauncher:
@@ -23,16 +22,7 @@ class InlineLauncher:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def run(
-        self,
-        job: Job,
-        options: dict[str, Any],
-        *,
-        log: Path,
-        timeout: float | None = None,
-        stall: float | None = None,
-        on_event: OnEvent,
-    ) -> Record:
+    def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """Run one job to its record, here and now.
 
         Raises:
@@ -41,6 +31,7 @@ class InlineLauncher:
         """
         from harness import half_matmul, trial  # torch in this process is what is asked for
 
+        job, options, log = attempt.job, attempt.options, attempt.log
         if job.spec.num_processes > 1:
             raise InputError(f"num_processes {job.spec.num_processes} takes processes of its own; use --engine local")
         log.parent.mkdir(parents=True, exist_ok=True)

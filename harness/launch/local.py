@@ -15,15 +15,13 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from multiprocessing import connection, forkserver
-from pathlib import Path
 from typing import Any
 
 from harness import environment
 from harness.launch import endings
+from harness.launch.attempt import Attempt, OnEvent
 from harness.launch.logs import Log, print_to
-from harness.results import Job, Phase, Record
-
-OnEvent = Callable[[str, Any], None]
+from harness.results import Phase, Record
 
 
 def measure(job: str, options: dict[str, Any], channel: connection.Connection) -> None:
@@ -65,40 +63,23 @@ class LocalLauncher:
     def __exit__(self, *error: object) -> None:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # no public way to end it before the process
 
-    def run(
-        self,
-        job: Job,
-        options: dict[str, Any],
-        *,
-        log: Path,
-        timeout: float | None = None,
-        stall: float | None = None,
-        on_event: OnEvent,
-    ) -> Record:
+    def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """Run one job to its record, whatever kills it.
-
-        Args:
-            job: what to do.
-            options: see `worker.main`.
-            log: file for what it prints.
-            timeout: seconds after which the process is killed; null: none.
-            stall: the same within a step, from one sign of life to the next.
-            on_event: told phases and steps as they happen.
 
         Raises:
             KeyboardInterrupt: passed on from `on_event` or the terminal; the process is killed first.
         """
         started_at = dt.datetime.now(dt.UTC)
-        vigil = _Vigil(timeout, stall)
-        with Log(log) as output:
-            record, code = self._watched(job, options, output, vigil, on_event)
+        vigil = _Vigil(attempt.timeout, attempt.stall)
+        with Log(attempt.log) as output:
+            record, code = self._watched(attempt, output, vigil, on_event)
         if record is not None:
             return record
-        outcome = vigil.time_is_up() or endings.silent_end(code, vigil.kills, log)
+        outcome = vigil.time_is_up() or endings.silent_end(code, vigil.kills, attempt.log)
         seconds = (dt.datetime.now(dt.UTC) - started_at).total_seconds()
         return Record.of(
-            job,
-            environment=environment.current(environment.resolve_device(job.spec.device)),
+            attempt.job,
+            environment=environment.current(environment.resolve_device(attempt.job.spec.device)),
             phase=vigil.phase,
             started_at=started_at,
             metrics={"trial_seconds": seconds, "peak_process_bytes": vigil.held},
@@ -120,11 +101,11 @@ class LocalLauncher:
                 os.kill(process.pid, signal.SIGKILL)
 
     def _watched(
-        self, job: Job, options: dict[str, Any], output: Log, vigil: _Vigil, on_event: OnEvent
+        self, attempt: Attempt, output: Log, vigil: _Vigil, on_event: OnEvent
     ) -> tuple[Record | None, int | None]:
         """The record that the worker left, or how it left without one."""
         ours, theirs = self._context.Pipe()
-        arguments = (self._child, output.theirs, job.model_dump_json(), options, theirs)
+        arguments = (self._child, output.theirs, attempt.job.model_dump_json(), attempt.options, theirs)
         process = self._context.Process(target=_begin, args=arguments, daemon=True)
         try:
             with self._starting, main_module_hidden():
