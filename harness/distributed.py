@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from harness.spec import TrialSpec
+
 T = TypeVar("T")
 
 
@@ -53,11 +55,51 @@ def share(parts: Sequence[T]) -> Sequence[T]:
     return parts[number() :: count()]
 
 
-def wrapped(model: Any, device: torch.device) -> Any:
-    """The model as torch's DistributedDataParallel, where there are several processes: gradients are averaged while the
-    last backward pass runs.
+def share_out(model: Any, spec: TrialSpec, device: torch.device) -> None:
+    """Leave each process its part of a model's weights, by torch's `fully_shard`, where the spec asks for it.
+
+    A layer is moved to the device when it is shared out, so that a card never holds the whole model.
     """
-    if count() == 1:
+    if spec.sharding == "none":
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (count(),))
+    gathered_again = spec.sharding == "full_shard"  # for the backward pass, and not held until then
+    layers = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, reshard_after_forward=gathered_again)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings.weight is not head.weight:
+        fully_shard(embeddings, mesh=mesh, reshard_after_forward=gathered_again)
+    # What the forward pass needs last, the backward pass needs first.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def let_go(model: Any) -> None:
+    """Hold no more of a shared-out model than this process's part: a forward pass alone leaves some of it gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, unless it is shared out."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece. If it is shared out, each process must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def wrapped(model: Any, device: torch.device) -> Any:
+    """The model as torch's DistributedDataParallel, where several processes hold all of it: gradients are averaged
+    while the last backward pass runs.
+    """
+    if count() == 1 or hasattr(model, "unshard"):
         return model
     cards = [torch.cuda.current_device()] if device.type == "cuda" else None
     # As views of what is sent, gradients are not there twice.
@@ -67,5 +109,7 @@ def wrapped(model: Any, device: torch.device) -> Any:
 
 
 def accumulating(model: Any, *, last: bool) -> AbstractContextManager[Any]:
-    """Around a forward and backward pass: gradients stay here until the last one of a step."""
-    return model.no_sync() if count() > 1 and not last else contextlib.nullcontext()
+    """Around a forward and backward pass: gradients stay here until the last one of a step. Not those of shared-out
+    weights: each process would hold all of them.
+    """
+    return model.no_sync() if hasattr(model, "no_sync") and not last else contextlib.nullcontext()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from harness import distributed
 from harness.data import IGNORED, Example, collate
 from harness.model import autocast
 from harness.spec import TrialSpec
@@ -30,6 +31,7 @@ def story_losses(
             found += _batch_losses(model, group, spec, pad_id, device)
         return found
     finally:
+        distributed.let_go(model)
         model.train(was_training)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness import card_watch
+from harness import card_watch, distributed
 from harness.flops import operations
 from harness.metrics import COMPONENTS
 
@@ -87,7 +87,50 @@ class LiveTensors(TorchDispatchMode):
                     self._add(leaf, self.component)
         return out
 
+    def __enter__(self) -> LiveTensors:
+        """Follow storages, and those that shrink and grow again: a shared-out weight is gathered into the same one."""
+        tracker = self
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            tracker._resized(storage._cdata, size)
+
+        for key, (ref, _, _) in list(self._storages.items()):  # while nobody looked
+            storage = ref()
+            if storage is not None:
+                self._resized(key, storage.nbytes())
+        self._resize = resize
+        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]  # no operation tells of it
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch declares no types for its modes
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # as it was
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # as above
+
+    def _resized(self, key: int, size: int) -> None:
+        entry = self._storages.get(key)
+        if entry is None or entry[1] == size:
+            return
+        ref, former, component = entry
+        self._refuse_over_budget(size - former)
+        self._storages[key] = (ref, size, component)
+        self._count(size - former, component)
+
+    def _refuse_over_budget(self, size: int) -> None:
+        if self._budget is not None and self.total + size > self._budget:
+            raise OutOfBudget(self.total, size, self._budget)
+
+    def _count(self, size: int, component: Component) -> None:
+        self.live[component] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak = self.total
+            self.peak_shares = dict(self.live)
+
     def _add(self, tensor: torch.Tensor, component: Component) -> None:
+        tensor = distributed.part(tensor)
         if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -95,14 +138,9 @@ class LiveTensors(TorchDispatchMode):
         if key in self._storages or not self._is_counted(tensor):
             return
         size = self._size(storage)
-        if self._budget is not None and self.total + size > self._budget:
-            raise OutOfBudget(self.total, size, self._budget)
+        self._refuse_over_budget(size)
         self._storages[key] = (weakref.ref(storage, functools.partial(self._freed, key)), size, component)
-        self.live[component] += size
-        self.total += size
-        if self.total > self.peak:
-            self.peak = self.total
-            self.peak_shares = dict(self.live)
+        self._count(size, component)
 
     def _is_counted(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self._device_type
@@ -120,7 +158,7 @@ class LiveTensors(TorchDispatchMode):
     def adopt(self, tensors: Iterable[torch.Tensor], component: Component) -> None:
         """Count these tensors' storages as `component`, whether or not they were seen before."""
         for tensor in tensors:
-            key = tensor.untyped_storage()._cdata
+            key = distributed.part(tensor).untyped_storage()._cdata
             if key not in self._storages:
                 self._add(tensor, component)
                 continue

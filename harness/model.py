@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from harness import model_source
+from harness import distributed, model_source
 from harness.errors import InputError
 from harness.private import without_home
 from harness.spec import QUANTISED, TrialSpec
@@ -185,13 +185,18 @@ def _with_adapters(model: Any, spec: TrialSpec) -> Any:
     return get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
 
 
-def save_adapter(model: Any, spec: TrialSpec, folder: Path) -> None:
+def trained_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What the optimizer changes, by name, each in one piece."""
+    return {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: Any, spec: TrialSpec, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """The adapters in peft's format, with the base under the name that it has in the spec, not its path here."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = spec.base_model
         if isinstance(config.target_modules, set):  # in an order that is each process's own
             config.target_modules = sorted(config.target_modules)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     card = folder / "README.md"  # peft's, which names the path
     said = card.read_text(encoding="utf-8").replace(str(model.config._name_or_path), spec.base_model)
     card.write_text(without_home(said), encoding="utf-8")

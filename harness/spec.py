@@ -57,6 +57,9 @@ Optimizer = Literal[
     "adafactor",
 ]
 
+SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
+"""Those of torch, which update a shared-out weight as they do a whole one."""
+
 Scheduler = Literal[
     "constant",
     "constant_with_warmup",
@@ -225,6 +228,8 @@ class TrialSpec(_Frozen):
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
     """Processes that train together."""
+    sharding: Literal["none", "shard_grad_op", "full_shard"] = "none"
+    """What of the model each process holds: all (DDP), or its share (FSDP), gathered for a step or layer by layer."""
     gradient_checkpointing: StrictBool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
@@ -312,6 +317,17 @@ class TrialSpec(_Frozen):
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
             raise ValueError(f"lora_bias {self.lora_bias} with precision {self.precision}: use lora_bias: none")
+        if self.sharding != "none":
+            self._refuse_unsharded()
+
+    def _refuse_unsharded(self) -> None:
+        said = f"sharding {self.sharding} with"
+        if self.num_processes == 1:
+            raise ValueError(f"{said} num_processes 1: there is nobody to share with; use sharding: none")
+        if self.precision in QUANTISED:
+            raise ValueError(f"{said} precision {self.precision}: quantised weights are not shared out; use bf16")
+        if self.optimizer not in SHARDED_OPTIMIZERS:
+            raise ValueError(f"{said} optimizer {self.optimizer}: use one of {', '.join(sorted(SHARDED_OPTIMIZERS))}")
 
     @property
     def effective_batch_size(self) -> int:
@@ -321,8 +337,9 @@ class TrialSpec(_Frozen):
     def canonical(self) -> dict[str, Any]:
         """The keys that decide what is measured, as plain JSON values."""
         values = self.model_dump(mode="json", exclude=set(self.WITHOUT_EFFECT))
-        if not self.measure_forgetting:  # it came later: trials without it keep the ids that they had
-            del values["measure_forgetting"]
+        for later, absent in (("measure_forgetting", False), ("sharding", "none")):
+            if values[later] == absent:  # trials without it keep the ids that they had
+                del values[later]
         # What is left out means the same as what it stands for.
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:

@@ -132,7 +132,7 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = self.spec.max_grad_norm or math.inf
-        norm: float | None = self._read(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        norm: float | None = self._read(distributed.whole(torch.nn.utils.clip_grad_norm_(self._parameters, limit)))
         if norm is not None and not math.isfinite(norm):
             if self.scaler is None:
                 self.on_phase("backward")

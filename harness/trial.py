@@ -128,7 +128,10 @@ class _Trial:
         began = time.perf_counter()
         meter.tracker.component = "weights"
         with meter.phase(split=True):
-            network = model.load(self.spec, self.device, trust_remote_code=self.trust_remote_code)
+            # What is shared out would not have room on a card before.
+            device = self.device if self.spec.sharding == "none" else torch.device("cpu")
+            network = model.load(self.spec, device, trust_remote_code=self.trust_remote_code)
+            distributed.share_out(network, self.spec, self.device)
             meter.adopt_model(network, model.adapters(network, self.spec))
         meter.tracker.component = "activations"
         self.metrics |= {
@@ -285,12 +288,15 @@ class _Trial:
     # -------------------------------------------------------------------------------- save
 
     def _save(self, network: Any) -> None:
-        if not self.spec.save_adapter or self.spec.adapter == "none" or self.folder is None:
+        if not self.spec.save_adapter or self.spec.adapter == "none":
             return
         self._enter("save")
+        weights = model.trained_weights(network)  # of which each process may hold a part
+        if self.folder is None:
+            return
         aside = self.folder / f".{self.spec.id}.{os.getpid()}.aside"
         try:
-            model.save_adapter(network, self.spec, aside)
+            model.save_adapter(network, self.spec, weights, aside)
             self.adapter_id = _content(aside)
             folder = self.folder / self.adapter_id
             if not folder.is_dir():  # the same bytes may have been kept before
@@ -317,7 +323,7 @@ def _fingerprint(network: Any) -> list[float]:
     """A norm for each trained weight: enough to see whether any changed, without a copy of them."""
     with torch.no_grad():
         norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in model.trainable(network)]
-        return torch.stack(norms).tolist()
+        return torch.stack([distributed.whole(norm) for norm in norms]).tolist()
 
 
 def _seed(seed: int) -> None:

@@ -51,6 +51,25 @@ def test_tracker_follows_storage_from_creation_to_release() -> None:
     assert tracker.peak == 8000
 
 
+def test_tracker_follows_a_storage_that_shrinks_and_grows() -> None:
+    """As a gathered weight's does, within the mode or before it."""
+    tracker = LiveTensors("cpu", budget=9000)
+    with tracker:
+        a = torch.zeros(1000)
+        storage = a.untyped_storage()
+        storage.resize_(0)
+        assert (tracker.total, tracker.peak) == (0, 4000)
+        storage.resize_(8000)
+        assert (tracker.total, tracker.live["activations"], tracker.peak) == (8000, 8000, 8000)
+        with pytest.raises(OutOfBudget, match="8000 held, 2000 requested"):
+            storage.resize_(10000)
+    storage.resize_(100)
+    with tracker:
+        assert tracker.total == 100
+    del a, storage
+    assert tracker.total == 0
+
+
 def test_tracker_sees_what_autograd_keeps_and_creates() -> None:
     weight = torch.ones(500, 500, requires_grad=True)
     tracker = LiveTensors("cpu")

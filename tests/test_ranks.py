@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_launch import Acts, Watch, go, grid_of, workers
 from test_results import record
 
-from harness import ranks
+from harness import model, model_source, ranks
 from harness.launch import Launcher
 from harness.launch.local import LocalLauncher
 from harness.results import Record, Store
@@ -31,30 +33,71 @@ def launcher() -> Iterator[Launcher]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose head has weights of its own, in three layers: an odd number of everything."""
+    folder = tmp_path_factory.mktemp("untied")
+    changed = {"tie_word_embeddings": False, "num_hidden_layers": 3, "vocab_size": 301}
+    model._random_checkpoint(model_source.ARCHITECTURES["tiny"] | changed, folder)
+    model.byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_two_processes_are_one_with_twice_the_micro_batch(
-    small: Small, tmp_path: Path, launcher: Launcher, adapter: str
+    small: Small, tmp_path: Path, launcher: Launcher, untied: str, adapter: str
 ) -> None:
-    """Step by step, the last one too, which has no micro-batch for the second process."""
-    length = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora"}
+    """Step by step, the last one too, which has no micro-batch for the second process; shared out or not."""
+    same = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora", "base_model": untied}
+    same |= {"gradient_checkpointing": adapter == "lora"}
+    together = same | {"micro_batch_size": 1, "num_processes": 2}
     grid = grid_of(
-        alone=small(micro_batch_size=2, gradient_accumulation_steps=2, **length),
-        both=small(micro_batch_size=1, gradient_accumulation_steps=2, num_processes=2, **length),
+        alone=small(micro_batch_size=2, **same),
+        both=small(**together),
+        shared=small(sharding="full_shard", **together),
+        kept=small(sharding="shard_grad_op", **together),
     )
-    summary = go(grid, Store(tmp_path), launcher)
-    alone, both = (record for record in summary.records)
-    assert alone.status == both.status == "ok", both.error
-    assert [s.loss for s in both.steps] == pytest.approx([s.loss for s in alone.steps], rel=1e-5)
-    assert [s.grad_norm for s in both.steps] == pytest.approx([s.grad_norm for s in alone.steps], rel=1e-3)
-    assert [s.samples for s in both.steps] == [4, 4, 4, 1]
-    for name in ("tokens", "supervised_tokens"):
-        assert [getattr(s, name) for s in both.steps] == [getattr(s, name) for s in alone.steps], "no example twice"
-    figures = both.metrics
-    assert figures["trained_tokens"] == alone.metrics["trained_tokens"]
-    assert figures["memory_weights_bytes"] == alone.metrics["memory_weights_bytes"], "of one process, not of both"
-    assert (figures["peak_memory_bytes"] or 0) < (alone.metrics["peak_memory_bytes"] or 0), "half the micro-batch"
-    assert figures["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
-    assert len(list((tmp_path / "adapters").glob("*"))) == (2 if adapter == "lora" else 0)
+    alone, *others = go(grid, Store(tmp_path), launcher).records
+    assert alone.status == "ok", alone.error
+    for other in others:
+        assert other.status == "ok", other.error
+        assert [s.loss for s in other.steps] == pytest.approx([s.loss for s in alone.steps], rel=1e-5)
+        assert [s.grad_norm for s in other.steps] == pytest.approx([s.grad_norm for s in alone.steps], rel=1e-3)
+        assert [s.samples for s in other.steps] == [4, 4, 4, 1]
+        for name in ("tokens", "supervised_tokens"):
+            assert [getattr(s, name) for s in other.steps] == [getattr(s, name) for s in alone.steps], (
+                "no example twice"
+            )
+        for name in ("trained_tokens", "trainable_parameters", "total_parameters"):
+            assert other.metrics[name] == alone.metrics[name]
+        assert of("peak", other) < of("peak", alone), "half the micro-batch"
+        assert other.metrics["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
+        losses = [(s.when, s.story_id, s.loss) for s in other.stories]
+        assert losses == [(s.when, s.story_id, pytest.approx(s.loss, rel=1e-4)) for s in alone.stories]
+    assert len(alone.stories) == 4
+    both, *parts = others
+    assert of("weights", both) == of("weights", alone), "of one process, not of both"
+    for shared in parts:
+        for component in ("weights", "adapters", "gradients", "optimizer"):
+            # Half, and a row of a weight with an odd number of them.
+            assert of(component, shared) == pytest.approx(of(component, alone) / 2, rel=0.02)
+    shared, kept = parts
+    assert of("activations", shared) < of("activations", kept), "layers are let go between the passes"
+    learnt = [r.adapter_id and load_file(tmp_path / "adapters" / r.adapter_id / WEIGHTS) for r in (alone, *others)]
+    assert all(learnt) == any(learnt) == (adapter == "lora")
+    for weights in filter(None, learnt):
+        assert weights.keys() == learnt[0].keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, learnt[0][name], rtol=1e-2, atol=1e-4)
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def of(component: str, record: Record) -> int:
+    """Bytes of it at a trial's peak, or the peak itself."""
+    name = "peak_memory_bytes" if component == "peak" else f"memory_{component}_bytes"
+    return int(record.metrics[name] or 0)
 
 
 def family() -> list[psutil.Process]:
@@ -113,6 +156,19 @@ def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> Non
     worker.main(job, options, channel)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "num_processes 1: there is nobody to share with; use sharding: none"),
+        ({"num_processes": 2, "precision": "nf4"}, "precision nf4: quantised weights are not shared out; use bf16"),
+        ({"num_processes": 2, "optimizer": "adamw_bnb_8bit"}, "use one of adagrad, adamw_torch, adamw_torch_fused, "),
+    ],
+)
+def test_what_is_not_shared_out(small: Small, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        small(sharding="full_shard", **given)
+
+
 def test_memory_is_that_of_the_heaviest_and_energy_of_all(small: Small) -> None:
     def of(**figures: float) -> Record:
         return record(small(num_processes=2), metrics=figures)
@@ -140,8 +196,6 @@ def test_gradients_travel_once_in_a_step(small: Small, tmp_path: Path, launcher:
 
 def counting(job: str, options: dict[str, Any], channel: Any) -> None:
     """A worker whose first process prints how many micro-batches let their gradients travel."""
-    import torch
-
     from harness import distributed, training, worker
 
     accumulating, update = distributed.accumulating, training.Trainer.update
