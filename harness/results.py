@@ -302,7 +302,7 @@ def _model_columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
 AT_WORK: dict[Table, type[_Row]] = {"requests": Request, "answers": Answer, "models": Served}
 """Tables of trained models at work, in the order in which they are written."""
 
-_SINCE = {"measure_forgetting": False, "kind": "held-out", "attempt": 1}
+_SINCE = {"measure_forgetting": False, "sharding": "none", "kind": "held-out", "attempt": 1}
 """Columns that came later, and what they would have said of the rows from before; of others null."""
 
 _METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m in metrics.METRICS.values()}

@@ -637,11 +637,14 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "max_grad_norm": 0.0,
         "seed": 1,
     }
-    # double_quantization goes with 4 bits only.
-    assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | {"double_quantization"}
+    # Of which the one goes with 4 bits only, the other with several processes.
+    bound = {"double_quantization", "sharding"}
+    assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}
     ids["nothing"] = TrialSpec.model_validate(plain).id
     ids["double_quantization"] = TrialSpec.model_validate(plain | {"precision": "nf4", "double_quantization": True}).id
+    for how in ("full_shard", "shard_grad_op"):
+        ids[how] = TrialSpec.model_validate(plain | {"num_processes": 2, "sharding": how}).id
     assert len(set(ids.values())) == len(ids)
 
 

@@ -289,7 +289,7 @@ def without_memory_to_save(job: str, options: dict[str, Any], channel: Any) -> N
 
     from harness import model, worker
 
-    def save_adapter(network: Any, spec: TrialSpec, folder: Path) -> None:
+    def save_adapter(network: Any, spec: TrialSpec, weights: Any, folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "half").write_text("half")
         torch.empty(2**50, dtype=torch.uint8)  # more than any machine has
