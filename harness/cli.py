@@ -583,6 +583,7 @@ def _print_largest(plan: Plan, planner: Planner, trials: dict[str, TrialSpec], k
                 key,
                 plan.rooms,
                 plan.need,
+                plan.device_type,
                 lambda done: status.update(f"{done} of {of} answers"),
             )
     except ValueError as error:

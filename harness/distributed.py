@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-
-from harness.spec import TrialSpec
 
 T = TypeVar("T")
 
@@ -55,18 +53,41 @@ def share(parts: Sequence[T]) -> Sequence[T]:
     return parts[number() :: count()]
 
 
-def share_out(model: Any, spec: TrialSpec, device: torch.device) -> None:
-    """Leave each process its part of a model's weights, by torch's `fully_shard`, where the spec asks for it.
-
-    A layer is moved to the device when it is shared out, so that a card never holds the whole model.
-    """
-    if spec.sharding == "none":
+@contextlib.contextmanager
+def pretended(number: int, count: int) -> Iterator[None]:
+    """Within, be one of so many processes of which the others are not there: what they send has no contents."""
+    if count == 1:
+        yield
         return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=count)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def mesh(device: torch.device) -> Any:
+    """The processes and their devices, as torch wants them named for `share_out`."""
     from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (count(),))
+
+
+def share_out(model: Any, sharding: str, mesh: Any) -> None:
+    """Leave each process its part of a model's weights, by torch's `fully_shard`.
+
+    A layer is moved to its device when it is shared out, so that a card never holds the whole model.
+
+    Args:
+        model: on a CPU, or on the mesh's device.
+        sharding: `full_shard`: layers are gathered for each pass; `shard_grad_op`: for both together.
+        mesh: of the processes.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (count(),))
-    gathered_again = spec.sharding == "full_shard"  # for the backward pass, and not held until then
+    gathered_again = sharding == "full_shard"  # for the backward pass, and not held until then
     layers = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in layers:

@@ -1,10 +1,47 @@
-"""Weights without contents: a skeleton's parameters and buffers, stored in the form in which they are loaded."""
+"""Weights without contents, stored as they are when they are loaded: of one process, or of one among several."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+class Replica(torch.nn.Module):
+    """A model as each of several processes has it, without the others.
+
+    As in torch's DistributedDataParallel, room for all gradients is there from the first step on; they move into it in
+    a step's last backward pass, and are beside it until then.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = model
+        self._sends = True
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                move = functools.partial(self._move, torch.empty_like(parameter, requires_grad=False))
+                parameter.register_post_accumulate_grad_hook(move)
+
+    def _move(self, room: torch.Tensor, parameter: torch.Tensor) -> None:
+        if self._sends:
+            parameter.grad = room
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around a forward and backward pass that is not a step's last."""
+        self._sends = False
+        try:
+            yield
+        finally:
+            self._sends = True
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the model makes of them."""
+        return self.module(**inputs)
 
 
 def fill(network: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.launch.planner import Planned, Planner
-from harness.prediction import Prediction
+from harness.prediction import DeviceType, Prediction, shared
 from harness.spec import TrialSpec
 from harness.wording import unknown
 
@@ -38,6 +38,7 @@ def largest(
     key: str,
     rooms: Mapping[str, int],
     need: Callable[[Prediction], int],
+    device_type: DeviceType,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> dict[tuple[str, str], Largest]:
     """For each spec and each amount of memory, the largest value of a key that fits.
@@ -50,6 +51,7 @@ def largest(
         key: one of `MOST`.
         rooms: bytes by name.
         need: bytes that a prediction asks for, with its margin.
+        device_type: where they would be trained.
         progress: told after each round how many answers there are.
 
     Returns:
@@ -61,7 +63,7 @@ def largest(
     effective = [spec for spec in specs if _with(spec, key, _ANY).id != _with(spec, key, 2 * _ANY).id]
     found = {(spec.id, name): Largest(None, None, NO_EFFECT) for spec in specs for name in rooms}
     searches = {
-        (spec.id, name): (spec, _search(getattr(spec, key), room, MOST[key]))
+        (spec.id, name): (spec, _search(getattr(spec, key), shared(room, spec, device_type), MOST[key]))
         for spec in effective
         for name, room in rooms.items()
     }

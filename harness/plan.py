@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, UnsupportedOperatorException
 
-from harness import data, hollow, model
+from harness import data, distributed, hollow, model
 from harness.data import Batch, Example
 from harness.errors import InputError
 from harness.prediction import DeviceType, Prediction
@@ -29,6 +29,7 @@ from harness.spec import TrialSpec
 from harness.target import WORKSPACE, as_on
 from harness.training import TRACKED_STEPS, StepResult, Trainer
 
+_CPU = torch.device("cpu")
 _WHOLE = 16_384
 """Tokens within which a story is whole."""
 
@@ -52,13 +53,12 @@ def predict(
         InputError: the model's config or the stories cannot be had.
         Unpredictable: an operation has no shape to be known without its contents; it is named.
     """
-    if spec.num_processes > 1:
-        raise Unpredictable("only what one process holds is predicted")
     began = time.perf_counter()
     steps, pad_id = _examples(spec, full_length, trust_remote_code)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
-        found = _Replaying(network, spec, device_type, pad_id).follow(steps)
+        with distributed.pretended(_heaviest(spec, steps), spec.num_processes):
+            found = _Replaying(network, spec, device_type, pad_id).follow(steps)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be followed without contents") from error
     except NotImplementedError as error:
@@ -82,6 +82,18 @@ def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tu
     return data.optimizer_steps(spec, train, TRACKED_STEPS)[:TRACKED_STEPS], pad_id
 
 
+def _heaviest(spec: TrialSpec, steps: Sequence[Sequence[Example]]) -> int:
+    """The number of the process that has the largest micro-batch."""
+    size, largest, number = spec.micro_batch_size, 0, 0
+    for step in steps:
+        for i, start in enumerate(range(0, len(step), size)):
+            part = step[start : start + size]
+            positions = len(part) * max(map(len, part))
+            if positions > largest:
+                largest, number = positions, i % spec.num_processes
+    return number
+
+
 def _filled(example: Example, length: int) -> Example:
     ids = example.input_ids * math.ceil(length / len(example))
     return replace(example, input_ids=ids[:length], completion_start=min(example.completion_start, length - 1))
@@ -100,21 +112,34 @@ class _Replaying:
         """Give the model weights without contents, then take the steps."""
         tracker = self.tracker
         tracker.component = "weights"
+        # Of real numbers, which are none under the mode.
+        mesh = distributed.mesh(_CPU) if self.spec.sharding != "none" else None
         with self.fake, tracker:
             hollow.fill(self.network)
+            if mesh is not None:
+                distributed.share_out(self.network, self.spec.sharding, mesh)
         gc.collect()
         tracker.adopt((*self.network.parameters(), *self.network.buffers()), "weights")
         tracker.adopt(model.adapters(self.network, self.spec), "adapters")
         tracker.component = "activations"
         # Outside the mode: what an optimizer computes once at its making (8-bit tables) needs contents.
         trainer = Trainer(
-            self.network, self.spec, torch.device("cpu"), len(steps), on_phase=tracker.enter, read=lambda tensor: 1.0
+            self.network,
+            self.spec,
+            _CPU,
+            len(steps),
+            on_phase=tracker.enter,
+            read=lambda tensor: 1.0,
+            wrap=lambda network, device: self._replicated(network),
         )
         trainer.scaler = None  # it asks whether gradients are finite; it holds two numbers
         tracker.phases.clear()
         tracker.take_work()
         with as_on(self.device_type, trainer.optimizer, tracker):
             work = self._alike(trainer, steps[-1]) if self._are_alike(steps) else self._each(trainer, steps)
+        processes = self.spec.num_processes
+        if self.device_type == "cpu":  # it does everybody's
+            work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
         workspace = WORKSPACE[self.device_type]
         self.shares["activations"] += workspace
         return Prediction(
@@ -123,15 +148,27 @@ class _Replaying:
             shares={f"memory_{name}_bytes": size for name, size in self.shares.items()},
             phases={phase: size + workspace for phase, size in tracker.phases.items()},
             work=tuple(work),
-            positions=sum(batch.padded_tokens for batch in self._batches(steps[-1])),
+            positions=processes * sum(batch.padded_tokens for batch in self._batches(steps[-1])),
             seconds=0.0,
         )
+
+    def _replicated(self, network: Any) -> Any:
+        """The model as torch's DistributedDataParallel has it, where each of several processes has all of it."""
+        if self.spec.num_processes == 1 or self.spec.sharding != "none":
+            return network
+        self.tracker.component = "gradients"
+        with self.fake, self.tracker:
+            replica = hollow.Replica(network)
+        self.tracker.component = "activations"
+        return replica
 
     def _are_alike(self, steps: Sequence[Sequence[Example]]) -> bool:
         """Whether every micro-batch of every step holds the same, and there is a step before the last."""
         lengths = {len(example) for step in steps for example in step}
         sizes = {len(step) for step in steps}
         whole = all(size % self.spec.micro_batch_size == 0 for size in sizes)
+        if self.spec.num_processes > 1 and self.spec.sharding == "none":  # gradients lie elsewhere in the last one
+            return False
         return len(steps) == TRACKED_STEPS and len(lengths) == len(sizes) == 1 and whole
 
     def _each(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> list[Work]:
@@ -178,7 +215,7 @@ class _Replaying:
             self.peak, self.shares = self.tracker.peak, dict(self.tracker.peak_shares)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
-        return list(data.micro_batches(step, self.spec.micro_batch_size, self.pad_id, torch.device("cpu")))
+        return list(data.micro_batches(step, self.spec.micro_batch_size, self.pad_id, _CPU))
 
     def _accumulate(self) -> None:
         """Gradients as a backward pass leaves them."""

@@ -32,15 +32,15 @@ class Prediction(BaseModel):
     device_type: DeviceType
     """Where it would be trained."""
     peak_memory_bytes: int
-    """Highest sum of live tensor storage over the training steps."""
+    """Highest sum of live tensor storage over the training steps, in the process that holds most."""
     shares: dict[str, int]
     """That peak by component, `memory_<component>_bytes`."""
     phases: dict[Phase, int]
     """Highest sum within `forward`, `backward` and `optimizer`."""
     work: tuple[Work, ...]
-    """Operations of one optimizer step, recomputation included."""
+    """Operations of one optimizer step on one device, recomputation included; not what processes send each other."""
     positions: int
-    """Positions of that step, padding included."""
+    """Positions of that step, of all processes, padding included."""
     seconds: float
     """What the prediction took."""
 
@@ -66,7 +66,13 @@ def room_for(spec: TrialSpec) -> int:
     """Bytes that a trial may take here: its budget, else what the device has."""
     if spec.memory_budget is not None:
         return spec.memory_budget
-    return room_of(environment.current(environment.resolve_device(spec.device)))
+    here = environment.current(environment.resolve_device(spec.device))
+    return shared(room_of(here), spec, here.device_type)
+
+
+def shared(room: int, spec: TrialSpec, device_type: DeviceType) -> int:
+    """What each process of a trial may take of a machine's memory, or of its card's."""
+    return room // spec.num_processes if device_type == "cpu" else room
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from harness import distributed
 from harness.data import Batch
-from harness.memory import LiveTensors
+from harness.memory import Component, LiveTensors
 from harness.model import autocast, compute_dtype, trainable
 from harness.results import Phase
 from harness.spec import TrialSpec
@@ -47,6 +48,7 @@ class Trainer:
         steps: optimizer steps that the schedule spans.
         on_phase: told `forward`, `backward` and `optimizer` as each begins.
         read: how a number is had from a tensor; a tensor without contents has none to give.
+        wrap: what makes of it a model that others train too.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Trainer:
         steps: int,
         on_phase: Callable[[Phase], None] = lambda phase: None,
         read: Callable[[torch.Tensor], float] = float,
+        wrap: Callable[[Any, torch.device], Any] = distributed.wrapped,
     ) -> None:
-        self.model = distributed.wrapped(model, device)
+        self.model = wrap(model, device)
+        self._module = model
         self.spec = spec
         self.device = device
         self.optimizer = _optimizer(model, spec)
@@ -104,15 +108,23 @@ class Trainer:
         """
         report = self.on_phase
 
+        # Torch's DistributedDataParallel makes room for gradients before the model's own forward pass.
+        first: Component = "activations" if self.model is self._module else "gradients"
+        components: dict[Phase, Component] = {"optimizer": "optimizer", "forward": first}
+
         def enter(phase: Phase) -> None:
             report(phase)
-            tracker.component = "optimizer" if phase == "optimizer" else "activations"
+            tracker.component = components.get(phase, "activations")
+
+        def begin(*_: Any) -> None:
+            tracker.component = "activations"
 
         def adopt(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 tracker.adopt([parameter.grad], "gradients")
 
-        hooks = [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
+        hooks = [self._module.register_forward_pre_hook(begin)]
+        hooks += [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
         self.on_phase = enter
         try:
             return self.step(batches)
@@ -154,6 +166,8 @@ def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
     from transformers import TrainingArguments
     from transformers.trainer_pt_utils import get_parameter_names
 
+    # It would advise to launch several processes in a way of its own.
+    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # named, never written
         optim=spec.optimizer,

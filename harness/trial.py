@@ -128,10 +128,12 @@ class _Trial:
         began = time.perf_counter()
         meter.tracker.component = "weights"
         with meter.phase(split=True):
-            # What is shared out would not have room on a card before.
-            device = self.device if self.spec.sharding == "none" else torch.device("cpu")
+            shared_out = self.spec.sharding != "none"
+            # The whole might have no room on a card.
+            device = torch.device("cpu") if shared_out else self.device
             network = model.load(self.spec, device, trust_remote_code=self.trust_remote_code)
-            distributed.share_out(network, self.spec, self.device)
+            if shared_out:
+                distributed.share_out(network, self.spec.sharding, distributed.mesh(self.device))
             meter.adopt_model(network, model.adapters(network, self.spec))
         meter.tracker.component = "activations"
         self.metrics |= {

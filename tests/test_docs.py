@@ -27,6 +27,7 @@ UNITS = {"MiB": 2**20, "GiB": GIB}
 AGAIN = {
     "grids/techniques.yml": ("baseline", "full fine-tuning, 8-bit AdamW"),
     "grids/llama3-8b.yml": ("baseline", "full fine-tuning, AdamW"),
+    "grids/several-cards.yml": ("2 whole", "4 full_shard"),
     "surprises.yml": ("lora_dropout=0",),
 }
 """Rows that are predicted anew, wherever they stand."""
@@ -72,7 +73,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Trial
     """The trials of each grid that the page names, by their names."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "surprises.yml").write_text(written("name: surprises"))
-    files = [ROOT / "grids/techniques.yml", ROOT / "grids/llama3-8b.yml", folder / "surprises.yml"]
+    files = [folder / name if name == "surprises.yml" else ROOT / name for name in AGAIN]
     return {
         name: {trial.label: trial.spec for trial in grid.load(file).trials if not trial.twin}
         for name, file in zip(AGAIN, files, strict=True)

@@ -26,7 +26,7 @@ from harness.launch import planner
 from harness.launch.local import LocalLauncher
 from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
-from harness.prediction import MARGIN, fits, room_of
+from harness.prediction import MARGIN, Prediction, fits, room_of
 from harness.report import planned
 from harness.results import Job, Store
 from harness.roofline import Rates, Work, expected_seconds, least_seconds
@@ -233,18 +233,22 @@ def test_what_is_predicted_over_the_budget_is_not_started_and_told(tmp_path: Pat
         assert told.constraints["memory"] > 0
 
 
+def _peak(predicted: Prediction) -> int:
+    return predicted.peak_memory_bytes
+
+
 def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer], small: Small) -> None:
     spec = small(gradient_accumulation_steps=1)
     rooms = {"sequence_length": 16 * 2**20, "micro_batch_size": 20 * 2**20, "lora_r": 13 * 2**20}
     with Planner("cpu", full_length=True) as planning:
         for key, room in rooms.items():
-            found = largest(planning, [spec], key, {"room": room}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+            found = largest(planning, [spec], key, {"room": room}, _peak, "cpu")[spec.id, "room"]
             assert found.value is not None
             for value, wanted in ((found.value, True), (found.value + 1, False)):
                 changed = small(**{"gradient_accumulation_steps": 1, "train_samples": None, "max_steps": 2, key: value})
                 peak = plan.predict(changed, "cpu", full_length=True).peak_memory_bytes
                 assert (peak <= room) == wanted, (key, value)
-        none = largest(planning, [spec], "lora_r", {"room": 2**20}, lambda p: p.peak_memory_bytes)[spec.id, "room"]
+        none = largest(planning, [spec], "lora_r", {"room": 2**20}, _peak, "cpu")[spec.id, "room"]
         assert none.value is None
 
     asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "20MiB", "--device", "cpu")

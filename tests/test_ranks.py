@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_launch import Acts, Watch, go, grid_of, workers
 from test_results import record
 
-from harness import model, model_source, ranks
+from harness import model, model_source, plan, ranks
 from harness.launch import Launcher
 from harness.launch.local import LocalLauncher
 from harness.results import Record, Store
@@ -72,6 +72,10 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
             assert other.metrics[name] == alone.metrics[name]
         assert of("peak", other) < of("peak", alone), "half the micro-batch"
         assert other.metrics["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
+        predicted = plan.predict(other.spec, "cpu")
+        assert predicted.peak_memory_bytes == pytest.approx(of("peak", other), rel=0.005)
+        for name, size in predicted.shares.items():
+            assert size == pytest.approx(other.metrics[name], rel=0.005, abs=4096), name
         losses = [(s.when, s.story_id, s.loss) for s in other.stories]
         assert losses == [(s.when, s.story_id, pytest.approx(s.loss, rel=1e-4)) for s in alone.stories]
     assert len(alone.stories) == 4

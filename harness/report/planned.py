@@ -19,7 +19,7 @@ from harness.cards import CARDS
 from harness.files import write_whole
 from harness.largest import NO_EFFECT, Largest
 from harness.metrics import COMPONENTS, GIB, show_bytes, show_scientific, show_seconds
-from harness.prediction import MARGIN, DeviceType, Prediction, fits
+from harness.prediction import MARGIN, DeviceType, Prediction, fits, shared
 from harness.report.faces import images
 from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart
 from harness.results import Phase
@@ -141,7 +141,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
             *((_step(plan, found),) if step else ()),
-            *(_verdict(plan, peak, _room(line, room)) for room in plan.rooms.values()),
+            *(_verdict(plan, peak, _room(plan, line, room)) for room in plan.rooms.values()),
         )
     return table
 
@@ -153,9 +153,9 @@ def _step(plan: Plan, found: Prediction) -> str:
     return f"{show_seconds(seconds)} ({least_seconds(found.work, plan.rates) / seconds:.0%})"
 
 
-def _room(line: Line, room: int) -> int:
-    """Bytes that a trial may take where there are so many: its own budget may be less."""
-    return min(room, line.spec.memory_budget or room)
+def _room(plan: Plan, line: Line, room: int) -> int:
+    """Bytes that a trial's process may take where there are so many: its own budget may be less."""
+    return min(shared(room, line.spec, plan.device_type), line.spec.memory_budget or room)
 
 
 def _verdict(plan: Plan, peak: int, room: int) -> str:
@@ -224,7 +224,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "step_seconds": plan.step_seconds(p) if p else None,
                 "least_step_seconds": least_seconds(p.work, plan.rates) if p and plan.rates else None,
                 **{
-                    f"fits {name}": fits(plan.peak(p), _room(line, room), plan.margin) if p else None
+                    f"fits {name}": fits(plan.peak(p), _room(plan, line, room), plan.margin) if p else None
                     for name, room in rooms
                 },
                 "error": line.error,
