@@ -275,7 +275,8 @@ def tune(
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = searches.load(grid, overrides)
     search = searches.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
-    base = Grid(search.name, search.title, "list", (Trial(search.base, "baseline", None, None),))
+    most = search.base.model_copy(update={"num_processes": search.most_processes})
+    base = Grid(search.name, search.title, "list", (Trial(most, "tune", None, None),))
     grids.preflight(base, elsewhere=engine == "ray")
     for folder in source or []:
         if not (folder / "trials").is_dir():
@@ -357,12 +358,11 @@ def _launcher(engine: str, grid: Grid, address: str | None, cpus: int | None, ac
         from harness.launch.cluster import RayLauncher
     except ImportError:
         raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
-    if any(trial.spec.num_processes > 1 for trial in grid.trials):
-        raise InputError("--engine ray: a trial over several processes stays on one machine; use --engine local")
     devices = {trial.spec.device for trial in grid.trials}
     if len(devices) > 1:
         raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")
-    return RayLauncher(address, device=next(iter(devices)), cpus=cpus, accelerator=accelerator)
+    processes = max(trial.spec.num_processes for trial in grid.trials)
+    return RayLauncher(address, device=next(iter(devices)), cpus=cpus, accelerator=accelerator, processes=processes)
 
 
 def _most(asked: str | None, there: int) -> int:

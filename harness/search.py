@@ -189,6 +189,16 @@ class Search:
             return None
         return chosen if made.id == spec.id else None
 
+    @property
+    def most_processes(self) -> int:
+        """The largest `num_processes` of any trial."""
+        asked = [self.base.num_processes]
+        for parameter in self.parameters:
+            asked += [changes.get("num_processes", 1) for changes in parameter.choices.values()]
+            if parameter.name == "num_processes" and not parameter.choices:
+                asked.append(int(parameter.high))
+        return max(asked)
+
     def label(self, number: int, chosen: Mapping[str, Any]) -> str:
         """What a trial of the search is called."""
         shown = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={as_written(v)}" for k, v in chosen.items())

@@ -256,6 +256,7 @@ def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
     [
         (["tune", "tiny.yml"], "tiny.yml: tune is missing"),
         (["tune", "search.yml", "--sampler", "tpa"], "unknown sampler 'tpa'; did you mean tpe"),
+        (["tune", "many.yml"], "num_processes 999, and "),
         (["tune", "search.yml", "--from", "nowhere"], "--from nowhere: no trials there"),
         (["tune", "search.yml", "--memory", "lots"], "'lots' is not a size"),
         (["tune", "search.yml", "--storage", "nodb://x"], "the study's storage cannot be opened"),
@@ -263,6 +264,7 @@ def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
 )
 def test_tune_refuses_in_one_line(tmp_path: Path, ask: Ask, arguments: list[str], said: str) -> None:
     (tmp_path / "search.yml").write_text(TUNE)
+    (tmp_path / "many.yml").write_text(TUNE.replace("lora_r: [4, 8, 16]", "num_processes: [1, 999]"))
     (tmp_path / "tiny.yml").write_text(TINY)
     code, _, errors = ask(*arguments)
     assert code == 2

@@ -23,8 +23,8 @@ Small = Callable[..., TrialSpec]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    made.add_node(num_cpus=2)
     made.wait_for_nodes()
     yield made
     made.shutdown()
@@ -54,6 +54,7 @@ class Axe(Watch):
 def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
     for options, says in (
         ({"device": "cuda"}, "no node of the cluster has a card"),
+        ({"device": "cpu", "processes": 3}, "num_processes 3, and a trial has 2 cores here; give --cpus 3 or more"),
         ({"device": "cpu", "cpus": 1000}, "no node of the cluster has 1000 cores; give fewer with --cpus"),
     ):
         with pytest.raises(InputError, match=says), RayLauncher(cluster.address, **options):
@@ -65,10 +66,14 @@ def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
 
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
     """20 trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
-    grid = grid_of(**{f"t{seed}": small(seed=seed, train_samples=12, device="cpu") for seed in range(20)})
+    same = {"train_samples": 12, "device": "cpu"}
+    grid = grid_of(
+        pair=small(num_processes=2, sharding="full_shard", **same),
+        **{f"t{seed}": small(seed=seed, **same) for seed in range(19)},
+    )
     store, local = Store(tmp_path / "ray"), Store(tmp_path / "local")
     second = next(iter(cluster.worker_nodes))
-    with RayLauncher(cluster.address, device="cpu") as launcher, environment.elsewhere(launcher.nodes):
+    with RayLauncher(cluster.address, device="cpu", processes=2) as launcher, environment.elsewhere(launcher.nodes):
         assert (launcher.workers, len(launcher.nodes)) == (2, 1), "two nodes of one kind"
         axe = Axe(6, lambda: cluster.remove_node(second, allow_graceful=False))
         summary = go(grid, store, launcher, axe, policy=Policy(workers=2, retries=3))

@@ -30,6 +30,13 @@ def test_the_bundled_search_loads() -> None:
     assert [o.direction for o in found.objectives] == ["minimize", "minimize"]
 
 
+def test_the_most_processes_of_a_space_are_known_beforehand(tmp_path: Path) -> None:
+    assert made(tmp_path).most_processes == 1
+    assert made(tmp_path, base={"num_processes": 3}).most_processes == 3
+    assert made(tmp_path, space={"num_processes": {"low": 1, "high": 8}}).most_processes == 8
+    assert made(tmp_path, space={"how": {"one": {"lora_r": 4}, "four": {"num_processes": 4}}}).most_processes == 4
+
+
 def test_walk_and_place_are_each_others_inverse(tmp_path: Path) -> None:
     found = made(
         tmp_path,

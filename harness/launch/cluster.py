@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -60,6 +60,7 @@ class RayLauncher:
         device: of the trials: `cuda` asks for a card each.
         cpus: cores of a trial; null: those of the smallest node, by the cards of it where trials have cards.
         accelerator: kind of card that nodes must have, by Ray's name for it (`H100`, `A100`, …).
+        processes: most of one trial; they stay on a node, each with a card, or its share of the trial's cores.
         child, preload: as a `LocalLauncher` takes them.
     """
 
@@ -70,11 +71,12 @@ class RayLauncher:
         device: str = "auto",
         cpus: int | None = None,
         accelerator: str | None = None,
+        processes: int = 1,
         child: Child = measure,
         preload: str = "harness.launch.preload",
     ) -> None:
         self._address, self._device = address, device
-        self._cpus, self._accelerator = cpus, accelerator
+        self._cpus, self._accelerator, self._processes = cpus, accelerator, processes
         self._how = {"child": child, "preload": preload}
         self._running: set[Any] = set()
 
@@ -94,21 +96,31 @@ class RayLauncher:
         self._gpus = 1 if self._device == "cuda" or (self._device == "auto" and any(_gpus(n) for n in nodes)) else 0
         able = [node for node in nodes if _gpus(node) >= self._gpus]
         if not able:
-            self.__exit__()
-            raise InputError("no node of the cluster has a card; give --device cpu, or start nodes with cards")
+            self._refuse("no node of the cluster has a card; give --device cpu, or start nodes with cards")
         shares = [int(_cpus(node) // max(1, _gpus(node) if self._gpus else 1)) for node in able]
         self._cpus = self._cpus or max(1, min(shares))
         self.workers = sum(self._seats(node) for node in able)
         """So many trials at the same time."""
         if not self.workers:
-            self.__exit__()
-            raise InputError(f"no node of the cluster has {self._cpus} cores; give fewer with --cpus")
+            self._refuse(f"no node of the cluster has {self._cpus} cores; give fewer with --cpus")
+        self._refuse_too_many_processes(able)
         self.nodes = self._look([node for node in able if self._seats(node)])
         """Environments of the nodes, each kind once."""
         return self
 
     def __exit__(self, *error: object) -> None:
         ray.shutdown()
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self.__exit__()
+        raise InputError(reason)
+
+    def _refuse_too_many_processes(self, nodes: list[dict[str, Any]]) -> None:
+        wanted = f"num_processes {self._processes}"
+        if self._gpus and max(map(_gpus, nodes)) < self._processes:
+            self._refuse(f"{wanted}: no node of the cluster has {self._processes} cards; each process takes one")
+        if not self._gpus and (self._cpus or 1) < self._processes:
+            self._refuse(f"{wanted}, and a trial has {self._cpus} cores here; give --cpus {self._processes} or more")
 
     def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """As `LocalLauncher.run`, on a node of the cluster. A node that is lost ends as `killed`.
@@ -117,7 +129,7 @@ class RayLauncher:
             KeyboardInterrupt: passed on from `on_event`; the task is cancelled first.
         """
         started_at = dt.datetime.now(dt.UTC)
-        task: Any = _trial.options(**self._resources(), num_returns="streaming")
+        task: Any = _trial.options(**self._resources(attempt.job.spec.num_processes), num_returns="streaming")
         how = (self._how, self._cpus, attempt.timeout, attempt.stall)
         said = task.remote(attempt.job.model_dump_json(), attempt.options, *how)
         self._running.add(said)
@@ -187,8 +199,11 @@ class RayLauncher:
         by_cores = int(_cpus(node) // (self._cpus or 1))
         return min(by_cores, int(_gpus(node))) if self._gpus else by_cores
 
-    def _resources(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": 0}
+    def _resources(self, processes: int) -> dict[str, Any]:
+        """Each process has a card and the cores of a trial with one; without cards they divide a trial's cores."""
+        times = processes if self._gpus else 1
+        found: dict[str, Any] = {"num_cpus": (self._cpus or 1) * times, "num_gpus": self._gpus * times}
+        found |= {"max_retries": 0}
         return found | ({"accelerator_type": self._accelerator} if self._accelerator else {})
 
     def _look(self, nodes: list[dict[str, Any]]) -> tuple[environment.Environment, ...]:
