@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # imported where they are used: --help shall answer at once
     from harness.results import Store
     from harness.roofline import Rates
     from harness.spec import TrialSpec
+    from harness.tune import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,10 @@ _Stall = Annotated[float, typer.Option(min=0, help="Seconds that a step may give
 _Retries = Annotated[int, typer.Option(min=0, help="More attempts at a trial whose process was killed or lost.")]
 
 
+_Workers = Annotated[
+    str | None,
+    typer.Option(help="Trials at the same time, each with its share of the cores; auto: one for each card."),
+]
 _Engine = Annotated[
     str, typer.Option(help="local: processes here; ray: tasks of a cluster; inline: this process, for a debugger.")
 ]
@@ -114,10 +119,7 @@ def run(
     ] = None,
     timeout: _Timeout = None,
     stall: _Stall = 1800,
-    workers: Annotated[
-        str | None,
-        typer.Option(help="Trials at the same time, each with its share of the cores; auto: one for each card."),
-    ] = None,
+    workers: _Workers = None,
     engine: _Engine = "local",
     address: _Address = None,
     cpus: _Cpus = None,
@@ -246,6 +248,7 @@ def tune(
     trial_timeout: _Timeout = None,
     stall: _Stall = 1800,
     retries: _Retries = 0,
+    workers: _Workers = None,
     engine: _Engine = "local",
     address: _Address = None,
     cpus: _Cpus = None,
@@ -288,36 +291,59 @@ def tune(
     from harness.launch import Policy
     from harness.launch.local import LocalLauncher
     from harness.launch.planner import Planner
-    from harness.report import measurements
-    from harness.report import tuning as reporting
 
     store = Store(results / search.name)
     store.set_aside()
-    policy = Policy(trial_timeout, stall or None, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
     said = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
     out.print(f"[bold]{plain(search.title)}[/]: {len(search.parameters)} parameters, {said}", highlight=False)
     opened = tuning.open_storage(storage, store)
-    with contextlib.ExitStack() as stack:
-        options = tuning.Options(storage=opened, sources=tuple(source or ()), policy=policy)
-        if engine == "ray":  # what a node would hold is not known here
-            launcher: Any = stack.enter_context(_launcher(engine, base, address, cpus, accelerator))
-            stack.enter_context(environment.elsewhere(launcher.nodes))
+    with contextlib.ExitStack() as where:
+        if engine == "local":
+            team = _workers(workers, base)
+            where.enter_context(environment.divided(team))
+            launcher: Any = where.enter_context(LocalLauncher())
         else:
-            launcher = stack.enter_context(
-                LocalLauncher() if engine == "local" else _launcher(engine, base, address, cpus, accelerator)
+            launcher = where.enter_context(_launcher(engine, base, address, cpus, accelerator))
+            team = _most(workers, launcher.workers)
+            where.enter_context(environment.elsewhere(getattr(launcher, "nodes", ())))
+        policy = Policy(
+            trial_timeout,
+            stall or None,
+            retries,
+            trust_remote_code=trust_remote_code,
+            skip_infeasible=True,
+            workers=team,
+        )
+        options = tuning.Options(storage=opened, sources=tuple(source or ()), policy=policy)
+        with contextlib.ExitStack() as stack:
+            if engine != "ray":  # what a node would hold is not known here
+                planner = stack.enter_context(Planner(trust_remote_code=trust_remote_code))
+                rates = _rates(environment.resolve_device(search.base.device)) if team == 1 else None
+                options = dataclasses.replace(options, planner=planner, rates=rates)
+            shown: Any = stack.enter_context(display(out))
+            done = tuning.tune(
+                search, store, launcher, shown, options, lambda line: out.print(plain(line), style="dim")
             )
-            planner = stack.enter_context(Planner(trust_remote_code=trust_remote_code))
-            rates = _rates(environment.resolve_device(search.base.device))
-            options = dataclasses.replace(options, planner=planner, rates=rates)
-        shown: Any = stack.enter_context(display(out))
-        done = tuning.tune(search, store, launcher, shown, options, lambda line: out.print(plain(line), style="dim"))
+        _print_tuned(done, store, grid, export)
+
+
+def _print_tuned(done: Outcome, store: Store, grid: Path, export: Path | None) -> None:
+    """What a search came to.
+
+    Raises:
+        InputError: to nothing.
+    """
+    from harness.report import measurements
+    from harness.report import tuning as reporting
+
+    name = plain(store.folder.name)
     before = f", {done.warm} known before" if done.warm else ""
     out.print(f"{done.tried} trials{before} in study {done.study}, kept in {plain(str(store.folder))}", highlight=False)
     if done.left:
         out.print(f"{done.left} trials are left; go on with: harness tune {plain(str(grid))}", highlight=False)
     found = reporting.findings(measurements.load(store.folder, baseline_ids=None), store.folder)
     if found is None:
-        raise InputError(f"{search.name}: no trial of the study ended well; look at harness ls {search.name}")
+        raise InputError(f"{name}: no trial of the study ended well; look at harness ls {name}")
     for sentence in found.sentences:
         out.print(f"- {plain(sentence)}", highlight=False)
     if export is not None:

@@ -161,7 +161,7 @@ class PlainDisplay:
 
     def begin(self, total: int, skipped: int) -> None:
         """Say how much there is to do."""
-        self._total = total
+        self._total, self._number = total, 0
         self._began = time.monotonic()
         self._say(f"{total} trials to run" + (f", {skipped} recorded already" if skipped else ""))
 

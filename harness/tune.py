@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harness import environment
 from harness.errors import InputError
 from harness.grid import Grid, Trial, interleave, repeat
-from harness.launch import Display, Launcher, Policy, Situation, execute, interrupts, run_grid
+from harness.launch import Display, Launcher, Policy, Situation, execute, interrupts, run_grid, side_by_side
 from harness.launch.planner import Planner
 from harness.metrics import FITS, METRICS, show_bytes
 from harness.prediction import NOTHING_EXPECTED, Expected
@@ -99,7 +101,7 @@ def tune(
         InputError: nothing fits within the bounds, or the study cannot be opened.
         KeyboardInterrupt: interrupted twice.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), environment.divided(options.policy.workers):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         running = _Tuning(search, store, launcher, display, options, say)
@@ -126,6 +128,9 @@ class _Tuning:
         self.options, self.say = options, say
         self.here = environment.current(environment.resolve_device(search.base.device))
         self.started = time.monotonic()
+        self.numbers = itertools.count(1)
+        self.lock = threading.RLock()
+        """Workers ask, tell and predict one after another."""
         self.stale = 0
         self.best: float | None = None
         store.describe(_about(search))
@@ -172,15 +177,22 @@ class _Tuning:
     def search_on(self) -> bool:
         """Ask, run and tell. False: interrupted before the end."""
         self.display.begin(self._left(), 0)
-        number = 0
         with interrupts(self.display.interrupted) as self.interrupt:
-            while self._goes_on():
-                number += 1
-                self._one(number)
-                if self.interrupt.asked:
-                    return not self._goes_on()
+            side_by_side(self.options.policy.workers, self.launcher, self.here.device_type, self.display, self._work)
+            if self.interrupt.asked and self._goes_on():
+                return False
         self._refuse_hopeless(least=1)
         return True
+
+    def _work(self, display: Display, seat: environment.Seat | None, has_failed: Callable[[], bool]) -> None:
+        """What one worker does: one proposal after another."""
+        while not (has_failed() or self.interrupt.asked):
+            with self.lock:
+                if not self._goes_on():
+                    return
+                trial = self.study.ask()
+            at = Situation(self.store, self.launcher, display, self.options.policy, seat=seat, interrupt=self.interrupt)
+            self._one(trial, next(self.numbers), at)
 
     def _goes_on(self) -> bool:
         if self._left() == 0 or self.stale >= _STALE or getattr(self.sampler, "exhausted", False):
@@ -217,30 +229,30 @@ class _Tuning:
             "raise the bound, or widen the space towards less"
         )
 
-    def _one(self, number: int) -> None:
-        """One proposal from asking to telling."""
-        trial = self.study.ask()
+    def _one(self, trial: optuna.Trial, number: int, at: Situation) -> None:
+        """One proposal to its telling."""
         try:
             trial.set_user_attr("owner", _me())
             try:
-                chosen, spec = self.search.walk(lambda parameter: _suggest(trial, parameter))
+                with self.lock:
+                    chosen, spec = self.search.walk(lambda parameter: _suggest(trial, parameter))
             except ValueError as error:  # a space too large to be looked through beforehand
                 self.say(f"#{trial.number} cannot be trained: {error}")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return
             label = trial.user_attrs.get("label") or self.search.label(trial.number, chosen)
             trial.set_user_attr("label", label)
-            self._run(trial, label, spec, number)
+            self._run(trial, label, spec, number, at)
         except BaseException:
             _give_back(self.study, trial.number, trial.params, trial.user_attrs.get("label"))
             raise
 
-    def _run(self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int) -> None:
+    def _run(self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int, at: Situation) -> None:
         score: Score | None = None
         for rung in self.search.rungs:
             at_rung = self.search.at_rung(spec, rung)
             whole = rung == self.search.rungs[-1]
-            row = self._measure(trial, label if whole else f"{label} (rung {rung})", at_rung, number)
+            row = self._measure(trial, label if whole else f"{label} (rung {rung})", at_rung, number, at)
             trial.set_user_attr("status", row["status"])
             trial.set_user_attr("trial_id", row["trial_id"])
             score = self.search.score(row["status"], {name: row.get(name) for name in METRICS})
@@ -254,7 +266,9 @@ class _Tuning:
                     return
         self._tell(trial, score, label)
 
-    def _measure(self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int) -> Mapping[str, Any]:
+    def _measure(
+        self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int, at: Situation
+    ) -> Mapping[str, Any]:
         """The row of a spec, recorded before or measured now."""
         identity = trial_id(spec, self.here)
         known = self.recorded.get(identity) or self.store.part(identity)  # the latter: by another process
@@ -273,16 +287,8 @@ class _Tuning:
             study=self.study.study_name,
             study_trial=trial.number,
         )
-        self.display.trial(number, job)
-        at = Situation(
-            self.store,
-            self.launcher,
-            self.display,
-            self.options.policy,
-            self._expected([spec]),
-            interrupt=self.interrupt,
-        )
-        record = execute(job, at)
+        at.display.trial(number, job)
+        record = execute(job, dataclasses.replace(at, expected=self._expected([spec])))
         row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
         self.recorded[record.trial_id] = row
         return row
@@ -290,10 +296,15 @@ class _Tuning:
     def _expected(self, specs: Sequence[TrialSpec]) -> Expected:
         if self.options.planner is None:
             return NOTHING_EXPECTED
-        planned = {p.spec.id: p.prediction for p in self.options.planner.plan(specs) if p.prediction is not None}
+        with self.lock:
+            planned = {p.spec.id: p.prediction for p in self.options.planner.plan(specs) if p.prediction is not None}
         return Expected(planned, self.options.rates)
 
     def _tell(self, trial: optuna.Trial, score: Score | None, label: str) -> None:
+        with self.lock:
+            self._told(trial, score, label)
+
+    def _told(self, trial: optuna.Trial, score: Score | None, label: str) -> None:
         if score is None:
             self.study.tell(trial, state=TrialState.FAIL)
             return
@@ -403,7 +414,10 @@ def sampler(search: Search) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "tpe":
-            return optuna.samplers.TPESampler(seed=search.seed, multivariate=True, group=conditional)
+            # A liar takes what is running for bad: others at work look elsewhere.
+            return optuna.samplers.TPESampler(
+                seed=search.seed, multivariate=True, group=conditional, constant_liar=True
+            )
         if search.sampler == "gp":
             return optuna.samplers.GPSampler(seed=search.seed, deterministic_objective=False)
         if search.sampler == "nsga2":

@@ -56,6 +56,8 @@ def child(job_text: str, options: dict[str, Any], channel: Connection) -> None:
     """Answer as a worker does: phases, then a record."""
     job = Job.model_validate_json(job_text)
     memory, loss = figures(job.spec)
+    if "seat" in options:
+        environment.Seat(**options["seat"]).take()
     channel.send_bytes(json.dumps(["phase", "load"]).encode())
     time.sleep(float(os.environ.get("FORMULA_SECONDS", "0")))
     outcome: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from rows import keep
 from test_launch import Watch
 
 from harness.errors import InputError
+from harness.launch import Policy
 from harness.launch.local import LocalLauncher
 from harness.report import found, measurements
 from harness.report import tuning as reporting
@@ -178,6 +180,50 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     assert rows["study"].nunique() == 1
     overlapping = rows.sort_values("started_at")["started_at"].diff().dt.total_seconds().dropna()
     assert (overlapping < 0.55).sum() >= 4, "they work at the same time"
+
+
+def test_two_workers_share_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They work at the same time, and are interrupted together; the report is of a machine that was shared."""
+    monkeypatch.setenv("FORMULA_SECONDS", "0.4")
+    store, both = Store(tmp_path / "t"), Options(policy=Policy(skip_infeasible=True, workers=2))
+
+    class Impatient(Watch):
+        def trial(self, number: int, job: Any) -> None:
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def beside(self) -> Watch:
+            return self
+
+    with LocalLauncher(formula.child, preload="harness.search") as launcher:
+        done = tune(made(trials=12), store, launcher, Impatient(), both)
+        assert 3 <= done.tried <= 4, "both finish what they have begun"
+        assert done.left == 12 - done.tried
+        done = tune(made(trials=12), store, launcher, Watch(), both)
+    assert (done.tried, done.left) == (12, 0)
+    rows = trials(store).query("~twin")
+    assert len(rows) == 12
+    assert rows["study_trial"].nunique() == 12
+    assert {json.loads(text)["neighbours"] for text in rows["environment"]} == {1}
+    overlapping = rows.sort_values("started_at")["started_at"].diff().dt.total_seconds().dropna()
+    assert (overlapping < 0.35).sum() >= 4, "they work at the same time"
+
+
+def test_a_worker_that_fails_ends_the_search(launcher: LocalLauncher, tmp_path: Path) -> None:
+    class Unlucky(Watch):
+        def trial(self, number: int, job: Any) -> None:
+            if number == 2:
+                raise OSError(28, "No space left on device")
+
+        def beside(self) -> Watch:
+            return self
+
+    store, both = Store(tmp_path / "t"), Options(policy=Policy(workers=2))
+    with pytest.raises(OSError, match="No space left"):
+        tune(made(trials=50), store, launcher, Unlucky(), both)
+    assert len(trials(store)) < 4
+    done = tune(made(trials=4), store, launcher, Watch(), both)
+    assert len(trials(store).query("~twin")) == done.tried == 4, "what it had asked for is given back"
 
 
 # ------------------------------------------------------------------------------------ what ends a search

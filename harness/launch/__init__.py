@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -199,7 +200,6 @@ class _Team:
         self._grid, self._store, self._launcher, self._marks = grid, store, launcher, marks
         self._policy, self._expected = policy, expected
         self._numbers = itertools.count(1)
-        self._failed = False
 
     def work(self, todo: list[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]) -> None:
         """Do the trials.
@@ -208,26 +208,15 @@ class _Team:
             KeyboardInterrupt: interrupted twice.
             OSError: a record cannot be kept.
         """
-        count = self._policy.workers
-        if count == 1 or not todo:
-            self._one(todo, display, None, interrupt, is_over)
+        if not todo:
             return
         assert self._launcher is not None  # noqa: S101 - the caller's promise
-        seats = self._launcher.seats(count, environment.resolve_device(todo[0].spec.device))
-        shown = [display, *(display.beside() for _ in seats[1:])]
-        with ThreadPoolExecutor(count) as threads:
-            running = [
-                threads.submit(self._one, todo, each, seat, interrupt, lambda: self._failed or is_over())
-                for each, seat in zip(shown, seats, strict=True)
-            ]
-            try:
-                wait(running)
-            except KeyboardInterrupt:
-                while wait(running, 0.1).not_done:  # one may only be starting
-                    self._launcher.stop()
-                raise
-        for each in running:
-            each.result()
+
+        def one(shown: Display, seat: environment.Seat | None, has_failed: Callable[[], bool]) -> None:
+            self._one(todo, shown, seat, interrupt, lambda: has_failed() or is_over())
+
+        device_type = environment.resolve_device(todo[0].spec.device)
+        side_by_side(self._policy.workers, self._launcher, device_type, display, one)
 
     def _one(
         self,
@@ -247,19 +236,52 @@ class _Team:
                     assert self._launcher is not None  # noqa: S101 - the caller's promise
                     at = Situation(self._store, self._launcher, display, self._policy, self._expected, seat, interrupt)
                     self.records.append(execute(job, at))
-            except BaseException:
-                self._failed = True
-                raise
             finally:
                 self.elsewhere |= shares.elsewhere
 
 
-def _is_past(moment: float | None) -> bool:
-    return moment is not None and time.monotonic() > moment
-
-
 _LOOK_SECONDS = 0.5
 """How often a runner with nothing else to do looks whether another one has finished or died."""
+
+Work = Callable[[Display, environment.Seat | None, Callable[[], bool]], None]
+"""What a worker does: shown here, in this seat, until another one has failed."""
+
+
+def side_by_side(count: int, launcher: Launcher, device_type: str, display: Display, work: Work) -> None:
+    """So many workers at the same time, in threads; a single one in this thread, with the whole machine.
+
+    Raises:
+        KeyboardInterrupt: interrupted twice; what was running is stopped.
+    """
+    if count == 1:
+        work(display, None, lambda: False)
+        return
+    seats = launcher.seats(count, device_type)
+    failed = threading.Event()
+
+    def one(shown: Display, seat: environment.Seat | None) -> None:
+        try:
+            work(shown, seat, failed.is_set)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(count) as threads:
+        shown = [display, *(display.beside() for _ in seats[1:])]
+        running = [threads.submit(one, *each) for each in zip(shown, seats, strict=True)]
+        try:
+            while wait(running, _LOOK_SECONDS).not_done:
+                pass  # a signal that another thread was given is handled here, once this one wakes
+        except KeyboardInterrupt:
+            while wait(running, 0.1).not_done:  # one may only be starting
+                launcher.stop()
+            raise
+    for each in running:
+        each.result()
+
+
+def _is_past(moment: float | None) -> bool:
+    return moment is not None and time.monotonic() > moment
 
 
 class _Shares:
