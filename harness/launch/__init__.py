@@ -210,7 +210,6 @@ class _Team:
         """
         if not todo:
             return
-        assert self._launcher is not None  # noqa: S101 - the caller's promise
 
         def one(shown: Display, seat: environment.Seat | None, has_failed: Callable[[], bool]) -> None:
             self._one(todo, shown, seat, interrupt, lambda: has_failed() or is_over())
@@ -247,13 +246,14 @@ Work = Callable[[Display, environment.Seat | None, Callable[[], bool]], None]
 """What a worker does: shown here, in this seat, until another one has failed."""
 
 
-def side_by_side(count: int, launcher: Launcher, device_type: str, display: Display, work: Work) -> None:
-    """So many workers at the same time, in threads; a single one in this thread, with the whole machine.
+def side_by_side(count: int, launcher: Launcher | None, device_type: str, display: Display, work: Work) -> None:
+    """So many workers at the same time, in threads; a single one in this thread, with the whole machine. Without a
+    launcher there is nothing that could be at the same time.
 
     Raises:
         KeyboardInterrupt: interrupted twice; what was running is stopped.
     """
-    if count == 1:
+    if count == 1 or launcher is None:
         work(display, None, lambda: False)
         return
     seats = launcher.seats(count, device_type)
