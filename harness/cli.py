@@ -278,8 +278,8 @@ def tune(
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = searches.load(grid, overrides)
     search = searches.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
-    most = search.base.model_copy(update={"num_processes": search.most_processes})
-    base = Grid(search.name, search.title, "list", (Trial(most, "tune", None, None),))
+    counts = [search.base.model_copy(update={"num_processes": n}) for n in sorted(search.processes)]
+    base = Grid(search.name, search.title, "list", tuple(Trial(spec, "tune", None, None) for spec in counts))
     grids.preflight(base, elsewhere=engine == "ray")
     for folder in source or []:
         if not (folder / "trials").is_dir():
@@ -387,7 +387,7 @@ def _launcher(engine: str, grid: Grid, address: str | None, cpus: int | None, ac
     devices = {trial.spec.device for trial in grid.trials}
     if len(devices) > 1:
         raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")
-    processes = max(trial.spec.num_processes for trial in grid.trials)
+    processes = {trial.spec.num_processes for trial in grid.trials}
     return RayLauncher(address, device=next(iter(devices)), cpus=cpus, accelerator=accelerator, processes=processes)
 
 
@@ -512,7 +512,7 @@ def plan(
     from harness import calibration, cards, environment
     from harness import grid as grids
     from harness.launch import planner as planning
-    from harness.prediction import room_of
+    from harness.prediction import HERE, room_of
     from harness.report import planned
 
     rooms = _rooms(memory or [], gpu or [])
@@ -533,7 +533,7 @@ def plan(
     here = environment.current(target)
     is_here = target == "cpu" or environment.resolve_device("auto") == "cuda"
     if is_here and not gpu:
-        rooms = rooms or {"this machine": room_of(here)}
+        rooms = rooms or {HERE: room_of(here)}
     about: dict[str, Any] = {
         "title": loaded.title,
         "device_type": target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from harness.errors import InputError
 
 T = TypeVar("T")
 
@@ -28,7 +31,13 @@ def join(device_type: str, number: int, count: int, meeting: Path) -> None:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     backend = "nccl" if device_type == "cuda" else "gloo"
+    _leave_advice_out()
     distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=number, world_size=count)
+
+
+def _leave_advice_out() -> None:
+    """Transformers would tell to launch several processes in a way of its own."""
+    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
 
 
 def count() -> int:
@@ -61,6 +70,7 @@ def pretended(number: int, count: int) -> Iterator[None]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _leave_advice_out()
     distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=count)
     try:
         yield
@@ -84,16 +94,21 @@ def share_out(model: Any, sharding: str, mesh: Any) -> None:
         model: on a CPU, or on the mesh's device.
         sharding: `full_shard`: layers are gathered for each pass; `shard_grad_op`: for both together.
         mesh: of the processes.
+
+    Raises:
+        InputError: the model does not name its layers.
     """
     from torch.distributed.fsdp import fully_shard
 
     gathered_again = sharding == "full_shard"  # for the backward pass, and not held until then
-    layers = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, reshard_after_forward=gathered_again)
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise InputError(f"{type(model).__name__} does not say what its layers are; use sharding: none")
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=gathered_again)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embeddings.weight is not head.weight:
+    if head is not None and embeddings.weight is not head.weight:
         fully_shard(embeddings, mesh=mesh, reshard_after_forward=gathered_again)
     # What the forward pass needs last, the backward pass needs first.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

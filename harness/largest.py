@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.launch.planner import Planned, Planner
-from harness.prediction import DeviceType, Prediction, shared
+from harness.prediction import HERE, DeviceType, Prediction, room_of_each
 from harness.spec import TrialSpec
 from harness.wording import unknown
 
@@ -60,12 +60,16 @@ def largest(
     Raises:
         ValueError: a key that cannot be asked for.
     """
+
+    def room_of(spec: TrialSpec, name: str) -> int:
+        return room_of_each(rooms[name], spec, device_type) if name == HERE else rooms[name]
+
     effective = [spec for spec in specs if _with(spec, key, _ANY).id != _with(spec, key, 2 * _ANY).id]
     found = {(spec.id, name): Largest(None, None, NO_EFFECT) for spec in specs for name in rooms}
     searches = {
-        (spec.id, name): (spec, _search(getattr(spec, key), shared(room, spec, device_type), MOST[key]))
+        (spec.id, name): (spec, _search(getattr(spec, key), room_of(spec, name), MOST[key]))
         for spec in effective
-        for name, room in rooms.items()
+        for name in rooms
     }
     asked = {place: next(search) for place, (_, search) in searches.items()}
     while asked:

@@ -14,8 +14,9 @@ import os
 import re
 import resource
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,33 +90,35 @@ class LiveTensors(TorchDispatchMode):
 
     def __enter__(self) -> LiveTensors:
         """Follow storages, and those that shrink and grow again: a shared-out weight is gathered into the same one."""
-        tracker = self
-        resize = torch.UntypedStorage.resize_
-
-        def resized(storage: torch.UntypedStorage, size: int) -> None:
-            resize(storage, size)
-            tracker._resized(storage._cdata, size)
-
-        for key, (ref, _, _) in list(self._storages.items()):  # while nobody looked
-            storage = ref()
-            if storage is not None:
-                self._resized(key, storage.nbytes())
-        self._resize = resize
-        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]  # no operation tells of it
+        self._resizes = mock.patch.object(torch.UntypedStorage, "resize_", self._telling(torch.UntypedStorage.resize_))
+        self._resizes.start()
+        for storage in [ref() for ref, _, _ in self._storages.values()]:
+            if storage is not None:  # while nobody looked
+                self._resized(storage)
         super().__enter__()  # type: ignore[no-untyped-call]  # torch declares no types for its modes
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # as it was
+        self._resizes.stop()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]  # as above
 
-    def _resized(self, key: int, size: int) -> None:
-        entry = self._storages.get(key)
-        if entry is None or entry[1] == size:
+    def _telling(self, resize: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        """No operation tells of a storage's new size."""
+
+        def resized(storage: Any, size: int) -> Any:
+            found = resize(storage, size)
+            self._resized(storage)
+            return found
+
+        return resized
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        entry = self._storages.get(storage._cdata)
+        if entry is None or entry[1] == self._size(storage):
             return
-        ref, former, component = entry
+        (ref, former, component), size = entry, self._size(storage)
         self._refuse_over_budget(size - former)
-        self._storages[key] = (ref, size, component)
+        self._storages[storage._cdata] = (ref, size, component)
         self._count(size - former, component)
 
     def _refuse_over_budget(self, size: int) -> None:

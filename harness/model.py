@@ -185,9 +185,13 @@ def _with_adapters(model: Any, spec: TrialSpec) -> Any:
     return get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
 
 
-def trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """What the optimizer changes, by name, each in one piece."""
-    return {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What peft keeps of a model, by its name there, each in one piece: adapters, biases, embeddings that have one."""
+    from peft import get_peft_model_state_dict
+
+    weights = model.state_dict()
+    kept = {id(weight) for weight in get_peft_model_state_dict(model, state_dict=weights).values()}
+    return {name: distributed.whole(weight) for name, weight in weights.items() if id(weight) in kept}
 
 
 def save_adapter(model: Any, spec: TrialSpec, weights: dict[str, torch.Tensor], folder: Path) -> None:

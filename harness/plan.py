@@ -57,7 +57,7 @@ def predict(
     steps, pad_id = _examples(spec, full_length, trust_remote_code)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
-        with distributed.pretended(_heaviest(spec, steps), spec.num_processes):
+        with distributed.pretended(0, spec.num_processes):  # the first has the longest examples
             found = _Replaying(network, spec, device_type, pad_id).follow(steps)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be followed without contents") from error
@@ -80,18 +80,6 @@ def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tu
     if full_length:
         train = tuple(_filled(example, spec.sequence_length) for example in train)
     return data.optimizer_steps(spec, train, TRACKED_STEPS)[:TRACKED_STEPS], pad_id
-
-
-def _heaviest(spec: TrialSpec, steps: Sequence[Sequence[Example]]) -> int:
-    """The number of the process that has the largest micro-batch."""
-    size, largest, number = spec.micro_batch_size, 0, 0
-    for step in steps:
-        for i, start in enumerate(range(0, len(step), size)):
-            part = step[start : start + size]
-            positions = len(part) * max(map(len, part))
-            if positions > largest:
-                largest, number = positions, i % spec.num_processes
-    return number
 
 
 def _filled(example: Example, length: int) -> Example:
@@ -130,7 +118,7 @@ class _Replaying:
             len(steps),
             on_phase=tracker.enter,
             read=lambda tensor: 1.0,
-            wrap=lambda network, device: self._replicated(network),
+            wrap=self._replicated,
         )
         trainer.scaler = None  # it asks whether gradients are finite; it holds two numbers
         tracker.phases.clear()
@@ -152,7 +140,7 @@ class _Replaying:
             seconds=0.0,
         )
 
-    def _replicated(self, network: Any) -> Any:
+    def _replicated(self, network: Any, device: torch.device) -> Any:
         """The model as torch's DistributedDataParallel has it, where each of several processes has all of it."""
         if self.spec.num_processes == 1 or self.spec.sharding != "none":
             return network
@@ -185,6 +173,18 @@ class _Replaying:
         That is the optimizer's state of the step before, and the gradients of the micro-batches before.
         """
         batches = self._batches(step)
+        self._update(trainer)
+        self.tracker.take_work()  # the optimizer's state is made once
+        self._update(trainer)
+        update = self.tracker.take_work()
+        if len(batches) > 1:
+            self._accumulate()
+        # The second update holds what the first did (but for state of later tensors: a hundredth of a per mille).
+        with mock.patch.object(trainer, "update", _forget(trainer)):
+            self._step(trainer, batches[:1])
+        return update + self.tracker.take_work(times=len(batches))
+
+    def _update(self, trainer: Trainer) -> None:
         self._accumulate()
         self.tracker.restart()
         with self.fake, self.tracker:
@@ -193,13 +193,6 @@ class _Replaying:
             trainer.update(0.0)
             self.tracker.component = "activations"
         self._keep_peak()
-        update = self.tracker.take_work()
-        if len(batches) > 1:
-            self._accumulate()
-        # The second update holds what the first did (but for state of later tensors: a hundredth of a per mille).
-        with mock.patch.object(trainer, "update", _forget(trainer)):
-            self._step(trainer, batches[:1])
-        return update + self.tracker.take_work(times=len(batches))
 
     def _step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         self.tracker.restart()

@@ -67,12 +67,16 @@ def room_for(spec: TrialSpec) -> int:
     if spec.memory_budget is not None:
         return spec.memory_budget
     here = environment.current(environment.resolve_device(spec.device))
-    return shared(room_of(here), spec, here.device_type)
+    return room_of_each(room_of(here), spec, here.device_type)
 
 
-def shared(room: int, spec: TrialSpec, device_type: DeviceType) -> int:
+def room_of_each(room: int, spec: TrialSpec, device_type: DeviceType) -> int:
     """What each process of a trial may take of a machine's memory, or of its card's."""
     return room // spec.num_processes if device_type == "cpu" else room
+
+
+HERE = "this machine"
+"""Name of the room that the processes of a trial divide; others are what each of them has."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from harness import distributed
 from harness.memory import Component, LiveTensors
 from harness.prediction import DeviceType
 from harness.results import Phase
@@ -91,8 +92,8 @@ class Replay(LiveTensors):
         self._add(out, self.component)
         return out
 
-    def _add(self, tensor: torch.Tensor, component: Component) -> None:
-        super()._add(tensor, component)
+    def _count(self, size: int, component: Component) -> None:
+        super()._count(size, component)
         if self.total > self.phases.get(self.phase, 0):
             self.phases[self.phase] = self.total
 
@@ -156,7 +157,7 @@ def _remember(key: tuple[Any, ...], func: Any, args: Any, out: Any, work: tuple[
 
 
 def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, int, int] | None:
-    if func.is_view or func._overloadpacket.__name__ in _WITHOUT_TRAFFIC:
+    if func.is_view or func.namespace == "c10d" or func._overloadpacket.__name__ in _WITHOUT_TRAFFIC:
         return None
     dtype = str(next(a for a in args if isinstance(a, torch.Tensor)).dtype).removeprefix("torch.") if flops else None
     return dtype, flops, _bytes(args) + _bytes((out,))
@@ -166,7 +167,7 @@ def _bytes(values: Iterable[Any]) -> int:
     total = 0
     for value in values:
         if isinstance(value, torch.Tensor):
-            total += value.numel() * value.element_size()
+            total += distributed.part(value).numel() * value.element_size()
         elif isinstance(value, list | tuple):
             total += _bytes(value)
     return total

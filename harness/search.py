@@ -190,14 +190,14 @@ class Search:
         return chosen if made.id == spec.id else None
 
     @property
-    def most_processes(self) -> int:
-        """The largest `num_processes` of any trial."""
-        asked = [self.base.num_processes]
+    def processes(self) -> set[int]:
+        """Each number of processes that a trial may have."""
+        asked = {self.base.num_processes}
         for parameter in self.parameters:
-            asked += [changes.get("num_processes", 1) for changes in parameter.choices.values()]
+            asked |= {changes.get("num_processes", self.base.num_processes) for changes in parameter.choices.values()}
             if parameter.name == "num_processes" and not parameter.choices:
-                asked.append(int(parameter.high))
-        return max(asked)
+                asked |= {*range(int(parameter.low), int(parameter.high) + 1)}
+        return asked
 
     def label(self, number: int, chosen: Mapping[str, Any]) -> str:
         """What a trial of the search is called."""

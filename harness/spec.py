@@ -197,7 +197,7 @@ class TrialSpec(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a card."""
     memory_budget: int | None = None
-    """Bytes (or `24GiB`) beyond which the trial ends as out of memory; null: what the device has."""
+    """Bytes (or `24GiB`) of each process beyond which the trial ends as out of memory; null: what the device has."""
 
     adapter: Literal["lora", "none"] = "lora"
     """`none` (or null) is full fine-tuning."""
@@ -326,6 +326,11 @@ class TrialSpec(_Frozen):
             raise ValueError(f"{said} num_processes 1: there is nobody to share with; use sharding: none")
         if self.precision in QUANTISED:
             raise ValueError(f"{said} precision {self.precision}: quantised weights are not shared out; use bf16")
+        if self.lora_bias != "none" and self.adapter == "lora" and self.precision in {"bf16", "fp16"}:
+            raise ValueError(
+                f"{said} lora_bias {self.lora_bias} and precision {self.precision}: weights trained in several formats "
+                f"are not shared out; use lora_bias: none, or precision: {self.precision}-mixed"
+            )
         if self.optimizer not in SHARDED_OPTIMIZERS:
             raise ValueError(f"{said} optimizer {self.optimizer}: use one of {', '.join(sorted(SHARDED_OPTIMIZERS))}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -166,8 +165,6 @@ def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
     from transformers import TrainingArguments
     from transformers.trainer_pt_utils import get_parameter_names
 
-    # It would advise to launch several processes in a way of its own.
-    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # named, never written
         optim=spec.optimizer,

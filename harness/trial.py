@@ -293,7 +293,7 @@ class _Trial:
         if not self.spec.save_adapter or self.spec.adapter == "none":
             return
         self._enter("save")
-        weights = model.trained_weights(network)  # of which each process may hold a part
+        weights = model.adapter_weights(network)  # of which each process may hold a part
         if self.folder is None:
             return
         aside = self.folder / f".{self.spec.id}.{os.getpid()}.aside"

@@ -54,7 +54,8 @@ class Axe(Watch):
 def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
     for options, says in (
         ({"device": "cuda"}, "no node of the cluster has a card"),
-        ({"device": "cpu", "processes": 3}, "num_processes 3, and a trial has 2 cores here; give --cpus 3 or more"),
+        ({"device": "cpu", "processes": (1, 3)}, "num_processes 3: a trial has 2 cores here; give --cpus 3 or more"),
+        ({"device": "cpu", "accelerator": "H100"}, "no node of the cluster has an H100; --accelerator takes Ray's"),
         ({"device": "cpu", "cpus": 1000}, "no node of the cluster has 1000 cores; give fewer with --cpus"),
     ):
         with pytest.raises(InputError, match=says), RayLauncher(cluster.address, **options):
@@ -62,6 +63,44 @@ def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
     for address, says in (("127.0.0.1:1", "refused"), ("nowhere", "it is none; give host:port, or auto")):
         with pytest.raises(InputError, match=f"--address {address}: .*{says}.*ray start --head"), RayLauncher(address):
             pass
+
+
+@pytest.mark.parametrize(
+    ("node", "options", "workers", "says"),
+    [
+        ({"CPU": 8, "GPU": 2}, {"processes": (1, 2)}, 2, None),
+        ({"CPU": 8, "GPU": 2}, {"processes": (2,)}, 1, None),
+        (
+            {"CPU": 8, "GPU": 2},
+            {"processes": (1, 3)},
+            0,
+            "num_processes 3: no node of the cluster has 12 cores and 3 ca",
+        ),
+        ({"CPU": 8, "GPU": 2}, {"processes": (2,), "cpus": 8}, 0, "has 16 cores and 2 cards; give fewer with --cpus"),
+        (
+            {"CPU": 4, "GPU": 8},
+            {"processes": (8,)},
+            0,
+            "num_processes 8: no node of the cluster has 8 cores and 8 cards",
+        ),
+    ],
+)
+def test_cards_and_cores_of_a_trial_over_several_processes(
+    monkeypatch: pytest.MonkeyPatch, node: dict[str, float], options: dict[str, Any], workers: int, says: str | None
+) -> None:
+    """On nodes with cards, which are made up; nothing is started."""
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeID": "a", "Resources": node}])
+    monkeypatch.setattr(RayLauncher, "_look", lambda self, nodes: ())
+    launcher = RayLauncher(device="cuda", **options)
+    if says is not None:
+        with pytest.raises(InputError, match=says), launcher:
+            pass
+        return
+    with launcher:
+        assert launcher.workers == workers
+        taken = launcher._resources(2)
+        assert (taken["num_cpus"], taken["num_gpus"]) == (8, 2), "a card and its share of the cores for each"
 
 
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
@@ -73,7 +112,10 @@ def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: 
     )
     store, local = Store(tmp_path / "ray"), Store(tmp_path / "local")
     second = next(iter(cluster.worker_nodes))
-    with RayLauncher(cluster.address, device="cpu", processes=2) as launcher, environment.elsewhere(launcher.nodes):
+    with (
+        RayLauncher(cluster.address, device="cpu", processes=(1, 2)) as launcher,
+        environment.elsewhere(launcher.nodes),
+    ):
         assert (launcher.workers, len(launcher.nodes)) == (2, 1), "two nodes of one kind"
         axe = Axe(6, lambda: cluster.remove_node(second, allow_graceful=False))
         summary = go(grid, store, launcher, axe, policy=Policy(workers=2, retries=3))

@@ -64,6 +64,7 @@ def test_tracker_follows_a_storage_that_shrinks_and_grows() -> None:
         with pytest.raises(OutOfBudget, match="8000 held, 2000 requested"):
             storage.resize_(10000)
     storage.resize_(100)
+    assert tracker.total == 8000, "nobody looked"
     with tracker:
         assert tracker.total == 100
     del a, storage

@@ -26,7 +26,7 @@ from harness.launch import planner
 from harness.launch.local import LocalLauncher
 from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
-from harness.prediction import MARGIN, Prediction, fits, room_of
+from harness.prediction import HERE, MARGIN, Prediction, fits, room_for, room_of
 from harness.report import planned
 from harness.results import Job, Store
 from harness.roofline import Rates, Work, expected_seconds, least_seconds
@@ -231,6 +231,41 @@ def test_what_is_predicted_over_the_budget_is_not_started_and_told(tmp_path: Pat
         assert told.state.name == "COMPLETE"
         assert told.constraints == {"memory": pytest.approx(row["predicted_peak_memory_bytes"] / limit - 1)}
         assert told.constraints["memory"] > 0
+
+
+def test_what_several_processes_add(small: Small) -> None:
+    """Of as many examples for each: state and its traffic shrink with their number, products stay what they are."""
+    at = {"precision": "bf16", "adapter": "none", "gradient_accumulation_steps": 1, "micro_batch_size": 1}
+    two, eight = (
+        plan.predict(small(num_processes=n, sharding="full_shard", **at), "cuda", full_length=True) for n in (2, 8)
+    )
+    assert eight.shares["memory_weights_bytes"] == pytest.approx(two.shares["memory_weights_bytes"] / 4, rel=0.1)
+    assert (two.flops, two.positions) == (eight.flops, eight.positions // 4), "each has a card"
+    moved = [sum(w.moved_bytes * w.calls for w in p.work if w.dtype is None) for p in (two, eight)]
+    assert moved[1] < moved[0]
+    alone, whole = (plan.predict(small(num_processes=n, **at), "cpu", full_length=True) for n in (1, 2))
+    assert (whole.flops, whole.positions) == (2 * alone.flops, 2 * alone.positions), "they share the cores"
+
+
+def test_storages_are_rounded_as_cuda_rounds_them(small: Small) -> None:
+    found = plan.predict(small(lora_r=1), "cuda")
+    assert found.shares["memory_adapters_bytes"] % 512 == found.shares["memory_optimizer_bytes"] % 512 == 0
+    assert (
+        found.shares["memory_adapters_bytes"]
+        > 1.5 * plan.predict(small(lora_r=1), "cpu").shares["memory_adapters_bytes"]
+    )
+
+
+def test_processes_divide_this_machine_and_nothing_else(small: Small) -> None:
+    two = small(num_processes=2)
+    line = planned.Line("two", two, plan.predict(two, "cpu"), None)
+    rooms = {HERE: 10 * 2**20, "10MiB": 10 * 2**20}
+    (row,) = planned.rows(planned.Plan("g", "cpu", (line,), rooms))
+    assert line.prediction is not None
+    assert 5 * 2**20 < line.prediction.peak_memory_bytes < 9 * 2**20
+    assert (row[f"fits {HERE}"], row["fits 10MiB"]) == ("no", "fits")
+    assert room_for(two) == room_for(small()) // 2
+    assert room_for(small(num_processes=2, memory_budget="1GiB")) == 2**30, "of each"
 
 
 def _peak(predicted: Prediction) -> int:

@@ -49,6 +49,8 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
 ) -> None:
     """Step by step, the last one too, which has no micro-batch for the second process; shared out or not."""
     same = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora", "base_model": untied}
+    # An embedding that has an adapter is kept with it.
+    same |= {"lora_target_modules": ["q_proj", "down_proj", "embed_tokens"]} if adapter == "lora" else {}
     same |= {"gradient_checkpointing": adapter == "lora"}
     together = same | {"micro_batch_size": 1, "num_processes": 2}
     grid = grid_of(
@@ -73,6 +75,7 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
         assert of("peak", other) < of("peak", alone), "half the micro-batch"
         assert other.metrics["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
         predicted = plan.predict(other.spec, "cpu")
+        assert predicted.flops / predicted.positions == pytest.approx(other.metrics["flops_per_token"], rel=0.01)
         assert predicted.peak_memory_bytes == pytest.approx(of("peak", other), rel=0.005)
         for name, size in predicted.shares.items():
             assert size == pytest.approx(other.metrics[name], rel=0.005, abs=4096), name
@@ -91,11 +94,31 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
     assert all(learnt) == any(learnt) == (adapter == "lora")
     for weights in filter(None, learnt):
         assert weights.keys() == learnt[0].keys()
+        assert sum("embed_tokens.base_layer" in name for name in weights) == 1
         for name, weight in weights.items():
             torch.testing.assert_close(weight, learnt[0][name], rtol=1e-2, atol=1e-4)
 
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+def test_the_usual_formats_are_shared_out(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """Weights of 16 bit with adapters of 32, of which most have fewer rows than there are processes."""
+    together = {
+        "num_processes": 3,
+        "precision": "bf16",
+        "lora_r": 2,
+        "train_samples": 13,
+        "gradient_accumulation_steps": 1,
+    }
+    both, shared = go(
+        grid_of(both=small(**together), shared=small(sharding="full_shard", **together)), Store(tmp_path), launcher
+    ).records
+    assert (both.status, shared.status) == ("ok", "ok"), shared.error
+    assert [s.loss for s in shared.steps] == pytest.approx([s.loss for s in both.steps], rel=1e-3)
+    assert of("weights", shared) == pytest.approx(of("weights", both) / 3, rel=0.05)
+    predicted = plan.predict(shared.spec, "cpu")
+    assert predicted.peak_memory_bytes == pytest.approx(of("peak", shared), rel=0.005)
 
 
 def of(component: str, record: Record) -> int:
@@ -165,6 +188,10 @@ def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> Non
     [
         ({}, "num_processes 1: there is nobody to share with; use sharding: none"),
         ({"num_processes": 2, "precision": "nf4"}, "precision nf4: quantised weights are not shared out; use bf16"),
+        (
+            {"num_processes": 2, "precision": "bf16", "lora_bias": "all"},
+            "use lora_bias: none, or precision: bf16-mixed",
+        ),
         ({"num_processes": 2, "optimizer": "adamw_bnb_8bit"}, "use one of adagrad, adamw_torch, adamw_torch_fused, "),
     ],
 )

@@ -30,11 +30,11 @@ def test_the_bundled_search_loads() -> None:
     assert [o.direction for o in found.objectives] == ["minimize", "minimize"]
 
 
-def test_the_most_processes_of_a_space_are_known_beforehand(tmp_path: Path) -> None:
-    assert made(tmp_path).most_processes == 1
-    assert made(tmp_path, base={"num_processes": 3}).most_processes == 3
-    assert made(tmp_path, space={"num_processes": {"low": 1, "high": 8}}).most_processes == 8
-    assert made(tmp_path, space={"how": {"one": {"lora_r": 4}, "four": {"num_processes": 4}}}).most_processes == 4
+def test_numbers_of_processes_are_known_beforehand(tmp_path: Path) -> None:
+    assert made(tmp_path).processes == {1}
+    assert made(tmp_path, base={"num_processes": 3}).processes == {3}
+    assert made(tmp_path, space={"num_processes": {"low": 2, "high": 4}}).processes == {1, 2, 3, 4}
+    assert made(tmp_path, space={"how": {"one": {"lora_r": 4}, "four": {"num_processes": 4}}}).processes == {1, 4}
 
 
 def test_walk_and_place_are_each_others_inverse(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -60,7 +60,8 @@ class RayLauncher:
         device: of the trials: `cuda` asks for a card each.
         cpus: cores of a trial; null: those of the smallest node, by the cards of it where trials have cards.
         accelerator: kind of card that nodes must have, by Ray's name for it (`H100`, `A100`, …).
-        processes: most of one trial; they stay on a node, each with a card, or its share of the trial's cores.
+        processes: how many a trial has, each number that there is; they stay on a node, each with a card and the cores
+            of a trial with one, or without cards with a share of the trial's cores.
         child, preload: as a `LocalLauncher` takes them.
     """
 
@@ -71,12 +72,12 @@ class RayLauncher:
         device: str = "auto",
         cpus: int | None = None,
         accelerator: str | None = None,
-        processes: int = 1,
+        processes: Iterable[int] = (1,),
         child: Child = measure,
         preload: str = "harness.launch.preload",
     ) -> None:
         self._address, self._device = address, device
-        self._cpus, self._accelerator, self._processes = cpus, accelerator, processes
+        self._cpus, self._accelerator, self._processes = cpus, accelerator, sorted(set(processes))
         self._how = {"child": child, "preload": preload}
         self._running: set[Any] = set()
 
@@ -97,14 +98,16 @@ class RayLauncher:
         able = [node for node in nodes if _gpus(node) >= self._gpus]
         if not able:
             self._refuse("no node of the cluster has a card; give --device cpu, or start nodes with cards")
+        if self._accelerator is not None:
+            able = [node for node in able if f"accelerator_type:{self._accelerator}" in node["Resources"]]
+            if not able:
+                self._refuse(f"no node of the cluster has an {self._accelerator}; --accelerator takes Ray's names")
         shares = [int(_cpus(node) // max(1, _gpus(node) if self._gpus else 1)) for node in able]
         self._cpus = self._cpus or max(1, min(shares))
-        self.workers = sum(self._seats(node) for node in able)
-        """So many trials at the same time."""
-        if not self.workers:
-            self._refuse(f"no node of the cluster has {self._cpus} cores; give fewer with --cpus")
-        self._refuse_too_many_processes(able)
-        self.nodes = self._look([node for node in able if self._seats(node)])
+        self._refuse_what_has_no_room(able)
+        self.workers = sum(self._seats(node, self._processes[0]) for node in able)
+        """So many trials at the same time, of those that take least."""
+        self.nodes = self._look(able)
         """Environments of the nodes, each kind once."""
         return self
 
@@ -115,12 +118,15 @@ class RayLauncher:
         self.__exit__()
         raise InputError(reason)
 
-    def _refuse_too_many_processes(self, nodes: list[dict[str, Any]]) -> None:
-        wanted = f"num_processes {self._processes}"
-        if self._gpus and max(map(_gpus, nodes)) < self._processes:
-            self._refuse(f"{wanted}: no node of the cluster has {self._processes} cards; each process takes one")
-        if not self._gpus and (self._cpus or 1) < self._processes:
-            self._refuse(f"{wanted}, and a trial has {self._cpus} cores here; give --cpus {self._processes} or more")
+    def _refuse_what_has_no_room(self, nodes: list[dict[str, Any]]) -> None:
+        for processes in self._processes:
+            wanted = f"num_processes {processes}: " if processes > 1 else ""
+            if not self._gpus and (self._cpus or 1) < processes:
+                self._refuse(f"{wanted}a trial has {self._cpus} cores here; give --cpus {processes} or more")
+            if not any(self._seats(node, processes) for node in nodes):
+                cores, cards = self._taken(processes)
+                said = f"{cores} cores" + (f" and {cards} card{'s' * (cards > 1)}" if cards else "")
+                self._refuse(f"{wanted}no node of the cluster has {said}; give fewer with --cpus")
 
     def run(self, attempt: Attempt, on_event: OnEvent) -> Record:
         """As `LocalLauncher.run`, on a node of the cluster. A node that is lost ends as `killed`.
@@ -129,8 +135,9 @@ class RayLauncher:
             KeyboardInterrupt: passed on from `on_event`; the task is cancelled first.
         """
         started_at = dt.datetime.now(dt.UTC)
-        task: Any = _trial.options(**self._resources(attempt.job.spec.num_processes), num_returns="streaming")
-        how = (self._how, self._cpus, attempt.timeout, attempt.stall)
+        processes = attempt.job.spec.num_processes
+        task: Any = _trial.options(**self._resources(processes), num_returns="streaming")
+        how = (self._how, self._cpus, self._taken(processes), attempt.timeout, attempt.stall)
         said = task.remote(attempt.job.model_dump_json(), attempt.options, *how)
         self._running.add(said)
         phase: Phase = "start"
@@ -195,15 +202,18 @@ class RayLauncher:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in _all_nodes() if node["Alive"] and _cpus(node)]
 
-    def _seats(self, node: dict[str, Any]) -> int:
-        by_cores = int(_cpus(node) // (self._cpus or 1))
-        return min(by_cores, int(_gpus(node))) if self._gpus else by_cores
+    def _taken(self, processes: int) -> tuple[int, int]:
+        """Cores and cards of a trial: without cards its processes divide the cores of a trial with one."""
+        times = processes if self._gpus else 1
+        return (self._cpus or 1) * times, self._gpus * times
+
+    def _seats(self, node: dict[str, Any], processes: int) -> int:
+        """So many trials of such a number at the same time on a node."""
+        return _room_for(node["Resources"], *self._taken(processes))
 
     def _resources(self, processes: int) -> dict[str, Any]:
-        """Each process has a card and the cores of a trial with one; without cards they divide a trial's cores."""
-        times = processes if self._gpus else 1
-        found: dict[str, Any] = {"num_cpus": (self._cpus or 1) * times, "num_gpus": self._gpus * times}
-        found |= {"max_retries": 0}
+        cores, cards = self._taken(processes)
+        found: dict[str, Any] = {"num_cpus": cores, "num_gpus": cards, "max_retries": 0}
         return found | ({"accelerator_type": self._accelerator} if self._accelerator else {})
 
     def _look(self, nodes: list[dict[str, Any]]) -> tuple[environment.Environment, ...]:
@@ -211,8 +221,10 @@ class RayLauncher:
         asked = [
             _environment.options(
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(self._device, dataclasses.asdict(_seat(self._cpus or 1, self._seats(node))))
+            ).remote(self._device, dataclasses.asdict(_seat(self._cpus or 1, self._seats(node, processes))))
             for node in nodes
+            for processes in self._processes
+            if self._seats(node, processes)
         ]
         found = [environment.Environment.model_validate_json(text) for text in ray.get(asked)]
         return tuple({each.id: each for each in found}.values())
@@ -238,6 +250,12 @@ def _all_nodes() -> list[dict[str, Any]]:
 
 def _cpus(node: dict[str, Any]) -> float:
     return float(node["Resources"].get("CPU", 0))
+
+
+def _room_for(resources: Mapping[str, float], cores: int, cards: int) -> int:
+    """So many trials have room in a node's resources."""
+    by_cores = int(resources.get("CPU", 0) // cores)
+    return min(by_cores, int(resources.get("GPU", 0) // cards)) if cards else by_cores
 
 
 def _gpus(node: dict[str, Any]) -> float:
@@ -289,6 +307,7 @@ def _trial(
     options: dict[str, Any],
     how: dict[str, Any],
     cpus: int,
+    taken: tuple[int, int],
     timeout: float | None,
     stall: float | None,
 ) -> Iterator[tuple[str, Any]]:
@@ -300,7 +319,7 @@ def _trial(
     server = _server
     here = ray.get_runtime_context().get_node_id()
     resources = next(node["Resources"] for node in _all_nodes() if node["NodeID"] == here)
-    seats = max(1, int(resources.get("CPU", cpus) // cpus))
+    seats = max(1, _room_for(resources, *taken))
     heard: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name) / "adapters", Path(name) / "log"

@@ -19,7 +19,7 @@ from harness.cards import CARDS
 from harness.files import write_whole
 from harness.largest import NO_EFFECT, Largest
 from harness.metrics import COMPONENTS, GIB, show_bytes, show_scientific, show_seconds
-from harness.prediction import MARGIN, DeviceType, Prediction, fits, shared
+from harness.prediction import HERE, MARGIN, DeviceType, Prediction, fits, room_of_each
 from harness.report.faces import images
 from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart
 from harness.results import Phase
@@ -96,6 +96,8 @@ class Plan:
             if line.prediction is None
         ]
         said.append(f"Live tensors of the training step on {on}, at the moment of the peak.")
+        if any(line.spec.num_processes > 1 for line in self.lines):
+            said.append("Of several processes, what each holds; a step's time is without what they send each other.")
         if self.calibration is not None:
             said.append(f"Calibrated on {self.calibration.said()}.")
         said.append(
@@ -141,7 +143,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
             *((_step(plan, found),) if step else ()),
-            *(_verdict(plan, peak, _room(plan, line, room)) for room in plan.rooms.values()),
+            *(_verdict(plan, peak, _room(plan, line, name)) for name in plan.rooms),
         )
     return table
 
@@ -153,9 +155,12 @@ def _step(plan: Plan, found: Prediction) -> str:
     return f"{show_seconds(seconds)} ({least_seconds(found.work, plan.rates) / seconds:.0%})"
 
 
-def _room(plan: Plan, line: Line, room: int) -> int:
-    """Bytes that a trial's process may take where there are so many: its own budget may be less."""
-    return min(shared(room, line.spec, plan.device_type), line.spec.memory_budget or room)
+def _room(plan: Plan, line: Line, name: str) -> int:
+    """Bytes that a trial's process may take in a room: its own budget may be less."""
+    room = plan.rooms[name]
+    if name == HERE:
+        room = room_of_each(room, line.spec, plan.device_type)
+    return min(room, line.spec.memory_budget or room)
 
 
 def _verdict(plan: Plan, peak: int, room: int) -> str:
@@ -205,7 +210,6 @@ def _answer(found: Largest, most: int) -> str:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """A row for each trial, in base units; null where nothing is known."""
     found = []
-    rooms = plan.rooms.items()
     for line in plan.lines:
         p = line.prediction
         found.append(
@@ -224,8 +228,8 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "step_seconds": plan.step_seconds(p) if p else None,
                 "least_step_seconds": least_seconds(p.work, plan.rates) if p and plan.rates else None,
                 **{
-                    f"fits {name}": fits(plan.peak(p), _room(plan, line, room), plan.margin) if p else None
-                    for name, room in rooms
+                    f"fits {name}": fits(plan.peak(p), _room(plan, line, name), plan.margin) if p else None
+                    for name in plan.rooms
                 },
                 "error": line.error,
             }
