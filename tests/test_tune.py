@@ -197,7 +197,8 @@ def test_two_workers_share_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     with LocalLauncher(formula.child, preload="harness.search") as launcher:
         done = tune(made(trials=12), store, launcher, Impatient(), both)
-        assert 3 <= done.tried <= 4, "both finish what they have begun"
+        # The runner looks up twice a second: one or two may begin until then.
+        assert 3 <= done.tried <= 6, "both finish what they have begun"
         assert done.left == 12 - done.tried
         done = tune(made(trials=12), store, launcher, Watch(), both)
     assert (done.tried, done.left) == (12, 0)
