@@ -182,32 +182,39 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     assert (overlapping < 0.55).sum() >= 4, "they work at the same time"
 
 
-def test_two_workers_share_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They work at the same time, and are interrupted together; the report is of a machine that was shared."""
-    monkeypatch.setenv("FORMULA_SECONDS", "0.4")
-    store, both = Store(tmp_path / "t"), Options(policy=Policy(skip_infeasible=True, workers=2))
+def test_two_workers_share_a_search(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """They work at the same time, and are interrupted together; the rows are of a machine that was shared."""
 
-    class Impatient(Watch):
+    class Counting(Watch):
+        def __init__(self, interrupted_at: int) -> None:
+            super().__init__()
+            self.at, self.now, self.most = interrupted_at, 0, 0
+
         def trial(self, number: int, job: Any) -> None:
-            if number == 3:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            if number == self.at:
                 os.kill(os.getpid(), signal.SIGINT)
+
+        def finished(self, record: Any) -> None:
+            self.now -= 1
 
         def beside(self) -> Watch:
             return self
 
-    with LocalLauncher(formula.child, preload="harness.search") as launcher:
-        done = tune(made(trials=12), store, launcher, Impatient(), both)
-        # The runner looks up twice a second: one or two may begin until then.
-        assert 3 <= done.tried <= 6, "both finish what they have begun"
-        assert done.left == 12 - done.tried
-        done = tune(made(trials=12), store, launcher, Watch(), both)
-    assert (done.tried, done.left) == (12, 0)
+    store, both = Store(tmp_path / "t"), Options(policy=Policy(skip_infeasible=True, workers=2))
+    shown = Counting(interrupted_at=3)
+    done = tune(made(trials=80), store, launcher, shown, both)
+    assert 3 <= done.tried < 80, "it may take half a second to be heard"
+    assert done.left == 80 - done.tried
+    assert shown.now == 0, "both finish what they have begun"
+    assert shown.most == 2
+    wanted = done.tried + 6
+    done = tune(made(trials=wanted), store, launcher, Counting(interrupted_at=0), both)
+    assert (done.tried, done.left) == (wanted, 0)
     rows = trials(store).query("~twin")
-    assert len(rows) == 12
-    assert rows["study_trial"].nunique() == 12
+    assert len(rows) == rows["study_trial"].nunique() == wanted
     assert {json.loads(text)["neighbours"] for text in rows["environment"]} == {1}
-    overlapping = rows.sort_values("started_at")["started_at"].diff().dt.total_seconds().dropna()
-    assert (overlapping < 0.35).sum() >= 4, "they work at the same time"
 
 
 def test_a_worker_that_fails_ends_the_search(launcher: LocalLauncher, tmp_path: Path) -> None:
