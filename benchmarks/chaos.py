@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from harness.results import Store
+from harness.results.store import Store
 
 
 @dataclass
@@ -82,15 +82,15 @@ def disturb(
 
 def _victims(runner: int) -> dict[str, list[psutil.Process]]:
     """The runner, its fork server and the worker, as far as they are there."""
-    found: dict[str, list[psutil.Process]] = {}
+    processes: dict[str, list[psutil.Process]] = {}
     try:
         parent = psutil.Process(runner)
-        found["runner"] = [parent]
+        processes["runner"] = [parent]
         servers = [child for child in parent.children() if "forkserver" in " ".join(child.cmdline())]
         workers = [child for server in servers for child in server.children()]
     except psutil.Error:
         return {}
-    return found | ({"server": servers} if servers else {}) | ({"worker": workers} if workers else {})
+    return processes | ({"server": servers} if servers else {}) | ({"worker": workers} if workers else {})
 
 
 def _kill(processes: list[psutil.Process]) -> int:
@@ -108,7 +108,7 @@ def _kill(processes: list[psutil.Process]) -> int:
 
 def _look(store: Store, toll: Toll, finished: dict[str, Any]) -> None:
     """Compare what is finished now with what was finished before."""
-    now = store.marks()
+    now = store.start_times()
     statuses = store.completed()
     toll.lost |= finished.keys() - now.keys()
     toll.redone |= {trial for trial, mark in finished.items() if now.get(trial, mark) != mark}
@@ -138,8 +138,8 @@ def main() -> None:
         grid.write_text(yaml.safe_dump({"name": "chaos", "base": base, "trials": levels}))
 
         def command(results: str) -> list[str]:
-            said = ["run", str(grid), "--results", str(folder / results), "--no-predict"]
-            return [sys.executable, "-m", "harness", *said, "--retries", "1000", "--rerun", "killed"]
+            arguments = ["run", str(grid), "--results", str(folder / results), "--no-predict"]
+            return [sys.executable, "-m", "harness", *arguments, "--retries", "1000", "--rerun", "killed"]
 
         quiet = Store(folder / "quiet" / "chaos")
         subprocess.run(command("quiet"), check=True, stdout=subprocess.DEVNULL)

@@ -1,7 +1,7 @@
 """Does measuring change what is measured? Tokens/s of a trial over tokens/s of a bare PyTorch loop.
 
-Both train the same model on the same batches in this process. Their steps alternate, each timed by itself, so that
-a machine whose speed drifts slows both alike; pairs begin with the one and the other. The median of the ratios
+Both train the same model on the same batches in this process. Their steps alternate and are timed separately, so that a
+drift of the machine's speed affects both equally; every other pair starts with the bare loop. The median of the ratios
 should be 0.98 or more.
 
     python benchmarks/fidelity.py [--pairs 5] [--model random:smollm2-135m]
@@ -16,30 +16,31 @@ from typing import Any
 
 import torch
 
-from harness import data, half_matmul, model, trial
-from harness.results import Job
+from harness import environment
+from harness.record import Job
 from harness.spec import TrialSpec
+from harness.training import batches, checkpoints, half_matmul, model, trial
 
 TIMED_STEPS = 16
 
 
 class BareLoop:
-    """The plainest loop that trains what a spec says, a step at a time."""
+    """The plainest loop that trains a spec, a step at a time."""
 
     def __init__(self, spec: TrialSpec) -> None:
         device = torch.device("cpu")
         torch.manual_seed(spec.seed)
-        tokenizer = model.load_tokenizer(spec)
-        stories = data.load(spec, tokenizer)
-        steps = data.optimizer_steps(spec, stories.train, trial.TRACKED_STEPS)
-        self.batches = [data.collate(step, tokenizer.pad_token_id, device) for step in steps]
+        tokenizer = checkpoints.load_tokenizer(spec)
+        stories = batches.load(spec, tokenizer)
+        steps = batches.optimizer_steps(spec, stories.train, trial.TRACKED_STEPS)
+        self.batches = [batches.collate(step, tokenizer.pad_token_id, device) for step in steps]
         self.network = model.load(spec, device)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=0.0)
         self.seconds: list[float] = []
 
     def step(self) -> None:
-        """Train on the next batch and note its time."""
+        """Train on the next batch and record its time."""
         batch = self.batches[len(self.seconds)]
         began = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -52,7 +53,7 @@ class BareLoop:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the steps that a trial times too."""
+        """Over the steps that a trial times too."""
         timed = slice(trial.TRACKED_STEPS, None)
         return sum(b.tokens for b in self.batches[timed]) / sum(self.seconds[timed])
 
@@ -61,13 +62,14 @@ def pair(spec: TrialSpec, *, bare_first: bool) -> tuple[float, float]:
     """Tokens per second of a trial as it records them, and of a bare loop whose steps alternate with the trial's."""
     bare = BareLoop(spec)
 
-    def tell(kind: str, value: Any) -> None:
+    def on_progress(kind: str, value: Any) -> None:
         if kind == "step" and len(bare.seconds) < len(bare.batches):
             bare.step()
 
     if bare_first:
         bare.step()
-    record = trial.run(Job(grid="fidelity", spec=spec, label="fidelity"), tell=tell)
+    job = Job(grid="fidelity", spec=spec, label="fidelity")
+    record = trial.run(job, environment=environment.current("cpu"), on_progress=on_progress)
     speed = record.metrics.get("tokens_per_second")
     if record.status != "ok" or speed is None:
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
@@ -98,7 +100,7 @@ def main() -> None:
             f"pair {number + 1}: trial {ours:7.1f} tok/s, bare loop {theirs:7.1f} tok/s, ratio {ratios[-1]:.3f}",
             flush=True,
         )
-    print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} pairs (0.98 or more is asked)")
+    print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} pairs (should be 0.98 or more)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Give harness what nobody should: malformed grids, broken datasets, results that somebody has tampered with.
+"""Give harness malformed grids, broken datasets and tampered results.
 
     python benchmarks/fuzz.py [--grids 10000] [--datasets 2000] [--results 300] [--seed 0] [--keep FOLDER]
 
-Everything goes through the command's own entry point, or `stories.read`, in this one process. Nothing may end in a
-traceback, say more than one printable line of what is wrong, start a process for a grid that is refused, write outside
-the folders given, or take long. What fails is kept.
+Everything goes through the command's own entry point, or `stories.read`, in this process. Nothing may end in a
+traceback, print more than one line of what is wrong, start a process for a refused grid, write outside the given
+folders, or take long. Inputs that fail are kept.
 """
 
 from __future__ import annotations
@@ -35,34 +35,41 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a name of the hub is not to be looked up
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: names of the hub are not looked up
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from harness import claims, cli, grid, results, stories
+from harness import record
+from harness.analysis import verdicts
+from harness.cli import app
 from harness.environment import current
 from harness.errors import InputError
-from harness.report import faces, tables, verdicts
-from harness.results import Inference, Job, Record, Store
+from harness.grids import claims, document, grid, levels, yaml_file
+from harness.record import InferenceRecord, Job, Record
+from harness.report import tables as report_tables
+from harness.report import writers
+from harness.results import schema
+from harness.results.store import Store
+from harness.sources import files, stories
 from harness.spec import DatasetSpec, TrialSpec
 
 ROOT = Path(__file__).parent.parent
 SLOW_SECONDS = 2.0
-"""Of processor time: that of the clock depends on what runs beside."""
+"""Of processor time: that of the clock depends on what else runs."""
 HANG_SECONDS = 60
 """Of the clock."""
 
 
 @dataclass
 class Tally:
-    """What came of so many inputs."""
+    """How the inputs ended."""
 
     ends: Counter[str] = field(default_factory=Counter)
-    """By how they ended."""
+    """Number of inputs by outcome."""
     failures: dict[str, str] = field(default_factory=dict)
-    """By input, what must not be."""
+    """By input, what went wrong."""
     slowest: tuple[float, str] = (0.0, "none")
     """Seconds of processor time, and the input."""
 
@@ -73,10 +80,10 @@ class Tally:
             self.fail(name, f"took {seconds:.1f} s")
 
     def fail(self, name: str, why: str) -> None:
-        """Note what must not be, the first of each input."""
+        """Note what went wrong, the first time for each input."""
         self.failures.setdefault(name, why)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """The counts, in a line."""
         ends = ", ".join(f"{count:,} {end}" for end, count in self.ends.most_common())
         seconds, name = self.slowest
@@ -84,7 +91,7 @@ class Tally:
 
 
 class Started(BaseException):
-    """A process was about to be started: the grid is taken for valid. No `except Exception` catches it."""
+    """A process was about to be started: the grid is valid. `except Exception` does not catch it."""
 
 
 class Hangs(BaseException):
@@ -96,7 +103,7 @@ class Ended:
     """How a command ended."""
 
     code: int | None
-    """null where it did not leave by itself."""
+    """null where it did not exit by itself."""
     out: str
     err: str
     seconds: float
@@ -136,8 +143,8 @@ def command(*arguments: str) -> Ended:
         sys.argv = ["harness", *arguments]
         signal.alarm(HANG_SECONDS)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("always")  # each process begins without what others were told
-            cli.main()
+            warnings.simplefilter("always")  # each process begins without warnings that others showed
+            app.main()
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 0
     except Started:
@@ -227,10 +234,10 @@ def mutated(text: bytes, chance: random.Random, seeds: Sequence[bytes]) -> bytes
 
 
 def _flip(text: bytes, chance: random.Random, _: Sequence[bytes]) -> bytes:
-    found = bytearray(text or b"\0")
+    changed = bytearray(text or b"\0")
     for _ in range(chance.choice((1, 1, 2, 8))):
-        found[chance.randrange(len(found))] = chance.randrange(256)
-    return bytes(found)
+        changed[chance.randrange(len(changed))] = chance.randrange(256)
+    return bytes(changed)
 
 
 def _lines(text: bytes, chance: random.Random, seeds: Sequence[bytes]) -> bytes:
@@ -257,19 +264,20 @@ def _replaced(pattern: re.Pattern[str], new: Callable[[str, random.Random], str]
     """Replaces one match of a pattern."""
 
     def replace(text: bytes, chance: random.Random, _: Sequence[bytes]) -> bytes:
-        said = text.decode(errors="surrogateescape")
-        matches = list(pattern.finditer(said))
+        decoded = text.decode(errors="surrogateescape")
+        matches = list(pattern.finditer(decoded))
         if not matches:
             return text
         match = chance.choice(matches)
-        return (said[: match.start()] + new(match[0], chance) + said[match.end() :]).encode(errors="surrogateescape")
+        changed = decoded[: match.start()] + new(match[0], chance) + decoded[match.end() :]
+        return changed.encode(errors="surrogateescape")
 
     return replace
 
 
 def _misspelt(key: str, chance: random.Random) -> str:
     at = chance.randrange(len(key))
-    keys = (*grid.GRID_KEYS, *grid.SPEC_KEYS)
+    keys = (*document.GRID_KEYS, *levels.SPEC_KEYS)
     return chance.choice(
         (key[:at] + key[at + 1 :], key[:at] + key[at] * 2 + key[at + 1 :], chance.choice(keys), "", key)
     )
@@ -281,9 +289,9 @@ def _insert(text: bytes, chance: random.Random, _: Sequence[bytes]) -> bytes:
 
 
 def _tree(text: bytes, chance: random.Random, _: Sequence[bytes]) -> bytes:
-    """The document with a value somewhere replaced by another value of its own, or by junk; written anew."""
+    """The document with a value somewhere replaced by another of its values or by junk."""
     try:
-        document = yaml.load(text.decode(), grid._Loader)  # noqa: S506 - which merges of merges do not blow up
+        document = yaml.load(text.decode(), yaml_file._Loader)  # noqa: S506 - which merges of merges do not blow up
         places = list(itertools.islice(_places(document), 5000))  # aliases of aliases are as many as they like
         if not 0 < len(places) < 5000:
             return text
@@ -322,7 +330,7 @@ _MUTATIONS: tuple[Callable[[bytes, random.Random, Sequence[bytes]], bytes], ...]
 
 
 def fuzz_grids(count: int, seed: int, keep: Path) -> Tally:
-    """Give so many grid files to `harness run`; those that fail are kept."""
+    """Give grid files to `harness run`; those that fail are kept."""
     chance, tally = random.Random(seed), Tally()
     seeds, files = grid_seeds()
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
@@ -352,13 +360,13 @@ def _look_at_grid(case: str, file: Path, tally: Tally) -> None:
         tally.fail(case, ended.error)
     elif ended.started and ended.code is None:
         tally.ends["valid"] += 1
-        if said := unprintable(ended.out + ended.err):
-            tally.fail(case, f"prints {said!r}")
+        if codes := unprintable(ended.out + ended.err):
+            tally.fail(case, f"prints {codes!r}")
         _look_at_valid_grid(case, file, tally)
     elif ended.code != 2 or ended.out or ended.started:
-        tally.fail(case, f"ended with {ended.code}, having started {ended.started}, and said {ended.out[:200]!r}")
+        tally.fail(case, f"ended with {ended.code}, having started {ended.started}, and printed {ended.out[:200]!r}")
     elif len(lines) != 1 or not lines[0].startswith("harness: ") or not lines[0].isprintable() or len(lines[0]) > 1000:
-        tally.fail(case, f"said {ended.err[:2000]!r}")
+        tally.fail(case, f"printed {ended.err[:2000]!r}")
     else:
         tally.ends["refused"] += 1
 
@@ -373,9 +381,9 @@ def _look_at_valid_grid(case: str, file: Path, tally: Tally) -> None:
                 tally.fail(case, f"has a trial called {trial.label!r}")
             job = Job(grid=loaded.name, spec=trial.spec, label=trial.label, factor=trial.factor, level=trial.level)
             record = Record.of(job, environment=current("cpu"), status="ok", started_at=_STARTED)
-            row = results._trial_row(record)
-            kept = pa.Table.from_pylist([row], results.SCHEMAS["trials"]).to_pylist()[0]
-            if results.spec_of(kept).id != trial.spec.id:
+            row = schema.trial_row(record)
+            kept = pa.Table.from_pylist([row], schema.SCHEMAS["trials"]).to_pylist()[0]
+            if schema.spec_of(kept).id != trial.spec.id:
                 tally.fail(case, f"{trial.label} comes back as another")
     except Exception:
         tally.fail(case, traceback.format_exc())
@@ -482,10 +490,10 @@ def _spoilt(content: bytes, chance: random.Random) -> bytes:
     if how == 0:
         return content[: chance.randrange(len(content) + 1)]
     if how == 1 and content:
-        found = bytearray(content)
+        changed = bytearray(content)
         for _ in range(chance.choice((1, 4, 30))):
-            found[chance.randrange(len(found))] = chance.randrange(256)
-        return bytes(found)
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        return bytes(changed)
     if how == 2:
         return (
             chance.choice((b"", b"\x1f\x8b\x08\x00", b"PK\x03\x04", b"\x00" * 100, b"PAR1", b"PAR1" * 5)) + content[:50]
@@ -498,7 +506,7 @@ _BIG = 10 * 2**20
 
 def dataset(chance: random.Random) -> tuple[str, bytes]:
     """A file's ending and content."""
-    suffix = chance.choice(stories.SUFFIXES)
+    suffix = chance.choice(files.SUFFIXES)
     if chance.random() < 0.01:  # a row of 10 MB
         row = json.dumps({"synopsis": "x" * _BIG, "short_story": "It ran."}).encode()
         return ".jsonl", row
@@ -519,16 +527,16 @@ def fuzz_datasets(count: int, seed: int, keep: Path) -> Tally:
             file.write_bytes(content)
             began = time.process_time()
             try:
-                found = stories.read(DatasetSpec(path=str(file)))
-                for story in found:
+                read = stories.read(DatasetSpec(path=str(file)))
+                for story in read:
                     "".join((story.id, story.instruction, story.completion, story.system or "")).encode()
-                tally.ends["read" if found else "read as nothing"] += 1
-                if not found:
+                tally.ends["read" if read else "read as nothing"] += 1
+                if not read:
                     tally.fail(case, "no stories and no error")
             except InputError as error:
                 tally.ends["refused"] += 1
                 if not str(error).isprintable() or len(str(error)) > 1000:
-                    tally.fail(case, f"said {str(error)[:1000]!r}")
+                    tally.fail(case, f"printed {str(error)[:1000]!r}")
             except BaseException:
                 tally.fail(case, traceback.format_exc())
             tally.took(time.process_time() - began, case)
@@ -618,8 +626,8 @@ def _record(job: Job, number: int) -> Record:
     about: dict[str, Any] = {"environment": current("cpu"), "started_at": _STARTED + dt.timedelta(minutes=number)}
     if job.label == "too long":
         return Record.of(
-            job, **about, status="oom", phase="forward", error="no room", error_type="OutOfMemory", log="logs/a.log",
-            metrics={"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**20},
+            job, **about, status="oom", phase="forward", error="out of memory", error_type="OutOfMemory",
+            log="logs/a.log", metrics={"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**20},
         )  # fmt: skip
     size = 2**20 * (10 + number)
     figures: dict[str, float | int | None] = {
@@ -629,14 +637,14 @@ def _record(job: Job, number: int) -> Record:
         **{f"memory_{c}_bytes": size // 5 for c in ("weights", "adapters", "gradients", "optimizer", "activations")},
     }  # fmt: skip
     steps = tuple(
-        results.Step(
+        record.Step(
             step=i, tracked=i == 1, seconds=1.0, loss=3.0 - i / 10, grad_norm=1.0, learning_rate=1e-4, samples=2,
             tokens=100, supervised_tokens=50, padded_tokens=120, peak_memory_bytes=size,
         )
         for i in (1, 2, 3)
     )  # fmt: skip
     texts = tuple(
-        results.StoryLoss(story_id=f"{kind} {i}", when=when, loss=2.0 + i / 10, tokens=10, kind=kind)
+        record.StoryLoss(story_id=f"{kind} {i}", when=when, loss=2.0 + i / 10, tokens=10, kind=kind)
         for kind in ("held-out", "general")
         for when in ("before", "after")
         for i in range(3)
@@ -645,20 +653,22 @@ def _record(job: Job, number: int) -> Record:
     return Record.of(job, **about, status="ok", metrics=figures, steps=steps, stories=texts, adapter_id=adapter)
 
 
-def _inference() -> Inference:
+def _inference() -> InferenceRecord:
     models = ("base", "unmerged", "merged")
-    return Inference(
+    return InferenceRecord(
         environment=current("cpu"),
-        models=tuple(results.Served(model=m, precision="fp32", model_bytes=9, peak_inference_bytes=9) for m in models),
+        models=tuple(
+            record.ModelFootprint(model=m, precision="fp32", model_bytes=9, peak_inference_bytes=9) for m in models
+        ),
         requests=tuple(
-            results.Request(
+            record.Request(
                 model=m, round=r, story_id="a", prompt_tokens=9, prefill_seconds=0.1, token_seconds=(0.1, 0.2)
             )
             for m in models
             for r in range(2)
         ),
         answers=tuple(
-            results.Answer(model=m, story_id=f"{i}", loss=2.0, tokens=9, synopsis="A fox.", reference="A", story="B",
+            record.Answer(model=m, story_id=f"{i}", loss=2.0, tokens=9, synopsis="A fox.", reference="A", story="B",
                            rouge_l=0.5, distinct_2=0.5, repetition=0.1, words=5.0)
             for m in models
             for i in range(3)
@@ -667,7 +677,7 @@ def _inference() -> Inference:
 
 
 def tamper(folder: Path, chance: random.Random) -> list[str]:
-    """Do one to five things to a folder of results that nobody should; returns what was done."""
+    """Tamper with a folder of results in one to five ways; returns what was done."""
     acts = (_hostile_values, _hostile_values, _hostile_values, _hostile_values, _damaged, _other_columns, _other_names)
     return [chance.choice(acts)(folder, chance) for _ in range(chance.choice((1, 1, 2, 3, 5)))]
 
@@ -679,19 +689,19 @@ def _hostile_of(kind: pa.DataType) -> tuple[Any, ...]:
 
 
 def _table(folder: Path, chance: random.Random) -> str:
-    there = [t for t in results.SCHEMAS if (folder / t).is_dir()]
+    there = [t for t in schema.SCHEMAS if (folder / t).is_dir()]
     return chance.choice(["trials", *there])
 
 
 def _hostile_values(folder: Path, chance: random.Random) -> str:
     """Values in a column or two of one row, or of all rows."""
     name = _table(folder, chance)
-    schema = results.SCHEMAS[name]  # type: ignore[index]  # one of its keys
+    columns_of = schema.SCHEMAS[name]  # type: ignore[index]  # one of its keys
     parts = sorted((folder / name).glob("*.parquet"))
     whole = chance.random() < 0.3
-    said = []
-    columns = [chance.choice(schema.names) for _ in range(chance.choice((1, 1, 2)))]
-    given = {column: chance.choice(_hostile_of(schema.field(column).type)) for column in columns}
+    changed = []
+    columns = [chance.choice(columns_of.names) for _ in range(chance.choice((1, 1, 2)))]
+    given = {column: chance.choice(_hostile_of(columns_of.field(column).type)) for column in columns}
     for part in parts if whole else parts[:1] if chance.random() < 0.3 else [chance.choice(parts)] if parts else []:
         try:
             content = pq.read_table(part)
@@ -704,12 +714,12 @@ def _hostile_values(folder: Path, chance: random.Random) -> str:
                     filled = pa.array([value] * len(content), kind)
                     content = content.set_column(content.schema.get_field_index(column), column, filled)
         pq.write_table(content, part)
-        said.append(part.name)
-    return f"{name}: {given!r:.300} in {len(said)} parts"
+        changed.append(part.name)
+    return f"{name}: {given!r:.300} in {len(changed)} parts"
 
 
 def _damaged(folder: Path, chance: random.Random) -> str:
-    """A part cut, flipped, emptied, doubled, removed, or a folder in its place."""
+    """A part is cut, flipped, emptied, doubled, removed, or replaced by a folder."""
     name = _table(folder, chance)
     parts = sorted((folder / name).glob("*.parquet"))
     if not parts:
@@ -719,10 +729,10 @@ def _damaged(folder: Path, chance: random.Random) -> str:
     if how == 0:
         part.write_bytes(content[: len(content) // 2])
     elif how == 1 and content:
-        found = bytearray(content)
+        changed = bytearray(content)
         for _ in range(chance.choice((1, 5, 50))):
-            found[chance.randrange(len(found))] = chance.randrange(256)
-        part.write_bytes(found)
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        part.write_bytes(changed)
     elif how == 2:
         part.write_bytes(chance.choice((b"", b"PAR1", b"\x1f\x8b\x08", chance.randbytes(500))))
     elif how == 3:
@@ -740,7 +750,7 @@ def _damaged(folder: Path, chance: random.Random) -> str:
 
 
 def _other_columns(folder: Path, chance: random.Random) -> str:
-    """A part of another schema: a column less, of another type, twice, more; another version."""
+    """A part of another schema: a column dropped, of another type, doubled or added; another version."""
     name = _table(folder, chance)
     parts = [part for part in sorted((folder / name).glob("*.parquet")) if part.is_file()]
     try:
@@ -770,12 +780,12 @@ def _other_columns(folder: Path, chance: random.Random) -> str:
 
 
 def _other_names(folder: Path, chance: random.Random) -> str:
-    """The files beside the parts."""
+    """Files other than parts."""
     how = chance.randrange(5)
     if how == 0:
-        said = chance.choice(_GRID_JSON)
-        (folder / "grid.json").write_text(said)
-        return f"grid.json: {said[:100]}"
+        content = chance.choice(_GRID_JSON)
+        (folder / "grid.json").write_text(content)
+        return f"grid.json: {content[:100]}"
     if how == 1:
         (folder / "grid.json").unlink(missing_ok=True)
         (folder / "grid.json").mkdir(exist_ok=True)
@@ -787,7 +797,7 @@ def _other_names(folder: Path, chance: random.Random) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file and its content; of locks neither."""
+    """Every file and its content, but for locks."""
     return {
         str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b""
         for file in sorted(folder.rglob("*"))
@@ -796,9 +806,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def fuzz_results(count: int, seed: int, keep: Path) -> Tally:
-    """Give so many tampered folders to every command that reads results; those that fail are kept."""
+    """Give tampered folders to every command that reads results; those that fail are kept."""
     chance, tally = random.Random(seed), Tally()
-    # Nobody pulls the plug here, and waiting for the disk would take most of the time.
+    # Waiting for the disk would take most of the time.
     with tempfile.TemporaryDirectory() as name, _a_part_of_the_lesson(), mock.patch("os.fsync"):
         root = Path(name)
         valid_results(root / "valid" / "g")
@@ -826,14 +836,14 @@ def _a_part_of_the_lesson() -> contextlib.AbstractContextManager[Any]:
     whole = claims.lesson()
     part = whole.model_copy(update={"tables": whole.tables[:1], "claims": whole.claims[:4]})
     stack = contextlib.ExitStack()
-    for module in (tables, verdicts):
+    for module in (report_tables, verdicts):
         stack.enter_context(mock.patch.object(module, "lesson", return_value=part))
     return stack
 
 
 def _no_images() -> contextlib.AbstractContextManager[Any]:
     """They take half of a report's time: the page has the same charts."""
-    return mock.patch.object(faces, "images", return_value=("", b""))
+    return mock.patch.object(writers, "images", return_value=("", b""))
 
 
 def _look_at_results(case: str, root: Path, number: int, tally: Tally) -> None:
@@ -864,10 +874,10 @@ def _look_at_results(case: str, root: Path, number: int, tally: Tally) -> None:
         tally.took(ended.seconds / (2 if arguments[0] == "report" else 1), f"{case} {what}")  # with its images
         if ended.error or ended.code not in (0, 1, 2) or ended.started:
             tally.fail(case, f"{what} ended with {ended.code}\n{ended.error}")
-        elif said := unprintable(ended.out + ended.err):
-            tally.fail(case, f"{what} prints {said!r}")
+        elif codes := unprintable(ended.out + ended.err):
+            tally.fail(case, f"{what} prints {codes!r}")
         elif any(not line.startswith("harness: ") for line in ended.err.splitlines()):
-            tally.fail(case, f"{what} said {ended.err[:2000]!r}")
+            tally.fail(case, f"{what} printed {ended.err[:2000]!r}")
     if snapshot(root / "results") != before:
         tally.fail(case, "the results were changed")
     strays = [n for n in os.listdir(root) if n not in ("valid", "results", "before", "here", "output", "joined")]
@@ -880,9 +890,9 @@ def _look_at_results(case: str, root: Path, number: int, tally: Tally) -> None:
 
 
 def wrong_with_page(suffix: str, text: str) -> str | None:
-    """What a page of the report must not hold: markup or commands that came from rows."""
-    if said := unprintable(text) if suffix != ".html" else unprintable(text.split("<script>")[0]):
-        return f"holds {said!r}"
+    """Markup or commands from rows, which a page of the report must not hold; null where there are none."""
+    if codes := unprintable(text) if suffix != ".html" else unprintable(text.split("<script>")[0]):
+        return f"holds {codes!r}"
     if suffix in (".html", ".md", ".svg") and re.search(r"<script>alert\(7041|<img src=x", text):
         return "holds a script"
     if suffix == ".tex" and re.search(r"(?<!\\)\\(input|write)", text):
@@ -908,7 +918,7 @@ def main() -> None:
         count, began = getattr(given, what), time.monotonic()
         if count:
             tally = look(count, given.seed, given.keep)
-            print(f"{count:,} {what} in {time.monotonic() - began:.0f} s: {tally.said()}", flush=True)
+            print(f"{count:,} {what} in {time.monotonic() - began:.0f} s: {tally.summary()}", flush=True)
             for case, why in list(tally.failures.items())[:20]:
                 print(f"  {case}, kept in {given.keep}: {why.strip().splitlines()[-1][:300]}", flush=True)
             failed = failed or bool(tally.failures)

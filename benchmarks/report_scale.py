@@ -1,7 +1,7 @@
-"""What a report costs as rows grow: seconds and memory of `harness report`, for synthetic results and committed ones.
+"""Scaling of `harness report`: seconds and memory by number of rows, for synthetic results and committed ones.
 
 The cost should grow no faster than the rows: the last ratio is seconds per row at the largest size over the
-smallest one's, after what a report of nothing costs.
+smallest one's, after subtracting the cost of a report of ten rows.
 
     python benchmarks/report_scale.py [--rows 25000 50000 100000]
 """
@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.environment import current
-from harness.results import SCHEMAS, Job, Record, Table, _trial_row
+from harness.record import Job, Record
+from harness.results.schema import SCHEMAS, Table, trial_row
 from harness.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ STEPS = 4
 
 
 def fill(folder: Path, rows: int) -> None:
-    """Write so many trials, `REPEATS` of each configuration, with their steps and stories."""
+    """Write this number of trials, `REPEATS` of each configuration, with their steps and stories."""
     generator = numpy.random.default_rng(0)
     configs = max(2, rows // REPEATS)
     config = numpy.repeat(numpy.arange(configs), REPEATS)
@@ -39,7 +40,7 @@ def fill(folder: Path, rows: int) -> None:
     count = len(config)
     spec = TrialSpec(base_model="random:tiny")
     job = Job(grid="scale", spec=spec, label="x")
-    template = _trial_row(
+    template = trial_row(
         Record.of(job, environment=current("cpu"), status="ok", started_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
     )
     columns = {name: pa.array([value] * count, SCHEMAS["trials"].field(name).type) for name, value in template.items()}
@@ -124,7 +125,7 @@ def main() -> None:
         committed = ROOT / "results/techniques"
         if committed.is_dir():
             seconds, memory = report(committed, scratch / "committed")
-            print(f"committed techniques: {seconds:6.1f} s, {memory:.2f} GiB (15 s or less is asked)", flush=True)
+            print(f"committed techniques: {seconds:6.1f} s, {memory:.2f} GiB (target: 15 s)", flush=True)
         fill(scratch / "few", 10)
         nothing, _ = report(scratch / "few", scratch / "out-few")
         costs = []
@@ -133,7 +134,7 @@ def main() -> None:
             seconds, memory = report(scratch / str(rows), scratch / f"out-{rows}")
             costs.append((seconds - nothing) / rows)
             print(f"{rows:>8,} rows:         {seconds:6.1f} s, {memory:.2f} GiB", flush=True)
-    print(f"ten rows:             {nothing:6.1f} s; 100,000 in 20 s and 2 GiB is asked")
+    print(f"ten rows:             {nothing:6.1f} s; target: 100,000 in 20 s and 2 GiB")
     print(f"seconds per row, largest over smallest size: {costs[-1] / costs[0]:.2f} (1 is linear)")
 
 

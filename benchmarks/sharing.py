@@ -1,4 +1,4 @@
-"""Two runners on one results folder, beside one: how long until a grid whose trials sleep is done.
+"""Two runners on one results folder, and one alone: how long until a grid whose trials sleep is done.
 
     python benchmarks/sharing.py [--trials 40] [--seconds 0.3]
 
@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.results import Store
+from harness.results.store import Store
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_launch import let_go, runner, said
+from test_launch import begin, counts, runner
 
 
 def seconds_of(runners: int, trials: int, seconds: float) -> tuple[float, list[int]]:
@@ -26,12 +26,12 @@ def seconds_of(runners: int, trials: int, seconds: float) -> tuple[float, list[i
         started = [runner(folder, trials, seconds) for _ in range(runners)]
         began = time.monotonic()
         for each in started:
-            let_go(each)
-        shares = [said(each)[0] for each in started]
+            begin(each)
+        done = [counts(each)[0] for each in started]
         took = time.monotonic() - began
-        if len(Store(folder).read("trials")) != trials or sum(shares) != trials:
-            raise SystemExit(f"{sum(shares)} trials were done, {trials} asked for")
-    return took, shares
+        if len(Store(folder).read("trials")) != trials or sum(done) != trials:
+            raise SystemExit(f"{sum(done)} trials were done, {trials} asked for")
+    return took, done
 
 
 def main() -> None:
@@ -41,9 +41,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3)
     given = parser.parse_args()
     alone, _ = seconds_of(1, given.trials, given.seconds)
-    together, shares = seconds_of(2, given.trials, given.seconds)
+    together, done = seconds_of(2, given.trials, given.seconds)
     print(f"one runner   {alone:6.2f} s for {given.trials} trials of {given.seconds:g} s")
-    print(f"two runners  {together:6.2f} s, {shares[0]} and {shares[1]} trials")
+    print(f"two runners  {together:6.2f} s, {done[0]} and {done[1]} trials")
     print(f"ratio {together / alone:.2f} (0.70 or less is asked)")
 
 

@@ -1,4 +1,4 @@
-"""What a launcher adds to a trial: forked here, or as a task of a Ray cluster, beside a fresh Python.
+"""What a launcher adds to a trial: forked here, or as a task of a Ray cluster; and a fresh Python for comparison.
 
 python benchmarks/startup.py [--trials 10]
 """
@@ -12,29 +12,26 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from harness.launch import Launcher
-from harness.launch.attempt import Attempt
 from harness.launch.cluster import RayLauncher
+from harness.launch.launcher import Attempt, Launcher, WorkerOptions
 from harness.launch.local import LocalLauncher
-from harness.results import Job
+from harness.record import Job
 from harness.spec import TrialSpec
 
 
 def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:
-    """Seconds from the launch to the first word of the trial."""
-    heard: list[float] = []
+    """Seconds from the launch to the first event of the trial."""
+    events: list[float] = []
 
-    def listen(kind: str, value: Any) -> None:
-        heard.append(time.perf_counter())
+    def on_event(kind: str, value: object) -> None:
+        events.append(time.perf_counter())
 
-    options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    record = launcher.run(Attempt(job(seed), options, folder / "log"), listen)
+    record = launcher.run(Attempt(job(seed), options(folder), folder / "log"), on_event)
     if record.status != "ok":
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
-    return heard[0] - began
+    return events[0] - began
 
 
 def through_ray(count: int, folder: Path) -> list[float]:
@@ -45,13 +42,17 @@ def through_ray(count: int, folder: Path) -> list[float]:
 
 def overhead(launcher: Launcher, seed: int, folder: Path) -> float:
     """Seconds from launch to record, without those of the trial."""
-    options = {"folder": None, "trust_remote_code": False}
     began = time.perf_counter()
-    record = launcher.run(Attempt(job(seed), options, folder / "log"), lambda kind, value: None)
+    record = launcher.run(Attempt(job(seed), options(folder), folder / "log"), lambda kind, value: None)
     seconds = record.metrics["trial_seconds"]
     if record.status != "ok" or seconds is None:
         raise SystemExit(f"the trial ended as {record.status}: {record.error}")
     return time.perf_counter() - began - seconds
+
+
+def options(folder: Path) -> WorkerOptions:
+    """Of a worker with the whole machine."""
+    return {"folder": str(folder / "adapters"), "trust_remote_code": False, "placement": None}
 
 
 def job(seed: int) -> Job:

@@ -1,4 +1,4 @@
-"""What a search costs beside trying everything: seconds of trials, and whether it finds the same best cell.
+"""Cost of a search against trying everything: seconds of trials, and whether it finds the same best cell.
 
     python benchmarks/tune_cost.py [--trials 16]
 
@@ -17,12 +17,13 @@ import pandas
 from rich.console import Console
 from rich.table import Table
 
-from harness.display import display
+from harness.analysis import loading, stats
+from harness.cli.progress import display
+from harness.grids.search import Search
+from harness.grids.search_file import parse
 from harness.launch.local import LocalLauncher
-from harness.report import measurements
-from harness.results import Store
-from harness.search import Search, parse
-from harness.tune import tune
+from harness.results.store import Store
+from harness.tuning.study import tune
 
 BASE = {
     "base_model": "smollm2-135m-instruct", "sequence_length": 96, "eval_sequence_length": 96, "val_set_size": 8.0,
@@ -54,47 +55,45 @@ def run(sampler: str, trials: int, folder: Path, console: Console) -> pandas.Dat
     return rows[~rows["twin"] & rows["study"].notna()].sort_values("eval_loss")
 
 
-def verdict(one: Path, label: str, other: Path, other_label: str) -> tuple[str, float]:
-    """How the found cell compares with the best of all, story by story."""
-    m = measurements.load(one)
-    losses = {}
-    for name, folder, wanted in (("found", other, other_label), ("best", one, label)):
-        found = measurements.load(folder) if folder != one else m
-        trial = found.trials.index[(found.trials["label"] == wanted) & ~found.trials["twin"]][0]
-        stories = found.stories[found.stories["trial"] == trial]
-        losses[name] = stories.set_index("story")["loss"]
-    from harness import stats
+def story_losses(folder: Path, label: str) -> pandas.Series:
+    """The loss of each story in a trial."""
+    m = loading.load(folder)
+    trial = m.trials.index[(m.trials["label"] == label) & ~m.trials["twin"]][0]
+    return m.stories[m.stories["trial"] == trial].set_index("story")["loss"]
 
-    differences = (losses["found"] - losses["best"]).dropna()
+
+def verdict(best: pandas.Series, chosen: pandas.Series) -> tuple[str, float]:
+    """The chosen cell against the best of all, story by story, and the lower bound of their difference."""
+    differences = (chosen - best).dropna()
     effect = stats.paired(differences, pandas.Series(0, differences.index)).loc[0]
     if differences.abs().max() < 1e-6:
         return "the same cell", 0.0
-    said = "not distinguishable" if effect["low"] <= 0 else "worse"
-    return f"{effect['effect']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) nats: {said}", effect["low"]
+    word = "not distinguishable" if effect["low"] <= 0 else "worse"
+    return f"{effect['effect']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) nats: {word}", effect["low"]
 
 
 def main() -> int:
     """Print both; 1 where the search is worse, or costs more than 35 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--results", type=Path, help="Folder to keep the rows in, and to go on from.")
+    parser.add_argument("--results", type=Path, help="Folder for the rows; a run continues from it.")
     given = parser.parse_args()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as temporary:
         root = given.results or Path(temporary)
         every = run("brute-force", 48, root / "cost-all", console)
         some = run("tpe", given.trials, root / "cost-tpe", console)
-        share = some["trial_seconds"].sum() / every["trial_seconds"].sum()
+        fraction = some["trial_seconds"].sum() / every["trial_seconds"].sum()
         table = Table("", "cells", "seconds", "best", "eval loss", title="Searching a space of 48 cells")
         for name, rows in (("all of them", every), ("tpe", some)):
             best = rows.iloc[0]
             seconds = f"{rows['trial_seconds'].sum():.0f}"
             table.add_row(name, str(len(rows)), seconds, best["label"], f"{best['eval_loss']:.4f}")
         Console().print(table)
-        labels = (every.iloc[0]["label"], some.iloc[0]["label"])
-        said, low = verdict(root / "cost-all", labels[0], root / "cost-tpe", labels[1])
-        print(f"trial-seconds: {share:.0%} of all; the found cell against the best: {said}")
-        return int(share > 0.35 or low > 0)
+        best_losses = story_losses(root / "cost-all", every.iloc[0]["label"])
+        text, low = verdict(best_losses, story_losses(root / "cost-tpe", some.iloc[0]["label"]))
+        print(f"trial-seconds: {fraction:.0%} of all; the chosen cell against the best: {text}")
+        return int(fraction > 0.35 or low > 0)
 
 
 if __name__ == "__main__":

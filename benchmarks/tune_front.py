@@ -1,4 +1,4 @@
-"""Trials until a search has 95 % of a front that is known exactly: the default sampler beside a random one.
+"""Trials until a search has 95 % of a front that is known exactly: the default sampler against a random one.
 
     python benchmarks/tune_front.py [--seeds 5] [--trials 60]
 
@@ -21,8 +21,8 @@ import formula
 from test_launch import Watch
 
 from harness.launch.local import LocalLauncher
-from harness.results import Store
-from harness.tune import tune
+from harness.results.store import Store
+from harness.tuning.study import tune
 
 
 def trials_needed(launcher: LocalLauncher, sampler: str, seed: int, trials: int) -> int | None:
@@ -41,7 +41,7 @@ def main() -> int:
     given = parser.parse_args()
     table = Table("seed", "tpe", "random", title=f"Trials until 95 % of the front, of {given.trials}")
     missed = sooner = 0
-    with LocalLauncher(formula.child, preload="harness.search") as launcher:
+    with LocalLauncher(child=formula.child, preload="harness.grids.search") as launcher:
         for seed in range(given.seeds):
             tpe, random = (trials_needed(launcher, name, seed, given.trials) for name in ("tpe", "random"))
             missed += tpe is None

@@ -7,8 +7,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"merge_lora": "harness.launch.merging"}
-"""What is called from Python, and where it is; imported when it is asked for."""
+_PUBLIC = {"merge_lora": "harness.adapters.merge"}
+"""Public functions and their modules, imported on first use."""
 
 
 def __getattr__(name: str) -> Any:

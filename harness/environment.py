@@ -5,39 +5,42 @@ Two rows are comparable when their environment ids are equal.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from harness import __version__
 from harness.errors import InputError
+from harness.metrics import GIB
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 # Without these instructions PyTorch multiplies 16-bit matrices in plain loops (half_matmul.py).
 NATIVE_HALF = {"avx512bw", "avx512_fp16", "amx_bf16", "bf16", "asimdhp"}
 HalfMatmul = Literal["amx", "avx512_bf16", "native", "fp32-blocks"]
+DeviceType = Literal["cpu", "cuda"]
+
+_FORMER_NAME = "neighbours"
+"""Of `concurrent_trials`, in rows of earlier versions."""
 
 
 class Environment(BaseModel):
     """Hardware and versions of one machine, as they bear on the figures."""
 
-    # Rows of a later version may say more.
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    # Rows of a later version may have further fields.
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, use_attribute_docstrings=True)
 
-    device_type: Literal["cpu", "cuda"]
-    """Where tensors live."""
+    device_type: DeviceType
+    """Where tensors are kept."""
     device_name: str
     """Name of the card, or of the processor."""
     device_memory_bytes: int
@@ -53,89 +56,72 @@ class Environment(BaseModel):
     python: str
     """Python version, minor release."""
     half_matmul: HalfMatmul
-    """How a CPU multiplies 16-bit matrices: its own instructions (the two fastest by name: they sum in orders of their
-    own, at speeds of their own), or harness's blocks of fp32."""
+    """How a CPU multiplies 16-bit matrices: its own instructions (the two fastest by name: each sums in an order and at
+    a speed of its own), or harness's blocks of fp32."""
     versions: dict[str, str | None]
-    """Versions of the packages that measure and are measured; null: not installed."""
-    neighbours: int = 0
-    """Most trials that ran at the same time on this machine; the cores are a share of it then."""
+    """Versions of the measured packages; null: not installed."""
+    concurrent_trials: int = Field(default=0, validation_alias=AliasChoices("concurrent_trials", _FORMER_NAME))
+    """Other trials that may run on this machine at the same time; each then has a part of the cores."""
 
     @property
     def id(self) -> str:
-        """Eight hex digits of the hash of all fields; trials that ran alone have that from before there were others."""
-        alone = {"neighbours"} if self.neighbours == 0 else set()
-        text = json.dumps(self.model_dump(exclude=alone), sort_keys=True, separators=(",", ":"))
+        """Eight hex digits of the hash of all fields."""
+        fields = self.model_dump(exclude={"concurrent_trials"})
+        if self.concurrent_trials:  # ids of the first rows were made without it, later ones under its former name
+            fields[_FORMER_NAME] = self.concurrent_trials
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def at(self, seat: Seat) -> Environment:
-        """That of a worker of this machine."""
-        return self.model_copy(update={"cpu_cores": seat.threads or len(seat.cores), "neighbours": seat.neighbours})
+    def placed(self, placement: Placement) -> Environment:
+        """The environment of a worker with this placement."""
+        cores = placement.threads or len(placement.cores)
+        return self.model_copy(update={"cpu_cores": cores, "concurrent_trials": placement.concurrent_trials})
 
 
 @dataclass(frozen=True)
-class Seat:
-    """What one of several workers has of a machine."""
+class Placement:
+    """The part of a machine that one of several workers may use."""
 
     cores: tuple[int, ...]
-    """Numbers of the cores that it may use."""
+    """Numbers of the cores that it may run on."""
     card: str | None
-    """Its card, as CUDA_VISIBLE_DEVICES names it; null: as it is, or none."""
-    neighbours: int
-    """Other seats."""
+    """Its card, as CUDA_VISIBLE_DEVICES names it; null: any, or none."""
+    concurrent_trials: int
+    """Other workers of the machine."""
     threads: int | None = None
-    """So many cores are meant, where they are not its own; null: all of them."""
+    """Cores that it should use, where `cores` are shared with others; null: all of them."""
 
-    def take(self) -> None:
-        """Keep this process to the seat. Before CUDA is touched: which cards there are is asked once."""
-        global _seat
+    def apply(self) -> None:
+        """Restrict this process to it. Call before CUDA is initialised, which reads the visible cards once."""
         os.sched_setaffinity(0, self.cores)
         if self.card is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.card
-        _seat = self
 
 
-_seat: Seat | None = None
-"""Of this process, if it is one of several workers."""
-_seats = 1
-"""Into so many this process divides the machine, if it is a runner."""
-_nodes: tuple[Environment, ...] = ()
-"""Where the trials of this runner run, if it is elsewhere."""
-
-
-def seats(count: int, device_type: str) -> list[Seat]:
-    """The machine divided among so many workers: a card each, and as many cores.
+def divide_machine(workers: int, device_type: DeviceType) -> list[Placement]:
+    """An equal part of this machine for each worker: a card, and as many cores.
 
     Raises:
-        InputError: there are fewer cards or cores, or the cards differ.
+        InputError: there are fewer cards or cores than workers, or the cards differ.
     """
     cores = sorted(os.sched_getaffinity(0))
-    if count > len(cores):
-        raise InputError(f"{count} workers, and {len(cores)} cores; give --workers {len(cores)} at most")
-    own: list[str | None] = [None] * count
+    if workers > len(cores):
+        raise InputError(f"{workers} workers, and {len(cores)} cores; give --workers {len(cores)} at most")
+    tokens: list[str | None] = [None] * workers
     if device_type == "cuda":
-        there = cards()
-        if count > len(there):
-            raise InputError(f"{count} workers, and {len(there)} cards; give --workers {max(1, len(there))} at most")
-        kinds = {(card["name"], card["memory_bytes"]) for card in there[:count]}
-        if len(kinds) > 1:
-            said = ", ".join(sorted(name for name, _ in kinds))
+        visible = cards()
+        if workers > len(visible):
+            most = max(1, len(visible))
+            raise InputError(f"{workers} workers, and {len(visible)} cards; give --workers {most} at most")
+        models = {(card["name"], card["memory_bytes"]) for card in visible[:workers]}
+        if len(models) > 1:
+            names = ", ".join(sorted(name for name, _ in models))
             raise InputError(
-                f"the cards differ ({said}), and so would their figures; name like ones in CUDA_VISIBLE_DEVICES"
+                f"the cards differ ({names}), and so would their figures; name equal ones in CUDA_VISIBLE_DEVICES"
             )
-        own = [card["token"] for card in there[:count]]
-    share = len(cores) // count
-    return [Seat(tuple(cores[k * share : (k + 1) * share]), own[k], count - 1) for k in range(count)]
-
-
-@contextlib.contextmanager
-def divided(count: int) -> Iterator[None]:
-    """Within, `current` is the environment of one of so many workers."""
-    global _seats
-    former, _seats = _seats, count
-    try:
-        yield
-    finally:
-        _seats = former
+        tokens = [card["token"] for card in visible[:workers]]
+    each = len(cores) // workers
+    return [Placement(tuple(cores[k * each : (k + 1) * each]), tokens[k], workers - 1) for k in range(workers)]
 
 
 def version(package: str) -> str | None:
@@ -158,23 +144,23 @@ def cards() -> tuple[dict[str, Any], ...]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no driver, no card: each means that there is none to use
+    except Exception:  # without the package, the driver or a card there is none to use
         return ()
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
         tokens = [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
         if visible is not None:
             tokens = [t for t in (token.strip() for token in visible.split(",")) if t in tokens or not t.isdigit()]
-        found = []
+        visible_cards = []
         for token in tokens:
             try:
                 number = token.isdigit()
                 handle = (pynvml.nvmlDeviceGetHandleByIndex if number else pynvml.nvmlDeviceGetHandleByUUID)(
                     int(token) if number else token
                 )
-            except pynvml.NVMLError:  # there is no card of that name
+            except pynvml.NVMLError:  # no card has that name
                 continue
-            found.append(
+            visible_cards.append(
                 {
                     "token": token,
                     "name": _text(pynvml.nvmlDeviceGetName(handle)),
@@ -182,7 +168,7 @@ def cards() -> tuple[dict[str, Any], ...]:
                     "driver": driver,
                 }
             )
-        return tuple(found)
+        return tuple(visible_cards)
     finally:
         pynvml.nvmlShutdown()
 
@@ -191,7 +177,7 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def resolve_device(asked: str) -> Literal["cpu", "cuda"]:
+def resolve_device(asked: str) -> DeviceType:
     """`auto` is CUDA where torch was built for it and a card is there."""
     if asked == "auto":
         return "cuda" if cards() and "+cpu" not in (version("torch") or "+cpu") else "cpu"
@@ -229,40 +215,13 @@ def half_matmul() -> HalfMatmul:
     return "native" if not flags or flags & NATIVE_HALF else "fp32-blocks"
 
 
-def current(device_type: Literal["cpu", "cuda"]) -> Environment:
-    """The environment of this process, or of its workers, for trials on that device."""
-    if _nodes:
-        return _nodes[0]
-    here = _current(device_type)
-    if _seat is not None:
-        return here.at(_seat)
-    return here if _seats == 1 else here.model_copy(
-        update={"cpu_cores": here.cpu_cores // _seats, "neighbours": _seats - 1}
-    )  # fmt: skip
-
-
-def possible(device_type: Literal["cpu", "cuda"]) -> tuple[Environment, ...]:
-    """Those that a trial of this runner may find itself in."""
-    return _nodes or (current(device_type),)
-
-
-@contextlib.contextmanager
-def elsewhere(nodes: tuple[Environment, ...]) -> Iterator[None]:
-    """Within, trials run in these environments, not in this machine's."""
-    global _nodes
-    former, _nodes = _nodes, nodes
-    try:
-        yield
-    finally:
-        _nodes = former
-
-
 @functools.cache
-def _current(device_type: Literal["cpu", "cuda"]) -> Environment:
+def current(device_type: DeviceType) -> Environment:
+    """The environment of this process, for trials on that device."""
     info = _cpuinfo()
     cpu_name = info.get("model name") or platform.processor() or platform.machine()
     # Kernels reserve a little more or less at each boot; the machine is the same.
-    memory = round(_memory_bytes() / 2**30) * 2**30
+    memory = round(_memory_bytes() / GIB) * GIB
     card = cards()[0] if device_type == "cuda" and cards() else None
     return Environment(
         device_type=device_type,

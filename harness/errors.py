@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""Errors that several packages know: bad input, and a full disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 
 
 class InputError(ValueError):
-    """Bad input: one clear line that says what was given and what would do. Exit code 2."""
+    """Bad input. The message is one line: what was given, and what would do. Exit code 2."""
 
 
-def says_disk_full(error: BaseException) -> bool:
-    """Whether there was no room for what was written. Libraries in Rust and C++ say so in words alone."""
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk was full. Libraries in Rust and C++ report it only in the error's text."""
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+MIB = 2**20
 GIB = 2**30
 
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "activations")
@@ -19,10 +20,15 @@ COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "activations")
 
 def show_bytes(value: float) -> str:
     """Bytes with a binary unit: 1.50 GiB."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if abs(value) >= size:
             return f"{value / size:.2f} {unit}"
     return f"{value:.0f} B"
+
+
+def byte_unit(largest: float) -> tuple[str, float]:
+    """The unit for figures up to `largest` bytes that share a column or an axis, and its size in bytes."""
+    return ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", float(MIB))
 
 
 def show_count(value: float) -> str:
@@ -60,6 +66,7 @@ def show_scientific(value: float) -> str:
     return f"{value:.3g}"
 
 
+AcrossProcesses = Literal["first", "heaviest", "highest", "sum"]
 _NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01, "text": 0.01}
 
 
@@ -68,6 +75,8 @@ class Metric:
     """One figure: what it is called, counted in, and means."""
 
     name: str
+    label: str
+    """What people read, within a sentence: `peak memory`, `tokens/s`."""
     type: Literal["int", "float"]
     unit: str
     better: Literal["lower", "higher", None]
@@ -76,6 +85,14 @@ class Metric:
     show: Callable[[float], str]
     exact: bool = False
     """Whether the same trial gives the same figure each time, to the byte: one pair decides a comparison."""
+    across_processes: AcrossProcesses = "first"
+    """Figure of a trial of several processes: that of the first, of the one with the highest `peak_memory_bytes`
+    (heaviest), the highest, or the sum."""
+
+    @property
+    def heading(self) -> str:
+        """The label as a heading."""
+        return self.label[:1].upper() + self.label[1:]
 
     @property
     def scale(self) -> Literal["ratio", "difference"]:
@@ -92,68 +109,120 @@ class Metric:
             raise ValueError(f"metric {self.name!r} needs a name that is an identifier, and a sentence")
 
 
-def _bytes(name: str, definition: str, better: Literal["lower", None] = "lower", *, exact: bool = True) -> Metric:
-    return Metric(name, "int", "B", better, "memory", definition, show_bytes, exact)
+def _bytes(
+    name: str,
+    label: str,
+    definition: str,
+    better: Literal["lower", None] = "lower",
+    *,
+    exact: bool = True,
+    across_processes: AcrossProcesses = "first",
+) -> Metric:
+    return Metric(name, label, "int", "B", better, "memory", definition, show_bytes, exact, across_processes)
 
 
-def _rate(name: str, unit: str, definition: str) -> Metric:
-    return Metric(name, "float", unit, "higher", "speed", definition, show_rate)
+def _rate(name: str, label: str, unit: str, definition: str) -> Metric:
+    return Metric(name, label, "float", unit, "higher", "speed", definition, show_rate)
 
 
-def _seconds(name: str, definition: str) -> Metric:
-    return Metric(name, "float", "s", "lower", "speed", definition, show_seconds)
+def _seconds(name: str, label: str, definition: str) -> Metric:
+    return Metric(name, label, "float", "s", "lower", "speed", definition, show_seconds)
 
 
-def _count(name: str, definition: str) -> Metric:
-    return Metric(name, "int", "", None, "size", definition, show_count, exact=True)
+def _count(name: str, label: str, definition: str) -> Metric:
+    return Metric(name, label, "int", "", None, "size", definition, show_count, exact=True)
 
 
-def _nats(name: str, definition: str) -> Metric:
-    return Metric(name, "float", "nats", "lower", "loss", definition, show_nats)
+def _nats(name: str, label: str, definition: str) -> Metric:
+    return Metric(name, label, "float", "nats", "lower", "loss", definition, show_nats)
 
 
-def _text(name: str, definition: str, better: Literal["lower", "higher", None]) -> Metric:
-    return Metric(name, "float", "", better, "text", definition, show_rate)
+def _text(name: str, label: str, definition: str, better: Literal["lower", "higher", None]) -> Metric:
+    return Metric(name, label, "float", "", better, "text", definition, show_rate)
 
 
 _TABLE = (
     _bytes(
         "peak_memory_bytes",
+        "peak memory",
         "Highest sum of live tensor storage over the training steps, weights and all. CUDA: the allocator's "
         "maximum since the first step; CPU: the live-tensor tracker over the first steps, which are the longest.",
+        across_processes="heaviest",
     ),
-    _bytes("peak_load_bytes", "The same while loading; null where neither device nor tracker sees it."),
-    _bytes("peak_evaluate_bytes", "The same while evaluating."),
-    _bytes("peak_reserved_bytes", "Most that the CUDA allocator held from the driver.", exact=False),
+    _bytes(
+        "peak_load_bytes",
+        "peak while loading",
+        "The same while loading; null where neither device nor tracker sees it.",
+        across_processes="highest",
+    ),
+    _bytes("peak_evaluate_bytes", "peak while evaluating", "The same while evaluating.", across_processes="highest"),
+    _bytes(
+        "peak_reserved_bytes",
+        "peak reserved memory",
+        "Most that the CUDA allocator held from the driver.",
+        exact=False,
+        across_processes="highest",
+    ),
     _bytes(
         "peak_process_bytes",
+        "peak process memory",
         "Most that the process held: driver's figure on CUDA (NVML), peak RSS on a CPU.",
         exact=False,
+        across_processes="highest",
     ),
     _bytes(
         "predicted_peak_memory_bytes",
+        "predicted peak memory",
         "What was predicted for peak_memory_bytes; null where nothing predicted it.",
         None,
     ),
-    _bytes("memory_weights_bytes", "Share of the peak held by the base model's weights, quantisation scales included."),
-    _bytes("memory_adapters_bytes", "Share of the peak held by adapter weights."),
-    _bytes("memory_gradients_bytes", "Share of the peak held by accumulated gradients."),
-    _bytes("memory_optimizer_bytes", "Share of the peak held by optimizer state."),
-    _bytes("memory_activations_bytes", "Share of the peak held by everything else: activations and temporaries."),
-    _bytes("oom_reached_bytes", "Out of memory: bytes held when it happened, a lower bound on the need.", None),
-    _bytes("oom_requested_bytes", "Out of memory: bytes asked on top of those.", None),
-    _rate("tokens_per_second", "tok/s", "Non-padding tokens of the timed steps, divided by their seconds."),
-    _rate("supervised_tokens_per_second", "tok/s", "The same for tokens that carry loss."),
-    _rate("padded_tokens_per_second", "tok/s", "The same for all positions, padding included."),
-    _rate("samples_per_second", "1/s", "Examples of the timed steps, divided by their seconds."),
-    _seconds("step_seconds_median", "Median of the timed optimizer steps."),
-    _seconds("step_seconds_p95", "95th percentile of the timed optimizer steps, interpolated."),
+    _bytes(
+        "memory_weights_bytes",
+        "weights",
+        "Share of the peak held by the base model's weights, quantisation scales included.",
+        across_processes="heaviest",
+    ),
+    _bytes(
+        "memory_adapters_bytes", "adapters", "Share of the peak held by adapter weights.", across_processes="heaviest"
+    ),
+    _bytes(
+        "memory_gradients_bytes",
+        "gradients",
+        "Share of the peak held by accumulated gradients.",
+        across_processes="heaviest",
+    ),
+    _bytes(
+        "memory_optimizer_bytes", "optimizer", "Share of the peak held by optimizer state.", across_processes="heaviest"
+    ),
+    _bytes(
+        "memory_activations_bytes",
+        "activations",
+        "Share of the peak held by everything else: activations and temporaries.",
+        across_processes="heaviest",
+    ),
+    _bytes(
+        "oom_reached_bytes",
+        "reached before out of memory",
+        "Out of memory: bytes held when it happened, a lower bound on the need.",
+        None,
+    ),
+    _bytes("oom_requested_bytes", "requested at out of memory", "Out of memory: bytes asked on top of those.", None),
+    _rate("tokens_per_second", "tokens/s", "tok/s", "Non-padding tokens of the timed steps, divided by their seconds."),
+    _rate("supervised_tokens_per_second", "supervised tokens/s", "tok/s", "The same for tokens that carry loss."),
+    _rate("padded_tokens_per_second", "padded tokens/s", "tok/s", "The same for all positions, padding included."),
+    _rate("samples_per_second", "samples/s", "1/s", "Examples of the timed steps, divided by their seconds."),
+    _seconds("step_seconds_median", "median step time", "Median of the timed optimizer steps."),
+    _seconds(
+        "step_seconds_p95", "95th percentile step time", "95th percentile of the timed optimizer steps, interpolated."
+    ),
     _seconds(
         "predicted_step_seconds",
+        "predicted step time",
         "What was predicted for a timed step of mean length, from the device's measured rates; null without them.",
     ),
     Metric(
         "roofline_share",
+        "share of the roofline",
         "float",
         "",
         "higher",
@@ -164,6 +233,7 @@ _TABLE = (
     ),
     Metric(
         "flops_per_token",
+        "FLOP/token",
         "float",
         "FLOP/tok",
         None,
@@ -174,6 +244,7 @@ _TABLE = (
     ),
     Metric(
         "flops_per_second",
+        "FLOP/s",
         "float",
         "FLOP/s",
         "higher",
@@ -183,6 +254,7 @@ _TABLE = (
     ),
     Metric(
         "joules_per_token",
+        "energy per token",
         "float",
         "J/tok",
         "lower",
@@ -190,9 +262,11 @@ _TABLE = (
         "Energy of the card over the timed steps (the driver's counter), per non-padding token; null on a CPU, and "
         "where they took less than a second.",
         show_rate,
+        across_processes="sum",
     ),
     Metric(
         "card_clock_share",
+        "card clock",
         "float",
         "",
         None,
@@ -202,35 +276,53 @@ _TABLE = (
     ),
     Metric(
         "card_temperature",
+        "card temperature",
         "int",
         "°C",
         None,
         "speed",
         "Highest temperature of the card over the timed steps.",
         show_count,
+        across_processes="highest",
     ),
     Metric(
         "throttled_share",
+        "time throttled",
         "float",
         "",
         None,
         "speed",
         "Share of the timed steps' looks at the card (five a second) that found its clock held down by heat or power.",
         show_share,
+        across_processes="highest",
     ),
-    _nats("eval_loss", "Loss per completion token on the held-out stories after training, weighted by tokens."),
-    _nats("eval_loss_before", "The same before training: the untouched base at this precision."),
     _nats(
+        "eval_loss",
+        "eval loss",
+        "Loss per completion token on the held-out stories after training, weighted by tokens.",
+    ),
+    _nats(
+        "eval_loss_before",
+        "eval loss before training",
+        "The same before training: the untouched base at this precision.",
+    ),
+    _nats(
+        "forgetting",
         "forgetting",
         "Loss per token on the bundled general text after training minus the same before, weighted by tokens.",
     ),
-    _nats("general_loss_before", "Loss per token on the bundled general text before training."),
-    Metric("eval_perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
-    _count("trainable_parameters", "Parameters that the optimizer changes."),
-    _count("total_parameters", "Parameters of base and adapters, as if unquantised."),
-    _bytes("adapter_bytes", "Bytes of the adapter's weights as they are saved."),
+    _nats(
+        "general_loss_before",
+        "general loss before training",
+        "Loss per token on the bundled general text before training.",
+    ),
+    Metric("eval_perplexity", "eval perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
+    _count("trainable_parameters", "trainable parameters", "Parameters that the optimizer changes."),
+    _count("total_parameters", "total parameters", "Parameters of base and adapters, as if unquantised."),
+    _bytes("adapter_bytes", "adapter", "Bytes of the adapter's weights as they are saved."),
     Metric(
         "adapter_share",
+        "adapter share",
         "float",
         "",
         "lower",
@@ -239,14 +331,18 @@ _TABLE = (
         show_small_share,
         exact=True,
     ),
-    _count("optimizer_steps", "Optimizer steps made."),
-    _count("timed_steps", "Optimizer steps behind the speeds."),
-    _count("trained_tokens", "Non-padding tokens trained on."),
-    _count("truncated_examples", "Training and held-out examples cut to the sequence length."),
-    _count("dropped_examples", "Examples left out: too long, or without a completion token after the cut."),
-    _count("evaluated_stories", "Held-out stories behind eval_loss."),
-    Metric("load_seconds", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
-    Metric("trial_seconds", "float", "s", "lower", "speed", "Seconds of the whole trial.", show_seconds),
+    _count("optimizer_steps", "optimizer steps", "Optimizer steps made."),
+    _count("timed_steps", "timed steps", "Optimizer steps behind the speeds."),
+    _count("trained_tokens", "trained tokens", "Non-padding tokens trained on."),
+    _count("truncated_examples", "truncated examples", "Training and held-out examples cut to the sequence length."),
+    _count(
+        "dropped_examples",
+        "dropped examples",
+        "Examples left out: too long, or without a completion token after the cut.",
+    ),
+    _count("evaluated_stories", "evaluated stories", "Held-out stories behind eval_loss."),
+    Metric("load_seconds", "load time", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
+    Metric("trial_seconds", "trial time", "float", "s", "lower", "speed", "Seconds of the whole trial.", show_seconds),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
@@ -254,16 +350,28 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 _INFERENCE = (
     _rate(
         "prefill_tokens_per_second",
+        "prefill tokens/s",
         "tok/s",
         "Tokens of a prompt divided by the seconds until its first new token, one request at a time, without autocast.",
     ),
-    _rate("decode_tokens_per_second", "tok/s", "New tokens after the first divided by their seconds."),
-    _seconds("token_seconds_p50", "Median of the seconds that a new token takes after the first."),
-    _seconds("token_seconds_p95", "95th percentile of the same, interpolated."),
-    _bytes("model_bytes", "Live tensor storage of the model as it is loaded to answer, quantisation scales included."),
-    _bytes("peak_inference_bytes", "Highest sum of live tensor storage during a request: weights, cache and all."),
+    _rate(
+        "decode_tokens_per_second", "decode tokens/s", "tok/s", "New tokens after the first divided by their seconds."
+    ),
+    _seconds("token_seconds_p50", "median token", "Median of the seconds that a new token takes after the first."),
+    _seconds("token_seconds_p95", "95th percentile token", "95th percentile of the same, interpolated."),
+    _bytes(
+        "model_bytes",
+        "model size",
+        "Live tensor storage of the model as it is loaded to answer, quantisation scales included.",
+    ),
+    _bytes(
+        "peak_inference_bytes",
+        "peak while answering",
+        "Highest sum of live tensor storage during a request: weights, cache and all.",
+    ),
     Metric(
         "logit_difference",
+        "logit difference",
         "float",
         "",
         "lower",
@@ -271,22 +379,32 @@ _INFERENCE = (
         "Largest difference of any logit from the unmerged model's, on held-out stories.",
         show_scientific,
     ),
-    _nats("story_loss", "Mean over held-out stories of the loss per completion token."),
-    _text("rouge_l", "ROUGE-L F1 of generated stories against the held-out ones.", "higher"),
-    _text("distinct_2", "Distinct pairs of words divided by all pairs, in a generated story.", "higher"),
-    _text("repetition", "Share of runs of four words that stood in the same generated story before.", "lower"),
-    _text("words", "Words of a generated story.", None),
+    _nats("story_loss", "loss per story", "Mean over held-out stories of the loss per completion token."),
+    _text("rouge_l", "ROUGE-L", "ROUGE-L F1 of generated stories against the held-out ones.", "higher"),
+    _text(
+        "distinct_2", "distinct pairs", "Distinct pairs of words divided by all pairs, in a generated story.", "higher"
+    ),
+    _text(
+        "repetition",
+        "repetition",
+        "Share of runs of four words that stood in the same generated story before.",
+        "lower",
+    ),
+    _text("words", "words", "Words of a generated story.", None),
 )
 
 INFERENCE: dict[str, Metric] = {metric.name: metric for metric in _INFERENCE}
-"""Figures of a trained model at work: the base, the base under its adapter, and the two merged."""
+"""Figures of an inference benchmark: the base, the base under its adapter, and the two merged."""
 
 FIGURES: dict[str, Metric] = METRICS | INFERENCE
+
+HEADLINE = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
+"""The three figures that every technique is judged by: memory, speed, loss."""
 
 FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
 """What fits is decided by the highest of these."""
 
-# What a trial that did not train may still say: its memory and sizes are facts, its scores are not.
+# A trial that did not train keeps its memory and sizes, which are valid; its scores are not.
 SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
     "load_seconds",
     "trial_seconds",

@@ -7,13 +7,13 @@ prints them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import math
 import re
 import string
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,8 +27,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
-from harness.private import without_home
+from harness._util.redact import redact_home
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
@@ -58,7 +59,7 @@ Optimizer = Literal[
 ]
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
-"""Those of torch, which update a shared-out weight as they do a whole one."""
+"""Those of torch, which update a shard as they do a whole weight."""
 
 Scheduler = Literal[
     "constant",
@@ -69,15 +70,6 @@ Scheduler = Literal[
     "polynomial",
     "inverse_sqrt",
 ]
-
-# The training files' own flags, and the precision that each stands for.
-PRECISION_FLAGS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "load_in_8bit": "int8", "load_in_4bit": "nf4"}
-
-# Keys of which a configuration may give one only; a level that gives one replaces the base's other.
-EXCLUSIVE: tuple[frozenset[str], ...] = (
-    frozenset({"train_samples", "max_steps", "num_epochs"}),
-    frozenset({"lora_target_linear", "lora_target_modules"}),
-)
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*$", re.IGNORECASE)
 
@@ -104,6 +96,34 @@ def parse_bytes(value: int | str) -> int:
     return size
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Metadata of a field in its `Annotated`: what is known of it besides its type."""
+
+    measured: bool = True
+    """Whether it changes what is measured; else it is left out of the id."""
+    memory: bool = True
+    """Whether it changes the memory of a training step."""
+    absent: Any = ...
+    """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
+
+    @classmethod
+    def of(cls, field: FieldInfo) -> Facts:
+        """The facts of a field; the defaults where it declares none.
+
+        Raises:
+            TypeError: it declares several.
+        """
+        declared = [each for each in field.metadata if isinstance(each, cls)]
+        if len(declared) > 1:
+            raise TypeError(f"{field.description!r}: declare one Facts with all of them")
+        return declared[0] if declared else cls()
+
+
+_UNMEASURED = Facts(measured=False)
+_NO_MEMORY = Facts(memory=False)
+
+
 def _one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError(f"{text!r} is not one line of printable text")
@@ -115,7 +135,7 @@ class _Frozen(BaseModel):
 
 
 class PromptSpec(_Frozen):
-    """How a row becomes a prompt and the completion that is learnt."""
+    """How a row becomes a prompt and a completion."""
 
     system_prompt: StrictStr | None = None
     """Instruction that stands before every prompt."""
@@ -148,17 +168,18 @@ class PromptSpec(_Frozen):
         return text
 
 
-Name = Annotated[StrictStr, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
-Place = Annotated[Name, AfterValidator(without_home)]
-"""A name that may be a path: one under the home folder begins with `~`, and is the same for everybody."""
+Line = Annotated[StrictStr, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
+"""One line of printable text."""
+NameOrPath = Annotated[Line, AfterValidator(redact_home)]
+"""A path under the home folder begins with `~`, so that it is equal for every user."""
 _MOST = 2**31 - 1
-"""Larger counts are slips of the keyboard, and no Arrow column or seed holds just any integer."""
+"""Largest count: larger ones are typing errors, and seeds and Arrow columns have bounds."""
 
 
 class DatasetSpec(_Frozen):
     """Where stories come from."""
 
-    path: Place
+    path: NameOrPath
     """Bundled name (`storyteller`, `storyteller-openings`), a .jsonl/.json/.csv/.parquet file, or a hub id."""
     type: PromptSpec = PromptSpec()
     """Prompt keys."""
@@ -171,10 +192,10 @@ UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
 class TrialSpec(_Frozen):
     """One fine-tuning. Equal specs have equal ids on every machine."""
 
-    base_model: Place
+    base_model: NameOrPath
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
-    """Story sources, joined."""
+    """Sources of stories, concatenated."""
     sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST)] = 512
     """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
     eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST)] | None = None
@@ -184,26 +205,26 @@ class TrialSpec(_Frozen):
     train_on_inputs: StrictBool = False
     """Take the loss on the prompt too."""
     val_set_size: Annotated[float, Field(strict=True, ge=0)] = 16
-    """Held-out stories: a count (1 or more), or a share of the rows (below 1). 0: no evaluation."""
+    """Held-out stories: a count (1 or more), or a fraction of the rows (below 1). 0: no evaluation."""
 
     precision: Precision = "bf16"
-    """Format of weights and arithmetic; the one name for `bf16`, `fp16`, `load_in_8bit`, `load_in_4bit`."""
+    """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
     double_quantization: StrictBool = False
     """Quantise the scales of nf4 and fp4 too."""
     tf32: StrictBool = False
-    """Let fp32 matrix products of a CUDA card use TensorFloat-32."""
+    """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is a card."""
-    memory_budget: int | None = None
+    """`auto`: CUDA where available."""
+    memory_budget: Annotated[int | None, _NO_MEMORY] = None
     """Bytes (or `24GiB`) of each process beyond which the trial ends as out of memory; null: what the device has."""
 
     adapter: Literal["lora", "none"] = "lora"
     """`none` (or null) is full fine-tuning."""
     lora_r: PositiveInt = 16
     """Rank."""
-    lora_alpha: PositiveInt = 16
+    lora_alpha: Annotated[PositiveInt, _NO_MEMORY] = 16
     """Scale: the update is multiplied by alpha / r."""
     lora_dropout: UnitInterval = 0.0
     """Dropout on the adapter's input."""
@@ -213,14 +234,14 @@ class TrialSpec(_Frozen):
     """Adapters on every linear layer but the head; false: the architecture's default in peft."""
     lora_target_modules: tuple[StrictStr, ...] | None = None
     """Names of the layers that get an adapter, instead of `lora_target_linear`."""
-    use_rslora: StrictBool = False
+    use_rslora: Annotated[StrictBool, _NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
     """Weight-decomposed LoRA."""
-    save_adapter: StrictBool = False
-    """Keep the trained adapter beside the results."""
-    measure_forgetting: StrictBool = False
-    """Judge the bundled general text too, before and after training: what of it was forgotten."""
+    save_adapter: Annotated[StrictBool, _NO_MEMORY] = False
+    """Keep the trained adapter with the results."""
+    measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False
+    """Evaluate the bundled general text too, before and after training, to measure forgetting."""
 
     micro_batch_size: PositiveInt = 1
     """Examples in one forward and backward pass."""
@@ -228,24 +249,24 @@ class TrialSpec(_Frozen):
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
     """Processes that train together."""
-    sharding: Literal["none", "shard_grad_op", "full_shard"] = "none"
-    """What of the model each process holds: all (DDP), or its share (FSDP), gathered for a step or layer by layer."""
+    sharding: Annotated[Literal["none", "shard_grad_op", "full_shard"], Facts(absent="none")] = "none"
+    """Whether each process holds the whole model (`none`: DDP) or a shard (FSDP), gathered per step or per layer."""
     gradient_checkpointing: StrictBool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
     train_samples: PositiveInt | None = None
-    """Examples to train on (past the end of the stories they come round again)."""
+    """Examples to train on; the stories are repeated where there are fewer."""
     max_steps: PositiveInt | None = None
     """Optimizer steps, instead of `train_samples`."""
     num_epochs: Annotated[float, Field(strict=True, gt=0)] | None = None
     """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
     optimizer: Optimizer = "adamw_torch"
     """Name of the optimizer, as in transformers."""
-    learning_rate: Annotated[float, Field(strict=True, gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(strict=True, gt=0), _NO_MEMORY] = 2e-4
     """Peak learning rate."""
-    lr_scheduler: Scheduler = "linear"
-    """Shape of the learning rate over the steps."""
-    warmup_ratio: UnitInterval = 0.0
+    lr_scheduler: Annotated[Scheduler, _NO_MEMORY] = "linear"
+    """Learning rate schedule."""
+    warmup_ratio: Annotated[UnitInterval, _NO_MEMORY] = 0.0
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.0
     """Decoupled weight decay; not on biases and norms."""
@@ -254,27 +275,10 @@ class TrialSpec(_Frozen):
     seed: Annotated[StrictInt, Field(ge=0, le=_MOST)] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 
-    output_dir: Annotated[StrictStr, AfterValidator(without_home)] | None = None
+    output_dir: Annotated[Annotated[StrictStr, AfterValidator(redact_home)] | None, _UNMEASURED] = None
     """Accepted from training files; results go where `harness run --results` says."""
-    logging_steps: PositiveInt = 1
+    logging_steps: Annotated[PositiveInt, _UNMEASURED] = 1
     """Accepted from training files; every step is recorded."""
-
-    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"output_dir", "logging_steps"})
-    """Keys that change nothing that is measured: they stay out of the id."""
-
-    WITHOUT_MEMORY: ClassVar[frozenset[str]] = frozenset(
-        {
-            "lora_alpha",
-            "use_rslora",
-            "learning_rate",
-            "lr_scheduler",
-            "warmup_ratio",
-            "memory_budget",
-            "save_adapter",
-            "measure_forgetting",
-        }
-    )
-    """Keys that change no byte of what a training step holds."""
 
     @field_validator("memory_budget", mode="before")
     @classmethod
@@ -285,7 +289,7 @@ class TrialSpec(_Frozen):
     @classmethod
     def _whole_count(cls, value: float) -> float:
         if value > 1 and not value.is_integer():
-            raise ValueError(f"{value} is neither a count (16) nor a share (0.1)")
+            raise ValueError(f"{value} is neither a count (16) nor a fraction (0.1)")
         return value
 
     @field_validator("lora_target_modules", mode="before")
@@ -297,16 +301,16 @@ class TrialSpec(_Frozen):
 
     @model_validator(mode="after")
     def _possible(self, info: ValidationInfo) -> TrialSpec:
-        # A grid looks at each key first, and at their combination once `exclude` has dropped some.
+        # A grid checks single keys first, and combinations once `exclude` has dropped some.
         if info.context != "keys alone":
             self.refuse_impossible()
         return self
 
     def refuse_impossible(self) -> None:
-        """Look at what the keys make together.
+        """Check the combination of the keys.
 
         Raises:
-            ValueError: each is valid, their combination cannot be trained.
+            ValueError: each is valid, but together they cannot be trained.
         """
         if self.adapter == "none" and self.precision in QUANTISED:
             raise ValueError(
@@ -318,21 +322,21 @@ class TrialSpec(_Frozen):
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
             raise ValueError(f"lora_bias {self.lora_bias} with precision {self.precision}: use lora_bias: none")
         if self.sharding != "none":
-            self._refuse_unsharded()
+            self._refuse_sharding()
 
-    def _refuse_unsharded(self) -> None:
-        said = f"sharding {self.sharding} with"
+    def _refuse_sharding(self) -> None:
+        given = f"sharding {self.sharding} with"
         if self.num_processes == 1:
-            raise ValueError(f"{said} num_processes 1: there is nobody to share with; use sharding: none")
+            raise ValueError(f"{given} num_processes 1: there are no processes to shard over; use sharding: none")
         if self.precision in QUANTISED:
-            raise ValueError(f"{said} precision {self.precision}: quantised weights are not shared out; use bf16")
+            raise ValueError(f"{given} precision {self.precision}: quantised weights are not sharded; use bf16")
         if self.lora_bias != "none" and self.adapter == "lora" and self.precision in {"bf16", "fp16"}:
             raise ValueError(
-                f"{said} lora_bias {self.lora_bias} and precision {self.precision}: weights trained in several formats "
-                f"are not shared out; use lora_bias: none, or precision: {self.precision}-mixed"
+                f"{given} lora_bias {self.lora_bias} and precision {self.precision}: trained weights of several "
+                f"formats are not sharded; use lora_bias: none, or precision: {self.precision}-mixed"
             )
         if self.optimizer not in SHARDED_OPTIMIZERS:
-            raise ValueError(f"{said} optimizer {self.optimizer}: use one of {', '.join(sorted(SHARDED_OPTIMIZERS))}")
+            raise ValueError(f"{given} optimizer {self.optimizer}: use one of {', '.join(sorted(SHARDED_OPTIMIZERS))}")
 
     @property
     def effective_batch_size(self) -> int:
@@ -340,12 +344,14 @@ class TrialSpec(_Frozen):
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
     def canonical(self) -> dict[str, Any]:
-        """The keys that decide what is measured, as plain JSON values."""
-        values = self.model_dump(mode="json", exclude=set(self.WITHOUT_EFFECT))
-        for later, absent in (("measure_forgetting", False), ("sharding", "none")):
-            if values[later] == absent:  # trials without it keep the ids that they had
-                del values[later]
-        # What is left out means the same as what it stands for.
+        """The keys that change what is measured, as plain JSON values."""
+        # A field that was added later is left out at its former value: ids from before stay valid.
+        values = {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if FACTS[name].measured and value != FACTS[name].absent
+        }
+        # An omitted key equals the value that it stands for.
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0
@@ -360,93 +366,14 @@ class TrialSpec(_Frozen):
 
     @property
     def memory_key(self) -> str:
-        """As `id`, and equal for specs that differ in nothing that takes memory."""
-        return _digest({k: v for k, v in self.canonical().items() if k not in self.WITHOUT_MEMORY})
+        """As `id`, but equal for specs that differ only in keys without effect on memory."""
+        return _digest({k: v for k, v in self.canonical().items() if FACTS[k].memory})
+
+
+FACTS: dict[str, Facts] = {name: Facts.of(field) for name, field in TrialSpec.model_fields.items()}
+"""The facts of each key."""
 
 
 def _digest(values: Mapping[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the several spellings of a training file to the keys of `TrialSpec`.
-
-    ``bf16``/``fp16``/``load_in_8bit``/``load_in_4bit``/``adapter: qlora`` become `precision`,
-    ``sequence_len`` becomes `sequence_length`, and ``auto`` flags become true (bf16) or false (tf32).
-    ``bf16: false`` with no other precision is fp32: it must not fall back on the default, bf16.
-
-    Raises:
-        ValueError: two spellings contradict each other.
-    """
-    values = dict(given)
-    if "sequence_len" in values:
-        length = values.pop("sequence_len")
-        if values.setdefault("sequence_length", length) != length:
-            raise ValueError(f"sequence_len {length} contradicts sequence_length {values['sequence_length']}; keep one")
-    if values.get("tf32") == "auto":
-        values["tf32"] = False
-    for key in ("adapter", "optimizer"):
-        if key in values and values[key] is None:
-            values[key] = "none" if key == "adapter" else "adamw_torch"
-
-    wanted: dict[str, str] = {}
-    for flag, precision in PRECISION_FLAGS.items():
-        if flag in values:
-            on = values.pop(flag)
-            if not (isinstance(on, bool) or on is None or (on == "auto" and flag == "bf16")):
-                raise ValueError(f"{flag}: {on!r} is neither true nor false" + ", nor auto" * (flag == "bf16"))
-            if on:
-                wanted[f"{flag}: {str(on).lower()}"] = precision
-    if values.get("adapter") == "qlora":
-        values["adapter"] = "lora"
-        wanted["adapter: qlora"] = "nf4"
-    # A 16-bit flag beside a quantised load names the arithmetic, which is 16 bit there anyway.
-    if any(p in QUANTISED for p in wanted.values()):
-        wanted = {k: p for k, p in wanted.items() if p in QUANTISED}
-    if "precision" in values:
-        named = values["precision"]  # of any type so far; the model refuses what is none
-        quantised = isinstance(named, str) and named in QUANTISED
-        wanted = {f"precision: {named}": named} | {k: p for k, p in wanted.items() if not (p == "bf16" and quantised)}
-        if named == "fp4":  # both are load_in_4bit
-            wanted = {k: "fp4" if p == "nf4" else p for k, p in wanted.items()}
-    if given.get("bf16") is False and (not wanted or "bf16" in wanted.values()):
-        wanted["bf16: false"] = "fp32"
-    if len({str(p) for p in wanted.values()}) > 1:
-        raise ValueError(f"contradictory precision ({', '.join(wanted)}); keep one")
-    if wanted:
-        values["precision"] = next(iter(wanted.values()))
-
-    for group in EXCLUSIVE:
-        both = sorted(key for key in group if values.get(key) not in (None, False))
-        if len(both) > 1:
-            raise ValueError(f"{' and '.join(both)} exclude each other; keep one")
-    if values.get("lora_target_modules"):
-        values["lora_target_linear"] = False
-    # YAML writes whole numbers where a float is meant, and some writers put 1e-4 in quotes.
-    for key in FLOAT_KEYS & values.keys():
-        values[key] = _as_float(values[key])
-    return values
-
-
-def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `override`; a key that excludes another removes the base's."""
-    dropped = {key for group in EXCLUSIVE if group & override.keys() for key in group - override.keys()}
-    return {key: value for key, value in base.items() if key not in dropped} | dict(override)
-
-
-FLOAT_KEYS: frozenset[str] = frozenset(
-    name for name, field in TrialSpec.model_fields.items() if "float" in str(field.annotation)
-)
-
-_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
-
-
-def _as_float(value: Any) -> Any:
-    """A whole number, or a number like 1e-4 that YAML 1.1 reads as text, as a float; else as it came."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 2**63 else math.inf
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        number = float(value)
-        return number if math.isfinite(number) else value
-    return value

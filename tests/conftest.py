@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import cli
+from harness.cli import app
 from harness.spec import TrialSpec
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,7 +85,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["harness", *arguments])
         code: Any = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             code = end.code or 0
         return code, *capsys.readouterr()

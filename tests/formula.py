@@ -12,11 +12,12 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from harness import environment
-from harness.results import Job, Record, StoryLoss
-from harness.search import Search, parse
+from harness.grids.search import Search
+from harness.grids.search_file import parse
+from harness.record import Job, Record, StoryLoss
 from harness.spec import TrialSpec
 
-if TYPE_CHECKING:  # each child imports this file anew
+if TYPE_CHECKING:  # each child imports this file again
     import pandas
 
 BUDGET = 700_000_000
@@ -56,8 +57,11 @@ def child(job_text: str, options: dict[str, Any], channel: Connection) -> None:
     """Answer as a worker does: phases, then a record."""
     job = Job.model_validate_json(job_text)
     memory, loss = figures(job.spec)
-    if "seat" in options:
-        environment.Seat(**options["seat"]).take()
+    here = environment.current("cpu")
+    if options["placement"] is not None:
+        placement = environment.Placement(**options["placement"])
+        placement.apply()
+        here = here.placed(placement)
     channel.send_bytes(json.dumps(["phase", "load"]).encode())
     time.sleep(float(os.environ.get("FORMULA_SECONDS", "0")))
     outcome: dict[str, Any]
@@ -81,7 +85,7 @@ def child(job_text: str, options: dict[str, Any], channel: Connection) -> None:
                 "trial_seconds": 0.5 + (job.spec.train_samples or 0) / 10,
             },
         }  # fmt: skip
-    record = Record.of(job, environment=environment.current("cpu"), started_at=dt.datetime.now(dt.UTC), **outcome)
+    record = Record.of(job, environment=here, started_at=dt.datetime.now(dt.UTC), **outcome)
     channel.send_bytes(json.dumps(["record", record.model_dump(mode="json")]).encode())
     os._exit(0)
 

@@ -33,7 +33,7 @@ def _data(path: str, type_: str = "") -> str:
     return _base(f"datasets: [{{path: {path}{', type: {' + type_ + '}' if type_ else ''}}}]")
 
 
-# Datasets that the cases below name, written beside the grid.
+# Datasets that the cases below name, written next to the grid.
 FILES: dict[str, str | bytes] = {
     "renamed.jsonl": '{"plot": "A fox.", "tale": "It ran."}\n',
     "empty.jsonl": "",
@@ -79,7 +79,7 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "flag that is none": (BASE + "title: !!bool maybe\n", r"not valid YAML: no such .*maybe"),
     "aliases of aliases": (_BOMB, r"aliases stand for more than 100000 values"),
     "merges of merges": (_MERGE_BOMB, r"aliases stand for more than 100000 values"),
-    "list as a key": ("? [a, b]\n: 1\n", r"not valid YAML at line 1: a list is no key"),
+    "list as a key": ("? [a, b]\n: 1\n", r"not valid YAML at line 1: a list is not a valid key"),
     "key given twice": (BASE + "repeats: 1\nrepeats: 2\n", r"line 3: key 'repeats' is given twice"),
     "key given twice in base": (_base("lora_r: 4, lora_r: 8"), r"line 1: key 'lora_r' is given twice"),
     # ---- keys
@@ -103,11 +103,11 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         _data("storyteller", "field_instrution: synopsis"),
         r"datasets\.0\.type: unknown key 'field_instrution'; .*field_instruction\?",
     ),
-    "spec key beside base": (
+    "spec key next to base": (
         BASE + "lora_r: 4\n",
         r"unknown key 'lora_r' \(did you mean to put lora_r under base:\?\)",
     ),
-    "vary beside a training file's keys": (
+    "vary next to a training file's keys": (
         "base_model: random:tiny\nvary: {lora_r: [4]}\n",
         r"unknown key 'base_model' .*under base:",
     ),
@@ -123,10 +123,10 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "base names another grid": ("base: grid_base.yml\n", r"base: unknown key 'base'"),
     "base name too long for a file": (f"base: {'x' * 5000}\n", r"cannot be read \(File name too long\)"),
     # ---- the grid's own keys
-    "name leaves the results folder": ("name: ../x\n" + BASE, r"name is '\.\./x', no folder name; use letters"),
-    "name is the folder above": ("name: ..\n" + BASE, r"name is '\.\.', no folder name"),
-    "name is hidden": ("name: .git\n" + BASE, r"name is '\.git', no folder name"),
-    "name is a number": ("name: 5\n" + BASE, r"name is 5, no folder name"),
+    "name leaves the results folder": ("name: ../x\n" + BASE, r"name is '\.\./x', not a folder name; use letters"),
+    "name is the folder above": ("name: ..\n" + BASE, r"name is '\.\.', not a folder name"),
+    "name is hidden": ("name: .git\n" + BASE, r"name is '\.git', not a folder name"),
+    "name is a number": ("name: 5\n" + BASE, r"name is 5, not a folder name"),
     "title is a list": ("title: [a]\n" + BASE, r"title is a list; it must be text"),
     "unknown design": ("design: ablations\n" + BASE, r"unknown design 'ablations'; did you mean ablation\?"),
     "design that is a list": ("design: [grid]\n" + BASE, r"unknown design \['grid'\]; did you mean grid\?"),
@@ -241,7 +241,7 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "learning_rate beyond a float": (_base(f"learning_rate: 1{'0' * 400}"), r"learning_rate is inf; .* finite number"),
     "learning_rate as a word": (_base("learning_rate: low"), r"learning_rate is 'low'; it must be a number"),
     "lora_dropout 1.0": (_base("lora_dropout: 1.0"), r"lora_dropout is 1\.0; it must be less than 1"),
-    "val_set_size neither count nor share": (_base("val_set_size: 1.5"), r"val_set_size: 1\.5 is neither a count"),
+    "val_set_size neither count nor fraction": (_base("val_set_size: 1.5"), r"val_set_size: 1\.5 is neither a count"),
     "val_set_size of all stories": (_base("val_set_size: 240"), r"val_set_size 240 leaves nothing to train on.*240"),
     "unknown optimizer": (
         _base("optimizer: adamw_bnb_8bits"),

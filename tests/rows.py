@@ -8,7 +8,8 @@ from typing import Any
 from conftest import SMALL
 
 from harness.environment import current
-from harness.results import Job, Record, Step, Store, StoryLoss
+from harness.record import Job, Record, Step, StoryLoss
+from harness.results.store import Store
 from harness.spec import TrialSpec
 
 

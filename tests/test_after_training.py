@@ -21,15 +21,20 @@ from rows import keep
 from test_launch import Watch
 
 import harness
-from harness import stories, story_metrics
-from harness.display import storytelling
+from harness.adapters import benchmark, merge, story_metrics, trained
+from harness.analysis import comparison, loading, verdicts
+from harness.analysis.inference import merging_effect
+from harness.cli.progress import story_display
 from harness.environment import current
 from harness.errors import InputError
-from harness.grid import Grid, Trial
-from harness.launch import merging, run_grid, serving
+from harness.grids.grid import Grid, Trial
 from harness.launch.local import LocalLauncher
-from harness.report import document, faces, measurements, plots, served, tables, verdicts
-from harness.results import Inference, Request, Served, Store, spec_of
+from harness.record import InferenceRecord, ModelFootprint, Request
+from harness.report import document, inference_tables, plots, tables, writers
+from harness.results.schema import spec_of
+from harness.results.store import Store
+from harness.runner.grid_run import run_grid
+from harness.sources import stories
 from harness.spec import DatasetSpec, TrialSpec
 
 PRECISIONS = ("fp32", "bf16", "nf4")
@@ -38,11 +43,11 @@ PRECISIONS = ("fp32", "bf16", "nf4")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in a folder, as one that was downloaded: its losses count, whatever they are worth."""
-    from harness import model
+    from harness.training import checkpoints
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(model._folder("random:tiny"), folder)
-    model.byte_tokenizer().save_pretrained(folder)
+    shutil.copytree(checkpoints.checkpoint_folder("random:tiny"), folder)
+    checkpoints.byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -64,20 +69,20 @@ def results(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_merged_is_unmerged(precision: str, results: Path, tmp_path: Path) -> None:
-    source = merging.trained(results, precision)
-    found = merging.merge(source, tmp_path / "m")
-    losses = found["losses"]
+    source = trained.find_adapter(results, precision)
+    result = merge.merge(source, tmp_path / "m")
+    losses = result["losses"]
     stories = len(losses["base"])
     before, unmerged, merged = (sum(losses[n]) / stories for n in ("base", "unmerged", "merged"))
     assert unmerged < before, "the adapter is in it"
     if precision == "fp32":
-        assert found["largest_logit_difference"] <= 1e-4
+        assert result["largest_logit_difference"] <= 1e-4
         assert abs(merged - unmerged) <= 1e-4
     else:  # rounding of 16 bit; of 4 bit also that the base is another
-        assert found["largest_logit_difference"] > 1e-4
+        assert result["largest_logit_difference"] > 1e-4
         assert abs(merged - unmerged) < (0.02 if precision == "bf16" else 0.5)
         assert merged < before
-    assert f"over {stories} held-out stories" in merging.cost(found)
+    assert f"over {stories} held-out stories" in merging_effect(losses)
     assert {f.name for f in (tmp_path / "m").iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "README.md", "merge.json", "generation_config.json",
     }  # fmt: skip
@@ -88,10 +93,10 @@ def test_merged_is_unmerged(precision: str, results: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob(".*"))
 
 
-def test_both_load_elsewhere_and_say_the_same(base: Path, results: Path, tmp_path: Path) -> None:
+def test_both_load_in_a_fresh_process_and_agree(base: Path, results: Path, tmp_path: Path) -> None:
     """In a process that has transformers and peft alone."""
-    source = merging.trained(results, "fp32")
-    merging.merge(source, tmp_path / "m")
+    source = trained.find_adapter(results, "fp32")
+    merge.merge(source, tmp_path / "m")
     code = (
         "import sys, torch\n"
         "sys.modules['harness'] = None\n"
@@ -128,12 +133,12 @@ def test_merge_lora_as_the_lesson_calls_it(results: Path, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(base: Path, results: Path, tmp_path: Path) -> None:
-    source = merging.trained(results, "fp32")
+    source = trained.find_adapter(results, "fp32")
     out = tmp_path / "m"
 
     def refused(folder: Path, match: str, spec: TrialSpec = source.spec) -> None:
         with pytest.raises(InputError, match=match) as error:
-            merging.merge(merging.Trained(spec, folder, "x", {}), out)
+            merge.merge(trained.TrainedAdapter(spec, folder, "x", {}), out)
         assert "\n" not in str(error.value)
         assert not list(tmp_path.glob("m*"))
         assert not list(tmp_path.glob(".*"))
@@ -151,33 +156,33 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(base: Path, result
     refused(broken, "not a configuration of peft")
     for trial, match in (("nothing", "no trial"), ("g", "no trial")):
         with pytest.raises(InputError, match=match):
-            merging.trained(results, trial)
+            trained.find_adapter(results, trial)
 
 
 def test_a_full_disk_no_memory_and_a_kill_leave_nothing(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = merging.trained(results, "fp32")
+    source = trained.find_adapter(results, "fp32")
     out = tmp_path / "models/m"
-    monkeypatch.setattr(merging, "_merge", _on_a_full_disk)
+    monkeypatch.setattr(merge, "_merge", _on_a_full_disk)
     with pytest.raises(InputError, match=r"No space left|File too large"):
-        merging.merge(source, out)
+        merge.merge(source, out)
     assert not list(out.parent.iterdir())
 
-    monkeypatch.setattr(merging, "_merge", _without_memory)
+    monkeypatch.setattr(merge, "_merge", _without_memory)
     with pytest.raises(InputError, match=r"^out of memory: "):
-        merging.merge(source, out)
+        merge.merge(source, out)
     assert not list(out.parent.iterdir())
 
-    monkeypatch.setattr(merging, "_merge", _killed)
+    monkeypatch.setattr(merge, "_merge", _killed)
     with pytest.raises(InputError, match=r"ended by SIGKILL; the machine may have run out of memory"):
-        merging.merge(source, out)
+        merge.merge(source, out)
     assert not list(out.parent.iterdir())
 
     # A merge that was killed together with its runner: the next one clears up.
     (out.parent / ".m.1.aside").mkdir()
     monkeypatch.undo()
-    merging.merge(source, out)
+    merge.merge(source, out)
     assert [entry.name for entry in out.parent.iterdir()] == ["m"]
 
 
@@ -186,23 +191,23 @@ def _on_a_full_disk(*arguments: Any) -> Any:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-    return merging._merge(*arguments)
+    return merge._merge(*arguments)
 
 
 def _without_memory(*arguments: Any) -> Any:
     import torch
 
-    from harness import inference
+    from harness.adapters import session
 
-    make = inference.Workshop.make
+    make = session.AdapterSession.make
 
-    def greedy(workshop: Any, name: Any) -> Any:
+    def greedy(session: Any, name: Any) -> Any:
         if name == "merged":
             torch.empty(2**50, dtype=torch.uint8)  # more than any machine has
-        return make(workshop, name)
+        return make(session, name)
 
-    inference.Workshop.make = greedy  # type: ignore[method-assign]  # of a process that ends with this
-    return merging._merge(*arguments)
+    session.AdapterSession.make = greedy  # type: ignore[method-assign]  # of a process that ends with this
+    return merge._merge(*arguments)
 
 
 def _killed(text: str, adapter: str, folder: str, *others: Any) -> Any:
@@ -228,11 +233,11 @@ def test_forgetting_is_what_the_loss_on_general_text_rose_by(results: Path) -> N
 
 
 def test_what_was_learnt_and_forgotten_has_an_interval(results: Path) -> None:
-    found = measurements.load(results / "g")
-    compared = tables.compare(found)
-    config = int(found.configs.index[found.configs["label"] == "fp32"][0])
-    learnt, forgot = (found.learnt(metric, [config])[config] for metric in ("eval_loss", "forgetting"))
-    evaluated = found.trials.loc[found.trials["config"] == config, "evaluated_stories"].item()
+    measurements = loading.load(results / "g")
+    compared = comparison.compare(measurements)
+    config = int(measurements.configs.index[measurements.configs["label"] == "fp32"][0])
+    learnt, forgot = (measurements.learnt(metric, [config])[config] for metric in ("eval_loss", "forgetting"))
+    evaluated = measurements.trials.loc[measurements.trials["config"] == config, "evaluated_stories"].item()
     assert (learnt.n, learnt.basis, learnt.verdict) == (evaluated, "stories", "better")
     assert learnt.high is not None
     assert learnt.high < 0, "the tuned model knows the stories better than its base"
@@ -249,80 +254,80 @@ def test_what_was_learnt_and_forgotten_has_an_interval(results: Path) -> None:
     assert "Change on general text" in json.dumps(chart.spec())
 
 
-# ------------------------------------------------------------------------------------ at work
+# ------------------------------------------------------------------------------------ the inference benchmark
 
 
 @pytest.fixture(scope="module")
-def at_work(results: Path) -> Inference:
+def inference(results: Path) -> InferenceRecord:
     """The three models of the fp32 trial, measured and kept."""
-    said: list[tuple[int, int, str]] = []
-    source = merging.trained(results, "fp32")
-    found = serving.measure(source, rounds=2, told=1, most_tokens=12, hear=said.append)
-    assert [(done, of) for done, of, _ in said] == [(i, 6) for i in range(6)]
-    assert {what for _, _, what in said[3:]} == {f"{model}, round 2" for model in ("base", "unmerged", "merged")}
-    return found
+    progress: list[tuple[int, int, str]] = []
+    source = trained.find_adapter(results, "fp32")
+    inference = benchmark.measure(source, rounds=2, generated_stories=1, most_tokens=12, on_progress=progress.append)
+    assert [(done, of) for done, of, _ in progress] == [(i, 6) for i in range(6)]
+    assert {what for _, _, what in progress[3:]} == {f"{model}, round 2" for model in ("base", "unmerged", "merged")}
+    return inference
 
 
-def test_three_models_at_work_are_measured(results: Path, at_work: Inference) -> None:
+def test_three_models_are_measured(results: Path, inference: InferenceRecord) -> None:
     (row,) = [r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "fp32"]
-    models = {each.model: each for each in at_work.models}
+    models = {each.model: each for each in inference.models}
     assert models["unmerged"].model_bytes - models["base"].model_bytes == row["adapter_bytes"]
     assert models["merged"].model_bytes == models["base"].model_bytes == row["memory_weights_bytes"]
-    assert all(each.peak_inference_bytes > each.model_bytes for each in at_work.models)
+    assert all(each.peak_inference_bytes > each.model_bytes for each in inference.models)
     assert models["merged"].logit_difference is not None
     assert 0 < models["merged"].logit_difference <= 1e-4
     assert models["base"].logit_difference is None
-    asked = {(r.model, r.round, r.story_id) for r in at_work.requests}
-    assert len(asked) == len(at_work.requests) == 3 * 2 * 2
-    assert all(len(r.token_seconds) == 31 and min(r.token_seconds) > 0 for r in at_work.requests)
+    asked = {(r.model, r.round, r.story_id) for r in inference.requests}
+    assert len(asked) == len(inference.requests) == 3 * 2 * 2
+    assert all(len(r.token_seconds) == 31 and min(r.token_seconds) > 0 for r in inference.requests)
     # The adapter that was kept is the model that was trained.
     losses = Store(results / "g").read("stories").to_pandas()
     mine = losses[(losses["trial_id"] == row["trial_id"]) & (losses["kind"] == "held-out")]
     for model, when in (("base", "before"), ("unmerged", "after"), ("merged", "after")):
         known = mine[mine["when"] == when].set_index("story_id")["loss"]
-        answers = {a.story_id: a.loss for a in at_work.answers if a.model == model}
+        answers = {a.story_id: a.loss for a in inference.answers if a.model == model}
         assert answers == pytest.approx(known.to_dict(), abs=1e-4)
-    told = [a for a in at_work.answers if a.story is not None]
-    assert [a.model for a in told] == ["base", "merged"]
-    assert told[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+    generated = [a for a in inference.answers if a.story is not None]
+    assert [a.model for a in generated] == ["base", "merged"]
+    assert generated[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
 
 
 def test_a_quantised_model_is_counted_with_its_scales_and_merged_in_16_bit(results: Path) -> None:
     (row,) = [r for r in Store(results / "g").read("trials").to_pylist() if r["label"] == "nf4"]
-    found = serving.measure(
-        merging.trained(results, "nf4"), rounds=1, told=0, most_tokens=1, hear=lambda said: None
+    inference = benchmark.measure(
+        trained.find_adapter(results, "nf4"), rounds=1, generated_stories=0, most_tokens=1, on_progress=lambda at: None
     )  # fmt: skip
-    models = {each.model: each for each in found.models}
+    models = {each.model: each for each in inference.models}
     assert models["base"].model_bytes == row["memory_weights_bytes"]
     assert [models[name].precision for name in ("base", "unmerged", "merged")] == ["nf4", "nf4", "bf16"]
     assert models["merged"].model_bytes > models["base"].model_bytes
 
 
-def test_models_at_work_are_reported_and_judged(results: Path, at_work: Inference, tmp_path: Path) -> None:
-    said = document.document(measurements.load(results / "g"), results / "g")
-    (table,) = [t for t in said.tables if t.id == "merged"]
+def test_inference_results_are_reported_and_judged(results: Path, inference: InferenceRecord, tmp_path: Path) -> None:
+    content = document.document(loading.load(results / "g"), results / "g")
+    (table,) = [t for t in content.tables if t.id == "merged"]
     assert [row[1].text for row in table.rows if row[0].text == "fp32"] == ["base", "unmerged", "merged"]
-    verdict = {v.claim.id: v for v in said.verdicts}
+    verdict = {v.claim.id: v for v in content.verdicts}
     assert verdict["merging-weights"].word == "supported"
     assert verdict["merging-same-model"].word == "supported"
-    assert verdict["merging-same-model"].pairs == f"{len(at_work.answers) // 3} stories"
+    assert verdict["merging-same-model"].pairs == f"{len(inference.answers) // 3} stories"
     assert verdict["tuned-better"].word == "supported"
     assert verdict["merging-faster"].pairs == "2 rounds"
-    faces.write(said, tmp_path)
+    writers.write(content, tmp_path)
     markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    (told,) = said.stories
-    assert {*told.stories} == {"base", "merged"}
-    assert f"*{told.synopsis}*" in markdown
+    (generated,) = content.stories
+    assert {*generated.stories} == {"base", "merged"}
+    assert f"*{generated.synopsis}*" in markdown
     assert "<figcaption>merged</figcaption>" in page
 
 
-def _at_work(precision: str, merged: str, size: int, ratio: float) -> Inference:
+def _inference(precision: str, merged: str, size: int, ratio: float) -> InferenceRecord:
     """Figures of a trial whose merged model decodes `ratio` times as fast as the unmerged one."""
     models = (("unmerged", precision, size + 10, 1.0), ("merged", merged, size, ratio))
-    return Inference(
+    return InferenceRecord(
         environment=current("cpu"),
         models=tuple(
-            Served(model=name, precision=held, model_bytes=size, peak_inference_bytes=size + 1)  # type: ignore[arg-type]
+            ModelFootprint(model=name, precision=held, model_bytes=size, peak_inference_bytes=size + 1)  # type: ignore[arg-type]
             for name, held, size, _ in models
         ),
         requests=tuple(
@@ -336,27 +341,27 @@ def _at_work(precision: str, merged: str, size: int, ratio: float) -> Inference:
 
 def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    found = {
-        "one": ("fp32", _at_work("fp32", "fp32", 1000, 1.2)),
-        "two": ("bf16", _at_work("bf16", "bf16", 500, 1.25)),
-        "quantised": ("nf4", _at_work("nf4", "bf16", 900, 3.0)),
-        "trained again": ("fp16", _at_work("fp16", "fp16", 500, 9.0)),
+    inferences = {
+        "one": ("fp32", _inference("fp32", "fp32", 1000, 1.2)),
+        "two": ("bf16", _inference("bf16", "bf16", 500, 1.25)),
+        "quantised": ("nf4", _inference("nf4", "bf16", 900, 3.0)),
+        "trained again": ("fp16", _inference("fp16", "fp16", 500, 9.0)),
     }
-    for label, (precision, inference) in found.items():
+    for label, (precision, inference) in inferences.items():
         spec = TrialSpec.model_validate(SMALL | {"precision": precision})
         keep(store, spec, label, [2.0], adapter_id="new", eval_loss=2.0)
         row = store.read("trials").filter(pc.field("label") == label).to_pylist()[0]
         store.write_inference(row | {"adapter_id": "old" if label == "trained again" else "new"}, inference)
-    loaded = measurements.load(tmp_path, baseline_ids=None)
-    said = {v.claim.id: v for v in verdicts.judge(loaded)}
-    assert said["merging-weights"].word == "supported"
-    assert said["merging-weights"].pairs == "2 repeats, exact"
-    assert said["merging-faster"].pairs == "2 trials", "what rounds of a trial have in common counts once"
-    assert said["merging-faster"].size.startswith("×1.22")
-    rests_on, _, labels = said["merging-faster"].rests_on.rpartition(" of ")
+    loaded = loading.load(tmp_path, baseline_ids=None)
+    judged = {v.claim.id: v for v in verdicts.judge(loaded)}
+    assert judged["merging-weights"].word == "supported"
+    assert judged["merging-weights"].pairs == "2 repeats, exact"
+    assert judged["merging-faster"].pairs == "2 trials", "what rounds of a trial have in common counts once"
+    assert judged["merging-faster"].size.startswith("×1.22")
+    rests_on, _, labels = judged["merging-faster"].rests_on.rpartition(" of ")
     assert rests_on == "unmerged → merged"
     assert sorted(labels.split(", ")) == ["one", "two"], "in the order of their ids"
-    shown = served.models(loaded).rows
+    shown = inference_tables.models(loaded).rows
     assert {row[0].text for row in shown} == {"one", "two", "quantised"}, "figures of a former adapter are nobody's"
     (merged,) = [row for row in shown if (row[0].text, row[1].text) == ("quantised", "merged")]
     assert merged[12].text.startswith("×3"), "in its own row the exchange is seen"
@@ -364,52 +369,52 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
 
 def test_generated_text_steers_neither_page_nor_terminal() -> None:
     evil = "\x1b[31mred | <script>alert(1)</script>\n\n![x](http://x) end"
-    lines = faces._md_story(served.Told("t", "s", "r", {"base": evil})).splitlines()
+    lines = writers._md_story(inference_tables.GeneratedStory("t", "s", "r", {"base": evil})).splitlines()
     assert lines[-1].count("|") - lines[-1].count("\\|") == 3, "no cell is broken"
     assert "<script" not in lines[-1]
     assert "![" not in lines[-1]
     shown = io.StringIO()
-    with storytelling(Console(file=shown), ["base"]) as hear:
-        hear(None, "a [b]synopsis[/b]")
-        hear("base", evil)
+    with story_display(Console(file=shown), ["base"]) as show:
+        show(None, "a [b]synopsis[/b]")
+        show("base", evil)
     assert "\x1b" not in shown.getvalue() + lines[-1]
     assert "a [b]synopsis[/b]" in shown.getvalue()
 
 
-def test_stories_are_told_as_they_come(results: Path) -> None:
-    source = merging.trained(results, "fp32")
-    heard: list[tuple[Any, str]] = []
+def test_stories_are_shown_as_they_come(results: Path) -> None:
+    source = trained.find_adapter(results, "fp32")
+    pieces: list[tuple[Any, str]] = []
 
-    def tell(models: list[Any], synopsis: str | None = "A fox learns to count.", temperature: float = 0.0) -> None:
-        heard.clear()
-        serving.generate(
+    def generate(models: list[Any], synopsis: str | None = "A fox learns to count.", temperature: float = 0.0) -> None:
+        pieces.clear()
+        benchmark.generate(
             source, synopsis, models, most_tokens=24, temperature=temperature, seed=3,
-            hear=lambda who, piece: heard.append((who, piece)),
+            on_text=lambda model, piece: pieces.append((model, piece)),
         )  # fmt: skip
 
-    def said(who: str) -> str:
-        return "".join(piece for name, piece in heard if name == who)
+    def story(model: str) -> str:
+        return "".join(piece for name, piece in pieces if name == model)
 
-    tell(["base", "merged"])
-    assert heard[0] == (None, "A fox learns to count.")
-    assert len(heard) > 6, "piece by piece"
-    assert [who for who, _ in heard[1:]] == sorted((who for who, _ in heard[1:]), key=["base", "merged"].index)
-    base, merged = said("base"), said("merged")
-    assert base != merged, "training changed what is told"
-    tell(["unmerged"])
-    assert said("unmerged") == merged
-    tell(["merged"], temperature=1.5)
-    warm = said("merged")
+    generate(["base", "merged"])
+    assert pieces[0] == (None, "A fox learns to count.")
+    assert len(pieces) > 6, "piece by piece"
+    assert [name for name, _ in pieces[1:]] == sorted((name for name, _ in pieces[1:]), key=["base", "merged"].index)
+    base, merged = story("base"), story("merged")
+    assert base != merged, "training changed the story"
+    generate(["unmerged"])
+    assert story("unmerged") == merged
+    generate(["merged"], temperature=1.5)
+    warm = story("merged")
     assert warm != merged
-    tell(["merged"], synopsis=None, temperature=1.5)
-    assert heard[0][1] in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+    generate(["merged"], synopsis=None, temperature=1.5)
+    assert pieces[0][1] in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
 
 
 def test_side_by_side_in_a_terminal() -> None:
     shown = io.StringIO()
-    with storytelling(Console(file=shown, force_terminal=True, width=80), ["base", "merged"]) as hear:
-        hear("base", "one")
-        hear("merged", "other")
+    with story_display(Console(file=shown, force_terminal=True, width=80), ["base", "merged"]) as show:
+        show("base", "one")
+        show("merged", "other")
     last = shown.getvalue()[shown.getvalue().rindex("base") :]
     (line,) = [line for line in last.splitlines() if "one" in line]
     assert "other" in line
@@ -424,10 +429,10 @@ def test_figures_of_stories() -> None:
     assert story_metrics.rouge_l(s2.split(), s1.split()) == 0.75
     assert story_metrics.rouge_l(s3.split(), s1.split()) == 0.5
     assert story_metrics.rouge_l([], s1.split()) == 0
-    found = story_metrics.StoryMetrics().compute(
+    figures = story_metrics.StoryMetrics().compute(
         predictions=["The cat sat. The cat sat. The cat sat!", ""], references=["A cat sat down.", "Nothing"]
     )
-    assert found["words"] == [9, 0]
-    assert found["rouge_l"] == [pytest.approx(2 * 2 / (9 + 4)), 0]
-    assert found["distinct_2"] == [3 / 8, None]
-    assert found["repetition"] == [3 / 6, None]  # of six runs of four words three stood there before
+    assert figures["words"] == [9, 0]
+    assert figures["rouge_l"] == [pytest.approx(2 * 2 / (9 + 4)), 0]
+    assert figures["distinct_2"] == [3 / 8, None]
+    assert figures["repetition"] == [3 / 6, None]  # of six runs of four words three stood there before

@@ -1,4 +1,4 @@
-"""What only a CUDA card shows, as far as that can be tried without one: the driver's answers, and the visit."""
+"""What needs a CUDA card, as far as it can be tested without one: samples of the driver, and the visit."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ import rows
 import torch
 from test_launch import Watch, formula_grid
 
-from harness import card_watch, trial
-from harness.launch import run_grid
+from harness.analysis import loading
+from harness.launch.local import LocalLauncher
 from harness.metrics import METRICS
-from harness.report import document, measurements
-from harness.results import Store
+from harness.report import document
+from harness.results.store import Store
+from harness.runner.grid_run import run_grid
 from harness.spec import TrialSpec
+from harness.training import card_watch
+from harness.training.clock import DeviceClock
 
 Small = Callable[..., TrialSpec]
 ROOT = Path(__file__).parent.parent
@@ -45,7 +48,7 @@ def visit(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A card whose driver answers what is set; what is null it does not know."""
+    """A card whose driver answers what is set; null: not supported."""
     card = SimpleNamespace(joules=100.0, clock=1500, most=2000, temperature=60, reasons=0)
 
     @contextlib.contextmanager
@@ -62,8 +65,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setattr(pynvml, name, ask)
 
     monkeypatch.setattr(card_watch, "handle", handle)
-    monkeypatch.setattr(card_watch, "EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(card_watch, "_LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(card_watch, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(card_watch, "MIN_ENERGY_SECONDS", 0.05)
     answer("nvmlDeviceGetTotalEnergyConsumption", lambda: None if card.joules is None else int(1000 * card.joules))
     answer("nvmlDeviceGetClockInfo", lambda: card.clock)
     answer("nvmlDeviceGetMaxClockInfo", lambda: card.most)
@@ -79,27 +82,27 @@ def test_energy_clock_heat_and_throttling(driver: SimpleNamespace) -> None:
         driver.reasons = pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
         time.sleep(0.2)
         driver.temperature = 65
-    found = watch.metrics(tokens=60)
-    assert found["joules_per_token"] == pytest.approx(0.5)
-    assert found["card_clock_share"] == 0.75
-    assert found["card_temperature"] == 71
-    assert 0 < (found["throttled_share"] or 0) < 1
-    assert found.keys() <= METRICS.keys()
+    metrics = watch.metrics(tokens=60)
+    assert metrics["joules_per_token"] == pytest.approx(0.5)
+    assert metrics["card_clock_share"] == 0.75
+    assert metrics["card_temperature"] == 71
+    assert 0 < (metrics["throttled_share"] or 0) < 1
+    assert metrics.keys() <= METRICS.keys()
 
 
-def test_what_the_card_does_not_say_is_null(driver: SimpleNamespace) -> None:
+def test_what_the_card_does_not_support_is_null(driver: SimpleNamespace) -> None:
     driver.joules = driver.reasons = None
     with card_watch.CardWatch(CUDA) as watch:
         time.sleep(0.06)
-    found = watch.metrics(tokens=60)
-    assert (found["joules_per_token"], found["throttled_share"]) == (None, None)
-    assert found["card_temperature"] == 60
+    metrics = watch.metrics(tokens=60)
+    assert (metrics["joules_per_token"], metrics["throttled_share"]) == (None, None)
+    assert metrics["card_temperature"] == 60
     driver.joules, driver.reasons = 1.0, pynvml.nvmlClocksThrottleReasonGpuIdle
     with card_watch.CardWatch(CUDA) as watch:
         pass
-    found = watch.metrics(tokens=60)
-    assert found["joules_per_token"] is None, "over so short a time the counter says nothing"
-    assert found["throttled_share"] == 0, "an idle card is not held down"
+    metrics = watch.metrics(tokens=60)
+    assert metrics["joules_per_token"] is None, "too short a time for the counter"
+    assert metrics["throttled_share"] == 0, "an idle card is not throttled"
 
 
 def test_a_cpu_is_not_watched() -> None:
@@ -109,7 +112,7 @@ def test_a_cpu_is_not_watched() -> None:
 
 
 def test_steps_on_a_card_are_timed_by_its_clock(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two events enclose a step; the second is waited for before it is read."""
+    """Two events enclose a step; it waits for the second before it reads it."""
     happened: list[str] = []
 
     class Event:
@@ -127,33 +130,32 @@ def test_steps_on_a_card_are_timed_by_its_clock(small: Small, monkeypatch: pytes
             return 1250.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    running = trial._Trial.__new__(trial._Trial)
-    running.device = CUDA
-    assert running._since(running._now()) == 1.25
+    clock = DeviceClock(CUDA)
+    assert clock.seconds_since(clock.now()) == 1.25
     assert happened == ["record", "record", "synchronize", "elapsed"]
 
 
-def test_a_trial_that_was_held_down_is_named(small: Small, tmp_path: Path) -> None:
+def test_a_throttled_trial_is_named(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path / "g")
-    for label, spec, share in (
+    for label, spec, throttled in (
         ("baseline", small(), 0.0),
         ("hot", small(lora_r=8), 0.4),
         ("cool", small(lora_r=16), 0.0),
     ):
-        figures = {"peak_memory_bytes": 100, "tokens_per_second": 10.0, "throttled_share": share}
+        figures = {"peak_memory_bytes": 100, "tokens_per_second": 10.0, "throttled_share": throttled}
         rows.keep(store, spec, label, [3.0, 4.0], **figures)
-    said = [
-        line for line in document.document(measurements.load(store.folder), store.folder).caveats if "clock" in line
+    caveats = [
+        line for line in document.document(loading.load(store.folder), store.folder).caveats if "throttled" in line
     ]
-    assert len(said) == 1
-    assert "in 1 trials (hot)" in said[0]
+    assert len(caveats) == 1
+    assert "in 1 trials (hot)" in caveats[0]
 
 
 # ------------------------------------------------------------------------------------ the visit
 
 
 def test_no_trial_begins_when_the_time_is_over(tmp_path: Path) -> None:
-    summary = run_grid(formula_grid(3), Store(tmp_path), None, Watch(), until=time.monotonic())
+    summary = run_grid(formula_grid(3), Store(tmp_path), LocalLauncher(), Watch(), until=time.monotonic())
     assert (summary.records, summary.left) == ((), 3)
 
 
@@ -162,7 +164,7 @@ def test_a_dry_run_says_what_would_be_and_for_how_long(
 ) -> None:
     grid = tmp_path / "g.yml"
     base = {"base_model": "random:tiny", "device": "cuda", "max_steps": 100, "val_set_size": 2, "sequence_length": 128}
-    vary = {"precision": ["fp32"], "technique": {"in no room": {"memory_budget": "1MiB"}}}
+    vary = {"precision": ["fp32"], "technique": {"too large": {"memory_budget": "1MiB"}}}
     grid.write_text(json.dumps({"name": "g", "base": base, "vary": vary}))
     monkeypatch.setattr(visit, "PARTS", (visit.Part(grid, 1, 0.5), visit.Part(grid, 3, 1.0)))
     monkeypatch.setenv("COLUMNS", "160")
@@ -197,12 +199,14 @@ def test_what_is_missing_comes_from_wheels(visit: ModuleType, tmp_path: Path, mo
 
 
 def test_what_a_visit_needs_is_named(visit: ModuleType) -> None:
-    """Nothing that the runner imports comes from a package of which the visit knows nothing."""
+    """The runner imports no package that the visit does not install."""
     code = (
         "import sys, site\n"
-        "from harness import cli, display, doctor\n"
-        "from harness.launch import local, planner\n"
-        "from harness.report import document, faces, measurements\n"
+        "from harness.analysis import measurements\n"
+        "from harness.cli import app, doctor, progress\n"
+        "from harness.launch import local\n"
+        "from harness.predict import predictor\n"
+        "from harness.report import document, writers\n"
         "places = tuple(site.getsitepackages())\n"
         "print(*{name.split('.')[0] for name, module in sys.modules.items()\n"
         "        if (getattr(module, '__file__', None) or '').startswith(places)})\n"

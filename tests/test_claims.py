@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from harness.claims import CONDITIONS, MODEL, Claim, Expectation, lesson
+from harness.grids.claims import CONDITIONS, MODEL, Claim, Expectation, lesson
 from harness.metrics import FIGURES
 
 GOOD = {
@@ -34,7 +34,7 @@ def test_expectations_are_regions() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"expect": "less"}, "no expectation"),
+        ({"expect": "less"}, "is not an expectation"),
         ({"expect": "status broken"}, "no status"),
         ({"expect": "ratio between 2 and 1"}, "swap"),
         ({"expect": "ratio = 2"}, "no effect"),
@@ -46,7 +46,7 @@ def test_expectations_are_regions() -> None:
         ({"free": ["learningrate"]}, "did you mean learning_rate"),
         ({"metric": "peak_memory"}, "did you mean"),
         ({"hold": ["model"]}, "unknown key 'model'"),
-        ({"compare": {"model": ["unmerged", "merged"]}}, "models at work have no peak_memory_bytes"),
+        ({"compare": {"model": ["unmerged", "merged"]}}, "the inference benchmark has no peak_memory_bytes"),
         ({"metric": "model_bytes"}, "compare {model: .unmerged, merged.} alone"),
         ({"metric": "model_bytes", "compare": {"model": ["unmerged", "both"]}}, "no model 'both'"),
         ({"says": "two\nlines"}, "one line"),

@@ -15,7 +15,7 @@ import pytest
 from conftest import Answer
 from malformed import FILES, MALFORMED
 
-from harness import grid
+from harness.grids import grid
 
 ROOT = Path(__file__).parent.parent
 Ask = Callable[..., Answer]
@@ -41,7 +41,7 @@ def harness(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _seconds_of_children() -> float:
-    """Processor time: that of the clock depends on what runs beside."""
+    """Processor time: wall time depends on what else runs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -76,16 +76,16 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     ],
 )
 def test_every_command_explains_itself(ask: Ask, command: str) -> None:
-    code, said, _ = ask(command, "--help")
+    code, output, _ = ask(command, "--help")
     assert code == 0
-    assert f"harness {command}" in said
+    assert f"harness {command}" in output
 
 
 def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "tiny.yml").write_text(TINY)
-    code, said, _ = ask("run", "tiny.yml", "--dry-run")
+    code, output, _ = ask("run", "tiny.yml", "--dry-run")
     assert code == 0
-    assert "lora_r=8" in said
+    assert "lora_r=8" in output
     assert not (tmp_path / "results").exists()
 
     first = harness("run", "tiny.yml", cwd=tmp_path)
@@ -97,9 +97,9 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
     assert trials["eval_loss"].isna().all(), "a loss of random weights means nothing"
     assert len(pandas.read_parquet(tmp_path / "results/tiny/steps")) == 32
 
-    code, said, _ = ask("run", "tiny.yml")
+    code, output, _ = ask("run", "tiny.yml")
     assert code == 0
-    assert "nothing to run" in said
+    assert "nothing to run" in output
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "results/tiny/trials"), trials)
 
     assert ask("report", "results/tiny")[0] == 0
@@ -126,7 +126,7 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
         (("run", "tiny.yml", "--device", "gpu"), "cuda"),
         (("run", "tiny.yml", "--device", "cuda"), "no card"),
         (("run", "tiny.yml", "--rerun", "broken"), "failed"),
-        (("run", "tiny.yml", "--engine", "rey"), "use local, ray or inline"),
+        (("run", "tiny.yml", "--engine", "rey"), "use local, ray, inline"),
         (("run", "tiny.yml", "--cpus", "2"), "--cpus goes with --engine ray"),
         (("run", "tiny.yml", "--workers", "many"), "give 1, 2, … or auto"),
         (("run", "tiny.yml", "--workers", "9999"), "9999 workers, and"),
@@ -155,16 +155,16 @@ def test_malformed_grids_are_one_line_exit_two_and_start_nothing(tmp_path: Path)
         (tmp_path / f"{name}.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
     script = (
         "import sys, subprocess, multiprocessing.process, multiprocessing.forkserver\n"
-        "from harness import cli\n"
-        "def started(*a, **k): raise SystemError('a process was started')\n"
-        "subprocess.Popen.__init__ = started\n"
-        "multiprocessing.process.BaseProcess.start = started\n"
-        "multiprocessing.forkserver.ensure_running = started\n"
+        "from harness.cli import app\n"
+        "def refuse(*a, **k): raise SystemError('a process was started')\n"
+        "subprocess.Popen.__init__ = refuse\n"
+        "multiprocessing.process.BaseProcess.start = refuse\n"
+        "multiprocessing.forkserver.ensure_running = refuse\n"
         "for name in sys.argv[1:]:\n"
         "    sys.argv = ['harness', 'run', name]\n"
         "    print('==', name, file=sys.stderr, flush=True)\n"
         "    try:\n"
-        "        cli.main()\n"
+        "        app.main()\n"
         "        code = 0\n"
         "    except SystemExit as leave:\n"
         "        code = leave.code\n"
@@ -181,12 +181,12 @@ def test_malformed_grids_are_one_line_exit_two_and_start_nothing(tmp_path: Path)
         timeout=120,
     )
     assert done.stdout.splitlines() == [f"{name} 2 False" for name in names]
-    said = done.stderr.split("== ")[1:]
-    for block in said:
+    output = done.stderr.split("== ")[1:]
+    for block in output:
         name, *lines = block.strip().splitlines()
         assert len(lines) == 1, block
         assert lines[0].startswith("harness: "), block
-    assert len(said) == len(names)
+    assert len(output) == len(names)
 
 
 def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(ask: Ask) -> None:
-    code, said, errors = ask("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run")
+    code, output, errors = ask("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run")
     assert code == 0, errors
-    assert "1 trials" in said
+    assert "1 trials" in output
 
 
 def test_the_shipped_grids_are_whole(tmp_path: Path) -> None:
@@ -230,18 +230,18 @@ def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
     assert code == 2
     assert "run it with harness tune" in errors
 
-    code, said, errors = ask("tune", "search.yml", "--export", "best.yml")
+    code, output, errors = ask("tune", "search.yml", "--export", "best.yml")
     assert code == 0, errors
-    assert "3 trials in study search-" in said
-    assert "Against the baseline" in said or "Take baseline" in said
+    assert "3 trials in study search-" in output
+    assert "Against the baseline" in output or "Take baseline" in output
     rows = pandas.read_parquet(tmp_path / "results/search/trials")
     assert (rows["status"] == "ok").all()
     assert set(rows["repeat"]) == {0, 1}
     assert (rows["memory_budget"] == 2**30).all()
 
-    code, said, errors = ask("run", "best.yml", "--dry-run")
+    code, output, errors = ask("run", "best.yml", "--dry-run")
     assert code == 0, errors
-    assert "1 to run" in said
+    assert "1 to run" in output
 
     code, _, errors = ask("report", "results/search")
     assert code == 0, errors
@@ -252,7 +252,7 @@ def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["tune", "tiny.yml"], "tiny.yml: tune is missing"),
         (["tune", "search.yml", "--sampler", "tpa"], "unknown sampler 'tpa'; did you mean tpe"),
@@ -262,11 +262,11 @@ def test_tune_export_run_and_report(tmp_path: Path, ask: Ask) -> None:
         (["tune", "search.yml", "--storage", "nodb://x"], "the study's storage cannot be opened"),
     ],
 )
-def test_tune_refuses_in_one_line(tmp_path: Path, ask: Ask, arguments: list[str], said: str) -> None:
+def test_tune_refuses_in_one_line(tmp_path: Path, ask: Ask, arguments: list[str], output: str) -> None:
     (tmp_path / "search.yml").write_text(TUNE)
     (tmp_path / "many.yml").write_text(TUNE.replace("lora_r: [4, 8, 16]", "num_processes: [1, 999]"))
     (tmp_path / "tiny.yml").write_text(TINY)
     code, _, errors = ask(*arguments)
     assert code == 2
-    assert said in " ".join(errors.split())
+    assert output in " ".join(errors.split())
     assert len(errors.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine: trials are shared out, and a node that dies costs nothing."""
+"""A Ray cluster of two nodes on this machine: both run trials, and a node that dies costs nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from ray.cluster_utils import Cluster
 from test_launch import Watch, go, grid_of
 
-from harness import environment
 from harness.errors import InputError
-from harness.launch import Policy
 from harness.launch.cluster import RayLauncher
 from harness.launch.local import LocalLauncher
-from harness.results import Record, Store
+from harness.record import Record
+from harness.results.store import Store
+from harness.runner.execution import Policy
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -47,26 +47,26 @@ class Axe(Watch):
         if self.after == 0:
             self.act()
 
-    def beside(self) -> Axe:
+    def child_display(self) -> Axe:
         return self
 
 
-def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
-    for options, says in (
+def test_what_a_cluster_lacks_is_named(cluster: Any) -> None:
+    for options, message in (
         ({"device": "cuda"}, "no node of the cluster has a card"),
         ({"device": "cpu", "processes": (1, 3)}, "num_processes 3: a trial has 2 cores here; give --cpus 3 or more"),
         ({"device": "cpu", "accelerator": "H100"}, "no node of the cluster has an H100; --accelerator takes Ray's"),
         ({"device": "cpu", "cpus": 1000}, "no node of the cluster has 1000 cores; give fewer with --cpus"),
     ):
-        with pytest.raises(InputError, match=says), RayLauncher(cluster.address, **options):
+        with pytest.raises(InputError, match=message), RayLauncher(cluster.address, **options):
             pass
-    for address, says in (("127.0.0.1:1", "refused"), ("nowhere", "it is none; give host:port, or auto")):
-        with pytest.raises(InputError, match=f"--address {address}: .*{says}.*ray start --head"), RayLauncher(address):
-            pass
+    for address, message in (("127.0.0.1:1", "refused"), ("nowhere", "it is none; give host:port, or auto")):
+        with pytest.raises(InputError, match=f"--address {address}: .*{message}.*ray start --head"):
+            RayLauncher(address).__enter__()
 
 
 @pytest.mark.parametrize(
-    ("node", "options", "workers", "says"),
+    ("node", "options", "workers", "message"),
     [
         ({"CPU": 8, "GPU": 2}, {"processes": (1, 2)}, 2, None),
         ({"CPU": 8, "GPU": 2}, {"processes": (2,)}, 1, None),
@@ -86,15 +86,15 @@ def test_what_a_cluster_has_not_is_said(cluster: Any) -> None:
     ],
 )
 def test_cards_and_cores_of_a_trial_over_several_processes(
-    monkeypatch: pytest.MonkeyPatch, node: dict[str, float], options: dict[str, Any], workers: int, says: str | None
+    monkeypatch: pytest.MonkeyPatch, node: dict[str, float], options: dict[str, Any], workers: int, message: str | None
 ) -> None:
     """On nodes with cards, which are made up; nothing is started."""
     monkeypatch.setattr("ray.init", lambda **_: None)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeID": "a", "Resources": node}])
-    monkeypatch.setattr(RayLauncher, "_look", lambda self, nodes: ())
+    monkeypatch.setattr(RayLauncher, "_ask_environments", lambda self, nodes: ())
     launcher = RayLauncher(device="cuda", **options)
-    if says is not None:
-        with pytest.raises(InputError, match=says), launcher:
+    if message is not None:
+        with pytest.raises(InputError, match=message), launcher:
             pass
         return
     with launcher:
@@ -104,26 +104,23 @@ def test_cards_and_cores_of_a_trial_over_several_processes(
 
 
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
-    """20 trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
+    """12 trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
     same = {"train_samples": 12, "device": "cpu"}
     grid = grid_of(
         pair=small(num_processes=2, sharding="full_shard", **same),
-        **{f"t{seed}": small(seed=seed, **same) for seed in range(19)},
+        **{f"t{seed}": small(seed=seed, **same) for seed in range(11)},
     )
     store, local = Store(tmp_path / "ray"), Store(tmp_path / "local")
     second = next(iter(cluster.worker_nodes))
-    with (
-        RayLauncher(cluster.address, device="cpu", processes=(1, 2)) as launcher,
-        environment.elsewhere(launcher.nodes),
-    ):
-        assert (launcher.workers, len(launcher.nodes)) == (2, 1), "two nodes of one kind"
-        axe = Axe(6, lambda: cluster.remove_node(second, allow_graceful=False))
-        summary = go(grid, store, launcher, axe, policy=Policy(workers=2, retries=3))
-        assert go(grid, store, launcher, policy=Policy(workers=2)).records == ()
-    assert len(summary.records) == 20
+    with RayLauncher(cluster.address, device="cpu", processes=(1, 2)) as launcher:
+        assert (launcher.workers, len(launcher.environments("cpu"))) == (2, 1), "two nodes of one kind"
+        axe = Axe(4, lambda: cluster.remove_node(second, allow_graceful=False))
+        summary = go(grid, store, launcher, axe, policy=Policy(retries=3))
+        assert go(grid, store, launcher).records == ()
+    assert len(summary.records) == 12
     assert {record.status for record in summary.records} == {"ok"}
     assert all(record.node for record in summary.records)
-    assert len(store.marks()) == 20
+    assert len(store.start_times()) == 12
     with LocalLauncher() as started:
         go(grid, local, started)
     assert losses(store) == losses(local)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -14,12 +13,13 @@ import pytest
 from conftest import SMALL
 from test_launch import Watch, go, grid_of
 
-from harness import environment
-from harness.launch import Launcher, Policy, pending
 from harness.launch.cluster import RayLauncher
 from harness.launch.inline import InlineLauncher
+from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
-from harness.results import Store
+from harness.results.store import Store
+from harness.runner.execution import Policy
+from harness.runner.grid_run import pending
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -27,20 +27,22 @@ Small = Callable[..., TrialSpec]
 
 @pytest.fixture(scope="module", params=["inline", "local", "ray"])
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Each of them in turn; a cluster's trials find themselves in its nodes' environments."""
-    with contextlib.ExitStack() as stack:
-        made: Any = {"inline": InlineLauncher, "local": LocalLauncher}.get(request.param, lambda: RayLauncher(cpus=1))()
-        stack.enter_context(made)
-        stack.enter_context(environment.elsewhere(getattr(made, "nodes", ())))
+    """Each of them in turn."""
+    made: dict[str, Callable[[], Launcher]] = {
+        "inline": InlineLauncher,
+        "local": LocalLauncher,
+        "ray": lambda: RayLauncher(cpus=1, most_workers=1),
+    }
+    with made[request.param]() as entered:
         if request.param == "inline":
             # The first trial of a process makes a few constants that libraries keep.
-            go(grid_of(first=TrialSpec.model_validate(SMALL)), Store(tmp_path_factory.mktemp("first")), made)
-        yield made
+            go(grid_of(first=TrialSpec.model_validate(SMALL)), Store(tmp_path_factory.mktemp("first")), entered)
+        yield entered
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a trial in a process of this machine says."""
+    """The record of a trial in a process of this machine."""
     with LocalLauncher() as local:
         spec = TrialSpec.model_validate(SMALL | {"save_adapter": True})
         store = Store(tmp_path_factory.mktemp("reference"))
@@ -91,17 +93,17 @@ def test_the_same_resume(small: Small, tmp_path: Path, launcher: Launcher) -> No
     watch = Watch("t1", "load", lambda: os.kill(os.getpid(), signal.SIGINT))
     first = go(grid, store, launcher, watch)
     assert ([r.label for r in first.records], first.left) == (["t0", "t1"], 1), "an interrupt finishes what is running"
-    assert [trial.label for trial in pending(grid, store)] == ["t2"]
+    assert [trial.label for trial in pending(grid, store, launcher)] == ["t2"]
     second = go(grid, store, launcher)
     assert ([r.label for r in second.records], second.skipped) == (["t2"], 2)
     assert go(grid, store, launcher).records == ()
-    assert len(store.marks()) == 3
+    assert len(store.start_times()) == 3
     again = go(grid, store, launcher, rerun=frozenset({"ok"}), limit=1)
     assert len(again.records) == 1
-    assert len(store.marks()) == 3
+    assert len(store.start_times()) == 3
 
 
-def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two interrupts stop what is running, and nothing of it is recorded."""
 
     def twice() -> None:
@@ -109,10 +111,12 @@ def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher) -> None
         time.sleep(0.2)  # two at once are one
         os.kill(os.getpid(), signal.SIGINT)
 
-    store, count = Store(tmp_path), 1 if isinstance(launcher, InlineLauncher) else 2
-    endless = {f"e{seed}": small(train_samples=50_000, seed=seed) for seed in range(count)}
+    store = Store(tmp_path)
+    if not isinstance(launcher, InlineLauncher):
+        monkeypatch.setattr(launcher, "workers", 2)
+    endless = {f"e{seed}": small(train_samples=50_000, seed=seed) for seed in range(launcher.workers)}
     with pytest.raises(KeyboardInterrupt):
-        go(grid_of(**endless), store, launcher, Watch("e0", "load", twice), policy=Policy(workers=count))
+        go(grid_of(**endless), store, launcher, Watch("e0", "load", twice))
     assert not store.completed()
     assert not list((tmp_path / "leases").glob("*.json"))
     (record,) = go(grid_of(after=small()), store, launcher).records
@@ -121,7 +125,7 @@ def test_the_same_stop(small: Small, tmp_path: Path, launcher: Launcher) -> None
 
 def test_the_same_end_of_what_takes_too_long(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     if isinstance(launcher, InlineLauncher):
-        pytest.skip("nobody watches over the runner's own process")
+        pytest.skip("nothing watches the runner's own process")
     grid = grid_of(endless=small(train_samples=50_000))
     (record,) = go(grid, Store(tmp_path), launcher, policy=Policy(timeout=3)).records
     assert (record.status, record.error_type) == ("timeout", "Timeout")

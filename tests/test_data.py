@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness import data, model, stories
 from harness.errors import InputError
+from harness.sources import stories
+from harness.sources.stories import Story
 from harness.spec import DatasetSpec, PromptSpec, TrialSpec
-from harness.stories import Story
+from harness.training import batches, checkpoints
 
 Small = Callable[..., TrialSpec]
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return model.load_tokenizer(TrialSpec(base_model="random:tiny"))
+    return checkpoints.load_tokenizer(TrialSpec(base_model="random:tiny"))
 
 
 def story(prompt: PromptSpec | None = None, **values: Any) -> Story:
@@ -37,15 +38,15 @@ def stories_file(folder: Path, rows: list[tuple[str, str]]) -> DatasetSpec:
 
 def test_loss_is_taken_on_the_story_and_its_end_alone(small: Small, tokenizer: Any, tmp_path: Path) -> None:
     rows = [(f"synopsis {i}", f"story {i}") for i in range(4)]
-    loaded = data.load(small(datasets=[stories_file(tmp_path, rows)]), tokenizer)
+    loaded = batches.load(small(datasets=[stories_file(tmp_path, rows)]), tokenizer)
     for example in (*loaded.train, *loaded.held_out):
-        supervised = [i for i in example.labels if i != data.IGNORED]
+        supervised = [i for i in example.labels if i != batches.IGNORED]
         text = tokenizer.decode(supervised)
         assert text.startswith("story ")
         assert text.endswith("<|end|>")
         assert len(text) == len("story 0<|end|>")
-    everything = data.load(small(datasets=[stories_file(tmp_path, rows)], train_on_inputs=True), tokenizer)
-    assert all(len(e) - 1 == sum(label != data.IGNORED for label in e.labels) for e in everything.train)
+    everything = batches.load(small(datasets=[stories_file(tmp_path, rows)], train_on_inputs=True), tokenizer)
+    assert all(len(e) - 1 == sum(label != batches.IGNORED for label in e.labels) for e in everything.train)
 
 
 def test_bundled_texts() -> None:
@@ -60,9 +61,9 @@ def test_bundled_texts() -> None:
 
 def test_general_text_is_judged_without_a_prompt(tokenizer: Any) -> None:
     (_, text), *_ = stories.general()
-    example = data.general(tokenizer)[0]
+    example = batches.general(tokenizer)[0]
     assert tokenizer.decode(example.input_ids) == text
-    assert sum(label != data.IGNORED for label in example.labels) == len(example) - 1
+    assert sum(label != batches.IGNORED for label in example.labels) == len(example) - 1
 
 
 def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tokenizer: Any, tmp_path: Path) -> None:
@@ -70,15 +71,15 @@ def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tok
     (tmp_path / "b").mkdir()
     there = stories_file(tmp_path, rows)
     turned = stories_file(tmp_path / "b", [*reversed(rows), rows[0]])  # and a row twice
-    one = data.load(small(datasets=[there], val_set_size=5), tokenizer)
-    other = data.load(small(datasets=[turned], val_set_size=5, seed=9), tokenizer)
+    one = batches.load(small(datasets=[there], val_set_size=5), tokenizer)
+    other = batches.load(small(datasets=[turned], val_set_size=5, seed=9), tokenizer)
     assert one.held_out == other.held_out
     assert len(one.held_out) == 5
     for loaded in (one, other):
         assert not {e.story_id for e in loaded.held_out} & {e.story_id for e in loaded.train}
-    share = data.load(small(datasets=[there], val_set_size=0.2), tokenizer)
-    assert len(share.held_out) == 6
-    assert not data.load(small(datasets=[there], val_set_size=0), tokenizer).held_out
+    fraction = batches.load(small(datasets=[there], val_set_size=0.2), tokenizer)
+    assert len(fraction.held_out) == 6
+    assert not batches.load(small(datasets=[there], val_set_size=0), tokenizer).held_out
 
 
 @pytest.mark.parametrize(("excess", "kept", "truncated", "dropped"), [("truncate", 2, 1, 1), ("drop", 1, 0, 2)])
@@ -88,7 +89,7 @@ def test_long_examples_are_counted(
     # Short; long story; prompt alone too long.
     dataset = stories_file(tmp_path, [("a", "b"), ("a", "b" * 500), ("a" * 500, "b")])
     spec = small(datasets=[dataset], val_set_size=0, excess_length=excess, sequence_length=100)
-    loaded = data.load(spec, tokenizer)
+    loaded = batches.load(spec, tokenizer)
     assert (len(loaded.train), loaded.truncated, loaded.dropped) == (kept, truncated, dropped)
     assert all(len(e) <= 100 for e in loaded.train)
 
@@ -96,14 +97,14 @@ def test_long_examples_are_counted(
 def test_excess_can_be_refused(small: Small, tokenizer: Any, tmp_path: Path) -> None:
     dataset = stories_file(tmp_path, [("a", "b" * 500)])
     with pytest.raises(InputError, match="excess_length: truncate"):
-        data.load(small(datasets=[dataset], val_set_size=0, excess_length="raise"), tokenizer)
+        batches.load(small(datasets=[dataset], val_set_size=0, excess_length="raise"), tokenizer)
     with pytest.raises(InputError, match="nothing to train on"):
-        data.load(small(datasets=[dataset], val_set_size=1), tokenizer)
+        batches.load(small(datasets=[dataset], val_set_size=1), tokenizer)
 
 
 def test_longest_come_first_and_each_epoch_has_every_story(small: Small, tokenizer: Any) -> None:
-    examples = data.load(small(sequence_length=8192, val_set_size=0), tokenizer).train
-    order = data.training_order(examples, 2 * len(examples), front=8, seed=1)
+    examples = batches.load(small(sequence_length=8192, val_set_size=0), tokenizer).train
+    order = batches.training_order(examples, 2 * len(examples), front=8, seed=1)
     lengths = sorted((len(e) for e in order), reverse=True)
     assert [len(e) for e in order[:8]] == lengths[:8]
     assert [len(e) for e in order[8:]] != lengths[8:], "the rest is shuffled"
@@ -111,24 +112,24 @@ def test_longest_come_first_and_each_epoch_has_every_story(small: Small, tokeniz
     for example in order:
         counts[example.story_id] += 1
     assert set(counts.values()) == {2}
-    assert order == data.training_order(examples, 2 * len(examples), front=8, seed=1)
-    assert order != data.training_order(examples, 2 * len(examples), front=8, seed=2)
+    assert order == batches.training_order(examples, 2 * len(examples), front=8, seed=1)
+    assert order != batches.training_order(examples, 2 * len(examples), front=8, seed=2)
 
 
 def test_samples_follow_from_whichever_length_is_given(small: Small) -> None:
-    assert data.total_samples(small(train_samples=7), 100) == 7
-    assert data.total_samples(small(train_samples=None, max_steps=3), 100) == 3 * 4
-    assert data.total_samples(small(train_samples=None, num_epochs=1.5), 100) == 150
-    assert data.total_samples(small(train_samples=None), 100) == 100
+    assert batches.total_samples(small(train_samples=7), 100) == 7
+    assert batches.total_samples(small(train_samples=None, max_steps=3), 100) == 3 * 4
+    assert batches.total_samples(small(train_samples=None, num_epochs=1.5), 100) == 150
+    assert batches.total_samples(small(train_samples=None), 100) == 100
 
 
 def test_padding_is_known_by_the_mask_and_the_end_token_is_learnt(tokenizer: Any) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, "as in the bundled model"
     end = tokenizer.eos_token_id
-    short, long = data.Example("a", (5, 6, end), 1), data.Example("b", (5, 6, 7, 8, end), 3)
-    batch = data.collate([short, long], end, CPU)
+    short, long = batches.Example("a", (5, 6, end), 1), batches.Example("b", (5, 6, 7, 8, end), 3)
+    batch = batches.collate([short, long], end, CPU)
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    ignored = data.IGNORED
+    ignored = batches.IGNORED
     assert batch.inputs["labels"].tolist() == [[ignored, 6, end, ignored, ignored], [ignored] * 3 + [8, end]]
     assert (batch.samples, batch.tokens, batch.supervised_tokens, batch.padded_tokens) == (2, 8, 4, 10)
 
@@ -137,12 +138,12 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
     lesson = PromptSpec(
         system_prompt="Tell.", format="<|user|>\n {instruction} </s>", no_input_format="<|user|> {instruction} </s>"
     )
-    assert data.render_prompt(story(lesson, system="Tell."), tokenizer) == ("Tell.\n<|user|> a dog </s>", True)
-    with_input = data.render_prompt(story(lesson, input="brown"), tokenizer)
+    assert batches.render_prompt(story(lesson, system="Tell."), tokenizer) == ("Tell.\n<|user|> a dog </s>", True)
+    with_input = batches.render_prompt(story(lesson, input="brown"), tokenizer)
     assert with_input == ("<|user|>\n a dog </s>", True)
     placed = PromptSpec(format="[{system}] {instruction}")
-    assert data.render_prompt(story(placed, system="Tell."), tokenizer)[0] == "[Tell.] a dog"
-    plain, _ = data.render_prompt(story(system="Tell."), tokenizer)
+    assert batches.render_prompt(story(placed, system="Tell."), tokenizer)[0] == "[Tell.] a dog"
+    plain, _ = batches.render_prompt(story(system="Tell."), tokenizer)
     assert plain.startswith("Tell.\n")
     assert "a dog" in plain
 
@@ -153,5 +154,5 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
             assert options == {"tokenize": False, "add_generation_prompt": True}
             return "|".join(f"{t['role']}:{t['content']}" for t in turns)
 
-    assert data.render_prompt(story(system="Tell."), Chat()) == ("system:Tell.|user:a dog", False)
-    assert data.render_prompt(story(), Chat()) == ("user:a dog", False)
+    assert batches.render_prompt(story(system="Tell."), Chat()) == ("system:Tell.|user:a dog", False)
+    assert batches.render_prompt(story(), Chat()) == ("user:a dog", False)

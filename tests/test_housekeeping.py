@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_results import record
 
-from harness.launch.leases import Leases
-from harness.results import Store
+from harness.results.store import Store
+from harness.runner.leases import Leases
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -50,17 +50,17 @@ def fill(folder: Path, *names: str, hours: float = 2.0) -> None:
 
 
 def test_the_doctor_names_what_is_damaged(harness: Command, store: Store, small: Small) -> None:
-    code, said, _ = harness("doctor", "results")
+    code, printed, _ = harness("doctor", "results")
     assert code == 0
-    assert "yes g: trials: 2 ok, 1 failed" in said
+    assert "yes g: trials: 2 ok, 1 failed" in printed
     name = f"{record(small()).trial_id}.parquet"
     (store.folder / "trials" / name).write_bytes(b"PAR1")
-    code, said, warned = harness("doctor", "results/g")
+    code, printed, warned = harness("doctor", "results/g")
     assert code == 1
-    assert f"no  g/trials/{name}: not a readable parquet file" in said
-    assert "sets it aside" in said
+    assert f"no  g/trials/{name}: not a readable parquet file" in printed
+    assert "sets it aside" in printed
     assert not warned
-    code, said, warned = harness("ls", "g")
+    code, printed, warned = harness("ls", "g")
     assert code == 0
     assert len(warned.splitlines()) == 1, "one warning"
     assert f"{name}: not a readable" in warned
@@ -70,12 +70,12 @@ def test_folders_are_joined(harness: Command, store: Store, small: Small, tmp_pa
     other = Store(tmp_path / "laptop/g")
     other.write(record(small(seed=7)))
     Store(tmp_path / "laptop/h").write(record(small()))
-    code, said, _ = harness("merge-results", "laptop", "results")
+    code, printed, _ = harness("merge-results", "laptop", "results")
     assert code == 0
-    assert "laptop/g into results/g: 1 trials added, 0 replaced by later records, 0 there already" in said
+    assert "laptop/g into results/g: 1 trials added, 0 replaced by later records, 0 there already" in printed
     assert len(store.read("trials")) == 4
     assert len(Store(tmp_path / "results/h").read("trials")) == 1
-    code, said, _ = harness("merge-results", "laptop/g", "laptop/h", "both")
+    code, printed, _ = harness("merge-results", "laptop/g", "laptop/h", "both")
     assert code == 0
     assert len(Store(tmp_path / "both").read("trials")) == 2
     for arguments, says in (
@@ -98,39 +98,39 @@ def test_cleaning_takes_leftovers_and_no_results(harness: Command, store: Store,
     fill(tmp_path / "cache", "rates-1.json", "random-tiny-1/model.safetensors", "thesis.txt")
     before = store.read("trials")
 
-    code, said, _ = harness("clean", "--dry-run")
+    code, printed, _ = harness("clean", "--dry-run")
     assert code == 0
-    assert "5 files and folders, 4.88 KiB would be freed" in said
+    assert "5 files and folders, 4.88 KiB would be freed" in printed
     assert all((store.folder / name).exists() for name in (*kept, *recent, *left))
 
     assert Leases(store.folder).take("t")
-    code, said, _ = harness("clean")
-    assert "0 files and folders" in said, "somebody is at work there"
+    code, printed, _ = harness("clean")
+    assert "0 files and folders" in printed, "a runner is running there"
     (store.folder / "leases/t.json").unlink()
 
-    code, said, _ = harness("clean")
-    assert "5 files and folders, 4.88 KiB freed" in said
+    code, printed, _ = harness("clean")
+    assert "5 files and folders, 4.88 KiB freed" in printed
     assert all((store.folder / name).exists() for name in (*kept, *recent)), "somebody may be at the recent ones"
     assert not any((store.folder / name).exists() for name in left)
     assert store.read("trials").equals(before)
-    code, said, _ = harness("clean", "--cache")
-    assert "2 files and folders" in said
+    code, printed, _ = harness("clean", "--cache")
+    assert "2 files and folders" in printed
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["thesis.txt"], "what is not ours stays"
 
     fill(store.folder, "adapters/fedcba9876543210/adapter_model.safetensors", "set-aside/trials-1-a.parquet")
-    code, said, _ = harness("clean")
-    assert "0 files and folders" in said, "a row that was set aside may name it"
+    code, printed, _ = harness("clean")
+    assert "0 files and folders" in printed, "a row that was set aside may name it"
 
 
 def test_only_some_trials_and_the_baseline(harness: Command, tmp_path: Path) -> None:
     (tmp_path / "g.yml").write_text(GRID)
-    _, said, _ = harness("run", "g.yml", "--dry-run", "--only", "lora_r=*")
-    assert "4 trials, 4 to run" in said
-    assert [label in said for label in ("lora_r=8", "lora_r=16", "baseline again", "lora_alpha")] == [True] * 3 + [
+    _, printed, _ = harness("run", "g.yml", "--dry-run", "--only", "lora_r=*")
+    assert "4 trials, 4 to run" in printed
+    assert [label in printed for label in ("lora_r=8", "lora_r=16", "baseline again", "lora_alpha")] == [True] * 3 + [
         False
     ]
-    _, said, _ = harness("run", "g.yml", "--dry-run", "--only", "lora_r=8", "--only", "lora_alpha=32")
-    assert "4 trials" in said
+    _, printed, _ = harness("run", "g.yml", "--dry-run", "--only", "lora_r=8", "--only", "lora_alpha=32")
+    assert "4 trials" in printed
     code, _, error = harness("run", "g.yml", "--dry-run", "--only", "lora_r=9")
     assert code == 2
     assert "unknown trial 'lora_r=9'; did you mean lora_r=8?" in error

@@ -21,20 +21,23 @@ import pytest
 
 from harness import environment
 from harness.errors import InputError
-from harness.grid import Grid, Trial
-from harness.launch import Launcher, Policy, Summary, pending, run_grid
-from harness.launch.leases import EXPIRES_SECONDS, Leases
+from harness.grids.grid import Grid, Trial
+from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
 from harness.launch.logs import MOST_BYTES
-from harness.model_source import ARCHITECTURES
-from harness.results import Job, Record, Store, trial_id
+from harness.record import Job, Record, trial_id
+from harness.results.store import Store
+from harness.runner.execution import Policy
+from harness.runner.grid_run import Summary, pending, run_grid
+from harness.runner.leases import EXPIRES_SECONDS, Leases
+from harness.sources.models import ARCHITECTURES
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
 
 
 class Watch:
-    """A display that keeps what it is told, and does something at a phase of one trial."""
+    """A display that keeps its events, and does something at a phase of one trial."""
 
     def __init__(self, label: str = "", phase: str = "", act: Callable[[], None] = lambda: None) -> None:
         self.label, self.phase, self.act = label, phase, act
@@ -67,7 +70,7 @@ class Watch:
     def interrupted(self) -> None:
         self.seen.append((self.running, "interrupted", None))
 
-    def beside(self) -> Watch:
+    def child_display(self) -> Watch:
         return Watch(self.label, self.phase, self.act)
 
 
@@ -182,7 +185,11 @@ def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path,
     again = Watch()
     assert go(grid, store, launcher, again).skipped == 7
     assert again.total == 0
-    assert [t.label for t in pending(grid, store, frozenset({"killed", "oom"}))] == ["murdered", "crashes", "too_large"]
+    assert [t.label for t in pending(grid, store, launcher, frozenset({"killed", "oom"}))] == [
+        "murdered",
+        "crashes",
+        "too_large",
+    ]
 
 
 def test_a_lost_worker_is_tried_again(small: Small, tmp_path: Path, launcher: Launcher) -> None:
@@ -204,12 +211,12 @@ def test_a_lost_worker_is_tried_again(small: Small, tmp_path: Path, launcher: La
     # For ever is not tried either, and what takes too long only where it is asked for.
     always = Acts("forward", {"k": kill_worker}, times=9)
     go(grid_of(k=small(seed=5)), store, launcher, always, policy=Policy(retries=1))
-    assert store.part(pending_id(small(seed=5)))["attempt"] == 2  # type: ignore[index]  # it is there
+    assert store.recent_row(pending_id(small(seed=5)))["attempt"] == 2  # type: ignore[index]  # it is there
     for asked, attempts in ((False, 1), (True, 2)):
         slow = Acts("forward", {"s": stop_worker}, times=9)
         policy = Policy(stall=0.6, retries=1, retry_timeouts=asked)
         go(grid_of(s=small(seed=6)), store, launcher, slow, policy=policy, rerun=frozenset({"timeout"}))
-        assert store.part(pending_id(small(seed=6)))["attempt"] == attempts  # type: ignore[index]  # as above
+        assert store.recent_row(pending_id(small(seed=6)))["attempt"] == attempts  # type: ignore[index]  # as above
 
 
 def test_a_server_that_dies_while_it_starts_a_worker(
@@ -228,9 +235,7 @@ def test_a_server_that_dies_while_it_starts_a_worker(
     assert (record.status, record.attempt) == ("ok", 3)
 
 
-def test_the_kernels_kill_for_want_of_memory_is_told_from_others(
-    small: Small, tmp_path: Path, launcher: Launcher
-) -> None:
+def test_a_kill_by_the_kernel_is_out_of_memory(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     """In a control group of its own, so that the kernel finds nobody else to end."""
     group = Path("/sys/fs/cgroup/memory/harness-test")
     if not (group.parent / "memory.limit_in_bytes").exists():
@@ -269,7 +274,7 @@ def test_out_of_memory_in_each_phase(small: Small, tmp_path: Path, launcher: Lau
     specs["optimizer"] = small(memory_budget=110_000_000, **heavy)
     store = Store(tmp_path / "g")
     go(grid_of(**specs, enough=small(memory_budget=8_000_000)), store, launcher)
-    go(grid_of(save=small(save_adapter=True)), store, LocalLauncher(without_memory_to_save))
+    go(grid_of(save=small(save_adapter=True)), store, LocalLauncher(child=without_memory_to_save))
     go(grid_of(after=small(seed=1)), store, launcher)
 
     rows = {row["label"]: row for row in store.read("trials").to_pylist()}
@@ -287,14 +292,14 @@ def test_out_of_memory_in_each_phase(small: Small, tmp_path: Path, launcher: Lau
 def without_memory_to_save(job: str, options: dict[str, Any], channel: Any) -> None:
     import torch
 
-    from harness import model, worker
+    from harness.training import saved_adapters, worker
 
-    def save_adapter(network: Any, spec: TrialSpec, weights: Any, folder: Path) -> None:
+    def write(network: Any, spec: TrialSpec, weights: Any, folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "half").write_text("half")
         torch.empty(2**50, dtype=torch.uint8)  # more than any machine has
 
-    model.save_adapter = save_adapter
+    saved_adapters.write = write
     worker.main(job, options, channel)
 
 
@@ -302,7 +307,7 @@ def test_a_log_has_a_limit_and_no_secrets(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", "open-sesame-1")
-    go(grid_of(one=small()), Store(tmp_path), LocalLauncher(chatty))
+    go(grid_of(one=small()), Store(tmp_path), LocalLauncher(child=chatty))
     row = Store(tmp_path).read("trials").to_pylist()[0]
     assert (row["status"], row["error_type"]) == ("failed", "WorkerExit")
     assert row["error"].endswith("the last word")
@@ -335,21 +340,21 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(small: Small, tmp_path: Pat
             go(grid, store, launcher)
         assert store.completed().keys() == {pending_id(small())}, "the adapter had no room, and no row says it failed"
         assert not [*(disk / "g/adapters").iterdir()], "nor is half of it left"
-        first = store.marks()
+        first = store.start_times()
 
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
         with pytest.raises(OSError, match="No space left on device"):
             go(grid_of(three=small(seed=1)), store, launcher)
-        assert store.marks() == first
+        assert store.start_times() == first
         assert not store.damage()
 
         (disk / "filler").unlink()
         subprocess.run(["/bin/mount", "-o", "remount,size=64m", disk], check=True)
         assert {r.status for r in go(grid, store, launcher).records} == {"ok"}
-        assert len(store.marks()) == 3
-        assert first.items() <= store.marks().items()
+        assert len(store.start_times()) == 3
+        assert first.items() <= store.start_times().items()
     finally:
         subprocess.run(["/bin/umount", "-l", disk], check=True)
 
@@ -382,12 +387,13 @@ def test_a_worker_leaves_when_its_runner_is_gone(small: Small, tmp_path: Path, l
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from harness.launch.attempt import Attempt\n"
+        "from harness.launch.launcher import Attempt\n"
         "from harness.launch.local import LocalLauncher\n"
-        "from harness.results import Job\n"
+        "from harness.record import Job\n"
         "job = Job.model_validate_json(sys.argv[1])\n"
         "with LocalLauncher() as launcher:\n"
-        "    attempt = Attempt(job, {'folder': None, 'trust_remote_code': False}, Path(sys.argv[2]))\n"
+        "    options = {'folder': 'adapters', 'trust_remote_code': False, 'placement': None}\n"
+        "    attempt = Attempt(job, options, Path(sys.argv[2]))\n"
         "    launcher.run(attempt, lambda kind, value: print(kind, flush=True))\n"
     )
     job = Job(grid="test", spec=small(train_samples=1_000_000), label="endless")
@@ -432,31 +438,32 @@ def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Laun
 
 
 def test_trials_side_by_side_share_the_machine(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    """Each has a core of its own, says that it had a neighbour, and has the losses of a trial on one core."""
+    """Each has a core of its own, records that another one ran, and has the peak of a trial that ran alone."""
     grid = grid_of(**{f"t{seed}": small(seed=seed) for seed in range(4)})
     both, alone = Store(tmp_path / "both"), Store(tmp_path / "alone")
     cores: list[tuple[int, ...]] = []
     watch = Watch("t0", "backward", lambda: cores.extend(tuple(w.cpu_affinity() or ()) for w in workers()))
-    summary = go(grid, both, launcher, watch, policy=Policy(workers=2))
+    two_workers = LocalLauncher(workers=2)
+    summary = go(grid, both, two_workers, watch)
     assert cores
     assert {len(each) for each in cores} == {len(os.sched_getaffinity(0)) // 2}
     assert len(set(cores)) == len(cores), "each has cores of its own"
-    assert (len(summary.records), summary.left, summary.elsewhere) == (4, 0, 0)
+    assert (len(summary.records), summary.left, summary.by_others) == (4, 0, 0)
     go(grid, alone, launcher)
     records = {record.label: record for record in summary.records}
     for record in records.values():
         assert record.status == "ok"
-        assert record.environment.neighbours == 1
+        assert record.environment.concurrent_trials == 1
         assert record.environment.cpu_cores == len(os.sched_getaffinity(0)) // 2
     begun = sorted((r.started_at, r.metrics["trial_seconds"]) for r in records.values())
     assert (begun[1][0] - begun[0][0]).total_seconds() < (begun[0][1] or 0), "they overlap"
     assert {r["environment_id"] for r in both.read("trials").to_pylist()}.isdisjoint(
         r["environment_id"] for r in alone.read("trials").to_pylist()
-    ), "speeds beside neighbours are not compared with others"
+    ), "speeds of concurrent trials are not compared with others"
     peaks = [{r["label"]: r["peak_memory_bytes"] for r in s.read("trials").to_pylist()} for s in (both, alone)]
     assert peaks[0] == peaks[1]
-    assert go(grid, both, launcher, policy=Policy(workers=2)).skipped == 4
-    assert len(pending(grid, both)) == 4, "alone they would be other measurements"
+    assert go(grid, both, two_workers).skipped == 4
+    assert len(pending(grid, both, launcher)) == 4, "alone they would be other measurements"
 
 
 def test_an_interrupt_stops_all_workers(small: Small, tmp_path: Path, launcher: Launcher) -> None:
@@ -468,7 +475,7 @@ def test_an_interrupt_stops_all_workers(small: Small, tmp_path: Path, launcher: 
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        go(grid_of(**endless), Store(tmp_path), launcher, Watch("e0", "forward", twice), policy=Policy(workers=2))
+        go(grid_of(**endless), Store(tmp_path), LocalLauncher(workers=2), Watch("e0", "forward", twice))
     assert not workers()
     assert not Store(tmp_path).completed()
     assert not list((tmp_path / "leases").glob("*.json"))
@@ -483,7 +490,7 @@ def test_a_disk_error_of_one_worker_ends_the_run(small: Small, tmp_path: Path, l
 
     grid = grid_of(bad=small(), **{f"t{seed}": small(seed=seed) for seed in range(1, 9)})
     with pytest.raises(OSError, match="No space left"):
-        go(grid, Full(tmp_path), launcher, policy=Policy(workers=2))
+        go(grid, Full(tmp_path), LocalLauncher(workers=2))
     assert len(Store(tmp_path).completed()) < 8, "nothing further is begun"
 
 
@@ -495,22 +502,22 @@ def test_a_disk_error_of_one_worker_ends_the_run(small: Small, tmp_path: Path, l
         (2, ["H100", "L4"], r"the cards differ \(H100, L4\)"),
     ],
 )
-def test_a_machine_without_room_for_the_workers(
+def test_a_machine_too_small_for_the_workers(
     count: int, cards: list[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = tuple({"token": str(i), "name": name, "memory_bytes": 1, "driver": "1"} for i, name in enumerate(cards))
-    monkeypatch.setattr(environment, "cards", lambda: there)
+    visible = tuple({"token": str(i), "name": name, "memory_bytes": 1, "driver": "1"} for i, name in enumerate(cards))
+    monkeypatch.setattr(environment, "cards", lambda: visible)
     with pytest.raises(InputError, match=says):
-        environment.seats(count, "cuda" if cards else "cpu")
+        environment.divide_machine(count, "cuda" if cards else "cpu")
 
 
 def test_a_card_and_its_cores_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = tuple({"token": str(i), "name": "H100", "memory_bytes": 1, "driver": "1"} for i in (2, 5))
-    monkeypatch.setattr(environment, "cards", lambda: there)
+    visible = tuple({"token": str(i), "name": "H100", "memory_bytes": 1, "driver": "1"} for i in (2, 5))
+    monkeypatch.setattr(environment, "cards", lambda: visible)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4})
-    assert environment.seats(2, "cuda") == [
-        environment.Seat(cores=(0, 1), card="2", neighbours=1),
-        environment.Seat(cores=(2, 3), card="5", neighbours=1),
+    assert environment.divide_machine(2, "cuda") == [
+        environment.Placement(cores=(0, 1), card="2", concurrent_trials=1),
+        environment.Placement(cores=(2, 3), card="5", concurrent_trials=1),
     ]
 
 
@@ -522,15 +529,16 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import formula
 from test_launch import Watch, formula_grid
-from harness.launch import Policy, run_grid
 from harness.launch.local import LocalLauncher
-from harness.results import Store
-with LocalLauncher(formula.child, preload="harness.search") as launcher:
+from harness.results.store import Store
+from harness.runner.execution import Policy
+from harness.runner.grid_run import run_grid
+with LocalLauncher(child=formula.child, preload="harness.grids.search") as launcher:
     print("ready", flush=True)
     sys.stdin.readline()
     grid, store = formula_grid({trials}), Store(Path({folder!r}))
     summary = run_grid(grid, store, launcher, Watch(), Policy(retries=1000), rerun=frozenset({{"killed"}}))
-    print(len(summary.records), summary.elsewhere, summary.left, flush=True)
+    print(len(summary.records), summary.by_others, summary.left, flush=True)
 """
 
 
@@ -554,13 +562,13 @@ def runner(folder: Path, trials: int, seconds: float) -> subprocess.Popen[str]:
     return started
 
 
-def let_go(process: subprocess.Popen[str]) -> None:
+def begin(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("go\n")
     process.stdin.flush()
 
 
-def said(process: subprocess.Popen[str]) -> list[int]:
+def counts(process: subprocess.Popen[str]) -> list[int]:
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     return [int(number) for number in out.split()]
@@ -570,11 +578,11 @@ def test_two_runners_share_the_trials(tmp_path: Path) -> None:
     """Each of 40 trials is done by one of them."""
     both = [runner(tmp_path, 40, 0.15) for _ in range(2)]
     for each in both:
-        let_go(each)
-    shares = [said(each) for each in both]
-    done = [records for records, _, _ in shares]
+        begin(each)
+    both_counts = [counts(each) for each in both]
+    done = [records for records, _, _ in both_counts]
     assert sum(done) == 40
-    assert all(records + elsewhere == 40 and left == 0 for records, elsewhere, left in shares)
+    assert all(records + by_others == 40 and left == 0 for records, by_others, left in both_counts)
     assert min(done) >= 8, "both had their share"
     assert len(Store(tmp_path).read("trials")) == 40
     assert not list((tmp_path / "leases").glob("*.json"))
@@ -582,7 +590,7 @@ def test_two_runners_share_the_trials(tmp_path: Path) -> None:
 
 def test_a_killed_runner_loses_and_doubles_nothing(tmp_path: Path) -> None:
     killed, other = (runner(tmp_path, 16, 0.2) for _ in range(2))
-    let_go(killed)
+    begin(killed)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "trials").glob("*.parquet"))) < 3:
         assert time.monotonic() < deadline
@@ -590,11 +598,11 @@ def test_a_killed_runner_loses_and_doubles_nothing(tmp_path: Path) -> None:
     time.sleep(0.1)
     killed.kill()  # in the middle of a trial
     killed.wait()
-    before = Store(tmp_path).marks()
+    before = Store(tmp_path).start_times()
     assert len(list((tmp_path / "leases").glob("*.json"))) == 1
-    let_go(other)
-    assert said(other) == [16 - len(before), 0, 0]
-    after = Store(tmp_path).marks()
+    begin(other)
+    assert counts(other) == [16 - len(before), 0, 0]
+    after = Store(tmp_path).start_times()
     assert len(after) == 16
     assert before.items() <= after.items(), "what was finished is not run again"
 
@@ -617,16 +625,16 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_lease_of_another_machine_holds_until_it_is_stale(tmp_path: Path) -> None:
-    elsewhere, here = Leases(tmp_path), Leases(tmp_path)
-    elsewhere._me = elsewhere._me.model_copy(update={"host": "another", "pid": 1})
-    assert elsewhere.take("t")
+    remote, here = Leases(tmp_path), Leases(tmp_path)
+    remote._me = remote._me.model_copy(update={"host": "another", "pid": 1})
+    assert remote.take("t")
     assert not here.take("t")
     assert here.take("u")
-    assert not elsewhere.take("u")
-    assert not here.nobody_works()
+    assert not remote.take("u")
+    assert not here.none_held()
     old = time.time() - EXPIRES_SECONDS - 1
     os.utime(tmp_path / "leases/t.json", (old, old))
-    assert here.nobody_works()
+    assert here.none_held()
     assert here.take("t")
     (tmp_path / "leases/u.json").write_bytes(b"half")
-    assert elsewhere.take("u"), "what nobody can read holds nothing"
+    assert remote.take("u"), "what nobody can read holds nothing"

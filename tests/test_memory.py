@@ -1,4 +1,4 @@
-"""Exact figures of memory: the tracker, and what it says of whole trials."""
+"""Exact figures of memory: the tracker, and whole trials."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+import trials
 
-from harness import half_matmul, trial
-from harness.memory import LiveTensors, MemoryMeter, OutOfBudget, out_of_memory
-from harness.results import Job, Record
+from harness.record import Record
 from harness.spec import TrialSpec
+from harness.training.live_tensors import LiveTensors, OutOfBudget
+from harness.training.memory import MemoryMeter
+from harness.training.out_of_memory import out_of_memory
 
 Small = Callable[..., TrialSpec]
 
 
 def run(spec: TrialSpec) -> Record:
-    half_matmul.install()
-    record = trial.run(Job(grid="test", spec=spec, label="test"))
+    record = trials.run(spec)
     assert record.status == "ok", record.error
     return record
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> None:
-    """The first trial of a process makes a few constants that libraries keep; each has its own process in a run."""
+    """The first trial of a process makes constants that libraries keep; in a run each trial has its own process."""
     run(TrialSpec(base_model="random:tiny", precision="fp32", sequence_length=256, max_steps=1, val_set_size=1))
 
 
@@ -64,7 +65,7 @@ def test_tracker_follows_a_storage_that_shrinks_and_grows() -> None:
         with pytest.raises(OutOfBudget, match="8000 held, 2000 requested"):
             storage.resize_(10000)
     storage.resize_(100)
-    assert tracker.total == 8000, "nobody looked"
+    assert tracker.total == 8000, "outside the mode"
     with tracker:
         assert tracker.total == 100
     del a, storage
@@ -85,7 +86,7 @@ def test_tracker_sees_what_autograd_keeps_and_creates() -> None:
     assert tracker.live["activations"] == 0
 
 
-def test_budget_says_what_was_held_and_what_was_asked() -> None:
+def test_budget_error_has_held_and_requested_bytes() -> None:
     tracker = LiveTensors("cpu", budget=10_000)
     with tracker:
         held = torch.zeros(2000)
@@ -119,9 +120,9 @@ def test_eight_bit_optimizer_keeps_two_bytes_per_parameter(small: Small) -> None
     assert 2 * count < eight["memory_optimizer_bytes"] < 4 * count
 
 
-def test_shares_add_up_to_the_peak(small: Small) -> None:
-    found = figures(small())
-    assert sum(v for n, v in found.items() if n.startswith("memory_")) == found["peak_memory_bytes"]
+def test_components_add_up_to_the_peak(small: Small) -> None:
+    metrics = figures(small())
+    assert sum(v for n, v in metrics.items() if n.startswith("memory_")) == metrics["peak_memory_bytes"]
 
 
 def test_checkpointing_lowers_activations(small: Small) -> None:
@@ -132,8 +133,8 @@ def test_checkpointing_lowers_activations(small: Small) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A shape whose linears are whole blocks of 64, and large beside everything else."""
-    from harness.model_source import ARCHITECTURES
+    """A shape whose linears are whole blocks of 64, and larger than everything else."""
+    from harness.sources.models import ARCHITECTURES
 
     config = ARCHITECTURES["tiny"] | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     file: Path = tmp_path_factory.mktemp("shape") / "wide.json"
@@ -179,25 +180,25 @@ def test_weight_bytes_are_those_of_the_format(small: Small, wide: str) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_every_way_of_saying_that_memory_is_out(error: Exception, requested: int | None) -> None:
-    found = out_of_memory(error, MemoryMeter(torch.device("cpu"), None))
-    assert found is not None
-    assert found["oom_requested_bytes"] == requested
+def test_out_of_memory_is_recognised_in_every_library(error: Exception, requested: int | None) -> None:
+    oom = out_of_memory(error, MemoryMeter(torch.device("cpu"), None))
+    assert oom is not None
+    assert oom["oom_requested_bytes"] == requested
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left"), KeyError("x")]
 )
-def test_other_errors_are_not_want_of_memory(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert out_of_memory(error, MemoryMeter(torch.device("cpu"), None)) is None
 
 
 def test_a_budget_on_a_card_is_the_allocators_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own function is called, up to the driver: it wants the number of the card."""
-    said: list[tuple[float, int]] = []
+    """Torch's own function is called, up to the driver: it requires the number of the card."""
+    limits: list[tuple[float, int]] = []
     monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=100))
-    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: said.append(given), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: limits.append(given), raising=False)
     MemoryMeter(torch.device("cuda"), 40)
-    assert said == [(0.4, 1)]
+    assert limits == [(0.4, 1)]

@@ -8,29 +8,25 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from trials import run
 
-from harness import half_matmul, model, model_source, trial
-from harness.results import Job, Record
+from harness.sources import models
 from harness.spec import QUANTISED, Precision, TrialSpec
+from harness.training import model
 
 Small = Callable[..., TrialSpec]
-
-
-def run(spec: TrialSpec) -> Record:
-    half_matmul.install()
-    return trial.run(Job(grid="test", spec=spec, label="test"))
 
 
 def on_meta(architecture: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = model_source.random_config(architecture)
+    config = models.random_config(architecture)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
 def test_shapes_have_the_published_sizes() -> None:
-    sizes = {n: on_meta(n).num_parameters() for n in model_source.ARCHITECTURES if n != "tiny"}
+    sizes = {n: on_meta(n).num_parameters() for n in models.ARCHITECTURES if n != "tiny"}
     assert sizes == {
         "smollm2-135m": 134_515_008,
         "llama-3.2-1b": 1_235_814_400,
@@ -78,12 +74,12 @@ def test_every_precision_trains_in_its_own_formats(small: Small, precision: str,
         assert trained == {torch.float32}
         quantised = {"int8": torch.int8, "nf4": torch.uint8, "fp4": torch.uint8}.get(precision)
         if quantised:
-            assert frozen == {quantised, torch.bfloat16}  # embeddings and head stay
+            assert frozen == {quantised, torch.bfloat16}  # embeddings and head are not quantised
         else:
             assert frozen == {sixteen or torch.float32}
     record = run(spec)
     if (precision, adapter) == ("fp16", "none"):
-        # Adam's epsilon is zero in fp16: without master weights it may well diverge, and is told so.
+        # Adam's epsilon is zero in fp16: without master weights it may diverge, and its status says so.
         assert record.status in ("ok", "diverged")
         return
     assert record.status == "ok", record.error
@@ -100,10 +96,10 @@ def test_lora_variants_train(small: Small, option: str) -> None:
 
 @pytest.mark.parametrize("precision", sorted(QUANTISED))
 def test_evaluating_changes_nothing_of_what_training_learns(small: Small, precision: str) -> None:
-    """bitsandbytes has forms of its weights for evaluation alone; a layer that takes one passes no gradient on."""
+    """bitsandbytes has a layout of weights for inference, through which no gradient passes."""
     spec = small(precision=precision)
     tokens = torch.arange(40).reshape(2, 20)
-    found = []
+    gradients = []
     for evaluate in (False, True):
         torch.manual_seed(0)
         network = model.load(spec, torch.device("cpu"))
@@ -114,15 +110,15 @@ def test_evaluating_changes_nothing_of_what_training_learns(small: Small, precis
             network.train()
         with model.autocast(spec, torch.device("cpu")):
             network(input_ids=tokens, labels=tokens).loss.backward()
-        found.append({name: p.grad for name, p in network.named_parameters() if p.requires_grad})
-    fresh, evaluated = found
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.requires_grad})
+    fresh, evaluated = gradients
     assert all(grad is not None for grad in evaluated.values())
     for name, grad in fresh.items():
         torch.testing.assert_close(evaluated[name], grad)
     assert all(grad.abs().sum() > 0 for name, grad in fresh.items() if "lora_B" in name)
 
 
-def test_a_model_that_learns_nothing_is_told_so(small: Small) -> None:
+def test_a_model_that_learns_nothing_did_not_train(small: Small) -> None:
     record = run(small(precision="bf16", adapter="none", learning_rate=1e-12))
     assert (record.status, record.error_type) == ("did_not_train", "DidNotTrain")
     assert record.metrics.get("peak_memory_bytes"), "its memory is a fact"
@@ -149,20 +145,20 @@ def test_the_bundled_model_is_the_real_one_and_learns_stories() -> None:
         )
     )
     assert record.status == "ok", record.error
-    found = record.metrics
-    assert found["total_parameters"] == 134_515_008 + found["trainable_parameters"]  # type: ignore[operator]  # set
-    before, after = found["eval_loss_before"], found["eval_loss"]
+    metrics = record.metrics
+    assert metrics["total_parameters"] == 134_515_008 + metrics["trainable_parameters"]  # type: ignore[operator]  # set
+    before, after = metrics["eval_loss_before"], metrics["eval_loss"]
     assert before is not None
     assert after is not None
-    # Random weights would say ln(49152) = 10.8 nats; a chat model has read English.
+    # Random weights have ln(49152) = 10.8 nats; a chat model knows English.
     assert 2.0 < before < 5.0
     assert after < before
-    assert found["eval_perplexity"] == pytest.approx(math.exp(after))
-    assert found["memory_weights_bytes"] == pytest.approx(2 * 134_515_008, rel=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(after))
+    assert metrics["memory_weights_bytes"] == pytest.approx(2 * 134_515_008, rel=1e-4)
     after_rows = [s for s in record.stories if s.when == "after"]
     weighted = sum(s.loss * s.tokens for s in after_rows) / sum(s.tokens for s in after_rows)
     assert weighted == pytest.approx(after)
     # Frozen weights need no gradient of their own: 4 operations per parameter and token, adapters 6. Attention:
     # two products forward and five backward of 2 x 160 positions x 576 channels, in 30 layers.
-    flops = 4 * 134_515_008 + 6 * found["trainable_parameters"] + 7 * 2 * 160 * 576 * 30  # type: ignore[operator]  # set
-    assert found["flops_per_token"] == pytest.approx(flops, rel=0.01)
+    flops = 4 * 134_515_008 + 6 * metrics["trainable_parameters"] + 7 * 2 * 160 * 576 * 30  # type: ignore[operator]  # set
+    assert metrics["flops_per_token"] == pytest.approx(flops, rel=0.01)

@@ -16,9 +16,9 @@ from test_report import full_report, measured
 
 from harness.launch.local import LocalLauncher
 from harness.report.document import Document
-from harness.results import Store
+from harness.results.store import Store
 from harness.spec import TrialSpec
-from harness.tune import tune
+from harness.tuning.study import tune
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +56,24 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, str]:
-    """What is said of a whole grid, and the page's address."""
+    """The report of a whole grid, and the address of its page."""
     folder = tmp_path_factory.mktemp("page")
     measured(lambda **overrides: TrialSpec.model_validate(SMALL | overrides), folder / "results" / "g")
-    said = full_report(folder / "results" / "g", folder / "out")
-    return said, (folder / "out" / "report.html").as_uri()
+    document = full_report(folder / "results" / "g", folder / "out")
+    return document, (folder / "out" / "report.html").as_uri()
 
 
 def test_the_page_works_from_disk_without_a_network(browser: Any, report: tuple[Document, str]) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    said, address = report
+    document, address = report
     browser.get(address)
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
 
     # Every chart is drawn, and marks with it.
     charts = browser.find_elements(By.CSS_SELECTOR, "[data-chart]")
-    assert [chart.get_attribute("data-chart") for chart in charts] == [chart.id for chart in said.charts]
+    assert [chart.get_attribute("data-chart") for chart in charts] == [chart.id for chart in document.charts]
     for chart in charts:
         drawn = chart.find_element(By.CSS_SELECTOR, "svg")
         assert drawn.size["width"] > 200
@@ -129,12 +129,12 @@ def test_a_search_is_drawn_and_its_recommendation_can_be_copied(browser: Any, tm
     from selenium.webdriver.support.ui import WebDriverWait
 
     store = Store(tmp_path / "results" / "t")
-    with LocalLauncher(formula.child, preload="harness.search") as launcher:
+    with LocalLauncher(child=formula.child, preload="harness.grids.search") as launcher:
         tune(formula.search(trials=12, confirm=1), store, launcher, Watch())
-    said = full_report(store.folder, tmp_path / "out")
+    document = full_report(store.folder, tmp_path / "out")
     browser.get((tmp_path / "out" / "report.html").as_uri())
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
-    there = {chart.id for chart in said.charts}
+    there = {chart.id for chart in document.charts}
     assert {"tuning-front", "tuning-history", "tuning-importance", "tuning-slices"} <= there
     for chart in browser.find_elements(By.CSS_SELECTOR, "[data-chart^=tuning]"):
         assert chart.find_elements(By.CSS_SELECTOR, "svg path")

@@ -1,4 +1,4 @@
-"""Predictions beside measurements: the same step on tensors without contents holds the same bytes."""
+"""Predictions against measurements: the same step on fake tensors holds the same bytes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ import pytest
 import torch
 from conftest import FEW, Answer
 from test_launch import Watch
+from trials import run
 
-from harness import calibration, environment, grid, plan, replay, trial
-from harness.calibration import Calibration, Pair
-from harness.cards import CARDS, available
+from harness import environment
 from harness.errors import InputError
-from harness.largest import largest
-from harness.launch import planner
+from harness.grids import grid
 from harness.launch.local import LocalLauncher
-from harness.launch.planner import Planner
 from harness.metrics import COMPONENTS
-from harness.prediction import HERE, MARGIN, Prediction, fits, room_for, room_of
-from harness.report import planned
-from harness.results import Job, Store
-from harness.roofline import Rates, Work, expected_seconds, least_seconds
+from harness.predict import calibration, peak, predictor, replay
+from harness.predict.calibration import Calibration, Pair
+from harness.predict.cards import CARDS, capacity
+from harness.predict.largest import largest
+from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, capacity_for, capacity_of, fits
+from harness.predict.predictor import Predictor
+from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
+from harness.report import predictions
+from harness.results.store import Store
 from harness.spec import TrialSpec
-from harness.tune import Options, tune
+from harness.tuning.study import Options, tune
 
 Small = Callable[..., TrialSpec]
 
@@ -73,19 +75,19 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_is_measured(case: str, small: Small) -> None:
     spec = small(**CASES[case])
-    record = trial.run(Job(grid="g", spec=spec, label=case))
+    record = run(spec)
     assert record.status == "ok", record.error
-    predicted = plan.predict(spec, "cpu")
+    predicted = peak.predict(spec, "cpu")
     measured = record.metrics["peak_memory_bytes"]
     assert measured is not None
     assert predicted.peak_memory_bytes == pytest.approx(measured, rel=0.005)
-    assert sum(predicted.shares.values()) == predicted.peak_memory_bytes
-    for name, size in predicted.shares.items():
+    assert sum(predicted.breakdown.values()) == predicted.peak_memory_bytes
+    for name, size in predicted.breakdown.items():
         if name != "memory_activations_bytes":
             assert size == pytest.approx(record.metrics[name], rel=0.005, abs=2048), name
 
 
-def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_cannot_be_replayed_is_named(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     library = torch.library.Library("harness_test", "DEF")
@@ -93,51 +95,51 @@ def test_an_operation_that_cannot_be_followed_is_named(small: Small, monkeypatch
     library.impl("opaque", lambda x: x.clone(), "CPU")
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: torch.ops.harness_test.opaque(forward(self, x)))
-    with pytest.raises(plan.Unpredictable, match=r"harness_test.opaque"):
-        plan.predict(small(), "cpu")
+    with pytest.raises(peak.Unpredictable, match=r"harness_test.opaque"):
+        peak.predict(small(), "cpu")
 
 
 def test_dora_over_quantised_weights_is_refused_in_a_line(small: Small) -> None:
-    with pytest.raises(plan.Unpredictable, match="DoRA over nf4 weights"):
-        plan.predict(small(precision="nf4", use_dora=True), "cpu")
+    with pytest.raises(peak.Unpredictable, match="DoRA over nf4 weights"):
+        peak.predict(small(precision="nf4", use_dora=True), "cpu")
 
 
-def test_the_grid_goes_on_where_one_cannot_be_followed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_specs_are_predicted_where_one_cannot_be(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x)[x.sum() > 0])
-    said = planner._predict(small().model_dump_json(), "cpu", {"full_length": False, "trust_remote_code": False})
-    assert re.search(r"aten\.\w+\S* cannot be followed without contents", said["error"])
+    answer = predictor._predict(small().model_dump_json(), "cpu", {"full_length": False, "trust_remote_code": False})
+    assert re.search(r"aten\.\w+\S* cannot be replayed on fake tensors", answer["error"])
     monkeypatch.undo()
     lines = (
-        planned.Line("opaque", small(), None, said["error"]),
-        planned.Line("plain", small(), plan.predict(small(), "cpu"), None),
+        predictions.Line("opaque", small(), None, answer["error"]),
+        predictions.Line("plain", small(), peak.predict(small(), "cpu"), None),
     )
-    made = planned.Plan("t", "cpu", lines, {})
-    assert made.footnotes()[0] == f"opaque: not predicted, {said['error']}."
-    assert [row["predicted_peak_memory_bytes"] is None for row in planned.rows(made)] == [True, False]
+    made = predictions.Plan("t", "cpu", lines, {})
+    assert made.footnotes()[0] == f"opaque: not predicted, {answer['error']}."
+    assert [row["predicted_peak_memory_bytes"] is None for row in predictions.rows(made)] == [True, False]
 
 
-def test_what_the_lesson_fits_into_24_gib() -> None:
+def test_which_8b_trials_of_the_lesson_fit_24_gib() -> None:
     trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
-    said = {"full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits"}
-    for label, verdict in said.items():
-        peak = plan.predict(trials[label], "cuda").peak_memory_bytes
-        assert fits(peak, 24 * 2**30, MARGIN["cuda"]) == verdict, label
+    verdicts = {"full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits"}
+    for label, verdict in verdicts.items():
+        predicted = peak.predict(trials[label], "cuda").peak_memory_bytes
+        assert fits(predicted, 24 * 2**30, MARGIN["cuda"]) == verdict, label
 
 
 def test_the_config_alone_is_enough(small: Small, tmp_path: Path, ask: Callable[..., Answer]) -> None:
-    from harness.model_source import ARCHITECTURES
+    from harness.sources.models import ARCHITECTURES
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(ARCHITECTURES["tiny"]))
-    alone = plan.predict(small(base_model=str(tmp_path / "model")), "cpu")
-    assert alone.peak_memory_bytes == plan.predict(small(), "cpu").peak_memory_bytes
+    alone = peak.predict(small(base_model=str(tmp_path / "model")), "cpu")
+    assert alone.peak_memory_bytes == peak.predict(small(), "cpu").peak_memory_bytes
     (tmp_path / "g.yml").write_text(GRID.replace("random:tiny", "model"))
-    code, said, errors = ask("plan", "g.yml", "--gpu", "t4")
+    code, output, errors = ask("plan", "g.yml", "--gpu", "t4")
     assert code == 0, errors
-    assert "fits" in said
+    assert "fits" in output
     assert "no .safetensors" in ask("run", "g.yml", "--device", "cpu")[2]
 
 
@@ -149,7 +151,7 @@ def test_what_takes_no_memory_is_predicted_once(small: Small) -> None:
 def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
     import pandas
 
-    code, said, errors = ask("plan", "g.yml", "--memory", "1MiB", "--gpu", "T4,h100", "-o", "plan")
+    code, output, errors = ask("plan", "g.yml", "--memory", "1MiB", "--gpu", "T4,h100", "-o", "plan")
     assert code == 0, errors
     rows = {row["label"]: row for row in json.loads((folder / "plan/plan.json").read_text())}
     assert next(iter(rows)) == "baseline"
@@ -164,8 +166,8 @@ def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
         )
     assert pandas.read_parquet(folder / "plan/plan.parquet")["label"].tolist() == list(rows)
     assert (folder / "plan/plan.svg").read_text().startswith("<svg")
-    assert "no (" in said
-    assert "6.0%" in said  # the margin is stated
+    assert "no (" in output
+    assert "6.0%" in output  # the margin is stated
 
 
 def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(
@@ -184,13 +186,13 @@ def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(
     assert trials["roofline_share"].between(0, 1.5).all()
     assert (trials["predicted_step_seconds"] > 0).all()
 
-    code, said, errors = ask("plan", "g.yml", "--calibrate", "results", "--device", "cpu", "--memory", "1GiB")
+    code, output, errors = ask("plan", "g.yml", "--calibrate", "results", "--device", "cpu", "--memory", "1GiB")
     assert code == 0, errors
     kept = Calibration.model_validate_json(next((folder / "results/calibration").glob("*.json")).read_bytes())
-    assert kept.rows == 5  # repeats say the same again, and alpha takes no memory
+    assert kept.rows == 5  # without repeats, and alpha takes no memory
     assert kept.kind == "none"  # there is nothing to correct
     assert kept.error <= 0.001
-    assert "5 configurations of" in said
+    assert "5 configurations of" in output
     ratio = trials["step_seconds_median"] / trials["predicted_step_seconds"]
     assert ratio.min() <= (kept.step_factor or 0) <= ratio.max()
 
@@ -208,64 +210,67 @@ def test_what_cannot_fit_is_not_started_but_recorded(folder: Path, ask: Callable
     assert "over the 1.00 MiB" in skipped["error"].iloc[0]
     assert "nothing to run" in ask(*asked, "--skip-infeasible")[1]
     assert ask("report", "results/g")[0] == 0
-    # Whoever does not ask for skipping gets them run: here into the budget.
+    # Without --skip-infeasible they run: here into the budget.
     assert ask(*asked, "--no-predict")[0] == 0
     assert set(pandas.read_parquet(folder / "results/g/trials")["status"]) == {"oom"}
 
 
-def test_what_is_predicted_over_the_budget_is_not_started_and_told(tmp_path: Path) -> None:
+def test_a_search_skips_what_is_predicted_over_the_budget_and_tells_the_sampler(tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
     limit = 1_000_000
     search = formula.search(
         {"base_model": "random:tiny", "sequence_length": 256, "lora_r": 64, "datasets": [{"path": FEW}]},
         objectives=["peak_memory_bytes"], constraints=["peak_memory_bytes <= 1MB"], sampler="random", trials=30,
     )  # fmt: skip
-    nobody = LocalLauncher(formula.child)  # not entered: it could start nothing
-    with Planner("cpu") as planning, pytest.raises(InputError, match="none of 12 trials keeps within"):
-        tune(search, store, nobody, Watch(), Options(planner=planning))
+    unstarted = LocalLauncher(child=formula.child)  # not entered: it could start nothing
+    with Predictor("cpu") as pool, pytest.raises(InputError, match="none of 12 trials keeps within"):
+        tune(search, store, unstarted, Watch(), Options(predictor=pool))
     rows = store.read("trials").to_pandas().query("~twin")
     assert set(rows["status"]) == {"skipped"}
     study = optuna.load_study(study_name=rows["study"].iloc[0], storage=f"sqlite:///{store.folder / 'study.db'}")
     for _, row in rows.query("status == 'skipped'").iterrows():
-        told = study.trials[int(row["study_trial"])]
-        assert told.state.name == "COMPLETE"
-        assert told.constraints == {"memory": pytest.approx(row["predicted_peak_memory_bytes"] / limit - 1)}
-        assert told.constraints["memory"] > 0
+        reported = study.trials[int(row["study_trial"])]
+        assert reported.state.name == "COMPLETE"
+        assert reported.constraints == {"memory": pytest.approx(row["predicted_peak_memory_bytes"] / limit - 1)}
+        assert reported.constraints["memory"] > 0
 
 
 def test_what_several_processes_add(small: Small) -> None:
-    """Of as many examples for each: state and its traffic shrink with their number, products stay what they are."""
+    """With equally many examples each, state and its traffic shrink with their number, and products do not."""
     at = {"precision": "bf16", "adapter": "none", "gradient_accumulation_steps": 1, "micro_batch_size": 1}
     two, eight = (
-        plan.predict(small(num_processes=n, sharding="full_shard", **at), "cuda", full_length=True) for n in (2, 8)
+        peak.predict(small(num_processes=n, sharding="full_shard", **at), "cuda", full_length=True) for n in (2, 8)
     )
-    assert eight.shares["memory_weights_bytes"] == pytest.approx(two.shares["memory_weights_bytes"] / 4, rel=0.1)
+    assert eight.breakdown["memory_weights_bytes"] == pytest.approx(two.breakdown["memory_weights_bytes"] / 4, rel=0.1)
     assert (two.flops, two.positions) == (eight.flops, eight.positions // 4), "each has a card"
     moved = [sum(w.moved_bytes * w.calls for w in p.work if w.dtype is None) for p in (two, eight)]
     assert moved[1] < moved[0]
-    alone, whole = (plan.predict(small(num_processes=n, **at), "cpu", full_length=True) for n in (1, 2))
-    assert (whole.flops, whole.positions) == (2 * alone.flops, 2 * alone.positions), "they share the cores"
+    alone, whole = (peak.predict(small(num_processes=n, **at), "cpu", full_length=True) for n in (1, 2))
+    assert (whole.flops, whole.positions) == (2 * alone.flops, 2 * alone.positions), "the cores compute for both"
 
 
 def test_storages_are_rounded_as_cuda_rounds_them(small: Small) -> None:
-    found = plan.predict(small(lora_r=1), "cuda")
-    assert found.shares["memory_adapters_bytes"] % 512 == found.shares["memory_optimizer_bytes"] % 512 == 0
+    predicted = peak.predict(small(lora_r=1), "cuda")
     assert (
-        found.shares["memory_adapters_bytes"]
-        > 1.5 * plan.predict(small(lora_r=1), "cpu").shares["memory_adapters_bytes"]
+        predicted.breakdown["memory_adapters_bytes"] % 512 == predicted.breakdown["memory_optimizer_bytes"] % 512 == 0
+    )
+    assert (
+        predicted.breakdown["memory_adapters_bytes"]
+        > 1.5 * peak.predict(small(lora_r=1), "cpu").breakdown["memory_adapters_bytes"]
     )
 
 
 def test_processes_divide_this_machine_and_nothing_else(small: Small) -> None:
     two = small(num_processes=2)
-    line = planned.Line("two", two, plan.predict(two, "cpu"), None)
-    rooms = {HERE: 10 * 2**20, "10MiB": 10 * 2**20}
-    (row,) = planned.rows(planned.Plan("g", "cpu", (line,), rooms))
+    line = predictions.Line("two", two, peak.predict(two, "cpu"), None)
+    capacities = {LOCAL_MACHINE: 10 * 2**20, "10MiB": 10 * 2**20}
+    (row,) = predictions.rows(predictions.Plan("g", "cpu", (line,), capacities))
     assert line.prediction is not None
     assert 5 * 2**20 < line.prediction.peak_memory_bytes < 9 * 2**20
-    assert (row[f"fits {HERE}"], row["fits 10MiB"]) == ("no", "fits")
-    assert room_for(two) == room_for(small()) // 2
-    assert room_for(small(num_processes=2, memory_budget="1GiB")) == 2**30, "of each"
+    assert (row[f"fits {LOCAL_MACHINE}"], row["fits 10MiB"]) == ("no", "fits")
+    here = environment.current("cpu")
+    assert capacity_for(two, here) == capacity_for(small(), here) // 2
+    assert capacity_for(small(num_processes=2, memory_budget="1GiB"), here) == 2**30, "of each"
 
 
 def _peak(predicted: Prediction) -> int:
@@ -274,26 +279,26 @@ def _peak(predicted: Prediction) -> int:
 
 def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer], small: Small) -> None:
     spec = small(gradient_accumulation_steps=1)
-    rooms = {"sequence_length": 16 * 2**20, "micro_batch_size": 20 * 2**20, "lora_r": 13 * 2**20}
-    with Planner("cpu", full_length=True) as planning:
-        for key, room in rooms.items():
-            found = largest(planning, [spec], key, {"room": room}, _peak, "cpu")[spec.id, "room"]
-            assert found.value is not None
-            for value, wanted in ((found.value, True), (found.value + 1, False)):
+    capacities = {"sequence_length": 16 * 2**20, "micro_batch_size": 20 * 2**20, "lora_r": 13 * 2**20}
+    with Predictor("cpu", full_length=True) as pool:
+        for key, capacity in capacities.items():
+            answer = largest(pool, [spec], key, {"given": capacity}, _peak, "cpu")[spec.id, "given"]
+            assert answer.value is not None
+            for value, fitting in ((answer.value, True), (answer.value + 1, False)):
                 changed = small(**{"gradient_accumulation_steps": 1, "train_samples": None, "max_steps": 2, key: value})
-                peak = plan.predict(changed, "cpu", full_length=True).peak_memory_bytes
-                assert (peak <= room) == wanted, (key, value)
-        none = largest(planning, [spec], "lora_r", {"room": 2**20}, _peak, "cpu")[spec.id, "room"]
+                predicted = peak.predict(changed, "cpu", full_length=True).peak_memory_bytes
+                assert (predicted <= capacity) == fitting, (key, value)
+        none = largest(pool, [spec], "lora_r", {"given": 2**20}, _peak, "cpu")[spec.id, "given"]
         assert none.value is None
 
     asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "20MiB", "--device", "cpu")
-    code, said, errors = ask(*asked)
+    code, output, errors = ask(*asked)
     assert code == 0, errors
-    assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", said)
+    assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", output)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("g.yml", "--gpu", "rtx4900"), "rtx4090"),
         (("g.yml", "--memory", "much"), "--memory"),
@@ -303,10 +308,10 @@ def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer]
         (("--calibrate", "nowhere"), "nowhere"),
     ],
 )
-def test_bad_questions_get_one_line(arguments: tuple[str, ...], said: str, ask: Callable[..., Answer]) -> None:
+def test_bad_questions_get_one_line(arguments: tuple[str, ...], message: str, ask: Callable[..., Answer]) -> None:
     code, _, errors = ask("plan", *arguments)
     assert code == 2
-    assert said in errors
+    assert message in errors
     assert errors.count("\n") == 1
 
 
@@ -314,38 +319,37 @@ def test_bad_questions_get_one_line(arguments: tuple[str, ...], said: str, ask: 
 
 
 @pytest.mark.parametrize("case", ["bf16", "nf4", "full, 8-bit", "padded", "DoRA"])
-def test_remembered_operations_change_nothing(case: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_operations_change_nothing(case: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small(**CASES[case])
-    plan.predict(spec, "cpu")
-    remembered = plan.predict(spec, "cpu")
+    peak.predict(spec, "cpu")
+    cached = peak.predict(spec, "cpu")
     monkeypatch.setattr(replay, "_key", lambda *given: None)
-    asked = plan.predict(spec, "cpu")
-    assert remembered.peak_memory_bytes == asked.peak_memory_bytes
-    assert remembered.phases == asked.phases
-    order = [sorted(map(repr, found.work)) for found in (remembered, asked)]
-    assert order[0] == order[1]
+    uncached = peak.predict(spec, "cpu")
+    assert cached.peak_memory_bytes == uncached.peak_memory_bytes
+    assert cached.phases == uncached.phases
+    assert sorted(map(repr, cached.work)) == sorted(map(repr, uncached.work))
 
 
 def test_work_is_what_a_trial_counts(small: Small) -> None:
     two_steps = {"max_steps": 2, "train_samples": None, "excess_length": "truncate", "sequence_length": 128}
     for case in ("fp32", "nf4", "full", "a short last micro-batch"):
         spec = small(**({} if "short" in case else two_steps) | CASES[case])
-        record = trial.run(Job(grid="g", spec=spec, label=case))
+        record = run(spec)
         counted = record.metrics["flops_per_token"]
         assert counted is not None
         tracked = [step.tokens for step in record.steps if step.tracked]
         tokens = sum(tracked) / len(tracked)
-        assert plan.predict(spec, "cpu").flops == pytest.approx(counted * tokens, rel=0.01), case
+        assert peak.predict(spec, "cpu").flops == pytest.approx(counted * tokens, rel=0.01), case
 
 
 def test_cuda_keeps_masks_of_bytes_and_pages_outside(small: Small) -> None:
     wide = {"sequence_length": 1024, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
     dropout, plain = (small(**wide, lora_dropout=p) for p in (0.1, 0.0))
-    beside = [plan.predict(dropout, d).peak_memory_bytes - plan.predict(plain, d).peak_memory_bytes for d in DEVICES]
+    added = [peak.predict(dropout, d).peak_memory_bytes - peak.predict(plain, d).peak_memory_bytes for d in DEVICES]
     # Output and mask in fp32 on a CPU; the mask is a byte on CUDA.
-    assert beside[1] < 0.7 * beside[0]
+    assert added[1] < 0.7 * added[0]
     paged = small(adapter="none", optimizer="paged_adamw_32bit", base_model="random:smollm2-135m")
-    cpu, cuda = (plan.predict(paged, d).shares["memory_optimizer_bytes"] for d in DEVICES)
+    cpu, cuda = (peak.predict(paged, d).breakdown["memory_optimizer_bytes"] for d in DEVICES)
     assert cpu > 8 * 134e6 > 100 * cuda
 
 
@@ -357,48 +361,48 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
                   concurrent=False)  # fmt: skip
     product = Work(dtype="bfloat16", flops=800, moved_bytes=10, calls=3)  # 2 s of arithmetic, 1 s of traffic
     addition = Work(dtype=None, flops=0, moved_bytes=40, calls=1)  # 4 s of traffic
-    assert least_seconds([product, addition], rates) == 3 * 2 + 4
-    assert expected_seconds([product, addition], rates) == 10 + 4 * 0.5
+    assert roofline_seconds([product, addition], rates) == 3 * 2 + 4
+    assert predicted_seconds([product, addition], rates) == 10 + 4 * 0.5
     queued = rates.model_copy(update={"concurrent": True, "call_seconds": 3.0})
-    assert expected_seconds([product, addition], queued) == 12
+    assert predicted_seconds([product, addition], queued) == 12
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:
-    assert all(0.9 * size < available(name) < size for name, size in CARDS.items())
+    assert all(0.9 * size < capacity(name) < size for name, size in CARDS.items())
     here = environment.current("cpu").model_copy(update={"device_type": "cuda", "device_memory_bytes": CARDS["l4"]})
-    assert room_of(here) == available("l4")
+    assert capacity_of(here) == capacity("l4")
 
 
-def test_one_that_kills_its_process_costs_no_other_its_prediction(
+def test_a_spec_that_kills_its_process_leaves_the_others_predicted(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     specs = [small(lora_r=r) for r in (2, 4, 6, 8)]
-    monkeypatch.setattr(planner, "_predict", _killing_at_six)
-    with Planner("cpu") as planning:
-        found = {p.spec.lora_r: p for p in planning.plan(specs)}
-    assert [found[r].prediction is None for r in (2, 4, 6, 8)] == [False, False, True, False]
-    assert found[6].error == "the process that predicted it was ended"
+    monkeypatch.setattr(predictor, "_predict", _killing_at_six)
+    with Predictor("cpu") as pool:
+        predicted = {p.spec.lora_r: p for p in pool.predict(specs)}
+    assert [predicted[r].prediction is None for r in (2, 4, 6, 8)] == [False, False, True, False]
+    assert predicted[6].error == "the process that predicted it was killed"
 
 
 def _killing_at_six(text: str, *others: Any) -> Any:
     if json.loads(text)["lora_r"] == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-    return planner._predict(text, *others)
+    return predictor._predict(text, *others)
 
 
-def test_a_step_is_expected_as_the_measured_ones_were(small: Small) -> None:
+def test_step_times_are_corrected_by_measured_ones(small: Small) -> None:
     rates = Rates(flops_per_second={"float32": 1e11}, bytes_per_second=1e10, call_seconds=1e-6, concurrent=False)
     pairs = [Pair(dict.fromkeys([f"memory_{c}_bytes" for c in COMPONENTS], 100), 500)] * 5
     kept = calibration.fit(pairs, environment.current("cpu"), [2.0, 2.5, 9.0])
-    prediction = plan.predict(small(), "cpu")
-    bare, corrected = (planned.Plan("t", "cpu", (), {}, c, rates).step_seconds(prediction) for c in (None, kept))
+    prediction = peak.predict(small(), "cpu")
+    bare, corrected = (predictions.Plan("t", "cpu", (), {}, c, rates).step_seconds(prediction) for c in (None, kept))
     assert (
-        corrected == pytest.approx(2.5 * expected_seconds(prediction.work, rates)) == pytest.approx(2.5 * (bare or 0))
+        corrected == pytest.approx(2.5 * predicted_seconds(prediction.work, rates)) == pytest.approx(2.5 * (bare or 0))
     )
-    assert planned.Plan("t", "cpu", (), {}, kept).step_seconds(prediction) is None
+    assert predictions.Plan("t", "cpu", (), {}, kept).step_seconds(prediction) is None
 
 
-def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:
+def test_calibration_chooses_a_correction_and_its_error() -> None:
     import numpy
 
     rng = numpy.random.default_rng(0)
@@ -426,14 +430,14 @@ def test_calibration_finds_what_is_wrong_and_says_how_well() -> None:
     assert uneven.factors["weights"] == pytest.approx(1.0, abs=0.02)
     with pytest.raises(ValueError, match="too few"):
         calibration.fit(pairs(3, one, 0.0), here)
-    # A row is judged by the others: what only it has is not learnt from itself.
-    alike = pairs(8, one | {"optimizer": 1.0}, 0.0)
+    # Leave-one-out: what is in one row alone is not learnt from itself.
+    equal = pairs(8, one | {"optimizer": 1.0}, 0.0)
     quiet = [
         Pair(p.predicted | {"memory_optimizer_bytes": 0}, p.measured - p.predicted["memory_optimizer_bytes"])
-        for p in alike
+        for p in equal
     ]
-    odd = Pair(alike[0].predicted, int(alike[0].measured + 0.5 * alike[0].predicted["memory_optimizer_bytes"]))
-    assert calibration._left_out([*quiet, odd], "components")[-1] > 0.02
+    odd = Pair(equal[0].predicted, int(equal[0].measured + 0.5 * equal[0].predicted["memory_optimizer_bytes"]))
+    assert calibration._leave_one_out([*quiet, odd], "components")[-1] > 0.02
 
 
 def test_the_shape_of_8b_without_its_weights() -> None:
@@ -442,9 +446,9 @@ def test_the_shape_of_8b_without_its_weights() -> None:
         "base_model": "random:llama-3.1-8b", "sequence_length": 512, "lora_r": 32, "gradient_checkpointing": True,
         "train_samples": 1, "datasets": [{"path": FEW}],
     }  # fmt: skip
-    bf16 = plan.predict(TrialSpec.model_validate(base), "cpu")
-    assert bf16.shares["memory_weights_bytes"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)
-    assert bf16.shares["memory_adapters_bytes"] == 4 * 83_886_080
-    nf4 = plan.predict(TrialSpec.model_validate(base | {"precision": "nf4"}), "cpu")
+    bf16 = peak.predict(TrialSpec.model_validate(base), "cpu")
+    assert bf16.breakdown["memory_weights_bytes"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)
+    assert bf16.breakdown["memory_adapters_bytes"] == 4 * 83_886_080
+    nf4 = peak.predict(TrialSpec.model_validate(base | {"precision": "nf4"}), "cpu")
     expected = 0.5625 * 6_979_321_856 + 2 * 1_050_673_152
-    assert nf4.shares["memory_weights_bytes"] == pytest.approx(expected, rel=1e-3)
+    assert nf4.breakdown["memory_weights_bytes"] == pytest.approx(expected, rel=1e-3)

@@ -1,5 +1,7 @@
-"""Predicted peaks beside published ones of real cards. PEFT publishes the allocator's reserve, which lies above what is
-asked of it: the default margin covers the difference, and no published figure lies more than 2 % above it.
+"""Predicted peaks against published ones of real cards.
+
+PEFT publishes reserved memory, which is more than allocated: the default margin covers the difference, and no published
+figure is more than 2 % above it.
 
 Sources: huggingface/peft, method_comparison, MetaMathQA (July 2026, L40S, torch 2.13): Llama-3.2-3B, bf16, batch 4,
 at most 768 tokens, AdamW, no checkpointing, no autocast; pytorch/torchtune, README: the same model, full fine-tuning
@@ -16,11 +18,12 @@ from typing import Any
 import pytest
 from conftest import FEW
 
-from harness import plan, training
-from harness.data import Example
 from harness.metrics import GIB
-from harness.prediction import MARGIN
+from harness.predict import peak
+from harness.predict.prediction import MARGIN
 from harness.spec import TrialSpec
+from harness.training import step
+from harness.training.batches import Example
 
 PEFT: dict[str, Any] = {
     "base_model": "random:llama-3.2-3b", "precision": "bf16", "sequence_length": 768, "micro_batch_size": 4,
@@ -39,16 +42,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
 def test_published_peaks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, gib, tolerance = PUBLISHED[case]
     # Their loop has no autocast: adapters in fp32 compute in fp32.
-    monkeypatch.setattr(training, "autocast", lambda spec, device: contextlib.nullcontext())
+    monkeypatch.setattr(step, "autocast", lambda spec, device: contextlib.nullcontext())
     if not case.startswith("torchtune"):  # packed sequences have no padding
-        monkeypatch.setattr(plan, "_examples", _padded)
-    predicted = plan.predict(TrialSpec.model_validate(given), "cuda", full_length=True).peak_memory_bytes
+        monkeypatch.setattr(peak, "_examples", _padded)
+    predicted = peak.predict(TrialSpec.model_validate(given), "cuda", full_length=True).peak_memory_bytes
     published = gib * GIB
     assert predicted == pytest.approx(published, rel=tolerance)
     assert predicted * (1 + MARGIN["cuda"]) >= 0.98 * published
 
 
-_examples = plan._examples
+_examples = peak._examples
 
 
 def _padded(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:

@@ -1,4 +1,4 @@
-"""A trial over several processes is the same training, and ends as one row whatever becomes of one of them."""
+"""A trial over several processes trains as one does, and ends as one row whatever happens to a rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 from test_launch import Acts, Watch, go, grid_of, workers
 from test_results import record
 
-from harness import model, model_source, plan, ranks
-from harness.launch import Launcher
+from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
-from harness.results import Record, Store
+from harness.predict import peak
+from harness.record import Record
+from harness.results.store import Store
+from harness.sources import models
 from harness.spec import TrialSpec
+from harness.training import checkpoints, processes
 
 Small = Callable[..., TrialSpec]
 
@@ -38,8 +41,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose head has weights of its own, in three layers: an odd number of everything."""
     folder = tmp_path_factory.mktemp("untied")
     changed = {"tie_word_embeddings": False, "num_hidden_layers": 3, "vocab_size": 301}
-    model._random_checkpoint(model_source.ARCHITECTURES["tiny"] | changed, folder)
-    model.byte_tokenizer().save_pretrained(folder)
+    checkpoints._random_checkpoint(models.ARCHITECTURES["tiny"] | changed, folder)
+    checkpoints.byte_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -47,7 +50,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_two_processes_are_one_with_twice_the_micro_batch(
     small: Small, tmp_path: Path, launcher: Launcher, untied: str, adapter: str
 ) -> None:
-    """Step by step, the last one too, which has no micro-batch for the second process; shared out or not."""
+    """Step by step, the last one too, which has no micro-batch for the second rank; sharded or not."""
     same = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora", "base_model": untied}
     # An embedding that has an adapter is kept with it.
     same |= {"lora_target_modules": ["q_proj", "down_proj", "embed_tokens"]} if adapter == "lora" else {}
@@ -56,8 +59,8 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
     grid = grid_of(
         alone=small(micro_batch_size=2, **same),
         both=small(**together),
-        shared=small(sharding="full_shard", **together),
-        kept=small(sharding="shard_grad_op", **together),
+        full=small(sharding="full_shard", **together),
+        gradients=small(sharding="shard_grad_op", **together),
     )
     alone, *others = go(grid, Store(tmp_path), launcher).records
     assert alone.status == "ok", alone.error
@@ -74,22 +77,22 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
             assert other.metrics[name] == alone.metrics[name]
         assert of("peak", other) < of("peak", alone), "half the micro-batch"
         assert other.metrics["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
-        predicted = plan.predict(other.spec, "cpu")
+        predicted = peak.predict(other.spec, "cpu")
         assert predicted.flops / predicted.positions == pytest.approx(other.metrics["flops_per_token"], rel=0.01)
         assert predicted.peak_memory_bytes == pytest.approx(of("peak", other), rel=0.005)
-        for name, size in predicted.shares.items():
+        for name, size in predicted.breakdown.items():
             assert size == pytest.approx(other.metrics[name], rel=0.005, abs=4096), name
         losses = [(s.when, s.story_id, s.loss) for s in other.stories]
         assert losses == [(s.when, s.story_id, pytest.approx(s.loss, rel=1e-4)) for s in alone.stories]
     assert len(alone.stories) == 4
-    both, *parts = others
-    assert of("weights", both) == of("weights", alone), "of one process, not of both"
-    for shared in parts:
+    replicated, *shardings = others
+    assert of("weights", replicated) == of("weights", alone), "of one process, not of both"
+    for sharded in shardings:
         for component in ("weights", "adapters", "gradients", "optimizer"):
             # Half, and a row of a weight with an odd number of them.
-            assert of(component, shared) == pytest.approx(of(component, alone) / 2, rel=0.02)
-    shared, kept = parts
-    assert of("activations", shared) < of("activations", kept), "layers are let go between the passes"
+            assert of(component, sharded) == pytest.approx(of(component, alone) / 2, rel=0.02)
+    full, gradients = shardings
+    assert of("activations", full) < of("activations", gradients), "layers are resharded between the passes"
     learnt = [r.adapter_id and load_file(tmp_path / "adapters" / r.adapter_id / WEIGHTS) for r in (alone, *others)]
     assert all(learnt) == any(learnt) == (adapter == "lora")
     for weights in filter(None, learnt):
@@ -102,7 +105,7 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
 WEIGHTS = "adapter_model.safetensors"
 
 
-def test_the_usual_formats_are_shared_out(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+def test_the_usual_formats_are_sharded(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     """Weights of 16 bit with adapters of 32, of which most have fewer rows than there are processes."""
     together = {
         "num_processes": 3,
@@ -111,14 +114,13 @@ def test_the_usual_formats_are_shared_out(small: Small, tmp_path: Path, launcher
         "train_samples": 13,
         "gradient_accumulation_steps": 1,
     }
-    both, shared = go(
-        grid_of(both=small(**together), shared=small(sharding="full_shard", **together)), Store(tmp_path), launcher
-    ).records
-    assert (both.status, shared.status) == ("ok", "ok"), shared.error
-    assert [s.loss for s in shared.steps] == pytest.approx([s.loss for s in both.steps], rel=1e-3)
-    assert of("weights", shared) == pytest.approx(of("weights", both) / 3, rel=0.05)
-    predicted = plan.predict(shared.spec, "cpu")
-    assert predicted.peak_memory_bytes == pytest.approx(of("peak", shared), rel=0.005)
+    grid = grid_of(replicated=small(**together), sharded=small(sharding="full_shard", **together))
+    replicated, sharded = go(grid, Store(tmp_path), launcher).records
+    assert (replicated.status, sharded.status) == ("ok", "ok"), sharded.error
+    assert [s.loss for s in sharded.steps] == pytest.approx([s.loss for s in replicated.steps], rel=1e-3)
+    assert of("weights", sharded) == pytest.approx(of("weights", replicated) / 3, rel=0.05)
+    predicted = peak.predict(sharded.spec, "cpu")
+    assert predicted.peak_memory_bytes == pytest.approx(of("peak", sharded), rel=0.005)
 
 
 def of(component: str, record: Record) -> int:
@@ -131,7 +133,7 @@ def family() -> list[psutil.Process]:
     return [child for worker in workers() for child in worker.children(recursive=True)]
 
 
-def test_a_dead_rank_ends_the_trial_and_leaves_nobody(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+def test_a_dead_rank_ends_the_trial_and_all_its_processes(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     members: list[psutil.Process] = []
 
     def kill_last() -> None:
@@ -157,9 +159,11 @@ def test_a_dead_rank_ends_the_trial_and_leaves_nobody(small: Small, tmp_path: Pa
 
 
 def test_one_rank_out_of_memory_is_the_trial_out_of_memory(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    """The others only see that it has gone."""
+    """The other ranks see no more than its end."""
     record: Record
-    (record,) = go(grid_of(o=small(num_processes=2)), Store(tmp_path), LocalLauncher(second_has_no_memory)).records
+    (record,) = go(
+        grid_of(o=small(num_processes=2)), Store(tmp_path), LocalLauncher(child=second_has_no_memory)
+    ).records
     assert (record.status, record.error_type, record.phase) == ("oom", "MemoryError", "forward")
     assert not workers()
     assert (
@@ -169,25 +173,25 @@ def test_one_rank_out_of_memory_is_the_trial_out_of_memory(small: Small, tmp_pat
 
 
 def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> None:
-    from harness import distributed, training, worker
+    from harness.training import distributed, step, worker
 
-    step = training.Trainer.step
+    original = step.Trainer.step
 
     def greedy(self: Any, batches: Any) -> Any:
-        if distributed.number() == 1:
+        if distributed.rank() == 1:
             self.on_phase("forward")
             raise MemoryError("std::bad_alloc")
-        return step(self, batches)
+        return original(self, batches)
 
-    training.Trainer.step = greedy  # type: ignore[method-assign]  # of a process that ends with this
+    step.Trainer.step = greedy  # type: ignore[method-assign]  # of a process that ends with this
     worker.main(job, options, channel)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        ({}, "num_processes 1: there is nobody to share with; use sharding: none"),
-        ({"num_processes": 2, "precision": "nf4"}, "precision nf4: quantised weights are not shared out; use bf16"),
+        ({}, "num_processes 1: there are no processes to shard over; use sharding: none"),
+        ({"num_processes": 2, "precision": "nf4"}, "precision nf4: quantised weights are not sharded; use bf16"),
         (
             {"num_processes": 2, "precision": "bf16", "lora_bias": "all"},
             "use lora_bias: none, or precision: bf16-mixed",
@@ -195,8 +199,8 @@ def second_has_no_memory(job: str, options: dict[str, Any], channel: Any) -> Non
         ({"num_processes": 2, "optimizer": "adamw_bnb_8bit"}, "use one of adagrad, adamw_torch, adamw_torch_fused, "),
     ],
 )
-def test_what_is_not_shared_out(small: Small, given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_what_cannot_be_sharded(small: Small, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         small(sharding="full_shard", **given)
 
 
@@ -210,46 +214,46 @@ def test_memory_is_that_of_the_heaviest_and_energy_of_all(small: Small) -> None:
     heavy = of(
         peak_memory_bytes=6, memory_weights_bytes=2, peak_process_bytes=80, joules_per_token=2.0, tokens_per_second=7.0
     )
-    assert ranks._together([light, heavy]).metrics == {
+    assert processes.combine([light, heavy]).metrics == {
         "peak_memory_bytes": 6, "memory_weights_bytes": 2, "peak_process_bytes": 90, "joules_per_token": 3.0,
         "tokens_per_second": 7.0,
     }  # fmt: skip
 
 
-def test_gradients_travel_once_in_a_step(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    """However many micro-batches it has, and with other neurons dropped in each process."""
+def test_gradients_are_reduced_once_a_step(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """For any number of micro-batches, and with different neurons dropped in each rank."""
     grid = grid_of(one=small(num_processes=2, gradient_accumulation_steps=4, lora_dropout=0.5))
-    (told,) = go(grid, Store(tmp_path), LocalLauncher(counting)).records
-    assert told.status == "ok", told.error
-    said = (tmp_path / "logs" / f"{told.trial_id}.log").read_text()
-    assert re.findall(r"reduced (\d+) dropout differs", said) == [str(1 + step) for step in range(len(told.steps))]
+    (trained,) = go(grid, Store(tmp_path), LocalLauncher(child=counting)).records
+    assert trained.status == "ok", trained.error
+    log = (tmp_path / "logs" / f"{trained.trial_id}.log").read_text()
+    assert re.findall(r"reduced (\d+) dropout differs", log) == [str(1 + step) for step in range(len(trained.steps))]
 
 
 def counting(job: str, options: dict[str, Any], channel: Any) -> None:
-    """A worker whose first process prints how many micro-batches let their gradients travel."""
-    from harness import distributed, training, worker
+    """A worker whose first rank prints how many micro-batches have reduced their gradients."""
+    from harness.training import distributed, step, worker
 
-    accumulating, update = distributed.accumulating, training.Trainer.update
-    travelled = []
+    gradient_sync, update = distributed.gradient_sync, step.Trainer.update
+    reduced = []
 
     def counted(model: Any, *, last: bool) -> Any:
-        context = accumulating(model, last=last)
-        travelled.append(isinstance(context, contextlib.nullcontext))
+        context = gradient_sync(model, last=last)
+        reduced.append(isinstance(context, contextlib.nullcontext))
         return context
 
-    def told(self: Any, loss: float) -> Any:
+    def printing(self: Any, loss: float) -> Any:
         seeds = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         torch.distributed.all_gather(seeds, torch.tensor([torch.initial_seed()]))
-        if distributed.number() == 0:
-            print(f"reduced {sum(travelled)} {'dropout differs' if seeds[0] != seeds[1] else ''}", flush=True)
+        if distributed.rank() == 0:
+            print(f"reduced {sum(reduced)} {'dropout differs' if seeds[0] != seeds[1] else ''}", flush=True)
         return update(self, loss)
 
-    distributed.accumulating = counted  # type: ignore[assignment]  # of a process that ends with this
-    training.Trainer.update = told  # type: ignore[method-assign]  # as above
+    distributed.gradient_sync = counted  # type: ignore[assignment]  # of a process that ends with this
+    step.Trainer.update = printing  # type: ignore[method-assign]  # as above
     worker.main(job, options, channel)
 
 
-def test_an_interrupt_is_for_the_runner(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+def test_the_runner_alone_handles_an_interrupt(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     def interrupt() -> None:
         for process in family():
             process.send_signal(signal.SIGINT)

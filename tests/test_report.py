@@ -18,12 +18,14 @@ import pytest
 import yaml
 from rows import keep
 
-from harness.claims import Claim, Contrast
+from harness.analysis import compare_runs, comparison, loading, measurements, pareto, recommend, verdicts, words
+from harness.analysis.measurements import Measurements
 from harness.environment import current
 from harness.errors import InputError
-from harness.report import document, faces, measurements, plots, recommend, tables, verdicts, versus, words
-from harness.report.measurements import Measurements
-from harness.results import Store
+from harness.grids.claims import Claim, Contrast
+from harness.metrics import HEADLINE
+from harness.report import document, tables, writers
+from harness.results.store import Store
 from harness.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
@@ -32,15 +34,15 @@ Small = Callable[..., TrialSpec]
 BASE = {"peak_memory_bytes": 1000, "tokens_per_second": 100.0, "eval_loss": 2.0}
 
 
-def row(found: Measurements, label: str) -> tuple[str, ...]:
+def row(m: Measurements, label: str) -> tuple[str, ...]:
     """The technique comparison's cells for a label."""
-    (cells,) = [cells for cells in tables.techniques(tables.compare(found)).rows if cells[0].text == label]
+    (cells,) = [cells for cells in tables.techniques(comparison.compare(m)).rows if cells[0].text == label]
     return tuple(cell.text for cell in cells[1:])
 
 
-def estimate(found: Measurements, label: str, metric: str) -> measurements.Estimate:
-    (config,) = found.configs.index[found.configs["label"] == label]
-    result = tables.compare(found).of(metric, config)
+def estimate(m: Measurements, label: str, metric: str) -> measurements.Estimate:
+    (config,) = m.configs.index[m.configs["label"] == label]
+    result = comparison.compare(m).of(metric, config)
     assert result is not None
     return result
 
@@ -49,9 +51,9 @@ def claim(**given: Any) -> Claim:
     return Claim.model_validate({"id": "c", "says": "so", "metric": "peak_memory_bytes"} | given)
 
 
-def verdict(found: Measurements, **given: Any) -> verdicts.ClaimVerdict:
-    """What is made of one claim."""
-    return verdicts.judge(found, [claim(**given)])[0]
+def verdict(m: Measurements, **given: Any) -> verdicts.ClaimVerdict:
+    """The verdict on one claim."""
+    return verdicts.judge(m, [claim(**given)])[0]
 
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -64,23 +66,23 @@ def test_ratios_are_to_the_baseline_of_the_same_repeat(small: Small, tmp_path: P
         other = {"peak_memory_bytes": 600, "tokens_per_second": 80 * slow, "eval_loss": 1.9}
         keep(store, small(seed=seed, lora_r=8), "lora_r=8", [1.8, 1.9, 2.0], **other)
     keep(store, small(lora_r=64), "lora_r=64", [], status="oom", oom_reached_bytes=2**30, oom_requested_bytes=2**30)
-    found = measurements.load(tmp_path)
-    memory, speed, loss = (estimate(found, "lora_r=8", metric) for metric in tables.HEADLINE)
+    m = loading.load(tmp_path)
+    memory, speed, loss = (estimate(m, "lora_r=8", metric) for metric in HEADLINE)
     assert (memory.value, memory.verdict, memory.n) == (pytest.approx(0.6), "better", 2)
     assert (speed.value, speed.n, speed.basis) == (pytest.approx(0.8), 2, "repeats")
     assert loss.value == pytest.approx(-0.1)
     assert loss.n == 3, "a story counts once, however often it was repeated"
-    assert "×0.60 high savings" in row(found, "lora_r=8")
+    assert "×0.60 high savings" in row(m, "lora_r=8")
     failed = "lora_r=64 (oom in forward, needs at least 2.00 GiB)"
-    assert row(found, failed) == (*["–"] * 6, "0")
+    assert row(m, failed) == (*["–"] * 6, "0")
 
 
 def test_losses_are_compared_on_equal_tokens_only(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     keep(store, small(), "baseline", [2.0, 2.0], eval_loss=2.0)
     keep(store, small(sequence_length=512), "longer", [1.0, 1.1], eval_loss=1.0, story_tokens=20)
-    found = measurements.load(tmp_path)
-    assert row(found, "longer")[4:6] == ("1.0000", "–")
+    m = loading.load(tmp_path)
+    assert row(m, "longer")[4:6] == ("1.0000", "–")
 
 
 def test_one_repeat_has_an_interval_over_its_steps(small: Small, tmp_path: Path) -> None:
@@ -89,13 +91,13 @@ def test_one_repeat_has_an_interval_over_its_steps(small: Small, tmp_path: Path)
     keep(store, small(lora_r=8), "half", [], rates=[50, 51, 49, 50], **BASE | {"tokens_per_second": 50.0})
     keep(store, small(lora_r=9), "unsteady", [], rates=[50, 150, 60, 120], **BASE | {"tokens_per_second": 90.0})
     keep(store, small(lora_r=10), "one step", [], rates=[50], **BASE | {"tokens_per_second": 50.0})
-    found = measurements.load(tmp_path)
-    half = estimate(found, "half", "tokens_per_second")
+    m = loading.load(tmp_path)
+    half = estimate(m, "half", "tokens_per_second")
     assert (half.value, half.basis, half.verdict) == (pytest.approx(0.5), "steps", "worse")
     assert half.low is not None
     assert half.low < 0.5 < (half.high or 0)
-    assert estimate(found, "unsteady", "tokens_per_second").verdict == "not distinguishable"
-    assert estimate(found, "one step", "tokens_per_second").low is None
+    assert estimate(m, "unsteady", "tokens_per_second").verdict == "not distinguishable"
+    assert estimate(m, "one step", "tokens_per_second").low is None
 
 
 def test_a_second_run_of_the_baseline_is_noise_and_sets_the_floor(small: Small, tmp_path: Path) -> None:
@@ -107,58 +109,57 @@ def test_a_second_run_of_the_baseline_is_noise_and_sets_the_floor(small: Small, 
         )
         keep(store, small(seed=seed, lora_r=8), "slower", [], **BASE | {"tokens_per_second": 95.0 + seed / 100})
         keep(store, small(seed=seed, lora_r=9), "much slower", [], **BASE | {"tokens_per_second": 60.0 + seed / 100})
-    found = measurements.load(tmp_path)
+    m = loading.load(tmp_path)
     squares = [math.log(x / 100) ** 2 for x in (110, 92, 105)]
-    assert found.floor == pytest.approx(math.sqrt(sum(squares) / 3) / math.sqrt(3))
-    assert estimate(found, "slower", "tokens_per_second").verdict == "not distinguishable", (
-        "steady, and below the floor"
-    )
-    assert estimate(found, "much slower", "tokens_per_second").verdict == "worse"
-    again = row(found, "baseline again")
+    assert m.floor == pytest.approx(math.sqrt(sum(squares) / 3) / math.sqrt(3))
+    assert estimate(m, "slower", "tokens_per_second").verdict == "not distinguishable", "steady, and below the floor"
+    assert estimate(m, "much slower", "tokens_per_second").verdict == "worse"
+    again = row(m, "baseline again")
     assert again[3] == "the noise between two equal runs"
     assert again[1] == "–"
-    assert found.undecided() == {"slower"}
+    assert m.undecided() == {"slower"}
 
 
 def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     here = current("cpu")
-    elsewhere = here.model_copy(update={"cpu_name": "another"})
+    other = here.model_copy(update={"cpu_name": "another"})
     third = here.model_copy(update={"cpu_name": "a third"})
-    keep(store, small(), "baseline", [], environment=elsewhere, peak_memory_bytes=5)
-    assert measurements.load(tmp_path).environment_id == elsewhere.id, "the only one there is"
+    keep(store, small(), "baseline", [], environment=other, peak_memory_bytes=5)
+    assert loading.load(tmp_path).environment_id == other.id, "the only one there is"
     keep(store, small(), "baseline", [], environment=third, peak_memory_bytes=7)
     with pytest.raises(InputError, match="2 environments"):
-        measurements.load(tmp_path)
-    assert row(measurements.load(tmp_path, third.id), "baseline")[0] == "7 B"
+        loading.load(tmp_path)
+    assert row(loading.load(tmp_path, third.id), "baseline")[0] == "7 B"
     keep(store, small(), "baseline", [], peak_memory_bytes=9)
-    found = measurements.load(tmp_path)
-    assert row(found, "baseline")[0] == "9 B", "this machine's own"
-    assert found.left_out == ("2 trials of other environments",)
+    m = loading.load(tmp_path)
+    assert row(m, "baseline")[0] == "9 B", "this machine's own"
+    assert row(loading.load(tmp_path, here=[third]), "baseline")[0] == "7 B", "the runner's own"
+    assert m.left_out == ("2 trials of other environments",)
     with pytest.raises(InputError, match="no trials of environment"):
-        measurements.load(tmp_path, "12345678")
+        loading.load(tmp_path, "12345678")
 
 
-def test_former_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:
+def test_old_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     former, now = small(sequence_length=512).id, small().id
     keep(store, small(sequence_length=512), "baseline", [], peak_memory_bytes=50, baseline_id=former)
     keep(store, small(sequence_length=512, lora_r=8), "lora_r=8", [], peak_memory_bytes=80, baseline_id=former)
     keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=LATER)
     keep(store, small(lora_r=8), "lora_r=8", [], peak_memory_bytes=20, started_at=LATER)
-    found = measurements.load(tmp_path)
-    assert (row(found, "baseline")[0], row(found, "lora_r=8")[0]) == ("10 B", "20 B")
-    assert found.left_out == ("2 trials of other versions of the grid",)
-    assert row(measurements.load(tmp_path, baseline_ids={former}), "lora_r=8")[:2] == ("80 B", "×1.60 more")
+    m = loading.load(tmp_path)
+    assert (row(m, "baseline")[0], row(m, "lora_r=8")[0]) == ("10 B", "20 B")
+    assert m.left_out == ("2 trials of other versions of the grid",)
+    assert row(loading.load(tmp_path, baseline_ids={former}), "lora_r=8")[:2] == ("80 B", "×1.60 more")
     # A trial that the edited grid still has takes its new place.
     (trial,) = [r["trial_id"] for r in store.read("trials").to_pylist() if r["spec_id"] == now]
     store.rename({trial: {"label": "shorter", "factor": "f", "baseline_id": former}})
-    assert row(measurements.load(tmp_path, baseline_ids={former}), "shorter")[:2] == ("10 B", "×0.20 very high savings")
+    assert row(loading.load(tmp_path, baseline_ids={former}), "shorter")[:2] == ("10 B", "×0.20 very high savings")
     # A level that was edited under its name leaves its former trials behind.
     edited = LATER + dt.timedelta(minutes=1)
     keep(store, small(lora_r=8, learning_rate=1e-3), "lora_r=8", [], peak_memory_bytes=30, started_at=edited)
     keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=edited)
-    assert row(measurements.load(tmp_path), "lora_r=8")[0] == "30 B"
+    assert row(loading.load(tmp_path), "lora_r=8")[0] == "30 B"
 
 
 # ------------------------------------------------------------------------------------ contrasts and claims
@@ -180,45 +181,45 @@ def ablation(small: Small, tmp_path: Path) -> Measurements:
             figures = {"peak_memory_bytes": memory, "tokens_per_second": speed * (1 + seed / 1000)}
             keep(store, small(seed=seed, **changes), label, [], **figures)
     keep(store, small(memory_budget=2**30), "budget", [], status="oom")
-    return measurements.load(tmp_path)
+    return loading.load(tmp_path)
 
 
-def named(found: Measurements, contrast: Contrast) -> list[tuple[str, ...]]:
-    return [tuple(measurements.labels(found, pair)) for pair in found.pairs(contrast).to_numpy().tolist()]
+def named(m: Measurements, contrast: Contrast) -> list[tuple[str, ...]]:
+    return [tuple(m.labels(pair)) for pair in m.pairs(contrast).to_numpy().tolist()]
 
 
 def test_pairs_differ_in_what_is_named_and_in_nothing_else(small: Small, tmp_path: Path) -> None:
-    found = ablation(small, tmp_path)
-    assert named(found, Contrast(compare={"lora_r": ("highest", "lowest")})) == [("lora_r=64", "baseline")]
-    assert named(found, Contrast(compare={"lora_dropout": (0.0, "highest")})) == [("baseline", "dropout")]
-    assert named(found, Contrast(compare={"gradient_checkpointing": (False, True)})) == [], "two more keys differ there"
+    m = ablation(small, tmp_path)
+    assert named(m, Contrast(compare={"lora_r": ("highest", "lowest")})) == [("lora_r=64", "baseline")]
+    assert named(m, Contrast(compare={"lora_dropout": (0.0, "highest")})) == [("baseline", "dropout")]
+    assert named(m, Contrast(compare={"gradient_checkpointing": (False, True)})) == [], "two more keys differ there"
     full = Contrast(compare={"adapter": ("none", "lora")}, free=("learning_rate", "lora_r", "lora_dropout"))
-    assert named(found, full) == [("full", "baseline")], "the pair that differs least"
+    assert named(m, full) == [("full", "baseline")], "the pair that differs least"
     held = Contrast(
         compare={"micro_batch_size": ("lowest", "highest")},
         free=("gradient_accumulation_steps",),
         hold=("effective_batch_size",),
     )
-    assert named(found, held) == [("micro 1", "micro 4")]
-    assert named(found, held.model_copy(update={"where": {"lora_r": 64}})) == []
-    assert named(found, Contrast(compare={"precision": ("fp32", ["bf16", "fp16"])})) == []
+    assert named(m, held) == [("micro 1", "micro 4")]
+    assert named(m, held.model_copy(update={"where": {"lora_r": 64}})) == []
+    assert named(m, Contrast(compare={"precision": ("fp32", ["bf16", "fp16"])})) == []
 
 
 def test_claims_are_judged_by_where_the_interval_lies(small: Small, tmp_path: Path) -> None:
-    found = ablation(small, tmp_path)
+    m = ablation(small, tmp_path)
     rank = {"compare": {"lora_r": ["highest", "lowest"]}}
-    assert verdict(found, **rank, expect="ratio < 1").word == "supported"
-    assert verdict(found, **rank, expect="ratio <= 0.5").word == "contradicted"
-    assert verdict(found, **rank, expect="ratio < 1").rests_on == "lora_r=64 → baseline"
+    assert verdict(m, **rank, expect="ratio < 1").word == "supported"
+    assert verdict(m, **rank, expect="ratio <= 0.5").word == "contradicted"
+    assert verdict(m, **rank, expect="ratio < 1").rests_on == "lora_r=64 → baseline"
     dropout = {"compare": {"lora_dropout": [0.0, "highest"]}}
-    assert verdict(found, **dropout, expect="ratio = 1").word == "supported"
-    assert verdict(found, **dropout, expect="ratio > 1").word == "contradicted", "equal is not more"
+    assert verdict(m, **dropout, expect="ratio = 1").word == "supported"
+    assert verdict(m, **dropout, expect="ratio > 1").word == "contradicted", "equal is not more"
     checkpointing = {"compare": {"gradient_checkpointing": [False, True]}}
-    assert verdict(found, **checkpointing, expect="ratio < 1").word == "not measured here"
+    assert verdict(m, **checkpointing, expect="ratio < 1").word == "not measured here"
     speed = {**rank, "metric": "tokens_per_second"}
-    assert verdict(found, **speed, expect="ratio > 1").word == "supported"
-    assert verdict(found, **speed, expect="ratio > 1.5").word == "contradicted"
-    assert verdict(found, **speed, expect="ratio between 0.9 and 1.1").word == "supported"
+    assert verdict(m, **speed, expect="ratio > 1").word == "supported"
+    assert verdict(m, **speed, expect="ratio > 1.5").word == "contradicted"
+    assert verdict(m, **speed, expect="ratio between 0.9 and 1.1").word == "supported"
 
 
 def test_claims_within_the_noise_are_not_judged(small: Small, tmp_path: Path) -> None:
@@ -226,38 +227,38 @@ def test_claims_within_the_noise_are_not_judged(small: Small, tmp_path: Path) ->
         speed = (110.0, 91.0, 110.0)[seed]
         twin = {"twin": True, "factor": None, "peak_memory_bytes": 1000, "tokens_per_second": speed}
         keep(Store(tmp_path), small(seed=seed), "baseline again", [], **twin)
-    found = ablation(small, tmp_path)
+    m = ablation(small, tmp_path)
     speed = {"compare": {"lora_r": ["highest", "lowest"]}, "metric": "tokens_per_second"}
-    assert verdict(found, **speed, expect="ratio > 1").word == "not distinguishable"
-    assert verdict(found, **speed, expect="ratio > 1.5").word == "contradicted"
+    assert verdict(m, **speed, expect="ratio > 1").word == "not distinguishable"
+    assert verdict(m, **speed, expect="ratio > 1.5").word == "contradicted"
 
 
 def test_claims_about_figures_and_ends(small: Small, tmp_path: Path) -> None:
-    found = ablation(small, tmp_path)
+    m = ablation(small, tmp_path)
     memory = {"where": {"adapter": "none"}, "per": None}
-    assert verdict(found, **memory, expect="value between 3000 and 5000").word == "supported"
-    assert verdict(found, **memory, expect="value < 3000").size == "3.91 KiB"
-    assert verdict(found, where={"adapter": "lora"}, expect="value < 1100").word == "not distinguishable", "some are"
+    assert verdict(m, **memory, expect="value between 3000 and 5000").word == "supported"
+    assert verdict(m, **memory, expect="value < 3000").size == "3.91 KiB"
+    assert verdict(m, where={"adapter": "lora"}, expect="value < 1100").word == "not distinguishable", "some are"
     ends = {"where": {"memory_budget": 2**30}}
-    assert verdict(found, **ends, expect="status oom").word == "supported"
-    assert verdict(found, **ends, expect="status ok").word == "contradicted"
-    assert verdict(found, where={"memory_budget": 5}, expect="status oom").word == "not measured here"
+    assert verdict(m, **ends, expect="status oom").word == "supported"
+    assert verdict(m, **ends, expect="status ok").word == "contradicted"
+    assert verdict(m, where={"memory_budget": 5}, expect="status oom").word == "not measured here"
 
 
 def test_every_claim_has_a_verdict_and_every_lesson_row_a_cell(small: Small, tmp_path: Path) -> None:
-    found = ablation(small, tmp_path)
-    judged = verdicts.judge(found)
+    m = ablation(small, tmp_path)
+    judged = verdicts.judge(m)
     assert len(judged) >= 20
     words_ = {v.claim.id: v.word for v in judged}
     assert words_["lora-memory-80"] == "contradicted"
     assert words_["batch-memory"] == "supported"
     assert words_["system-prompt-loss"] == "not measured here"
-    every = {table.id: table for table in tables.all_tables(tables.compare(found))}
+    every = {table.id: table for table in tables.all_tables(comparison.compare(m))}
     formats = [[cell.text for cell in cells] for cells in every["formats"].rows]
     assert all(cells[1] == "not measured" for cells in formats), "nothing is guessed"
     lora = next(cells for cells in every["methods"].rows if cells[0].text == "LoRA")
     assert lora[2].text == "×0.25 very high savings"
-    assert lora[3].text == "high savings", "the lesson's word stands beside it"
+    assert lora[3].text == "high savings", "with the lesson's word for it"
     assert [cells[0].text for cells in every["batch-sequence"].rows][:3] == [
         "micro-batch 1",
         "micro-batch 2",
@@ -266,8 +267,8 @@ def test_every_claim_has_a_verdict_and_every_lesson_row_a_cell(small: Small, tmp
 
 
 def test_words_follow_the_printed_thresholds() -> None:
-    def of(metric: str, value: float, said: str = "better") -> str:
-        return words.word(measurements.Estimate(metric, value, None, None, 3, "repeats", 0.01, said))  # type: ignore[arg-type]
+    def of(metric: str, value: float, verdict: str = "better") -> str:
+        return words.word(measurements.Estimate(metric, value, None, None, 3, "repeats", 0.01, verdict))  # type: ignore[arg-type]
 
     assert of("peak_memory_bytes", 0.75) == "high savings"
     assert of("peak_memory_bytes", 0.751) == "medium savings"
@@ -282,9 +283,9 @@ def test_words_follow_the_printed_thresholds() -> None:
 
 
 def full_report(folder: Path, out: Path) -> document.Document:
-    said = document.document(measurements.load(folder), folder)
-    faces.write(said, out)
-    return said
+    report = document.document(loading.load(folder), folder)
+    writers.write(report, out)
+    return report
 
 
 def measured(small: Small, folder: Path) -> None:
@@ -312,10 +313,10 @@ def measured(small: Small, folder: Path) -> None:
             )  # fmt: skip
 
 
-def test_a_report_has_every_face(small: Small, tmp_path: Path) -> None:
+def test_a_report_has_every_format(small: Small, tmp_path: Path) -> None:
     folder, out = tmp_path / "results" / "g", tmp_path / "out"
     measured(small, folder)
-    said = full_report(folder, out)
+    report = full_report(folder, out)
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     for chart in ("memory", "pareto", "effects", "loss", "predicted"):
         assert {f"plots/{chart}.svg", f"plots/{chart}.png"} <= files
@@ -330,7 +331,7 @@ def test_a_report_has_every_face(small: Small, tmp_path: Path) -> None:
     assert "![Peak memory by component](plots/memory.svg)" in markdown
     assert "<script" not in markdown
     assert all(line in markdown for line in ("## Claims", "## Caveats", "high savings up to 0.75×"))
-    assert said.summary[0].startswith("4 configurations with 3 repeats")
+    assert report.summary[0].startswith("4 configurations with 3 repeats")
 
     page = (out / "report.html").read_text()
     assert "<script>alert(1)" not in page
@@ -350,20 +351,20 @@ def test_a_report_has_every_face(small: Small, tmp_path: Path) -> None:
 def test_figures_can_be_recomputed_from_the_parquet(small: Small, tmp_path: Path) -> None:
     folder = tmp_path / "results" / "g"
     measured(small, folder)
-    found = measurements.load(folder)
-    _recompute(document.document(found, folder), at_least=9)
+    m = loading.load(folder)
+    _recompute(document.document(m, folder), at_least=9)
 
 
 def test_the_committed_report_is_rendered_from_the_committed_rows() -> None:
-    """And ten cells and more can be recomputed as the appendix says."""
+    """At least sixty of its cells are recomputed by the code of the appendix."""
     text = (ROOT / "reports/techniques/report.md").read_text()
     environment = re.search(r"environment ([0-9a-f]{8})", text)
     assert environment
     folder = Path("results/techniques")
     with contextlib.chdir(ROOT):
-        said = document.document(measurements.load(folder, environment[1]), folder)
-        assert faces.markdown(said) == text
-        _recompute(said, at_least=60)
+        report = document.document(loading.load(folder, environment[1]), folder)
+        assert writers.markdown(report) == text
+        _recompute(report, at_least=60)
 
 
 def test_the_readme_shows_the_committed_rows() -> None:
@@ -375,20 +376,20 @@ def test_the_readme_shows_the_committed_rows() -> None:
     assert len(shown) > 5
     folder = Path("results/techniques")
     with contextlib.chdir(ROOT):
-        text = faces.markdown(document.document(measurements.load(folder, block[1]), folder))
+        text = writers.markdown(document.document(loading.load(folder, block[1]), folder))
     assert set(shown) <= set(text.splitlines())
 
 
-def _recompute(said: document.Document, at_least: int) -> None:
+def _recompute(report: document.Document, at_least: int) -> None:
     """Run the appendix's code and hold each figure of the comparison against what it gives."""
     names: dict[str, Any] = {"pandas": pandas, "numpy": numpy}
-    labels = said.comparison.measurements.configs["label"]
+    labels = report.comparison.measurements.configs["label"]
     cells = 0
-    for metric, snippet in zip(tables.HEADLINE, said.snippets, strict=True):
+    for metric, snippet in zip(HEADLINE, report.snippets, strict=True):
         lines = snippet.code.splitlines()
         assert len(lines) == 3
         exec(compile(snippet.code, "appendix", "exec"), names)  # noqa: S102 - our own code, as printed
-        for config, estimate_ in said.comparison.estimates[metric].items():
+        for config, estimate_ in report.comparison.estimates[metric].items():
             assert names["result"][labels[config]] == pytest.approx(estimate_.value), (metric, labels[config])
             cells += 1
     assert cells >= at_least
@@ -409,12 +410,12 @@ def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, case: str
     else:
         keep(store, small(), "baseline", [], status="failed")
         keep(store, small(lora_r=8), "lora_r=8", [2.0, 2.1], **BASE)
-    said = full_report(tmp_path / "g", tmp_path / "out")
+    report = full_report(tmp_path / "g", tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert ("baseline" if case == "one trial" else "lora_r=8") in text
     assert not re.search(r"\bnan\b", text)
     if case in ("no baseline", "baseline failed"):
-        assert any("nothing is compared" in caveat for caveat in said.caveats)
+        assert any("nothing is compared" in caveat for caveat in report.caveats)
     if case == "only ooms":
         assert "oom in forward" in text
     if case != "one trial":
@@ -423,7 +424,7 @@ def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, case: str
 
 def test_a_front_is_what_nothing_beats() -> None:
     figures = pandas.DataFrame({"a": [1, 2, 3, 2, math.nan, 1], "b": [3, 2, 1, 3, 0, 3]})
-    assert plots.pareto_front(figures).tolist() == [True, True, True, False, False, True]
+    assert pareto.pareto_front(figures).tolist() == [True, True, True, False, False, True]
 
 
 # ------------------------------------------------------------------------------------ recommend, compare
@@ -431,14 +432,14 @@ def test_a_front_is_what_nothing_beats() -> None:
 
 def test_recommendation_keeps_the_limits_and_says_the_price(small: Small, tmp_path: Path) -> None:
     measured(small, tmp_path)
-    found = measurements.load(tmp_path)
-    best = recommend.recommend(found)
+    m = loading.load(tmp_path)
+    best = recommend.recommend(m)
     assert best.label == "=cmd|'<script>alert(1)</script>", "lowest loss, fastest and smallest"
-    within = recommend.recommend(found, max_loss=2.32, min_speed=90, memory=1000)
+    within = recommend.recommend(m, max_loss=2.32, min_speed=90, memory=1000)
     assert TrialSpec.model_validate(yaml.safe_load(within.yaml)).lora_r == 4
     assert "needs 800 B of 1000 B" in within.sentences[0]
     with pytest.raises(InputError, match=r"nothing measured is within memory 5 B; the best: =cmd.* has 800 B"):
-        recommend.recommend(found, memory=5)
+        recommend.recommend(m, memory=5)
 
 
 def test_noise_does_not_decide_a_recommendation(small: Small, tmp_path: Path) -> None:
@@ -451,14 +452,14 @@ def test_noise_does_not_decide_a_recommendation(small: Small, tmp_path: Path) ->
                 store, small(seed=seed, lora_r=4 + number), "baseline" if label == "a" else label, stories,
                 tokens_per_second=speed, eval_loss=sum(stories) / 4, peak_memory_bytes=100,
             )  # fmt: skip
-    best = recommend.recommend(measurements.load(tmp_path))
-    assert best.label == "b", "its loss cannot be told from the lowest, and it is twice as fast"
+    best = recommend.recommend(loading.load(tmp_path))
+    assert best.label == "b", "its loss is not distinguishable from the lowest, and it is twice as fast"
     assert any(sentence.startswith("For more speed take c") for sentence in best.sentences)
 
 
 def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small, tmp_path: Path) -> None:
-    elsewhere = current("cpu").model_copy(update={"cpu_name": "another", "device_name": "another"})
-    for name, environment, factor in (("a", current("cpu"), 1.0), ("b", elsewhere, 2.0), ("c", current("cpu"), 2.0)):
+    other = current("cpu").model_copy(update={"cpu_name": "another", "device_name": "another"})
+    for name, environment, factor in (("a", current("cpu"), 1.0), ("b", other, 2.0), ("c", current("cpu"), 2.0)):
         for seed in range(3):
             for label, r in (("baseline", 4), ("lora_r=8", 8)):
                 figures = BASE | {
@@ -473,20 +474,20 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
                     environment=environment,
                     **figures,
                 )
-    a, b, c = (measurements.load(tmp_path / name) for name in "abc")
-    refused = versus.versus(a, b)
+    a, b, c = (loading.load(tmp_path / name) for name in "abc")
+    refused = compare_runs.compare_runs(a, b)
     assert {names[0] for names in refused.environments} == {"cpu_name", "device_name"}
     assert refused.warning is not None
     assert "not compared" in refused.warning
-    first = [cell.text for cell in refused.table.rows[0]]
+    first = [cell.text for cell in tables.run_comparison(refused).rows[0]]
     assert first[3] == "×0.50 very high savings"
     assert first[6] == "–"
-    asked = versus.versus(a, b, across_environments=True)
-    assert asked.table.rows[0][6].text.startswith("×2.00")
+    asked = compare_runs.compare_runs(a, b, across_environments=True)
+    assert tables.run_comparison(asked).rows[0][6].text.startswith("×2.00")
     assert "may be the machine's" in (asked.warning or "")
-    same = versus.versus(a, c)
+    same = compare_runs.compare_runs(a, c)
     assert (same.environments, same.warning) == ((), None)
-    assert same.table.rows[0][6].text.startswith("×2.00")
+    assert tables.run_comparison(same).rows[0][6].text.startswith("×2.00")
     keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
     with pytest.raises(InputError, match="no measured configuration in common"):
-        versus.versus(a, measurements.load(tmp_path / "d"))
+        compare_runs.compare_runs(a, loading.load(tmp_path / "d"))

@@ -18,19 +18,11 @@ from pydantic import ValidationError
 from harness.environment import current
 from harness.errors import InputError
 from harness.metrics import METRICS
-from harness.results import (
-    SCHEMAS,
-    DamagedPart,
-    Inference,
-    Job,
-    Joined,
-    Record,
-    Served,
-    Step,
-    Store,
-    StoryLoss,
-    spec_of,
-)
+from harness.record import InferenceRecord, Job, ModelFootprint, Record, Step, StoryLoss
+from harness.results.join import Joined, join
+from harness.results.parts import DamagedPart
+from harness.results.schema import SCHEMAS, spec_of
+from harness.results.store import Store
 from harness.spec import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -125,9 +117,9 @@ def test_damaged_and_foreign_parts_are_left_out_and_set_aside(small: Small, tmp_
     store = Store(tmp_path)
     store.write(record(small()))
     spoilt = spoil(tmp_path / "trials")
-    with pytest.warns(DamagedPart) as said:
+    with pytest.warns(DamagedPart) as warned:
         assert len(store.read("trials")) == 1
-    assert sorted(re.findall(r"/(\w+)\.parquet: ", " ".join(str(w.message) for w in said))) == spoilt
+    assert sorted(re.findall(r"/(\w+)\.parquet: ", " ".join(str(w.message) for w in warned))) == spoilt
     with pytest.warns(DamagedPart):
         store.compact(above=1)
     assert sorted(part.stem for part in store.damage()) == spoilt, "compaction removes nothing that it cannot read"
@@ -159,7 +151,7 @@ def test_a_trial_without_its_steps_is_not_complete(small: Small, tmp_path: Path)
     (tmp_path / f"stories/{ids[1]}.parquet").unlink()
     with pytest.warns(DamagedPart):
         assert store.completed().keys() == {ids[2]}
-    assert len(store.marks()) == 3
+    assert len(store.start_times()) == 3
 
 
 def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -> None:
@@ -178,7 +170,7 @@ def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -
         (there.folder / file).parent.mkdir(parents=True, exist_ok=True)
         (there.folder / file).write_text(file)
 
-    assert here.join(there) == Joined(added=2, replaced=1, kept=1)
+    assert join(here, there) == Joined(added=2, replaced=1, kept=1)
     rows = {row["seed"]: row for row in here.read("trials").to_pylist()}
     assert {seed: row["peak_memory_bytes"] for seed, row in rows.items()} == {0: 3, 1: 2, 2: None, 3: 1000}
     assert sorted(here.read("steps")["trial_id"].to_pylist()) == sorted(row["trial_id"] for row in rows.values())
@@ -187,7 +179,7 @@ def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -
     assert (here.folder / "adapters/0123456789abcdef/adapter_model.safetensors").is_file()
     assert here.description() == {"title": "T"}
     everything = here.read("trials").sort_by("trial_id")
-    assert here.join(there) == Joined(added=0, replaced=0, kept=4)
+    assert join(here, there) == Joined(added=0, replaced=0, kept=4)
     here.compact(above=1)
     assert here.read("trials").sort_by("trial_id").equals(everything)
 
@@ -208,23 +200,23 @@ def test_joining_keeps_what_is_whole_and_ended_well(small: Small, tmp_path: Path
     there.write(record(small(seed=3), **whole))
     (there.folder / f"steps/{ids[0]}.parquet").unlink()
     (here.folder / f"steps/{ids[1]}.parquet").unlink()
-    here.join(there)
+    join(here, there)
     assert here.completed() == dict.fromkeys(ids, "ok")
     assert len(here.read("steps")) == 4
 
 
-def test_a_replaced_record_brings_its_log_and_its_model_at_work(small: Small, tmp_path: Path) -> None:
+def test_a_replaced_record_brings_its_log_and_inference_results(small: Small, tmp_path: Path) -> None:
     here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
     failed = {"status": "failed", "phase": "load", "error": "x", "error_type": "X", "metrics": {}, "log": "logs/a.log"}
-    served = Served(model="base", precision="fp32", model_bytes=1, peak_inference_bytes=2)
-    at_work = Inference(environment=current("cpu"), models=(served,), requests=(), answers=())
+    footprint = ModelFootprint(model="base", precision="fp32", model_bytes=1, peak_inference_bytes=2)
+    inference = InferenceRecord(environment=current("cpu"), models=(footprint,), requests=(), answers=())
     for store, day in ((here, 1), (there, 2)):
         (store.folder / "logs").mkdir(parents=True)
         (store.folder / "logs/a.log").write_text(f"day {day}")
         store.write(record(small(seed=1), started_at=dt.datetime(2026, 1, day, tzinfo=dt.UTC), **failed))
         store.write(record(small(), adapter_id="0123456789abcdef"))
-    there.write_inference(there.part(record(small()).trial_id) or {}, at_work)
-    here.join(there)
+    there.write_inference(there.recent_row(record(small()).trial_id) or {}, inference)
+    join(here, there)
     assert (here.folder / "logs/a.log").read_text() == "day 2"
     assert here.read("models")["model_bytes"].to_pylist() == [1]
 
@@ -252,8 +244,8 @@ def test_a_name_that_leaves_the_folder_is_refused(small: Small, tmp_path: Path) 
     for column, value in (("trial_id", "../../evil"), ("adapter_id", ".."), ("log", "../../evil")):
         hostile = content.set_column(content.schema.get_field_index(column), column, pa.array([value]))
         pq.write_table(hostile.cast(content.schema), part)
-        with pytest.warns(DamagedPart, match=f"{column} is no name"):
-            here.join(there)
+        with pytest.warns(DamagedPart, match=f"{column} is not a valid name"):
+            join(here, there)
         assert not list(tmp_path.rglob("evil*"))
     assert {p.name for p in tmp_path.iterdir()} == {"there"}
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import search
 from harness.errors import InputError
-from harness.search import Search
+from harness.grids import search_file
+from harness.grids.search import Search
 
 BASE: dict[str, Any] = {"base_model": "smollm2-135m-instruct", "train_samples": 36, "lora_r": 16}
 
@@ -20,14 +20,14 @@ def made(tmp_path: Path, base: dict[str, Any] | None = None, **tune: Any) -> Sea
     tune.setdefault("space", {"lora_r": [4, 16]})
     file = tmp_path / "t.yml"
     file.write_text(yaml.safe_dump({"base": BASE | (base or {}), "tune": tune}))
-    return search.load(file)
+    return search_file.load(file)
 
 
 def test_the_bundled_search_loads() -> None:
-    found = search.load(Path(__file__).parent.parent / "grids" / "tune.yml")
-    assert found.place(found.base), "the configuration of the lesson is a point of its space"
-    assert found.memory == 640 * 2**20
-    assert [o.direction for o in found.objectives] == ["minimize", "minimize"]
+    search = search_file.load(Path(__file__).parent.parent / "grids" / "tune.yml")
+    assert search.place(search.base), "the configuration of the lesson is a point of its space"
+    assert search.memory == 640 * 2**20
+    assert [o.direction for o in search.objectives] == ["minimize", "minimize"]
 
 
 def test_numbers_of_processes_are_known_beforehand(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_numbers_of_processes_are_known_beforehand(tmp_path: Path) -> None:
 
 
 def test_walk_and_place_are_each_others_inverse(tmp_path: Path) -> None:
-    found = made(
+    search = made(
         tmp_path,
         space={
             "adapter": ["lora", "none"],
@@ -53,60 +53,152 @@ def test_walk_and_place_are_each_others_inverse(tmp_path: Path) -> None:
         "adapter": "lora", "lora_r": 23, "lora_target_modules": "q_proj", "learning_rate": 3e-4,
         "lora_dropout": 0.15, "batch": "2 x 2",
     }  # fmt: skip
-    chosen, spec = found.walk(lambda parameter: values[parameter.name])
+    chosen, spec = search.walk(lambda parameter: values[parameter.name])
     assert chosen == values
     assert (spec.lora_r, spec.lora_target_modules, spec.micro_batch_size) == (23, ("q_proj",), 2)
-    assert found.place(spec) == values
+    assert search.place(spec) == values
 
-    chosen, full = found.walk(lambda parameter: (values | {"adapter": "none"})[parameter.name])
+    chosen, full = search.walk(lambda parameter: (values | {"adapter": "none"})[parameter.name])
     assert chosen == {"adapter": "none", "learning_rate": 3e-4, "batch": "2 x 2"}, "what has no meaning is not asked"
-    assert found.place(full) == chosen
+    assert search.place(full) == chosen
 
     outside = {"lora_r": 65, "lora_dropout": 0.11, "seed": 9, "learning_rate": 1.0, "sequence_length": 64}
     for key, value in outside.items():
-        assert found.place(spec.model_copy(update={key: value})) is None, key
+        assert search.place(spec.model_copy(update={key: value})) is None, key
 
 
 def test_held_batches_and_rungs(tmp_path: Path) -> None:
-    found = made(
+    search = made(
         tmp_path,
         {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
         space={"micro_batch_size": {"levels": [1, 2, 4], "hold": "effective_batch_size"}},
         pruner={"factor": 3, "rungs": 2},
     )
-    _, spec = found.walk(lambda parameter: 1)
+    _, spec = search.walk(lambda parameter: 1)
     assert (spec.micro_batch_size, spec.gradient_accumulation_steps) == (1, 4)
-    assert found.rungs == (1, 3)
-    assert [found.at_rung(spec, rung).train_samples for rung in found.rungs] == [12, 36]
-    assert found.at_rung(spec, 3).id == spec.id
+    assert search.rungs == (1, 3)
+    assert [search.at_rung(spec, rung).train_samples for rung in search.rungs] == [12, 36]
+    assert search.at_rung(spec, 3).id == spec.id
+
+
+HOLD = "hold: effective_batch_size derives the accumulation"
+BATCH = {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "num_processes": 2}
+"""An effective batch of 16."""
+
+
+def held(*levels: int) -> dict[str, Any]:
+    return {"levels": list(levels), "hold": "effective_batch_size"}
+
+
+@pytest.mark.parametrize(
+    ("space", "chosen", "accumulation"),
+    [
+        ({"micro_batch_size": held(1, 2, 8)}, {"micro_batch_size": 1}, 8),
+        ({"micro_batch_size": held(1, 2, 8)}, {"micro_batch_size": 8}, 1),
+        ({"num_processes": held(1, 2)}, {"num_processes": 1}, 8),
+        # Held parameters act together, in either order.
+        (
+            {"micro_batch_size": held(1, 2), "num_processes": held(1, 4)},
+            {"micro_batch_size": 1, "num_processes": 4},
+            4,
+        ),
+        (
+            {"num_processes": held(1, 4), "micro_batch_size": held(1, 2)},
+            {"num_processes": 1, "micro_batch_size": 1},
+            16,
+        ),
+        # So do those without hold.
+        ({"micro_batch_size": held(1, 2), "num_processes": [2, 4]}, {"micro_batch_size": 2, "num_processes": 4}, 2),
+        ({"num_processes": [2, 4], "micro_batch_size": held(1, 2)}, {"num_processes": 4, "micro_batch_size": 2}, 2),
+        (
+            {"num_processes": {"low": 1, "high": 2}, "micro_batch_size": held(1, 2)},
+            {"num_processes": 1, "micro_batch_size": 1},
+            16,
+        ),
+        (
+            {"how": {"two": {"num_processes": 2}, "four": {"num_processes": 4}}, "micro_batch_size": held(1, 2)},
+            {"how": "four", "micro_batch_size": 1},
+            4,
+        ),
+    ],
+)
+def test_what_is_held_is_the_effective_batch_of_the_base(
+    space: dict[str, Any], chosen: dict[str, Any], accumulation: int, tmp_path: Path
+) -> None:
+    search = made(tmp_path, BATCH, space=space)
+    _, spec = search.walk(lambda parameter: chosen[parameter.name])
+    assert (spec.effective_batch_size, spec.gradient_accumulation_steps) == (16, accumulation)
+    assert search.place(spec) == chosen
+    grown = spec.model_copy(update={"gradient_accumulation_steps": 2 * accumulation})
+    assert search.place(grown) is None
+
+
+def test_hold_with_a_condition_holds_where_it_is_met(tmp_path: Path) -> None:
+    space = {
+        "adapter": ["lora", "none"],
+        "micro_batch_size": held(1, 2) | {"when": {"adapter": "lora"}},
+        "gradient_accumulation_steps": {"levels": [2, 3], "when": {"adapter": "none"}},
+    }
+    search = made(tmp_path, BATCH, space=space)
+    values = {"adapter": "lora", "micro_batch_size": 1, "gradient_accumulation_steps": 3}
+    _, lora = search.walk(lambda parameter: values[parameter.name])
+    _, full = search.walk(lambda parameter: (values | {"adapter": "none"})[parameter.name])
+    assert (lora.effective_batch_size, full.effective_batch_size) == (16, 12)
+    assert search.place(full) == {"adapter": "none", "gradient_accumulation_steps": 3}
 
 
 def test_a_bound_on_the_peak_is_the_enforced_budget(tmp_path: Path) -> None:
-    found = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB", "tokens_per_second >= 50"])
-    assert found.base.memory_budget == 2**30
+    search = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB", "tokens_per_second >= 50"])
+    assert search.base.memory_budget == 2**30
     ok = {"peak_memory_bytes": 2**29, "peak_evaluate_bytes": 3 * 2**28, "eval_loss": 3.0, "tokens_per_second": 40.0}
-    score = found.score("ok", ok)
+    score = search.score("ok", ok)
     assert score is not None
     assert score.violations["memory"] == pytest.approx(-0.25), "what fits is decided by the highest peak"
     assert score.violations["tokens_per_second >= 50"] == pytest.approx(0.2)
     assert not score.feasible
-    oom = found.score("oom", {"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**29})
+    oom = search.score("oom", {"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**29})
     assert oom is not None
     assert oom.values == (None,)
     assert oom.violations == {"memory": pytest.approx(0.5)}
-    assert found.score("diverged", ok) is None
-    assert found.score("ok", ok | {"eval_loss": None}) is None, "a missing figure is no score"
+    assert search.score("diverged", ok) is None
+    assert search.score("ok", ok | {"eval_loss": None}) is None, "a missing figure is no score"
 
 
 def test_what_a_report_needs_is_plain_json(tmp_path: Path) -> None:
-    found = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB"])
-    given = json.loads(json.dumps(found.given))
-    again = search.parse(found.name, found.title, given["base"], given["tune"])
-    assert again.base.id == found.base.id
-    assert again.parameters == found.parameters
+    search = made(tmp_path, constraints=["peak_memory_bytes <= 1GiB"])
+    given = json.loads(json.dumps(search.given))
+    again = search_file.parse(search.name, search.title, given["base"], given["tune"])
+    assert again.base.id == search.base.id
+    assert again.parameters == search.parameters
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "held level that does not divide": (
+        {"space": {"micro_batch_size": held(1, 3)}}, "micro_batch_size 3 does not divide the effective batch of 1"),
+    "held processes that do not divide": (
+        {"space": {"num_processes": held(1, 2)}}, "num_processes 2 does not divide the effective batch of 1 that"),
+    "held levels that do not divide together": (
+        {"base": BATCH, "space": {"micro_batch_size": held(2, 8), "num_processes": held(1, 4)}},
+        "micro_batch_size 8 x num_processes 4 does not divide the effective batch of 16"),
+    "range that does not divide": (
+        {"base": BATCH, "space": {"micro_batch_size": held(1, 2), "num_processes": {"low": 1, "high": 3}}},
+        "num_processes 3 does not divide the effective batch of 16"),
+    "held level of a large space that does not divide": (
+        {"space": {"micro_batch_size": held(1, 3)} | {name: [*range(1, 100)] for name in ("lora_r", "lora_alpha")}},
+        "micro_batch_size 3 does not divide the effective batch of 1"),
+    "hold and accumulation": (
+        {"space": {"micro_batch_size": held(1), "gradient_accumulation_steps": [1, 2]}}, HOLD),
+    "hold and accumulation in a bundle": (
+        {"space": {"size": {"big": {"gradient_accumulation_steps": 4}}, "num_processes": held(1)}}, HOLD),
+    "hold and accumulation with a condition": (
+        {"space": {
+            "adapter": ["lora", "none"], "micro_batch_size": held(1),
+            "gradient_accumulation_steps": {"levels": [1, 2], "when": {"adapter": "none"}}}}, HOLD),
+    "condition on what is derived": (
+        {"space": {
+            "micro_batch_size": held(1),
+            "lora_r": {"low": 4, "high": 8, "when": {"gradient_accumulation_steps": 1}}}},
+        "lora_r: when: gradient_accumulation_steps is derived by hold: effective_batch_size; use micro_batch_size or"),
     "no space": ({"space": None}, "space is missing"),
     "unknown key": ({"trails": 3}, "unknown key 'trails'; did you mean trials"),
     "unknown parameter": ({"space": {"lora_rank": [1, 2]}}, "unknown factor 'lora_rank'; did you mean lora_"),
@@ -134,7 +226,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"objectives": ["eval_loss", "peak_memory_bytes", "tokens_per_second", "samples_per_second"]}, "one to three"),
     "constraint": ({"constraints": ["peak_memory_bytes < 3GiB"]}, "write it like"),
     "constraint figure": ({"constraints": ["peak_memory <= 3GiB"]}, "did you mean peak_memory_bytes"),
-    "constraint bound": ({"constraints": ["peak_memory_bytes <= much"]}, "'much' is no bound; write it like 12GiB"),
+    "constraint bound": ({"constraints": ["peak_memory_bytes <= much"]}, "'much' is not a bound; write it like 12GiB"),
     "constraint the wrong way": ({"constraints": ["peak_memory_bytes >= 3GiB"]}, "has an upper bound"),
     "sampler": ({"sampler": "tpa"}, "unknown sampler 'tpa'; did you mean tpe"),
     "trials": ({"trials": 0}, "trials is 0; it must be a whole number from 1"),
@@ -147,8 +239,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
-    given, said = REFUSED[case]
-    with pytest.raises(InputError, match=said) as error:
+    given, message = REFUSED[case]
+    with pytest.raises(InputError, match=message) as error:
         made(tmp_path, **given)
     assert "\n" not in str(error.value)
 
@@ -156,8 +248,8 @@ def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
 def test_a_loss_of_random_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="eval_loss of random weights means nothing"):
         made(tmp_path, {"base_model": "random:tiny"})
-    found = made(tmp_path, {"base_model": "random:tiny"}, objectives=["tokens_per_second"])
-    assert found.objectives[0].direction == "maximize"
+    search = made(tmp_path, {"base_model": "random:tiny"}, objectives=["tokens_per_second"])
+    assert search.objectives[0].direction == "maximize"
 
 
 def test_two_budgets_are_refused(tmp_path: Path) -> None:
@@ -170,11 +262,11 @@ def test_a_file_without_a_search_says_so(tmp_path: Path) -> None:
     file = tmp_path / "t.yml"
     file.write_text("base: {base_model: random:tiny}\n")
     with pytest.raises(InputError, match="tune is missing"):
-        search.load(file)
+        search_file.load(file)
 
 
 def test_forgetting_is_searched_where_it_is_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give base measure_forgetting: true"):
         made(tmp_path, objectives=["forgetting"])
-    found = made(tmp_path, {"measure_forgetting": True, "val_set_size": 0}, objectives=["forgetting"])
-    assert [o.direction for o in found.objectives] == ["minimize"]
+    search = made(tmp_path, {"measure_forgetting": True, "val_set_size": 0}, objectives=["forgetting"])
+    assert [o.direction for o in search.objectives] == ["minimize"]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import model_source, stories
 from harness.errors import InputError
+from harness.sources import files, hub, models, stories
+from harness.sources.stories import Story
 from harness.spec import DatasetSpec, PromptSpec
-from harness.stories import Story
 
 # What people's stories hold: quotes, commas, line ends, characters beyond 16 bits, and the line
 # separators of Unicode, at which str.splitlines() cuts and JSON does not.
@@ -63,11 +63,11 @@ def read(path: Path | str, **prompt: Any) -> list[Story]:
 
 
 def test_bundled_stories() -> None:
-    found = read("storyteller")
-    assert len(found) == 240
-    assert len({story.id for story in found}) == 240
-    assert all(story.instruction.strip() and len(story.completion) > 200 for story in found)
-    assert {story.system for story in found} == {None}
+    rows = read("storyteller")
+    assert len(rows) == 240
+    assert len({story.id for story in rows}) == 240
+    assert all(story.instruction.strip() and len(story.completion) > 200 for story in rows)
+    assert {story.system for story in rows} == {None}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_relative_path_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_columns_of_any_name(tmp_path: Path) -> None:
     row = {"question": "Why?", "context": "A fox.", "answer": "Because.", "note": "unused"}
     _write_jsonl(tmp_path / "a.jsonl", [row, row | {"context": ""}, row | {"context": "  "}])
-    found = read(tmp_path / "a.jsonl", field_instruction="question", field_input="context", field_output="answer")
-    assert [(s.instruction, s.input, s.completion) for s in found] == [
+    rows = read(tmp_path / "a.jsonl", field_instruction="question", field_input="context", field_output="answer")
+    assert [(s.instruction, s.input, s.completion) for s in rows] == [
         ("Why?", "A fox.", "Because."),
         ("Why?", None, "Because."),
         ("Why?", None, "Because."),
@@ -167,14 +167,14 @@ def test_system_column_falls_back_to_the_system_prompt(tmp_path: Path) -> None:
 
     rows = [ROWS[0] | {"system": "Sing."}, ROWS[1] | {"system": ""}]
     _write_csv(tmp_path / "with.csv", rows)
-    found = read(tmp_path / "with.csv", field_system="system", system_prompt="Tell.")
-    assert [story.system for story in found] == ["Sing.", "Tell."]
+    examples = read(tmp_path / "with.csv", field_system="system", system_prompt="Tell.")
+    assert [story.system for story in examples] == ["Sing.", "Tell."]
     # Named by nobody, the column says nothing.
     assert read(tmp_path / "with.csv", system_prompt="Tell.")[0].system == "Tell."
 
     pandas.DataFrame([rows[0], ROWS[1] | {"system": None}]).to_parquet(tmp_path / "with.parquet")
-    found = read(tmp_path / "with.parquet", field_system="system", system_prompt="Tell.")
-    assert [story.system for story in found] == ["Sing.", "Tell."]
+    examples = read(tmp_path / "with.parquet", field_system="system", system_prompt="Tell.")
+    assert [story.system for story in examples] == ["Sing.", "Tell."]
 
 
 # ------------------------------------------------------------------------------------ ids
@@ -233,24 +233,24 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_unreachable_hub_is_said_at_once() -> None:
+def test_unreachable_hub_is_reported_at_once() -> None:
     started = time.perf_counter()
     with pytest.raises(InputError) as refusal:
         read("jaydenccc/AI_Storyteller_Dataset")
     with pytest.raises(InputError) as of_model:
-        model_source.check("unsloth/Meta-Llama-3.1-8B-Instruct")
+        models.check("unsloth/Meta-Llama-3.1-8B-Instruct")
     assert time.perf_counter() - started < 10
 
-    said = str(refusal.value)
-    assert said.isprintable()
-    assert said.startswith("dataset jaydenccc/AI_Storyteller_Dataset is on the hub, which cannot be reached (")
-    assert said.endswith("it is not in the local cache; give a local file or storyteller (bundled)")
+    message = str(refusal.value)
+    assert message.isprintable()
+    assert message.startswith("dataset jaydenccc/AI_Storyteller_Dataset is on the hub, which cannot be reached (")
+    assert message.endswith("it is not in the local cache; give a local file or storyteller (bundled)")
     assert "model unsloth/Meta-Llama-3.1-8B-Instruct is on the hub, which cannot be reached" in str(of_model.value)
     assert "smollm2-135m-instruct" in str(of_model.value)
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_silent_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A firewall that drops packets never answers."""
 
     def connect(address: tuple[str, int], timeout: float | None = None) -> None:
@@ -282,10 +282,10 @@ def test_proxy_for_other_addresses_does_not_count(monkeypatch: pytest.MonkeyPatc
     """`no_proxy` alone is no way to the hub."""
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"no": "localhost", "ftp": "http://127.0.0.1:2"})
     with pytest.raises(InputError, match="cannot be reached"):
-        stories.hub_or_cache("owner/name", "model")
+        hub.check_hub_or_cache("owner/name", "model")
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"http": "http://127.0.0.1:2"})
     monkeypatch.setattr(urllib.request, "proxy_bypass", lambda host: 0)
-    stories.hub_or_cache("owner/name", "model")  # the proxy may know the way
+    hub.check_hub_or_cache("owner/name", "model")  # the proxy may know the way
 
 
 @pytest.mark.usefixtures("unreachable")
@@ -296,9 +296,9 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
         ("datasets/owner___two", "owner/two", "dataset"),
     ]:
         with pytest.raises(InputError, match="not in the local cache"):
-            stories.hub_or_cache(name, kind)
+            hub.check_hub_or_cache(name, kind)
         (tmp_path / folder).mkdir(parents=True)
-        stories.hub_or_cache(name, kind)
+        hub.check_hub_or_cache(name, kind)
 
 
 def test_whatever_the_hub_s_libraries_raise_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +310,9 @@ def test_whatever_the_hub_s_libraries_raise_is_one_line(monkeypatch: pytest.Monk
     def load_dataset(path: str, split: str) -> list[dict[str, str]]:
         raise Odd(f"{path} is gated\nask its owner")
 
-    monkeypatch.setattr(stories, "hub_or_cache", lambda name, kind: None)
+    monkeypatch.setattr(hub, "check_hub_or_cache", lambda name, kind: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"cannot be had from the hub \(owner/name is gated\); check") as refusal:
+    with pytest.raises(InputError, match=r"cannot be read from the hub \(owner/name is gated\); check") as refusal:
         read("owner/name")
     assert str(refusal.value).isprintable()
 
@@ -340,15 +340,15 @@ _JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=
     | st.text('ab,"\n\r\t {}[]:\\\0', max_size=40).map(lambda tail: ("synopsis,short_story\n" + tail).encode())
     | st.lists(_JSON, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
     | st.lists(_JSON, max_size=3).map(lambda rows: json.dumps(rows).encode()),
-    suffix=st.sampled_from(stories.SUFFIXES),
+    suffix=st.sampled_from(files.SUFFIXES),
 )
 def test_any_file_is_read_or_refused(content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / f"any{suffix}"
     file.write_bytes(content)
     try:
-        found = read(file, field_system="system")
+        rows = read(file, field_system="system")
     except InputError as refusal:
         assert str(refusal).isprintable()  # noqa: PT017 - either outcome is right
     else:
-        assert found
-        assert all(story.instruction.strip() and story.completion.strip() and story.id for story in found)
+        assert rows
+        assert all(story.instruction.strip() and story.completion.strip() and story.id for story in rows)

@@ -12,21 +12,21 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainingArguments
 
-from harness import data, model
 from harness.spec import TrialSpec
-from harness.training import Diverged, Trainer
+from harness.training import batches, checkpoints, model
+from harness.training.step import Diverged, Trainer
 
 CPU = torch.device("cpu")
 Small = Callable[..., TrialSpec]
 
 
-def prepared(spec: TrialSpec) -> tuple[Any, list[data.Example], int]:
+def prepared(spec: TrialSpec) -> tuple[Any, list[batches.Example], int]:
     """The model of a spec with its seeded adapters, its examples in training order, its pad id."""
     torch.manual_seed(spec.seed)
-    tokenizer = model.load_tokenizer(spec)
-    stories = data.load(spec, tokenizer)
-    samples = data.total_samples(spec, len(stories.train))
-    order = data.training_order(stories.train, samples, 2 * spec.effective_batch_size, spec.seed)
+    tokenizer = checkpoints.load_tokenizer(spec)
+    stories = batches.load(spec, tokenizer)
+    samples = batches.total_samples(spec, len(stories.train))
+    order = batches.training_order(stories.train, samples, 2 * spec.effective_batch_size, spec.seed)
     return model.load(spec, CPU), order, tokenizer.pad_token_id
 
 
@@ -36,12 +36,14 @@ def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     size = spec.effective_batch_size
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     trainer = Trainer(network, spec, CPU, len(groups))
-    losses = [trainer.step(list(data.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups]
+    losses = [
+        trainer.step(list(batches.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups
+    ]
     return losses, {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, examples: list[data.Example]) -> None:
+    def __init__(self, examples: list[batches.Example]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
@@ -91,7 +93,7 @@ def reference_losses(spec: TrialSpec, folder: Path) -> list[float]:
             seed=spec.seed,
         ),
         train_dataset=_Rows(order),
-        data_collator=lambda rows: data.collate([r["example"] for r in rows], pad, CPU).inputs,
+        data_collator=lambda rows: batches.collate([r["example"] for r in rows], pad, CPU).inputs,
         callbacks=[losses],
     )
     trainer.train()
@@ -170,6 +172,6 @@ def test_clipping_limits_the_update(small: Small) -> None:
     assert moved(0) > 1e-2
 
 
-def test_a_loss_that_is_no_number_ends_training(small: Small) -> None:
+def test_a_loss_that_is_not_finite_ends_training(small: Small) -> None:
     with pytest.raises(Diverged, match="loss is"):
         train(small(learning_rate=1e30))

@@ -1,4 +1,4 @@
-"""Searching: through the real launcher, with trials that compute a formula whose best values are known."""
+"""Searches through the real launcher; the trials compute a formula whose best values are known."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ import pytest
 from rows import keep
 from test_launch import Watch
 
+from harness.analysis import loading
 from harness.errors import InputError
-from harness.launch import Policy
 from harness.launch.local import LocalLauncher
-from harness.report import found, measurements
 from harness.report import tuning as reporting
-from harness.results import Store, spec_of
-from harness.tune import Options, open_storage, tune
+from harness.results.schema import spec_of
+from harness.results.store import Store
+from harness.tuning import search_results
+from harness.tuning.samplers import open_storage
+from harness.tuning.study import Options, tune
 
 made = formula.search
 
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[LocalLauncher]:
-    with LocalLauncher(formula.child, preload="harness.search") as started:
+    with LocalLauncher(child=formula.child, preload="harness.grids.search") as started:
         yield started
 
 
@@ -43,7 +45,7 @@ def trials(store: Store) -> pandas.DataFrame:
 # ------------------------------------------------------------------------------------ the front
 
 
-def test_the_front_is_found_sooner_than_by_chance(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_the_front_is_reached_sooner_than_by_chance(launcher: LocalLauncher, tmp_path: Path) -> None:
     """One seed; `benchmarks/tune_front.py` has five."""
     store = Store(tmp_path / "tpe" / "t")
     tune(made(trials=60), store, launcher, Watch())
@@ -54,14 +56,14 @@ def test_the_front_is_found_sooner_than_by_chance(launcher: LocalLauncher, tmp_p
     assert formula.reached(trials(store)) is None
 
 
-# ------------------------------------------------------------------------------------ what is told
+# ------------------------------------------------------------------------------------ what the study gets
 
 
-def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_every_trial_is_a_row_and_every_end_is_reported(launcher: LocalLauncher, tmp_path: Path) -> None:
     search = made(sampler="random", seed=8, trials=20)
     store = Store(tmp_path / "t")
-    said: list[str] = []
-    done = tune(search, store, launcher, Watch(), say=said.append)
+    messages: list[str] = []
+    done = tune(search, store, launcher, Watch(), on_message=messages.append)
     rows = trials(store)
     study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
     assert len(study.trials) == done.tried == 20
@@ -86,7 +88,7 @@ def test_every_trial_is_a_row_and_every_end_is_told(launcher: LocalLauncher, tmp
             assert trial.values == pytest.approx([loss, memory])
             assert trial.constraints["memory"] <= 0
     assert {"ok", "oom", "diverged"} <= set(rows["status"]), "the formula has every end"
-    assert any("best eval_loss so far" in line for line in said)
+    assert any("best eval loss so far" in line for line in messages)
 
 
 def test_going_on_adds_no_trial_twice(launcher: LocalLauncher, tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ import formula
 from test_launch import Watch
 from test_tune import made
 from harness.launch.local import LocalLauncher
-from harness.results import Store
-from harness.tune import tune
-with LocalLauncher(formula.child, preload="harness.search") as launcher:
+from harness.results.store import Store
+from harness.tuning.study import tune
+with LocalLauncher(child=formula.child, preload="harness.grids.search") as launcher:
     tune(made(trials={trials}), Store(Path({folder!r})), launcher, Watch())
 """
 
@@ -171,7 +173,7 @@ def test_a_killed_search_goes_on_and_counts_nothing_twice(launcher: LocalLaunche
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    # A trial sleeps for long beside what it costs on a busy machine.
+    # A trial sleeps for much longer than its overhead on a busy machine.
     both = [runner(folder, 12, FORMULA_SECONDS="0.6") for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     rows = trials(Store(folder)).query("~twin")
@@ -183,7 +185,7 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
 
 
 def test_two_workers_share_a_search(launcher: LocalLauncher, tmp_path: Path) -> None:
-    """They work at the same time, and are interrupted together; the rows are of a machine that was shared."""
+    """They work at the same time and are interrupted together; their rows are of a machine with concurrent trials."""
 
     class Counting(Watch):
         def __init__(self, interrupted_at: int) -> None:
@@ -199,22 +201,22 @@ def test_two_workers_share_a_search(launcher: LocalLauncher, tmp_path: Path) -> 
         def finished(self, record: Any) -> None:
             self.now -= 1
 
-        def beside(self) -> Watch:
+        def child_display(self) -> Watch:
             return self
 
-    store, both = Store(tmp_path / "t"), Options(policy=Policy(skip_infeasible=True, workers=2))
+    store, both = Store(tmp_path / "t"), LocalLauncher(workers=2, child=formula.child)
     shown = Counting(interrupted_at=3)
-    done = tune(made(trials=80), store, launcher, shown, both)
-    assert 3 <= done.tried < 80, "it may take half a second to be heard"
+    done = tune(made(trials=80), store, both, shown)
+    assert 3 <= done.tried < 80, "an interrupt may take half a second"
     assert done.left == 80 - done.tried
     assert shown.now == 0, "both finish what they have begun"
     assert shown.most == 2
     wanted = done.tried + 6
-    done = tune(made(trials=wanted), store, launcher, Counting(interrupted_at=0), both)
+    done = tune(made(trials=wanted), store, both, Counting(interrupted_at=0))
     assert (done.tried, done.left) == (wanted, 0)
     rows = trials(store).query("~twin")
     assert len(rows) == rows["study_trial"].nunique() == wanted
-    assert {json.loads(text)["neighbours"] for text in rows["environment"]} == {1}
+    assert {json.loads(text)["concurrent_trials"] for text in rows["environment"]} == {1}
 
 
 def test_a_worker_that_fails_ends_the_search(launcher: LocalLauncher, tmp_path: Path) -> None:
@@ -223,21 +225,21 @@ def test_a_worker_that_fails_ends_the_search(launcher: LocalLauncher, tmp_path: 
             if number == 2:
                 raise OSError(28, "No space left on device")
 
-        def beside(self) -> Watch:
+        def child_display(self) -> Watch:
             return self
 
-    store, both = Store(tmp_path / "t"), Options(policy=Policy(workers=2))
+    store, both = Store(tmp_path / "t"), LocalLauncher(workers=2, child=formula.child)
     with pytest.raises(OSError, match="No space left"):
-        tune(made(trials=50), store, launcher, Unlucky(), both)
+        tune(made(trials=50), store, both, Unlucky())
     assert len(trials(store)) < 4
-    done = tune(made(trials=4), store, launcher, Watch(), both)
+    done = tune(made(trials=4), store, both, Watch())
     assert len(trials(store).query("~twin")) == done.tried == 4, "what it had asked for is given back"
 
 
 # ------------------------------------------------------------------------------------ what ends a search
 
 
-def test_nothing_fits_is_said_early(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_a_search_that_fits_nothing_ends_early(launcher: LocalLauncher, tmp_path: Path) -> None:
     search = made(trials=100, constraints=["peak_memory_bytes <= 50MB"])
     store = Store(tmp_path / "t")
     with pytest.raises(
@@ -247,7 +249,7 @@ def test_nothing_fits_is_said_early(launcher: LocalLauncher, tmp_path: Path) -> 
     assert len(trials(store)) == 12, "what was tried is kept"
 
 
-def test_nothing_trains_is_said_early(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_a_search_that_trains_nothing_ends_early(launcher: LocalLauncher, tmp_path: Path) -> None:
     space = {"learning_rate": {"low": 8.1e-3, "high": 9.9e-3}}
     with pytest.raises(InputError, match=r"none of 12 trials ended well \(diverged\)"):
         tune(made({"learning_rate": 9.5e-3}, space=space, trials=100), Store(tmp_path / "t"), launcher, Watch())
@@ -263,7 +265,7 @@ def test_brute_force_ends_with_the_space(launcher: LocalLauncher, tmp_path: Path
         tune(made(sampler="brute-force"), Store(tmp_path / "u"), launcher, Watch())
 
 
-def test_a_small_space_is_not_asked_for_ever(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_a_small_space_is_exhausted(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
     tune(made(space={"lora_r": [4, 8]}, trials=5000), store, launcher, Watch())
     assert len(trials(store).query("~twin")) == 2
@@ -284,7 +286,7 @@ def test_a_storage_that_cannot_be_opened(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ warm start, rungs, confirmation
 
 
-def test_what_was_measured_before_is_the_start(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_a_warm_start_uses_rows_measured_before(launcher: LocalLauncher, tmp_path: Path) -> None:
     search = made(trials=4)
     plain = search.base.model_copy(update={"memory_budget": None})
     source = Store(tmp_path / "before")
@@ -295,10 +297,10 @@ def test_what_was_measured_before_is_the_start(launcher: LocalLauncher, tmp_path
         memory, loss = formula.figures(spec)
         keep(source, spec, label, [loss] * 3, peak_memory_bytes=memory, eval_loss=loss, tokens_per_second=9.0)
     store = Store(tmp_path / "t")
-    said: list[str] = []
-    done = tune(search, store, launcher, Watch(), Options(sources=(source.folder,)), said.append)
+    messages: list[str] = []
+    done = tune(search, store, launcher, Watch(), Options(sources=(source.folder,)), messages.append)
     assert (done.warm, done.tried) == (3, 4)
-    assert any("3 used, 1 outside the space" in line for line in said)
+    assert any("3 used, 1 outside the space" in line for line in messages)
     study = optuna.load_study(study_name=done.study, storage=f"sqlite:///{store.folder / 'study.db'}")
     warm = {t.user_attrs["label"]: t for t in study.trials if "source" in t.user_attrs}
     beyond = {label.split(", ")[0].split(" ", 1)[-1]: t.constraints["memory"] > 0 for label, t in warm.items()}
@@ -311,7 +313,7 @@ def test_what_was_measured_before_is_the_start(launcher: LocalLauncher, tmp_path
     assert (stories["trial_id"] == rows.loc[copied[0], "trial_id"]).sum() == 3, "its stories came along"
 
 
-def test_halving_stops_what_is_behind(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_halving_stops_the_worse_trials(launcher: LocalLauncher, tmp_path: Path) -> None:
     search = made(objectives=["eval_loss"], pruner="halving", trials=24)
     store = Store(tmp_path / "t")
     done = tune(search, store, launcher, Watch())
@@ -323,18 +325,18 @@ def test_halving_stops_what_is_behind(launcher: LocalLauncher, tmp_path: Path) -
     whole = rows[rows["train_samples"] == 36]
     finished = {t.number for t in study.trials if t.state.name == "COMPLETE" and t.constraints["memory"] <= 0}
     assert set(whole["study_trial"]) == finished
-    m = measurements.load(store.folder)
-    findings = reporting.findings(m, store.folder)
-    assert findings is not None
-    assert any("Successive halving stopped" in sentence for sentence in findings.sentences)
+    m = loading.load(store.folder)
+    summary = reporting.summarize(m, store.folder)
+    assert summary is not None
+    assert any("Successive halving stopped" in sentence for sentence in summary.sentences)
 
 
-def test_the_winner_meets_its_rivals_in_fresh_repeats(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_the_winner_is_compared_in_fresh_repeats(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
     search = made(trials=10, confirm=2)
     tune(search, store, launcher, Watch())
-    m = measurements.load(store.folder)
-    read = found.read(m, store.folder)
+    m = loading.load(store.folder)
+    read = search_results.read(m, store.folder)
     assert read is not None
     winner = read.points.loc[read.winner]
     feasible = read.points[read.points["feasible"]]
@@ -346,26 +348,26 @@ def test_the_winner_meets_its_rivals_in_fresh_repeats(launcher: LocalLauncher, t
         assert repeats == 2
         assert estimate is not None
         assert estimate.value == pytest.approx(winner["eval_loss"] - read.points.loc[rival, "eval_loss"])
-    sentences = reporting.findings(m, store.folder).sentences  # type: ignore[union-attr]
+    sentences = reporting.summarize(m, store.folder).sentences  # type: ignore[union-attr]
     assert any("Against the runner-up" in s and "in 2 fresh repeats" in s for s in sentences)
 
 
-def test_unconfirmed_is_said(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_an_unconfirmed_winner_is_reported_as_such(launcher: LocalLauncher, tmp_path: Path) -> None:
     store = Store(tmp_path / "t")
     tune(made(trials=4), store, launcher, Watch())
-    findings = reporting.findings(measurements.load(store.folder), store.folder)
-    assert findings is not None
-    assert any("not confirmed in fresh repeats" in sentence for sentence in findings.sentences)
+    summary = reporting.summarize(loading.load(store.folder), store.folder)
+    assert summary is not None
+    assert any("not confirmed in fresh repeats" in sentence for sentence in summary.sentences)
 
 
-def test_what_mattered(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_importances(launcher: LocalLauncher, tmp_path: Path) -> None:
     """Checkpointing has no part in the loss of the formula, the learning rate has the largest."""
     store = Store(tmp_path / "t")
     tune(made(trials=30, sampler="random"), store, launcher, Watch())
-    read = found.read(measurements.load(store.folder), store.folder)
+    read = search_results.read(loading.load(store.folder), store.folder)
     assert read is not None
-    shares = found.importances(read, "eval_loss")
+    shares = search_results.importances(read, "eval_loss")
     assert max(shares, key=lambda name: shares[name]) in ("learning_rate", "lora_r")
     assert shares["gradient_checkpointing"] == min(shares.values())
-    memory = found.importances(read, "peak_memory_bytes")
+    memory = search_results.importances(read, "peak_memory_bytes")
     assert max(memory, key=lambda name: memory[name]) == "lora_r"

@@ -1,4 +1,4 @@
-"""Repeats go on only where a comparison is open."""
+"""Repeats are added only while a comparison is undecided."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from conftest import SMALL
 from rows import keep
 
-from harness import grid
-from harness.grid import Grid
-from harness.results import Store
+from harness.analysis.sequential import until_decided
+from harness.grids import grid
+from harness.grids.grid import Grid
+from harness.results.store import Store
 from harness.spec import TrialSpec
-from harness.until_decided import until_decided
 
 Small = Callable[..., TrialSpec]
 
 
-def test_what_is_decided_is_not_repeated(tmp_path: Path) -> None:
+def test_decided_comparisons_are_not_repeated(tmp_path: Path) -> None:
     base = ", ".join(f"{key}: {value}" for key, value in SMALL.items())
     file = tmp_path / "g.yml"
     file.write_text(f"name: g\nbase: {{{base}}}\nvary: {{lora_r: [8, 64]}}\n")
@@ -31,7 +31,7 @@ def test_what_is_decided_is_not_repeated(tmp_path: Path) -> None:
         ]
         ran.append(sorted((t.label, t.repeat) for t in todo))
         for t in todo:
-            # Rank 64 is plainly slower; rank 8 wavers round the baseline.
+            # Rank 64 is clearly slower; rank 8 alternates around the baseline.
             speed = {"lora_r=64": 50.0, "lora_r=8": 100.0 + 15 * (-1) ** t.repeat}.get(t.label, 100.0)
             speed *= 1 + t.repeat / 10_000
             keep(store, t.spec, t.label, [], twin=t.twin, baseline_id=t.baseline_id, tokens_per_second=speed)
@@ -48,7 +48,7 @@ def test_what_is_decided_is_not_repeated(tmp_path: Path) -> None:
     assert third == [(label, 3) for label, _ in again]
 
 
-def test_it_stops_when_told_and_when_all_is_decided(tmp_path: Path) -> None:
+def test_it_stops_when_interrupted(tmp_path: Path) -> None:
     file = tmp_path / "g.yml"
     file.write_text("name: g\nbase: {base_model: random:tiny}\nvary: {lora_r: [8]}\n")
     calls: list[int] = []

@@ -1,83 +1,80 @@
-"""One piece of work in a process of its own: what it takes goes with it, and what kills it kills nothing else."""
+"""One function in a process of its own: its memory is freed with it, and what kills it kills nothing else."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+from harness._util.messages import first_line
 from harness.errors import InputError
-from harness.launch.local import main_module_hidden
+from harness.launch import fork_server
 
 
-def context() -> Any:
-    """Processes that are forked from a server which has imported everything once."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["harness.launch.preload"])
-    forkserver.ensure_running()
-    return found
-
-
-def isolated(work: Callable[..., Any], *arguments: Any, hear: Callable[[Any], None] | None = None) -> Any:
-    """What `work` returns.
+def run_isolated(
+    function: Callable[..., Any], *arguments: Any, on_progress: Callable[[Any], None] | None = None
+) -> Any:
+    """What `function` returns.
 
     Args:
-        work: a function of a module, which imports torch within itself.
+        function: of a module; it imports torch within itself.
         arguments: that can be pickled, as its result.
-        hear: called with what `work` says as it goes; it is given a last argument then, to say it with.
+        on_progress: called with what `function` reports; it is then given a last argument to report with.
 
     Raises:
-        InputError: it refused, or did not come back.
+        InputError: it refused its input, or its process ended early.
     """
-    made = context()
-    ours, theirs = made.Pipe(duplex=False)
-    process = made.Process(target=_answer, args=(theirs, work, arguments, hear is not None), daemon=True)
-    with main_module_hidden():
+    context = fork_server.start()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_call, args=(theirs, function, arguments, on_progress is not None), daemon=True
+    )  # fmt: skip
+    with fork_server.main_module_hidden():
         process.start()
     theirs.close()
     try:
-        kind, said = ours.recv()
-        while kind == "said":
-            if hear is not None:
-                hear(said)
-            kind, said = ours.recv()
+        kind, value = ours.recv()
+        while kind == "progress":
+            if on_progress is not None:
+                on_progress(value)
+            kind, value = ours.recv()
     except EOFError:
         process.join()
-        raise InputError(_unheard(process.exitcode)) from None
+        raise InputError(_early_end(process.exitcode)) from None
     finally:
         process.kill()
         process.join()
         ours.close()
     if kind == "error":
-        raise InputError(said)
-    return said
+        raise InputError(value)
+    return value
 
 
-def _unheard(code: int | None) -> str:
+def _early_end(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        return f"the process that did it was ended by {name}{hint}"
-    return f"the process that did it left with {code}"
+        return f"the worker process was ended by {name}{hint}"
+    return f"the worker process exited with code {code}"
 
 
-def _answer(channel: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], is_heard: bool) -> None:
+def _call(channel: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], reports: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the runner
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # libraries' bars and warnings; what matters is in the answer
+    for stream in (1, 2):  # progress bars and warnings of libraries
         os.dup2(nowhere, stream)
-    if is_heard:
-        arguments = (*arguments, lambda said: channel.send(("said", said)))
+    if reports:
+        arguments = (*arguments, lambda value: channel.send(("progress", value)))
     try:
-        channel.send(("ok", work(*arguments)))
+        channel.send(("ok", function(*arguments)))
     except Exception as error:  # one line for the user, whatever it is
-        first = next(iter(str(error).strip().splitlines()), "")
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
-            first = f"out of memory: {first}"
-        elif not isinstance(error, InputError):
-            first = f"{type(error).__name__}: {first}"
-        channel.send(("error", first))
+        channel.send(("error", _describe(error)))
+
+
+def _describe(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return f"out of memory: {first_line(error)}"
+    return first_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"

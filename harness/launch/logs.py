@@ -1,4 +1,4 @@
-"""What a trial prints, kept in a file of limited size and without what is the user's own."""
+"""The log of a trial: what it prints, in a file of limited size, without secrets."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from harness.private import withheld
+from harness._util.redact import redact
+from harness.metrics import MIB
 
-MOST_BYTES = 2**20
-"""Of a trial's log. Where there is more, its first and last halves are kept."""
+MOST_BYTES = MIB
+"""Of a trial's log. Of a longer one the beginning and the end are kept, half of this each."""
 _MOST_LINE = 2**16
-"""A longer line is taken for several."""
+"""A longer line is split."""
 _LONGEST_SECRET = 2**12
 
 
 class Log:
-    """The file that a process's output goes to, through a pipe that this one reads: it is whole when the process dies,
-    and a full disk stops no trial. Use as a context manager.
+    """A file for a process's output, which arrives through a pipe that this process reads: the file is complete when
+    the other process dies, and a full disk stops no trial. Use as a context manager.
 
     Args:
-        file: a former one is replaced.
+        file: replaced where it exists.
     """
 
     def __init__(self, file: Path) -> None:
@@ -40,10 +41,10 @@ class Log:
 
     def __exit__(self, *error: object) -> None:
         self.hand_over()
-        self._thread.join(1.0)  # unless something that the process has started lives on and holds the pipe
+        self._thread.join(1.0)  # a process that the other one has started may hold the pipe open
 
     def hand_over(self) -> None:
-        """Close the writing end here, once the process has its own: the log ends when that does."""
+        """Close the writing end here, once the other process has its own: the log ends with that process."""
         self.theirs.close()
 
     def _keep(self) -> None:
@@ -54,19 +55,19 @@ class Log:
                 out = stack.enter_context(self._file.open("wb", buffering=0))  # type: ignore[assignment]  # raw is enough
             for piece in _limited(_lines(self._ours.fileno())):
                 if out is not None:
-                    with contextlib.suppress(OSError):  # what does not fit is lost, and the pipe stays empty
+                    with contextlib.suppress(OSError):  # what does not fit is lost; the pipe is drained all the same
                         out.write(piece)
 
 
 def _lines(pipe: int) -> Iterator[bytes]:
-    """Whole lines as they come, some at a time, until the other end is closed."""
+    """Whole lines as they come, until the other end is closed."""
     begun = b""
     while chunk := os.read(pipe, _MOST_LINE):
         whole, end, begun = (begun + chunk).rpartition(b"\n")
         if end:
             yield whole + end
-        if len(begun) > _MOST_LINE:  # cut where no secret is cut with it
-            text = withheld(begun.decode(errors="replace")).encode(errors="replace")
+        if len(begun) > _MOST_LINE:  # split without cutting a secret in two
+            text = redact(begun.decode(errors="replace")).encode(errors="replace")
             yield text[:-_LONGEST_SECRET]
             begun = text[-_LONGEST_SECRET:]
     if begun:
@@ -74,14 +75,14 @@ def _lines(pipe: int) -> Iterator[bytes]:
 
 
 def _limited(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """The first and the last of them, without secrets."""
-    room = MOST_BYTES // 2
+    """The first and the last lines, without secrets."""
+    capacity = MOST_BYTES // 2
     tail: deque[bytes] = deque()
     held = left_out = 0
     for line in lines:
-        text = withheld(line.decode(errors="replace")).encode(errors="replace")
-        if not tail and len(text) <= room:
-            room -= len(text)
+        text = redact(line.decode(errors="replace")).encode(errors="replace")
+        if not tail and len(text) <= capacity:
+            capacity -= len(text)
             yield text
             continue
         tail.append(text)
@@ -95,7 +96,7 @@ def _limited(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def print_to(pipe: Connection) -> None:
-    """Point this process's output at a log."""
+    """Redirect this process's output to a log."""
     for stream in (1, 2):
         os.dup2(pipe.fileno(), stream)
     pipe.close()

@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that a trial starts in a moment. Nothing here touches CUDA."""
+"""What the fork server imports once, so that a trial starts quickly. Nothing here initialises CUDA."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import threading
 import torch
 import tqdm
 
-from harness import worker
+from harness.training import worker
 
-# transformers imports its parts on first use; these are the parts that every trial uses.
+# transformers imports its modules on first use; these are the ones that every trial uses.
 _PARTS = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
@@ -28,22 +28,22 @@ _PARTS = (
     "pandas",
 )
 
-# tqdm's own lock is a semaphore that a worker's quick end would leave behind.
+# tqdm (4.67) makes a semaphore as its lock, which a worker that ends by os._exit would leave behind.
 tqdm.tqdm.set_lock(threading.RLock())
 
-# It says at import that a kernel for inference is missing, which would come from a hub.
+# bitsandbytes 0.50 warns at import that a kernel for inference is missing, which would come from a hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 for part in _PARTS:
     importlib.import_module(part)
 
-# bitsandbytes looks at the card when it is imported, and a process that has seen it cannot fork.
+# A CUDA build of bitsandbytes initialises CUDA at import, and a process that has done so cannot fork.
 if torch.version.cuda is None:
     with contextlib.suppress(ImportError):
         importlib.import_module("bitsandbytes")
 
-# What is here now stays for good: a trial's collector need not look at it, nor copy its pages.
+# What is loaded now stays: a trial's garbage collector neither scans it nor copies its pages.
 gc.collect()
-gc.freeze()
 
+gc.freeze()
 __all__ = ["worker"]

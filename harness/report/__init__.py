@@ -1,1 +1,3 @@
-"""From rows to what people read: tables, claims, plots, page, recommendation, comparison of runs."""
+"""Renders analyses, predictions and searches for people: tables, plots, page, Markdown, CSV and LaTeX."""
+
+__all__ = ["document", "inference_tables", "predictions", "tables", "tuning", "writers"]

@@ -1,4 +1,4 @@
-"""The report's charts: one declaration each gives the interactive one, SVG and PNG."""
+"""The report's charts: one declaration each for the interactive chart, SVG and PNG."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import altair
 import numpy
 import pandas
 
-from harness.claims import Contrast
-from harness.metrics import COMPONENTS, GIB, METRICS
-from harness.report.measurements import changes, labels
-from harness.report.tables import HEADLINE, Comparison
-from harness.report.words import effect, effect_and_word, figure
+from harness.analysis.comparison import MICRO_BATCH, SEQUENCE_LENGTH, Comparison
+from harness.analysis.pareto import pareto_front
+from harness.analysis.words import effect, effect_and_word, figure
+from harness.metrics import COMPONENTS, HEADLINE, METRICS, Metric, byte_unit
 
-# Okabe and Ito's colours (2008), which people with any colour vision tell apart.
+# Okabe and Ito (2008): distinguishable under any colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a8a8a"
 _LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#7f6d00", GREY)
-
 _MOST_BARS = 40
 _MOST_POINTS = 500
 _WIDTH = 640
@@ -28,7 +26,7 @@ _WIDTH = 640
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, and what it shows in a sentence."""
+    """A chart and its caption."""
 
     id: str
     title: str
@@ -36,13 +34,19 @@ class Chart:
     chart: Any
 
     def spec(self) -> dict[str, Any]:
-        """Vega-Lite, without colours of a scheme."""
-        found: dict[str, Any] = self.chart.to_dict()
-        return found
+        """Vega-Lite, without the colours of a light or dark scheme."""
+        vega_lite: dict[str, Any] = self.chart.to_dict()
+        return vega_lite
+
+
+def axis_title(metric: str, unit: str) -> str:
+    """The heading of a metric with its unit: `Peak memory (MiB)`."""
+    heading = METRICS[metric].heading
+    return f"{heading} ({unit})" if unit else heading
 
 
 def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
-    """Every chart for which something was measured.
+    """Every chart that has data.
 
     Args:
         comparison: against the baseline.
@@ -61,17 +65,17 @@ def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
 
 
 def _described(comparison: Comparison, configs: Sequence[int]) -> pandas.DataFrame:
-    """What tooltips say of configurations: label, figures, and how they differ from the baseline."""
+    """Texts for tooltips on configurations: label, figures, and differences from the baseline."""
     m = comparison.measurements
     rows = []
-    for config, label, differs in zip(configs, labels(m, configs), changes(m, configs), strict=True):
+    for config, label, keys in zip(configs, m.labels(configs), m.differing_keys(configs), strict=True):
         means = comparison.mean(config)
         rows.append(
             {
                 "config": config,
                 "technique": label,
-                "differs": ", ".join(f"{k}: {v}" for k, v in differs.items()) or "the baseline",
-                **{f"{metric}_said": figure(metric, means[metric]) for metric in HEADLINE},
+                "differs": ", ".join(f"{k}: {v}" for k, v in keys.items()) or "the baseline",
+                **{f"{metric}_text": figure(metric, means[metric]) for metric in HEADLINE},
             }
         )
     return pandas.DataFrame(rows)
@@ -80,75 +84,43 @@ def _described(comparison: Comparison, configs: Sequence[int]) -> pandas.DataFra
 _TOOLTIP = [
     altair.Tooltip("technique:N", title="technique"),
     altair.Tooltip("differs:N", title="differs in"),
-    altair.Tooltip("peak_memory_bytes_said:N", title="peak memory"),
-    altair.Tooltip("tokens_per_second_said:N", title="tokens/s"),
-    altair.Tooltip("eval_loss_said:N", title="eval loss"),
+    *(altair.Tooltip(f"{metric}_text:N", title=METRICS[metric].label) for metric in HEADLINE),
 ]
-
-
-_NAMES = altair.Axis(labelLimit=260)
-
-
-def _memory_unit(largest: float) -> tuple[str, float]:
-    return ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", 2.0**20)
-
-
-# ------------------------------------------------------------------------------------ memory
+_TECHNIQUES = altair.Axis(labelLimit=260)
 
 
 def memory(comparison: Comparison) -> Chart | None:
-    """Peak memory of each technique, split into what holds it."""
+    """Peak memory of each technique by component."""
     means = comparison.means.reindex(comparison.shown)
     peaks = means["peak_memory_bytes"].dropna().sort_values().head(_MOST_BARS)
     parts = means.loc[peaks.index, [f"memory_{c}_bytes" for c in COMPONENTS]]
     if parts.dropna(how="all").empty:
         return None
-    unit, size = _memory_unit(peaks.max())
+    unit, size = byte_unit(peaks.max())
     described = _described(comparison, peaks.index.tolist())
     data = parts.set_axis(list(COMPONENTS), axis=1).rename_axis("config").reset_index()
     data = data.melt("config", var_name="component", value_name="bytes").merge(described, on="config")
     data["size"] = data["bytes"] / size
-    data["component_said"] = [figure("peak_memory_bytes", value) for value in data["bytes"]]
+    data["component_text"] = [figure("peak_memory_bytes", value) for value in data["bytes"]]
     data["rank"] = data["component"].map({c: i for i, c in enumerate(COMPONENTS)})
     colours = altair.Scale(domain=list(COMPONENTS), range=[BLUE, ORANGE, GREEN, PINK, SKY])
     chart = (
         altair.Chart(data)
         .mark_bar()
         .encode(
-            y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=_NAMES),
-            x=altair.X("sum(size):Q", title=f"Peak memory ({unit})"),
+            y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=_TECHNIQUES),
+            x=altair.X("sum(size):Q", title=axis_title("peak_memory_bytes", unit)),
             color=altair.Color("component:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
             order="rank:O",
-            tooltip=[altair.Tooltip("component:N"), altair.Tooltip("component_said:N", title="size"), *_TOOLTIP],
+            tooltip=[altair.Tooltip("component:N"), altair.Tooltip("component_text:N", title="size"), *_TOOLTIP],
         )
         .properties(width=_WIDTH, title="Peak memory by component")
     )
-    return Chart("memory", "Peak memory by component", "What holds memory at the moment of the peak.", chart)
-
-
-# ------------------------------------------------------------------------------------ Pareto
-
-
-def pareto_front(figures: pandas.DataFrame) -> pandas.Series:
-    """Which rows no other row beats: as good in every column and better in one. Lower is better throughout.
-
-    Rows with a null are on no front. Sorted by the first column, a row can only be beaten by those before it.
-    """
-    known = figures.dropna()
-    order = known.sort_values(list(known.columns), kind="stable")
-    values = order.to_numpy(float)
-    front: list[int] = []
-    kept = numpy.empty((0, values.shape[1]))
-    for position, row in enumerate(values):
-        beaten = ((kept <= row).all(axis=1) & (kept < row).any(axis=1)).any()
-        if not beaten:
-            front.append(position)
-            kept = values[front]
-    return pandas.Series(figures.index.isin(order.index[front]), figures.index)
+    return Chart("memory", "Peak memory by component", "Live tensors at the moment of the peak.", chart)
 
 
 def pareto(comparison: Comparison) -> Chart | None:
-    """Loss (or speed, where no loss means anything) against memory, speed as colour, the front joined."""
+    """Loss (or speed, where no loss is meaningful) against memory, with speed as colour and the front labelled."""
     shown = comparison.shown[:_MOST_POINTS]
     means = comparison.means.loc[shown]
     with_loss = bool(means["eval_loss"].notna().any())
@@ -156,7 +128,7 @@ def pareto(comparison: Comparison) -> Chart | None:
     means = means.dropna(subset=["peak_memory_bytes", y])
     if means.empty:
         return None
-    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    unit, size = byte_unit(means["peak_memory_bytes"].max())
     figures = means[["peak_memory_bytes"]].assign(slowness=-means["tokens_per_second"].fillna(0.0))
     if with_loss:
         figures["loss"] = means["eval_loss"]
@@ -165,14 +137,21 @@ def pareto(comparison: Comparison) -> Chart | None:
     data["y"] = means[y]
     data["speed"] = means["tokens_per_second"]
     data["front"] = numpy.where(pareto_front(figures), "on the front", "beaten by another")
-    titles = {"eval_loss": "Eval loss (nats per token)", "tokens_per_second": "Tokens per second"}
     base = altair.Chart(data.reset_index()).encode(
-        x=altair.X("memory:Q", title=f"Peak memory ({unit})", scale=altair.Scale(type="log", nice=False, padding=24)),
-        y=altair.Y("y:Q", title=titles[y], scale=altair.Scale(zero=False, padding=18)),
+        x=altair.X(
+            "memory:Q",
+            title=axis_title("peak_memory_bytes", unit),
+            scale=altair.Scale(type="log", nice=False, padding=24),
+        ),
+        y=altair.Y(
+            "y:Q",
+            title=axis_title(y, "nats per token" if with_loss else ""),
+            scale=altair.Scale(zero=False, padding=18),
+        ),
         tooltip=_TOOLTIP,
     )
     points = base.mark_point(size=110, filled=True, opacity=0.95).encode(
-        color=altair.Color("speed:Q", title="Tokens/s", scale=altair.Scale(scheme="viridis")),
+        color=altair.Color("speed:Q", title=axis_title("tokens_per_second", ""), scale=altair.Scale(scheme="viridis")),
         shape=altair.Shape(
             "front:N",
             title=None,
@@ -190,8 +169,6 @@ def pareto(comparison: Comparison) -> Chart | None:
     return Chart("pareto", "Memory, speed and loss", caption, chart.interactive())
 
 
-# ------------------------------------------------------------------------------------ effects
-
 _VERDICTS = ("better", "worse", "same", "not distinguishable")
 
 
@@ -203,37 +180,39 @@ def effects(comparison: Comparison) -> Chart | None:
         return None
     described = _described(comparison, others)
     panels: list[Any] = []
-    for metric, title in zip(HEADLINE, ("Peak memory (×)", "Tokens per second (×)", "Eval loss (nats)"), strict=True):
+    for metric in HEADLINE:
         rows = []
         for config in others:
             estimate = comparison.of(metric, config)
             if estimate is not None:
                 rows.append(
                     {"config": config, "value": estimate.value, "low": estimate.low, "high": estimate.high,
-                     "verdict": estimate.verdict, "said": effect_and_word(estimate)}
+                     "verdict": estimate.verdict, "text": effect_and_word(estimate)}
                 )  # fmt: skip
         if rows:
             data = pandas.DataFrame(rows).merge(described, on="config")
-            panels.append(_effect_panel(data, title, METRICS[metric].scale, described, first=not panels))
+            panels.append(_effect_panel(data, METRICS[metric], described, first=not panels))
     if not panels:
         return None
     chart = altair.hconcat(*panels, title="Effect of each technique against the baseline").resolve_scale(color="shared")
     return Chart("effects", "Effects with their intervals", "Dots are estimates, lines their 95 % intervals.", chart)
 
 
-def _effect_panel(data: pandas.DataFrame, title: str, scale: str, described: pandas.DataFrame, *, first: bool) -> Any:
-    nothing = 1.0 if scale == "ratio" else 0.0
-    axis = _NAMES if first else altair.Axis(labels=False, ticks=False)
-    x_scale = altair.Scale(type="log", nice=False, padding=10) if scale == "ratio" else altair.Scale(zero=False)
+def _effect_panel(data: pandas.DataFrame, metric: Metric, described: pandas.DataFrame, *, first: bool) -> Any:
+    ratio = metric.scale == "ratio"
+    title = axis_title(metric.name, "×" if ratio else metric.unit)
+    no_effect = 1.0 if ratio else 0.0
+    axis = _TECHNIQUES if first else altair.Axis(labels=False, ticks=False)
+    x_scale = altair.Scale(type="log", nice=False, padding=10) if ratio else altair.Scale(zero=False)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
     base = altair.Chart(data).encode(
         y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=axis),
         color=altair.Color("verdict:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
-        tooltip=[altair.Tooltip("said:N", title="effect"), *_TOOLTIP],
+        tooltip=[altair.Tooltip("text:N", title="effect"), *_TOOLTIP],
     )
-    line = altair.Chart(pandas.DataFrame({"at": [nothing]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
-    ticks = _ratio_ticks(data) if scale == "ratio" else None
+    line = altair.Chart(pandas.DataFrame({"at": [no_effect]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
+    ticks = _ratio_ticks(data) if ratio else None
     x_axis = altair.Axis(values=ticks, format="~g") if ticks else altair.Axis()
     bars = base.mark_rule(strokeWidth=2).encode(
         x=altair.X("low:Q", title=title, scale=x_scale, axis=x_axis), x2=altair.X2("high:Q")
@@ -254,14 +233,11 @@ def _ratio_ticks(data: pandas.DataFrame) -> list[float]:
     return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
 
 
-# ------------------------------------------------------------------------------------ curves
-
-
 def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None:
-    """Training loss over tokens, and over the seconds that these tokens take at the measured speed."""
+    """Training loss over tokens, and over the seconds they take at the measured speed."""
     m = comparison.measurements
     if not comparison.means["eval_loss"].notna().any():
-        return None  # losses of random weights mean nothing
+        return None  # losses of random weights are not meaningful
     speed = comparison.means["tokens_per_second"]
     drawn = [c for c in _curves_of_interest(comparison) if pandas.notna(speed.get(c))]
     data = steps[steps["config"].isin(drawn)].sort_values(["config", "repeat", "step"])
@@ -290,7 +266,7 @@ def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None
 
 
 def _curves_of_interest(comparison: Comparison) -> Iterator[int]:
-    """The baseline, and those whose speed or loss differs most from it: eight lines are what eyes can follow."""
+    """The baseline, and those whose speed or loss differs most from it; more than eight lines are not readable."""
     m = comparison.measurements
     if m.baseline is None:
         yield from comparison.shown[: len(_LINES)]
@@ -306,16 +282,10 @@ def _curves_of_interest(comparison: Comparison) -> Iterator[int]:
 def levels(comparison: Comparison) -> Chart | None:
     """Peak memory and speed over micro-batch size (at equal effective batch) and sequence length."""
     m = comparison.measurements
-    micro = Contrast(
-        compare={"micro_batch_size": (None, None)},
-        free=("gradient_accumulation_steps",),
-        hold=("effective_batch_size",),
-    )
-    length = Contrast(compare={"sequence_length": (None, None)})
     columns = []
     for contrast, key, title in (
-        (micro, "micro_batch_size", "Micro-batch size, at equal effective batch"),
-        (length, "sequence_length", "Sequence length (tokens)"),
+        (MICRO_BATCH, "micro_batch_size", "Micro-batch size, at equal effective batch"),
+        (SEQUENCE_LENGTH, "sequence_length", "Sequence length (tokens)"),
     ):
         configs = m.family(contrast)
         if len(configs) > 1:
@@ -328,7 +298,7 @@ def levels(comparison: Comparison) -> Chart | None:
 
 def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, title: str) -> Any:
     means = comparison.means.loc[configs.index]
-    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    unit, size = byte_unit(means["peak_memory_bytes"].max())
     data = _described(comparison, configs.index.tolist())
     data["level"] = configs[key].to_numpy()
     data["memory"] = (means["peak_memory_bytes"] / size).to_numpy()
@@ -337,15 +307,22 @@ def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, t
     panels = [
         altair.Chart(data)
         .mark_line(point=altair.OverlayMarkDef(size=60, filled=True), color=colour)
-        .encode(x=x, y=altair.Y(f"{column}:Q", title=said, scale=altair.Scale(zero=True)), tooltip=_TOOLTIP)
+        .encode(
+            x=x,
+            y=altair.Y(f"{column}:Q", title=axis_title(metric, axis_unit), scale=altair.Scale(zero=True)),
+            tooltip=_TOOLTIP,
+        )
         .properties(width=300, height=170)
-        for column, said, colour in (("memory", f"Peak memory ({unit})", BLUE), ("speed", "Tokens per second", RED))
+        for column, metric, axis_unit, colour in (
+            ("memory", "peak_memory_bytes", unit, BLUE),
+            ("speed", "tokens_per_second", "", RED),
+        )
     ]
     return altair.vconcat(*panels)
 
 
 def forgetting(comparison: Comparison) -> Chart | None:
-    """What was forgotten of general text against what was learnt of the stories, with both intervals."""
+    """Change of the loss on general text against that on the stories, with both intervals."""
     m = comparison.measurements
     shown = comparison.shown[:_MOST_POINTS]
     learnt, forgot = (m.learnt(metric, shown) for metric in ("eval_loss", "forgetting"))
@@ -355,22 +332,22 @@ def forgetting(comparison: Comparison) -> Chart | None:
     rows = [
         {"config": c, **{f"{axis}{end}": getattr(e, attribute) for axis, e in (("x", learnt[c]), ("y", forgot[c]))
                          for end, attribute in (("", "value"), ("_low", "low"), ("_high", "high"))},
-         "learnt_said": effect(learnt[c]), "forgot_said": effect(forgot[c])}
+         "learnt_text": effect(learnt[c]), "forgot_text": effect(forgot[c])}
         for c in both
     ]  # fmt: skip
     data = pandas.DataFrame(rows).merge(_described(comparison, both), on="config")
-    tips = [altair.Tooltip("learnt_said:N", title="held-out stories"), altair.Tooltip("forgot_said:N", title="general"),
+    tips = [altair.Tooltip("learnt_text:N", title="held-out stories"), altair.Tooltip("forgot_text:N", title="general"),
             *_TOOLTIP]  # fmt: skip
     x_title, y_title = "Change on held-out stories (nats)", "Change on general text: forgetting (nats)"
     scale = altair.Scale(zero=False, padding=18)
     base = altair.Chart(data).encode(tooltip=tips)
     x, y = altair.X("x:Q", title=x_title, scale=scale), altair.Y("y:Q", title=y_title, scale=scale)
-    nothing = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(y="at:Q")
+    no_change = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(y="at:Q")
     across = base.mark_rule(color=SKY).encode(x=altair.X("x_low:Q", title=x_title, scale=scale), x2="x_high:Q", y=y)
     upright = base.mark_rule(color=SKY).encode(y=altair.Y("y_low:Q", title=y_title, scale=scale), y2="y_high:Q", x=x)
     points = base.mark_point(size=80, filled=True, color=BLUE, opacity=1).encode(x=x, y=y)
     names = base.mark_text(align="left", dx=8, dy=-7, fontSize=10).encode(x=x, y=y, text="technique:N")
-    chart = (nothing + across + upright + points + names).properties(
+    chart = (no_change + across + upright + points + names).properties(
         width=_WIDTH, height=360, title="Learnt and forgotten"
     )
     caption = "Further left is learnt better, further up forgotten more; lines are 95 % intervals over the texts."
@@ -378,12 +355,12 @@ def forgetting(comparison: Comparison) -> Chart | None:
 
 
 def predicted(comparison: Comparison) -> Chart | None:
-    """Measured against predicted peak memory, where there was a prediction."""
+    """Measured against predicted peak memory."""
     means = comparison.means.loc[comparison.shown[:_MOST_POINTS]]
     means = means.dropna(subset=["predicted_peak_memory_bytes", "peak_memory_bytes"])
     if means.empty:
         return None
-    unit, size = _memory_unit(means["peak_memory_bytes"].max())
+    unit, size = byte_unit(means["peak_memory_bytes"].max())
     data = _described(comparison, means.index.tolist())
     data["predicted"] = (means["predicted_peak_memory_bytes"] / size).to_numpy()
     data["measured"] = (means["peak_memory_bytes"] / size).to_numpy()
@@ -391,9 +368,9 @@ def predicted(comparison: Comparison) -> Chart | None:
     diagonal = altair.Chart(pandas.DataFrame({"at": [0.0, most]})).mark_line(color=GREY, strokeDash=[4, 3])
     points = altair.Chart(data).mark_point(size=70, filled=True, color=BLUE, opacity=1)
     chart = diagonal.encode(x="at:Q", y="at:Q") + points.encode(
-        x=altair.X("predicted:Q", title=f"Predicted peak memory ({unit})"),
-        y=altair.Y("measured:Q", title=f"Measured peak memory ({unit})"),
+        x=altair.X("predicted:Q", title=axis_title("predicted_peak_memory_bytes", unit)),
+        y=altair.Y("measured:Q", title=f"Measured {METRICS['peak_memory_bytes'].label} ({unit})"),
         tooltip=_TOOLTIP,
     )
     chart = chart.properties(width=340, height=340, title="Predicted and measured")
-    return Chart("predicted", "Predicted and measured", "Points above the line needed more than was predicted.", chart)
+    return Chart("predicted", "Predicted and measured", "Points above the line needed more than predicted.", chart)

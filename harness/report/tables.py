@@ -1,27 +1,34 @@
-"""The lesson's tables, filled with what was measured."""
+"""Tables of a report, in the shapes of the lesson's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pandas
 
-from harness.claims import Contrast, LessonTable, lesson
-from harness.metrics import COMPONENTS, METRICS, show_bytes
-from harness.report import words
-from harness.report.measurements import Estimate, Measurements, labels
-from harness.report.words import MISSING, NOT_MEASURED, effect_and_word, figure
-
-HEADLINE = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
-"""The three figures that every technique is judged by: memory, speed, loss."""
+from harness.analysis import words
+from harness.analysis.compare_runs import RunComparison
+from harness.analysis.comparison import (
+    BATCH_FACTORS,
+    EFFECTIVE_BATCH,
+    MICRO_BATCH,
+    SEQUENCE_LENGTH,
+    Comparison,
+    describe_pairs,
+    failure,
+    order,
+)
+from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.words import MISSING, NOT_MEASURED, effect_and_word, figure
+from harness.grids.claims import Contrast, LessonTable, lesson
+from harness.metrics import COMPONENTS, HEADLINE, METRICS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, and the number that it is sorted by."""
+    """Text, and the number to sort by."""
 
     text: str
     value: float | None = None
@@ -37,52 +44,26 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     configs: tuple[int, ...] = ()
-    """The configuration of each row, where a row is one."""
+    """The configuration of each row, where rows are configurations."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Every configuration against the baseline, figure by figure."""
-
-    measurements: Measurements
-    estimates: dict[str, dict[int, Estimate]]
-    """By metric, then configuration."""
-    means: pandas.DataFrame
-    """By configuration, the mean of each figure over its repeats; of a baseline over both of its runs."""
-
-    def of(self, metric: str, config: int) -> Estimate | None:
-        """The estimate, or null where it was not measured."""
-        return self.estimates[metric].get(config)
-
-    @cached_property
-    def shown(self) -> list[int]:
-        """Measured configurations in the report's order, the baseline's second run apart."""
-        m = self.measurements
-        there = set(m.configs.index[m.configs["measured"] & ~m.configs["twin"]])
-        return [config for config in order(m) if config in there]
-
-    def mean(self, config: Any) -> dict[str, float]:
-        """The figures of a configuration, by metric; empty where none was measured."""
-        return self._rows.get(config, {})
-
-    @cached_property
-    def _rows(self) -> dict[int, dict[str, float]]:
-        return {int(config): row for config, row in zip(self.means.index, self.means.to_dict("records"), strict=True)}  # type: ignore[misc]
+def figure_cell(metric: str, value: float | None) -> Cell:
+    """A figure."""
+    return Cell(figure(metric, value), value)
 
 
-def compare(measurements: Measurements) -> Comparison:
-    """Compare every configuration with the baseline in memory, speed and loss; each figure is one family."""
-    pairs = measurements.against_baseline()
-    ok = measurements.trials[measurements.trials["status"] == "ok"]
-    return Comparison(
-        measurements,
-        {metric: measurements.compare(pairs, metric) for metric in HEADLINE},
-        ok.groupby("stands_for")[list(METRICS)].mean().combine_first(ok.groupby("config")[list(METRICS)].mean()),
-    )
+def effect_cell(estimate: Estimate | None, missing: str = MISSING) -> Cell:
+    """An effect with its interval and word."""
+    return Cell(missing) if estimate is None else Cell(effect_and_word(estimate), estimate.value)
+
+
+def headings_of(metrics: Iterable[str]) -> tuple[str, ...]:
+    """The headings of metrics."""
+    return tuple(METRICS[metric].heading for metric in metrics)
 
 
 def all_tables(comparison: Comparison) -> list[Table]:
-    """In the order of the page."""
+    """All tables of the comparison, in the order of the page."""
     m = comparison.measurements
     return [
         techniques(comparison),
@@ -95,11 +76,8 @@ def all_tables(comparison: Comparison) -> list[Table]:
     ]
 
 
-# ------------------------------------------------------------------------------------ every configuration
-
-
 def techniques(comparison: Comparison, most: int | None = None) -> Table:
-    """One row per configuration: its figures, and each beside the baseline's.
+    """One row per configuration: its figures, each with its effect against the baseline.
 
     Args:
         comparison: what is shown.
@@ -122,25 +100,11 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
     return Table(
         "techniques",
         "Techniques against the baseline",
-        ("Technique", "Peak memory", "against baseline", "Tokens/s", "against baseline", "Eval loss",
-         "against baseline", "Repeats"),
+        ("Technique", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
         tuple(rows),
         "Ratios and differences are to the baseline of the same repeat, with their 95 % intervals. Memory is exact.",
         tuple(configs),
-    )  # fmt: skip
-
-
-def order(m: Measurements) -> list[int]:
-    """The baseline and its second run first, then factor by factor, levels in their natural order."""
-    keys = pandas.DataFrame(
-        {
-            "group": (~m.configs["baseline"]).astype(int) + (~(m.configs["baseline"] | m.configs["twin"])).astype(int),
-            "factor": m.configs["factor"].fillna(""),
-            "number": pandas.to_numeric(m.configs["level"], errors="coerce"),
-            "label": m.configs["label"],
-        }
     )
-    return keys.sort_values(["group", "factor", "number", "label"], kind="stable").index.tolist()
 
 
 def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...]:
@@ -151,47 +115,32 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
     for metric in HEADLINE:
         mean = comparison.mean(config).get(metric)
         estimate = comparison.of(metric, config)
-        cells.append(Cell(figure(metric, mean), mean))
-        if estimate is not None:
-            cells.append(Cell(effect_and_word(estimate), estimate.value))
-        elif row["twin"]:
-            cells.append(Cell("the noise between two equal runs" if metric == "tokens_per_second" else MISSING))
-        else:
-            cells.append(Cell(MISSING))
+        cells.append(figure_cell(metric, mean))
+        noise = row["twin"] and metric == "tokens_per_second"
+        cells.append(effect_cell(estimate, "the noise between two equal runs" if noise else MISSING))
     return (*cells, Cell(str(row["repeats"]), float(row["repeats"])))
 
 
-def failure(row: Any) -> str:
-    """How a trial ended, and what an out-of-memory says of the need."""
-    if row["status"] == "skipped":
-        return f"skipped, predicted to need {show_bytes(row['predicted_peak_memory_bytes'])}"
-    note = f"{row['status']} in {row['phase']}"
-    reached, requested = row["oom_reached_bytes"], row["oom_requested_bytes"]
-    if pandas.notna(reached):
-        note += f", needs at least {show_bytes(reached + (requested if pandas.notna(requested) else 0))}"
-    return note
-
-
 def components(comparison: Comparison) -> Table:
-    """The peak of each configuration, split into what holds it."""
+    """The peak of each configuration by component."""
     rows = []
     configs = comparison.shown
-    for config, label in zip(configs, labels(comparison.measurements, configs), strict=True):
+    for config, label in zip(configs, comparison.measurements.labels(configs), strict=True):
         means = comparison.mean(config)
         peak, weights = means["peak_memory_bytes"], means["memory_weights_bytes"]
         cells = [Cell(label)]
         for component in COMPONENTS:
             size = means[f"memory_{component}_bytes"]
-            share = f" ({size / peak:.0%})" if size > 0 and peak > 0 else ""
-            cells.append(Cell(figure("peak_memory_bytes", size) + share, size))
+            percentage = f" ({size / peak:.0%})" if size > 0 and peak > 0 else ""
+            cells.append(Cell(figure("peak_memory_bytes", size) + percentage, size))
         ratio = peak / weights if weights > 0 else None
         cells += [
-            Cell(figure("peak_memory_bytes", peak), peak),
+            figure_cell("peak_memory_bytes", peak),
             Cell(MISSING if ratio is None or pandas.isna(ratio) else f"{ratio:.2f}", ratio),
         ]
         rows.append(tuple(cells))
     headings = ("Technique", *(c.capitalize() for c in COMPONENTS), "Peak", "Peak ÷ weights")
-    note = "Live tensors at the moment of the peak; activations are everything that is none of the others."
+    note = "Live tensors at the moment of the peak; activations are everything else."
     return Table("components", "Memory usage breakdown", headings, tuple(rows), note, tuple(configs))
 
 
@@ -200,7 +149,7 @@ _LESSON_BYTES = {"weights": "2", "gradients": "2", "optimizer": "4 to 8", "activ
 
 
 def bytes_per_parameter(comparison: Comparison) -> Table:
-    """Full fine-tuning in bytes per parameter, beside the rule of thumb for 16-bit weights."""
+    """Full fine-tuning in bytes per parameter, against the rule of thumb for 16-bit weights."""
     m = comparison.measurements
     adapters = m.configs.loc[comparison.shown, "adapter"]
     full = adapters.index[adapters == "none"].tolist()[:_MOST_COLUMNS]
@@ -213,117 +162,119 @@ def bytes_per_parameter(comparison: Comparison) -> Table:
             value = means[name] / means["total_parameters"]
             cells.append(Cell(MISSING if pandas.isna(value) else f"{value:.2f}", value))
         rows.append(tuple(cells))
-    headings = ("Bytes per parameter", "lesson, 16 bit", *labels(m, full))
-    note = "" if full else "Full fine-tuning was not measured."
+    headings = ("Bytes per parameter", "lesson, 16 bit", *m.labels(full))
+    note = "Lesson: the tutorial whose claims are judged here (docs/lesson.md); below, its words for each technique."
+    note += "" if full else " Full fine-tuning was not measured."
     return Table("bytes-per-parameter", "What full fine-tuning holds", headings, tuple(rows), note)
 
 
-# ------------------------------------------------------------------------------------ the lesson's rows
-
-
 def _lesson_table(table: LessonTable, m: Measurements) -> Table:
-    """Each row's two conditions in memory, speed and loss, beside the lesson's words; each figure is one family."""
+    """Each row's effect on memory, speed and loss, with the lesson's word for it; each figure is one family."""
     pairs = [m.pairs(row) for row in table.rows]
-    every = pandas.concat([found.assign(comparison=number) for number, found in enumerate(pairs)])
-    estimates = {metric: m.compare(every, metric) for metric in HEADLINE}
+    family = pandas.concat([of_row.assign(comparison=number) for number, of_row in enumerate(pairs)])
+    estimates = {metric: m.compare(family, metric) for metric in HEADLINE}
     rows = []
     for number, row in enumerate(table.rows):
-        cells = [Cell(row.name), Cell(compared(m, pairs[number]))]
-        for metric, said in zip(HEADLINE, (row.memory, row.speed, row.loss), strict=True):
-            estimate = estimates[metric].get(number)
-            cells.append(Cell(effect_and_word(estimate), estimate.value) if estimate else Cell(NOT_MEASURED))
-            cells.append(Cell(said or MISSING))
-        found = (estimates[metric].get(number) for metric in HEADLINE)
-        over = dict.fromkeys(words.pairs(estimate) for estimate in found if estimate is not None)
+        cells = [Cell(row.name), Cell(describe_pairs(m, pairs[number]))]
+        of_row = [estimates[metric].get(number) for metric in HEADLINE]
+        for estimate, lesson_word in zip(of_row, (row.memory, row.speed, row.loss), strict=True):
+            cells.append(effect_cell(estimate, NOT_MEASURED))
+            cells.append(Cell(lesson_word or MISSING))
+        over = dict.fromkeys(words.pairs(estimate) for estimate in of_row if estimate is not None)
         rows.append((*cells, Cell("; ".join(over) or MISSING)))
     headings = ("Technique", "Compared", "Memory", "lesson", "Speed", "lesson", "Loss", "lesson", "Over")
     return Table(table.id, table.title, headings, tuple(rows))
 
 
-def compared(m: Measurements, found: pandas.DataFrame) -> str:
-    """What stands beside what: `precision=fp32 → baseline`."""
-    if found.empty:
-        return NOT_MEASURED
-    first = found[["reference", "config"]].head(3).to_numpy().tolist()
-    shown = "; ".join(" → ".join(labels(m, pair)) for pair in first)
-    return shown if len(found) <= 3 else f"{shown}; and {len(found) - 3} more"
-
-
-# ------------------------------------------------------------------------------------ batch and sequence
-
-
 def batch_and_sequence(comparison: Comparison) -> Table:
     """Micro-batch at equal effective batch, and sequence length: each level's figures."""
-    micro = Contrast(
-        compare={"micro_batch_size": (None, None)},
-        free=("gradient_accumulation_steps",),
-        hold=("effective_batch_size",),
-    )
-    length = Contrast(compare={"sequence_length": (None, None)})
     rows = [
-        *_level_rows(comparison, micro, "micro_batch_size", "micro-batch"),
-        *_level_rows(comparison, length, "sequence_length", "sequence length"),
+        *_level_rows(comparison, MICRO_BATCH, "micro_batch_size", "micro-batch"),
+        *_level_rows(comparison, SEQUENCE_LENGTH, "sequence_length", "sequence length"),
     ]
-    headings = ("Level", "Peak memory", "Activations", "Tokens/s", "Seconds a step", "Eval loss")
+    headings = ("Level", *headings_of(_LEVEL_METRICS))
     note = "Micro-batches are compared at equal effective batch."
     return Table("batch-sequence", "Batch size and sequence length", headings, tuple(rows), note)
 
 
+_LEVEL_METRICS = (
+    "peak_memory_bytes",
+    "memory_activations_bytes",
+    "tokens_per_second",
+    "step_seconds_median",
+    "eval_loss",
+)
+
+
 def _level_rows(comparison: Comparison, contrast: Contrast, key: str, name: str) -> Iterable[tuple[Cell, ...]]:
     configs = comparison.measurements.family(contrast).sort_values(key)
-    metrics = ("peak_memory_bytes", "memory_activations_bytes", "tokens_per_second", "step_seconds_median", "eval_loss")
     row: Any
     for config, row in configs.iterrows():
         means = comparison.mean(config)
-        yield (Cell(f"{name} {row[key]}", float(row[key])), *(Cell(figure(x, means[x]), means[x]) for x in metrics))
+        yield (
+            Cell(f"{name} {row[key]}", float(row[key])),
+            *(figure_cell(x, means[x]) for x in _LEVEL_METRICS),
+        )
 
 
 def effective_batch(comparison: Comparison) -> Table:
-    """Micro-batch × accumulation × processes, and what came of it."""
-    keys = ("micro_batch_size", "gradient_accumulation_steps", "num_processes")
-    configs = comparison.measurements.family(Contrast(compare=dict.fromkeys(keys, (None, None))))
+    """Micro-batch × accumulation × processes, with each configuration's figures."""
+    configs = comparison.measurements.family(EFFECTIVE_BATCH)
+    metrics = ("optimizer_steps", *HEADLINE)
     rows = []
     row: Any
-    for config, row in configs.sort_values(["effective_batch_size", *keys]).iterrows():
+    for config, row in configs.sort_values(["effective_batch_size", *BATCH_FACTORS]).iterrows():
         means = comparison.mean(config)
         rows.append(
             (
-                *(Cell(str(row[key]), float(row[key])) for key in keys),
+                *(Cell(str(row[key]), float(row[key])) for key in BATCH_FACTORS),
                 Cell(str(row["effective_batch_size"]), float(row["effective_batch_size"])),
-                *(Cell(figure(x, means[x]), means[x]) for x in ("optimizer_steps", *HEADLINE)),
+                *(figure_cell(x, means[x]) for x in metrics),
             )
         )
-    headings = ("Micro-batch", "Accumulation", "Processes", "Effective batch", "Optimizer steps", "Peak memory",
-                "Tokens/s", "Eval loss")  # fmt: skip
+    headings = ("Micro-batch", "Accumulation", "Processes", "Effective batch", *headings_of(metrics))
     note = "Effective batch = micro-batch × accumulation × processes."
     return Table("effective-batch", "Effective batch size", headings, tuple(rows), note)
 
 
-# ------------------------------------------------------------------------------------ after training
-
-
 def learnt(comparison: Comparison) -> Table:
-    """What training did to the loss on held-out stories and on general text, and how large the adapter is."""
+    """Change of the loss by training, on held-out stories and on general text, and the size of the adapter."""
     m = comparison.measurements
     changes = {metric: m.learnt(metric, comparison.shown) for metric in ("eval_loss", "forgetting")}
-    configs = [c for c in comparison.shown if any(c in found for found in changes.values())]
+    configs = [c for c in comparison.shown if any(c in estimates for estimates in changes.values())]
+    sizes = ("forgetting", "adapter_bytes", "adapter_share")
     rows = []
-    for config, label in zip(configs, labels(m, configs), strict=True):
+    for config, label in zip(configs, m.labels(configs), strict=True):
         means = comparison.mean(config)
         cells = [Cell(label)]
         for metric, before in (("eval_loss", "eval_loss_before"), ("forgetting", "general_loss_before")):
             estimate = changes[metric].get(config)
             cells += [
-                Cell(figure(before, means[before]), means[before]),
-                Cell(f"{words.effect(estimate)} {estimate.said}", estimate.value) if estimate else Cell(NOT_MEASURED),
+                figure_cell(before, means[before]),
+                Cell(f"{words.effect(estimate)} {estimate.text}", estimate.value) if estimate else Cell(NOT_MEASURED),
                 Cell(words.pairs(estimate) if estimate else MISSING),
             ]
-        cells += [Cell(figure(x, means[x]), means[x]) for x in ("forgetting", "adapter_bytes", "adapter_share")]
+        cells += [figure_cell(x, means[x]) for x in sizes]
         rows.append(tuple(cells))
     headings = ("Technique", "Held-out stories, before", "Change per story", "over", "General text, before",
-                "Change per passage", "over", "Forgetting", "Adapter", "share of the base")  # fmt: skip
+                "Change per passage", "over", *headings_of(sizes))  # fmt: skip
     note = (
         "Nats per token, with 95 % intervals over the texts, each of which counts once; forgetting is the change of "
         "the general text's loss when each token counts once. It is measured where measure_forgetting is true."
     )
     return Table("learnt", "What was learnt and what was forgotten", headings, tuple(rows), note, tuple(configs))
+
+
+def run_comparison(comparison: RunComparison) -> Table:
+    """The figures of two runs, and the second against the first."""
+    rows = []
+    for pair in comparison.pairs:
+        cells = [Cell(pair.label)]
+        for metric in HEADLINE:
+            estimate = pair.estimates.get(metric)
+            cells += [figure_cell(metric, run[metric]) for run in (pair.first, pair.second)]
+            cells.append(effect_cell(estimate))
+        rows.append(tuple(cells))
+    columns = [(f"{heading}, first", "second", "second against first") for heading in headings_of(HEADLINE)]
+    headings = ("Technique", *(text for column in columns for text in column))
+    return Table("runs", comparison.title, headings, tuple(rows))

@@ -1,4 +1,4 @@
-"""What a search found: the winner and what it was confirmed against, the front, and where the gains come from."""
+"""The outcome of a search: its winner and the confirmation, the front, and what the parameters contributed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from harness.metrics import METRICS, show_seconds
-from harness.report import tuning_plots, words
-from harness.report.found import Found, read
-from harness.report.measurements import Measurements
+from harness.analysis import words
+from harness.analysis.measurements import Measurements
+from harness.grids.yaml_file import spec_to_yaml
+from harness.metrics import HEADLINE, METRICS, show_seconds
+from harness.report import tuning_plots
 from harness.report.plots import Chart
-from harness.report.tables import HEADLINE, Cell, Table
+from harness.report.tables import Cell, Table, headings_of
+from harness.tuning.search_results import SearchResults, read
 
-_NAMES = {"peak_memory_bytes": "peak memory", "tokens_per_second": "tokens/s", "eval_loss": "eval loss"}
-
-_ANSWERS = ("ok", "oom", "skipped")
-"""Ends that say something of what was looked for."""
+_EXPECTED_STATUS = ("ok", "oom", "skipped")
+"""Statuses of trials that ended without a fault."""
 
 
 @dataclass(frozen=True)
-class Findings:
-    """A search as the report and the terminal show it."""
+class SearchSummary:
+    """A search for the report and the terminal."""
 
     sentences: tuple[str, ...]
     tables: tuple[Table, ...]
@@ -34,96 +32,101 @@ class Findings:
     """The recommended configuration, which runs as a grid."""
 
 
-def findings(m: Measurements, folder: Path) -> Findings | None:
-    """What a search found; null where the folder holds none, or none of its trials is within the bounds."""
-    found = read(m, folder)
-    if found is None or found.ranked.empty:
+def summarize(m: Measurements, folder: Path) -> SearchSummary | None:
+    """The newest search of a results folder; null where there is none, or no trial of it is within the bounds."""
+    results = read(m, folder)
+    if results is None or results.ranked.empty:
         return None
-    values = {k: v for k, v in found.spec(found.winner).canonical().items() if v is not None}
-    return Findings(
-        tuple(_sentences(found)),
-        (_confirmation(found), _front(found)),
-        tuple(tuning_plots.all_charts(found)),
-        found.label(found.winner),
-        yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
+    return SearchSummary(
+        tuple(_sentences(results)),
+        (_confirmation(results), _front(results)),
+        tuple(tuning_plots.all_charts(results)),
+        results.label(results.winner),
+        spec_to_yaml(results.spec(results.winner)),
     )
 
 
-# ------------------------------------------------------------------------------------ words
+def _sentences(results: SearchResults) -> list[str]:
+    return [
+        _counts(results),
+        _winner(results),
+        *(_against_rival(results, name, rival) for name, rival in results.rivals.items()),
+        *_ends_of_the_front(results),
+        *_saved_by_halving(results),
+    ]
 
 
-def _sentences(found: Found) -> list[str]:
-    points, search = found.points, found.search
+def _counts(results: SearchResults) -> str:
+    points, search = results.points, results.search
     whole = points[points["whole"]]
-    beyond = int((~whole["feasible"] & (whole["status"].isin(_ANSWERS))).sum())
-    failed = int((~points["status"].isin(_ANSWERS)).sum())
-    parts = [f"{len(whole)} configurations were tried", f"{int(whole['before'].sum())} of them measured before"]
+    beyond = int((~whole["feasible"] & (whole["status"].isin(_EXPECTED_STATUS))).sum())
+    failed = int((~points["status"].isin(_EXPECTED_STATUS)).sum())
     bounds = [str(c) for c in search.constraints]
     if search.memory is not None:
         bounds.insert(0, f"memory <= {METRICS['peak_memory_bytes'].show(search.memory)}")
-    tail = (
-        f"; {beyond} were beyond {' and '.join(bounds)}"
-        if bounds
-        else f"; {beyond} ran out of memory"
-        if beyond
-        else ""
-    )
-    tail += f"; {failed} did not end well" if failed else ""
-    said = [f"The search: {parts[0]}{', ' + parts[1] if whole['before'].any() else ''}{tail}."]
-    winner = found.ranked.iloc[0]
-    means = found.measurements.trials[found.measurements.trials["config"] == found.winner]
+    text = f"The search: {len(whole)} configurations were tried"
+    if whole["before"].any():
+        text += f", {int(whole['before'].sum())} of them measured before"
+    if bounds:
+        text += f"; {beyond} were beyond {' and '.join(bounds)}"
+    elif beyond:
+        text += f"; {beyond} ran out of memory"
+    if failed:
+        text += f"; {failed} did not end well"
+    return f"{text}."
+
+
+def _winner(results: SearchResults) -> str:
+    trials = results.measurements.trials
+    means = trials.loc[trials["config"] == results.winner, list(HEADLINE)].mean()
     figures = ", ".join(
-        f"{_NAMES[metric]} {words.figure(metric, means[metric].mean())}"
+        f"{METRICS[metric].label} {words.figure(metric, means[metric])}"
         for metric in HEADLINE
-        if means[metric].notna().any()
+        if not math.isnan(means[metric])
     )
-    said.append(f"Take {winner['label']}: {figures}.")
-    said += [_meeting(found, name, rival) for name, rival in found.rivals.items()]
-    said += _other_end(found)
-    said += _saved(found)
-    return said
+    return f"Take {results.label(results.winner)}: {figures}."
 
 
-def _meeting(found: Found, name: str, rival: int) -> str:
-    """The winner against one of the others in the first objective, and in what memory and speed it costs."""
-    first = found.search.objectives[0].metric
-    estimate, repeats = found.against(rival, first)
-    over = (
+def _against_rival(results: SearchResults, name: str, rival: int) -> str:
+    """The winner against a rival in the first objective, and its effect on the other headline figures."""
+    first = results.search.objectives[0].metric
+    estimate, repeats = results.against(rival, first)
+    where = (
         f"in {repeats} fresh repeat{'s' * (repeats != 1)}"
         if repeats
         else "in the search alone, not confirmed in fresh repeats"
     )
-    what = f"Against {name}" + ("" if name == "the baseline" else f" ({found.label(rival)})")
+    against = f"Against {name}" + ("" if name == "the baseline" else f" ({results.label(rival)})")
     if estimate is None:
-        return f"{what}: not comparable."
-    price = []
+        return f"{against}: not comparable."
+    effects = [f"{METRICS[first].label} {words.effect(estimate)} {estimate.text}"]
+    others = []
     for metric in HEADLINE:
-        other = found.against(rival, metric)[0]
+        other = results.against(rival, metric)[0]
         if metric != first and other is not None:
-            price.append(f"{_NAMES[metric]} {words.effect_and_word(other)}")
-    tail = f"; {', '.join(price)}" if price else ""
-    return f"{what}, {over}: {_NAMES.get(first, first)} {words.effect(estimate)} {estimate.said}{tail}."
+            others.append(f"{METRICS[metric].label} {words.effect_and_word(other)}")
+    effects += [", ".join(others)] if others else []
+    return f"{against}, {where}: {'; '.join(effects)}."
 
 
-def _other_end(found: Found) -> list[str]:
-    """What the rest of the front offers."""
-    said = []
-    for objective in found.search.objectives[1:]:
+def _ends_of_the_front(results: SearchResults) -> list[str]:
+    """The best configuration of the front by each further objective."""
+    sentences = []
+    for objective in results.search.objectives[1:]:
         lower = objective.direction == "minimize"
-        end = found.front.sort_values(objective.metric, ascending=lower).iloc[0]
-        if end.name != found.winner:
+        end = results.front.sort_values(objective.metric, ascending=lower).iloc[0]
+        if end.name != results.winner:
             values = ", ".join(
-                f"{_NAMES.get(o.metric, o.metric)} {words.figure(o.metric, end[o.metric])}"
-                for o in found.search.objectives
+                f"{METRICS[o.metric].label} {words.figure(o.metric, end[o.metric])}" for o in results.search.objectives
             )
-            least = "least" if lower else "most"
-            said.append(f"For the {least} {_NAMES.get(objective.metric, objective.metric)}: {end['label']} ({values}).")
-    return said
+            extreme = "least" if lower else "most"
+            sentences.append(f"For the {extreme} {METRICS[objective.metric].label}: {end['label']} ({values}).")
+    return sentences
 
 
-def _saved(found: Found) -> list[str]:
-    """What looking at shorter trainings saved: an estimate, from what whole ones took."""
-    points = found.points
+def _saved_by_halving(results: SearchResults) -> list[str]:
+    """An estimate of the time that shorter trainings saved, from the duration of whole ones."""
+    points = results.points
     whole = points[points["whole"] & ~points["before"]]
     stopped = points[~points["whole"] & ~points["number"].isin(whole["number"]) & (points["status"] == "ok")]
     if stopped.empty or whole["seconds"].isna().all():
@@ -137,38 +140,35 @@ def _saved(found: Found) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------ tables
-
-
-def _confirmation(found: Found) -> Table:
-    """The winner against each rival in all three figures."""
+def _confirmation(results: SearchResults) -> Table:
+    """The winner against each rival in all headline figures."""
     rows = []
-    for name, rival in found.rivals.items():
-        cells = [Cell(name), Cell(found.label(rival))]
+    for name, rival in results.rivals.items():
+        cells = [Cell(name), Cell(results.label(rival))]
         repeats = 0
         for metric in HEADLINE:
-            estimate, repeats = found.against(rival, metric)
+            estimate, repeats = results.against(rival, metric)
             cells.append(Cell(words.effect_and_word(estimate), estimate.value if estimate else None))
         rows.append((*cells, Cell(str(repeats), float(repeats))))
-    headings = ("Against", "Configuration", "Peak memory", "Tokens/s", "Eval loss", "Fresh repeats")
+    headings = ("Against", "Configuration", *headings_of(HEADLINE), "Fresh repeats")
     note = (
-        f"The winner is {found.label(found.winner)}. It was chosen for its figures, so it is compared in repeats under "
-        "seeds that had no part in the choice; the held-out stories are the ones that it was chosen by."
+        f"The winner is {results.label(results.winner)}. It was chosen by its figures, so it is compared in repeats "
+        "under seeds that had no part in the choice; the held-out stories are the ones that it was chosen by."
     )
     return Table("tuning", "The winner and its rivals", headings, tuple(rows), note)
 
 
-def _front(found: Found) -> Table:
-    """Every configuration that no other one beats in all objectives."""
-    means = found.measurements.trials.groupby("config")[list(HEADLINE)].mean()
+def _front(results: SearchResults) -> Table:
+    """The Pareto front of the objectives."""
+    means = results.measurements.trials.groupby("config")[list(HEADLINE)].mean()
     rows = []
     row: Any
-    for config, row in found.front.iterrows():
+    for config, row in results.front.iterrows():
         figures: Any = means.loc[config]  # type: ignore[call-overload]  # the index holds configurations
         cells = [Cell(str(row["label"]))]
         cells += [Cell(words.figure(x, figures[x]), None if math.isnan(figures[x]) else figures[x]) for x in HEADLINE]
         rows.append((*cells, Cell("yes" if row["before"] else "no")))
-    headings = ("Configuration", "Peak memory", "Tokens/s", "Eval loss", "Measured before")
-    wanted = " and ".join(f"{_NAMES.get(o.metric, o.metric)} ({o.direction})" for o in found.search.objectives)
+    headings = ("Configuration", *headings_of(HEADLINE), "Measured before")
+    wanted = " and ".join(f"{METRICS[o.metric].label} ({o.direction})" for o in results.search.objectives)
     note = f"Within the bounds, no other configuration tried is better in {wanted} together."
-    return Table("tuning-front", "The front", headings, tuple(rows), note, tuple(int(c) for c in found.front.index))
+    return Table("tuning-front", "The front", headings, tuple(rows), note, tuple(int(c) for c in results.front.index))

@@ -1,4 +1,4 @@
-"""The charts of a search: its front, its history, what mattered, and every parameter by itself."""
+"""The charts of a search: its front, its history, the importance of its parameters, and each of them by itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import altair
 import pandas
 
-from harness.metrics import GIB, METRICS
-from harness.report.found import Found, importances, target_share
-from harness.report.plots import BLUE, GREY, ORANGE, RED, Chart
-from harness.report.words import figure
-from harness.wording import as_written
+from harness._util.messages import as_written
+from harness.analysis.words import figure
+from harness.metrics import METRICS, byte_unit
+from harness.report.plots import BLUE, GREY, ORANGE, RED, Chart, axis_title
+from harness.tuning.search_results import SearchResults, importances, target_quantile
 
 _ON, _BEATEN, _BEYOND = "on the front", "beaten by another", "beyond a bound"
 _STATES = altair.Scale(domain=[_ON, _BEATEN, _BEYOND], range=[BLUE, GREY, RED])
@@ -21,65 +21,61 @@ _WIDTH = 640
 _MOST_SLICES = 9
 
 
-def all_charts(found: Found) -> list[Chart]:
-    """Every chart for which the search has enough trials."""
-    drawn = (front(found), history(found), importance(found), slices(found))
+def all_charts(results: SearchResults) -> list[Chart]:
+    """Every chart that has enough trials."""
+    drawn = (front(results), history(results), importance(results), slices(results))
     return [chart for chart in drawn if chart is not None]
 
 
 def _scaled(metric: str, values: pandas.Series) -> tuple[pandas.Series, str, float]:
-    """Values in the unit that people read, its title, and the unit's size."""
+    """Values in the unit of the axis, the axis title, and the unit's size."""
     declared = METRICS[metric]
     if declared.unit == "B":
-        unit, size = ("GiB", float(GIB)) if values.max() >= 2 * GIB else ("MiB", 2.0**20)
-        return values / size, f"{_title(metric)} ({unit})", size
-    return values, f"{_title(metric)} ({declared.unit})" if declared.unit else _title(metric), 1.0
+        unit, size = byte_unit(values.max())
+        return values / size, axis_title(metric, unit), size
+    return values, axis_title(metric, "" if "/" in declared.label else declared.unit), 1.0
 
 
-def _title(metric: str) -> str:
-    return metric.removesuffix("_bytes").replace("_", " ").capitalize()
-
-
-def _points(found: Found) -> pandas.DataFrame:
-    """Whole trials with their state and what a tooltip says of them."""
-    points = found.points[found.points["whole"]]
-    front = set(found.front.index)
+def _points(results: SearchResults) -> pandas.DataFrame:
+    """Whole trials with their state and the texts of their tooltips."""
+    points = results.points[results.points["whole"]]
+    front = set(results.front.index)
     state = [
         _ON if config in front else _BEATEN if feasible else _BEYOND
         for config, feasible in zip(points.index, points["feasible"], strict=True)
     ]
-    said = {
-        f"{o.metric}_said": [figure(o.metric, value) for value in points[o.metric]] for o in found.search.objectives
+    texts = {
+        f"{o.metric}_text": [figure(o.metric, value) for value in points[o.metric]] for o in results.search.objectives
     }
-    return points.drop(columns=["params"]).assign(state=state, **said).reset_index(drop=True)
+    return points.drop(columns=["params"]).assign(state=state, **texts).reset_index(drop=True)
 
 
-def _tooltip(found: Found) -> list[Any]:
+def _tooltip(results: SearchResults) -> list[Any]:
     return [
         altair.Tooltip("label:N", title="configuration"),
         altair.Tooltip("state:N"),
         altair.Tooltip("status:N"),
-        *(altair.Tooltip(f"{o.metric}_said:N", title=_title(o.metric)) for o in found.search.objectives),
+        *(altair.Tooltip(f"{o.metric}_text:N", title=METRICS[o.metric].heading) for o in results.search.objectives),
     ]
 
 
-def _marks(chart: Any, found: Found, legend: Any) -> Any:
+def _marks(chart: Any, results: SearchResults, legend: Any) -> Any:
     return chart.mark_point(size=90, filled=True, opacity=0.9).encode(
         color=altair.Color("state:N", scale=_STATES, title=None, legend=legend),
         shape=altair.Shape("state:N", scale=_SHAPES, title=None, legend=legend),
-        tooltip=_tooltip(found),
+        tooltip=_tooltip(results),
     )
 
 
 _LEGEND = altair.Legend(orient="top")
 
 
-def front(found: Found) -> Chart | None:
-    """The first objective over the second, the front joined, and the memory bound."""
-    if len(found.search.objectives) < 2:
+def front(results: SearchResults) -> Chart | None:
+    """The first objective over the second, with the front as a line and the memory bound."""
+    if len(results.search.objectives) < 2:
         return None
-    y, x = (o.metric for o in found.search.objectives[:2])
-    data = _points(found).dropna(subset=[x, y])
+    y, x = (o.metric for o in results.search.objectives[:2])
+    data = _points(results).dropna(subset=[x, y])
     data["x"], x_title, size = _scaled(x, data[x])
     data["y"], y_title, _ = _scaled(y, data[y])
     base = altair.Chart(data).encode(
@@ -89,23 +85,23 @@ def front(found: Found) -> Chart | None:
     line = base.transform_filter(altair.datum.state == _ON).mark_line(
         interpolate="step-after", color=BLUE, strokeWidth=1.5
     )
-    layers = [line, _marks(base, found, _LEGEND).interactive()]
-    if x == "peak_memory_bytes" and found.search.memory is not None:
-        bound = pandas.DataFrame({"at": [found.search.memory / size]})
+    layers = [line, _marks(base, results, _LEGEND).interactive()]
+    if x == "peak_memory_bytes" and results.search.memory is not None:
+        bound = pandas.DataFrame({"at": [results.search.memory / size]})
         layers.insert(0, altair.Chart(bound).mark_rule(strokeDash=[4, 3], color=RED).encode(x="at:Q"))
     chart = altair.layer(*layers).properties(width=_WIDTH, height=360, title="The front of the search")
-    unseen = int(found.points["whole"].sum()) - len(data)
+    missing = int(results.points["whole"].sum()) - len(data)
     caption = "Each point is a configuration; the dashed line is the bound on memory."
-    if unseen:
-        caption += f" {unseen} ended before they had both figures."
+    if missing:
+        caption += f" {missing} ended before they had both figures."
     return Chart("tuning-front", "The front of the search", caption, chart)
 
 
-def history(found: Found) -> Chart | None:
+def history(results: SearchResults) -> Chart | None:
     """Each objective over the trials in their order, and the best so far within the bounds."""
     panels = []
-    for objective in found.search.objectives:
-        data = _points(found).dropna(subset=[objective.metric])
+    for objective in results.search.objectives:
+        data = _points(results).dropna(subset=[objective.metric])
         if data.empty:
             return None
         data["y"], title, _ = _scaled(objective.metric, data[objective.metric])
@@ -114,18 +110,18 @@ def history(found: Found) -> Chart | None:
         data["best"] = best.reindex(data.index).ffill()
         base = altair.Chart(data).encode(x=altair.X("number:Q", title="Trial", axis=altair.Axis(tickMinStep=1)))
         line = base.mark_line(interpolate="step-after", color=ORANGE, strokeWidth=2).encode(y="best:Q")
-        points = _marks(base.encode(y=altair.Y("y:Q", title=title, scale=altair.Scale(zero=False))), found, _LEGEND)
+        points = _marks(base.encode(y=altair.Y("y:Q", title=title, scale=altair.Scale(zero=False))), results, _LEGEND)
         panels.append((line + points).properties(width=_WIDTH, height=180))
     chart = altair.vconcat(*panels, title="History of the search")
     return Chart("tuning-history", "History of the search", "The line is the best so far within the bounds.", chart)
 
 
-def importance(found: Found) -> Chart | None:
-    """Share of each parameter in what separates good trials from the rest."""
+def importance(results: SearchResults) -> Chart | None:
+    """The importance of each parameter for each objective."""
     rows = [
-        {"parameter": name, "share": share, "objective": _title(o.metric)}
-        for o in found.search.objectives
-        for name, share in importances(found, o.metric).items()
+        {"parameter": name, "importance": value, "objective": METRICS[o.metric].heading}
+        for o in results.search.objectives
+        for name, value in importances(results, o.metric).items()
     ]
     if not rows:
         return None
@@ -134,32 +130,32 @@ def importance(found: Found) -> Chart | None:
         altair.Chart(data)
         .mark_bar(color=BLUE)
         .encode(
-            x=altair.X("share:Q", title="Importance", axis=altair.Axis(format="%")),
+            x=altair.X("importance:Q", title="Importance", axis=altair.Axis(format="%")),
             y=altair.Y("parameter:N", sort="-x", title=None, axis=altair.Axis(labelLimit=220)),
-            tooltip=["parameter:N", altair.Tooltip("share:Q", format=".0%"), "objective:N"],
+            tooltip=["parameter:N", altair.Tooltip("importance:Q", format=".0%"), "objective:N"],
         )
         .properties(width=260, height={"step": 22})
         .facet(column=altair.Column("objective:N", title=None), title="What mattered")
         .resolve_scale(y="independent")
     )
-    share = target_share(found.points)
     caption = (
-        f"PED-ANOVA: how far the values of the best {share:.0%} of the trials stand out from those of all. A search "
-        "that closes in makes whatever it held there look important; a difference between two trials says more."
+        f"PED-ANOVA: how far the values of the best {target_quantile(results.points):.0%} of the trials differ from "
+        "those of all. A converging search makes parameters that it held constant look important; comparing two trials "
+        "is stronger evidence."
     )
     return Chart("tuning-importance", "What mattered", caption, chart)
 
 
-def slices(found: Found) -> Chart | None:
+def slices(results: SearchResults) -> Chart | None:
     """The first objective over each parameter by itself."""
-    metric = found.search.objectives[0].metric
-    points = found.points[found.points["whole"]].dropna(subset=[metric])
+    metric = results.search.objectives[0].metric
+    points = results.points[results.points["whole"]].dropna(subset=[metric])
     if len(points) < 2:
         return None
     panels = []
-    for parameter in found.search.parameters[:_MOST_SLICES]:
+    for parameter in results.search.parameters[:_MOST_SLICES]:
         has = [parameter.name in params for params in points["params"]]
-        data = _points(found).dropna(subset=[metric]).loc[has]
+        data = _points(results).dropna(subset=[metric]).loc[has]
         if data.empty:
             continue
         values = [params[parameter.name] for params in points.loc[has, "params"]]
@@ -175,11 +171,11 @@ def slices(found: Found) -> Chart | None:
             scale = altair.Scale(type="log" if parameter.log else "linear", domain=bounds, nice=False)
             x = altair.X("x:Q", title=parameter.name, scale=scale, axis=altair.Axis(format="~g", tickCount=5))
         y = altair.Y("y:Q", title=title, scale=altair.Scale(zero=False))
-        panels.append(_marks(altair.Chart(data).encode(x=x, y=y), found, None).properties(width=200, height=170))
+        panels.append(_marks(altair.Chart(data).encode(x=x, y=y), results, None).properties(width=200, height=170))
     chart = altair.concat(*panels, columns=3, title="Each parameter by itself")
     return Chart("tuning-slices", "Each parameter by itself", "Other parameters vary at the same time.", chart)
 
 
 def _as_text(values: Iterable[Any]) -> list[str]:
-    """Choices as an axis names them."""
+    """Choices as labels of an axis."""
     return [as_written(value) for value in values]

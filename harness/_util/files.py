@@ -1,0 +1,76 @@
+"""Atomic writes of files and folders, and locks of folders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk and rename it into place. Missing folders are made.
+
+    Raises:
+        OSError: it cannot be written; the earlier file is kept.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A leading dot and another ending: readers of the folder skip it.
+    aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+        _flush_names(file.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_aside(parent: Path, name: str | Callable[[Path], str], *, exist_ok: bool = False) -> Iterator[Path]:
+    """A path to make a folder at, which is then renamed into place; whatever happens, nothing is left aside.
+
+    Args:
+        parent: where the folder goes; made where it is missing.
+        name: its name there, or a function that names it once it is filled.
+        exist_ok: a folder of that name has the same content, and stays.
+
+    Raises:
+        OSError: the folder is missing or cannot be renamed.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f".{name if isinstance(name, str) else 'unnamed'}.{uuid.uuid4().hex[:8]}.aside"
+    try:
+        yield aside
+        target = parent / (name if isinstance(name, str) else name(aside))
+        if not (exist_ok and target.is_dir()):
+            os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush a folder: a renamed file is on the disk when its folder is."""
+    names = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(names)
+    finally:
+        os.close(names)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made where it is missing. The kernel frees it when the process dies.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield

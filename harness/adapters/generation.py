@@ -1,0 +1,71 @@
+"""Generates stories from a synopsis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from harness.adapters.session import AdapterSession
+from harness.errors import InputError
+from harness.sources.stories import Story
+from harness.training import batches
+
+
+def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Sequence[int]]:
+    """A synopsis (the first held-out one where none is given), and the tokens of its prompt as in training.
+
+    Raises:
+        InputError: none is given and none was held out.
+    """
+    if synopsis is not None:
+        prompt = session.spec.datasets[0].type
+        return synopsis, batches.prompt_ids(Story(synopsis, "", prompt.system_prompt, None, prompt), session.tokenizer)
+    if not session.held_out:
+        raise InputError("the trial held out no stories; give a --synopsis")
+    first = session.held_out[0]
+    return session.texts[first.story_id].instruction, first.input_ids[: first.completion_start]
+
+
+def generate_story(
+    session: AdapterSession,
+    network: Any,
+    prompt: Sequence[int],
+    on_text: Callable[[str], None],
+    *,
+    most_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Generate a story.
+
+    Args:
+        session: of the adapter.
+        network: one of its models.
+        prompt: tokens after which the story begins.
+        on_text: called with each piece of text as it comes.
+        most_tokens: after which the story is cut.
+        temperature: 0: the most likely token each time.
+        seed: of sampling, above temperature 0.
+    """
+    from transformers import GenerationConfig, TextStreamer
+
+    class _Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    tokenizer = session.tokenizer
+    # Not the model's own settings: they may penalise repetition, or sample.
+    settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    network.generation_config = GenerationConfig(
+        max_new_tokens=most_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=session.pad_id, **settings
+    )
+    inputs = torch.tensor([list(prompt)], device=session.device)
+    torch.manual_seed(seed)
+    network.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )

@@ -1,0 +1,67 @@
+"""Merges an adapter into its base, in a process of its own, and puts the whole model into a folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from harness._util.files import folder_aside
+from harness.adapters.trained import TrainedAdapter, check_adapter, spec_of_file
+from harness.errors import InputError
+from harness.launch.isolated import run_isolated
+from harness.spec import TrialSpec
+
+
+def merge(adapter: TrainedAdapter, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Merge an adapter and put the model into `out`, which is whole or absent.
+
+    Returns:
+        The fields of `merged_model.Merged`.
+
+    Raises:
+        InputError: the folder holds no adapter, or it does not fit its base.
+        OSError: the folder cannot be written.
+    """
+    check_adapter(adapter.folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; give another --out, or remove it")
+    for unfinished in out.parent.glob(f".{out.name}.*.aside"):  # by a merge that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with folder_aside(out.parent, out.name) as aside:
+        spec, figures = adapter.spec.model_dump_json(), dict(adapter.figures)
+        merged = run_isolated(_merge, spec, str(adapter.folder), str(aside), figures, trust_remote_code)
+    return dict(merged)
+
+
+def merge_lora(
+    config_path: str | Path, adapter_path: str | Path, out: str | Path | None = None, *, trust_remote_code: bool = False
+) -> Path:
+    """Merge an adapter into the base model of a training configuration.
+
+    Args:
+        config_path: a training file or a grid file; its base says the model, its precision and the stories.
+        adapter_path: folder of the adapter, in peft's format.
+        out: folder for the merged model; null: `<output_dir of the configuration>/merged`, else `merged/` beside it.
+        trust_remote_code: let a model from the hub run its own code.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: something is not there, or the adapter does not fit.
+    """
+    config = Path(config_path)
+    spec = spec_of_file(config)
+    folder = Path(out) if out is not None else Path(spec.output_dir or config.parent) / "merged"
+    merge(TrainedAdapter(spec, Path(adapter_path), folder.name, {}), folder, trust_remote_code=trust_remote_code)
+    return folder
+
+
+def _merge(spec: str, adapter: str, folder: str, figures: dict[str, float], trust_remote_code: bool) -> dict[str, Any]:
+    from harness.adapters import merged_model
+
+    merged = merged_model.merge(
+        TrialSpec.model_validate_json(spec), Path(adapter), Path(folder), figures, trust_remote_code=trust_remote_code
+    )
+    return merged.model_dump(mode="json")

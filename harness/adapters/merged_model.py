@@ -1,0 +1,93 @@
+"""An adapter merged into its base: a complete folder that transformers loads by itself, and what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from harness.adapters.session import MODELS, AdapterSession, largest_difference
+from harness.grids.yaml_file import spec_to_yaml
+from harness.metrics import METRICS, show_bytes
+from harness.record import Model
+from harness.spec import TrialSpec
+
+
+class Merged(BaseModel):
+    """What a merge made and changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dtype: str
+    """Of the merged weights."""
+    weights_bytes: int
+    """Of the merged weights as saved."""
+    largest_logit_difference: float
+    """Largest |merged − unmerged| over positions and vocabulary, the unmerged model at its training precision."""
+    losses: dict[str, tuple[float, ...]]
+    """Nats per completion token of each held-out story: `base`, `unmerged`, `merged`; empty for random weights."""
+
+
+def merge(
+    spec: TrialSpec, adapter: Path, folder: Path, figures: Mapping[str, float], *, trust_remote_code: bool = False
+) -> Merged:
+    """Merge an adapter into its base and write weights, config, tokenizer and a card.
+
+    A base that was quantised for training is loaded in 16 bit here; the merged model is compared with the unmerged one
+    at its training precision, so that the cost of the exchange shows.
+
+    Args:
+        spec: how the adapter was trained.
+        adapter: its folder, in peft's format.
+        folder: where the model is written; the caller moves it to its place when it is whole.
+        figures: of the trial, for the card.
+        trust_remote_code: let a model from the hub run its own code.
+
+    Raises:
+        InputError: the adapter does not fit its base.
+        OSError: something cannot be read or written.
+    """
+    session = AdapterSession(spec, adapter, trust_remote_code=trust_remote_code)
+    losses: dict[str, tuple[float, ...]] = {}
+    logits: dict[Model, Any] = {}
+    network: Any = None
+    for name in MODELS:
+        del network  # before the next one is loaded
+        network, at = session.make(name)
+        losses[name] = tuple(loss for _, loss, _ in session.losses(network, at))
+        if name != "base":
+            logits[name] = session.logits(network, at)
+    folder.mkdir(parents=True)
+    network.save_pretrained(folder)
+    session.tokenizer.save_pretrained(folder)
+    merged = Merged(
+        dtype=str(network.dtype).removeprefix("torch."),
+        weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        largest_logit_difference=largest_difference(logits["merged"], logits["unmerged"]),
+        losses=losses if all(losses.values()) else {},
+    )
+    (folder / "README.md").write_text(_card(spec, merged, figures), encoding="utf-8")
+    (folder / "merge.json").write_text(merged.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return merged
+
+
+def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:
+    """A model card: where it comes from, how it was trained, what was measured."""
+    front = {"base_model": spec.base_model, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    rows = [f"| {METRICS[name].name} | {METRICS[name].show(value)} |" for name, value in figures.items()]
+    mean = {name: sum(values) / len(values) for name, values in merged.losses.items()}
+    rows += [f"| mean loss per story, {name} | {value:.4f} nats |" for name, value in mean.items()]
+    rows += [
+        f"| largest difference of logits, merged from unmerged | {merged.largest_logit_difference:.3g} |",
+        f"| weights | {show_bytes(merged.weights_bytes)}, {merged.dtype} |",
+    ]
+    table = "\n".join(rows)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {spec.base_model}, merged\n\n"
+        "A LoRA adapter merged into its base model by harness.\n\n"
+        f"| measured | |\n|---|---|\n{table}\n\n## Configuration\n\n"
+        f"```yaml\n{spec_to_yaml(spec)}```\n"
+    )

@@ -1,0 +1,94 @@
+"""One adapter, ready for use: its stories, its tokenizer, and its base, unmerged and merged model."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from harness import environment
+from harness.record import Model
+from harness.sources import models, stories
+from harness.sources.stories import Story
+from harness.spec import TrialSpec
+from harness.training import batches, checkpoints, evaluation, half_matmul, model, saved_adapters
+from harness.training.batches import Example
+
+MODELS: tuple[Model, ...] = get_args(Model)
+_COMPARED = 4
+"""Held-out stories whose logits are compared."""
+
+
+class AdapterSession:
+    """The stories, the tokenizer and the models of one adapter.
+
+    Args:
+        spec: how the adapter was trained.
+        adapter: its folder, in peft's format.
+        trust_remote_code: let a model from the hub run its own code.
+
+    Raises:
+        InputError: the model or its stories cannot be had.
+    """
+
+    def __init__(self, spec: TrialSpec, adapter: Path, *, trust_remote_code: bool = False) -> None:
+        half_matmul.install()
+        self.spec = spec
+        self.device = torch.device(environment.resolve_device(spec.device))
+        self.pretrained = models.resolve(spec.base_model).pretrained
+        self.tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+        self.pad_id = checkpoints.pad_id(self.tokenizer)
+        self._adapter = adapter
+        self._trust_remote_code = trust_remote_code
+
+    @functools.cached_property
+    def held_out(self) -> tuple[Example, ...]:
+        """The held-out stories that the trial was evaluated on."""
+        return batches.load(self.spec, self.tokenizer).held_out
+
+    @functools.cached_property
+    def texts(self) -> dict[str, Story]:
+        """All stories by their ids."""
+        return {story.id: story for dataset in self.spec.datasets for story in stories.read(dataset)}
+
+    def make(self, name: Model) -> tuple[Any, TrialSpec]:
+        """One of the models, ready to answer, and its spec: a quantised base is merged in 16 bit.
+
+        Raises:
+            InputError: the adapter does not fit its base.
+        """
+        gc.collect()  # the previous model is freed first: memory is sized for one
+        at = model.unquantised(self.spec) if name == "merged" else self.spec
+        network = model.base(at, self.device, trust_remote_code=self._trust_remote_code)
+        if name != "base":
+            network = saved_adapters.load(network, self._adapter)
+        if name == "merged":
+            network = network.merge_and_unload(safe_merge=True)
+        network.config.use_cache = True
+        return network.eval(), at
+
+    def losses(self, network: Any, at: TrialSpec) -> list[tuple[str, float, int]]:
+        """Held-out stories as `evaluation.story_losses` gives them; none where the weights are random."""
+        if not self.pretrained:
+            return []
+        return evaluation.story_losses(network, self.held_out, at, self.pad_id, self.device)
+
+    @torch.no_grad()
+    def logits(self, network: Any, at: TrialSpec) -> torch.Tensor:
+        """Logits at the completions of some held-out stories, fp32 of shape (positions, vocabulary)."""
+        logits = []
+        for example in self.held_out[:_COMPARED]:
+            batch = batches.collate([example], self.pad_id, self.device)
+            labels = batch.inputs.pop("labels")[0]
+            with model.autocast(at, self.device):
+                output = network(**batch.inputs).logits[0]
+            logits.append(output[labels != batches.IGNORED].float().cpu())
+        return torch.cat(logits) if logits else torch.empty(0, 0)
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest |one − other|; 0 where they are empty."""
+    return float((one - other).abs().max()) if one.numel() else 0.0

@@ -1,0 +1,103 @@
+"""Finds an adapter and how it was trained: in recorded results, or by a training file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import InputError
+from harness.grids import grid
+from harness.results.schema import spec_of
+from harness.results.store import find
+from harness.spec import TrialSpec
+
+_CARD_METRICS = ("peak_memory_bytes", "tokens_per_second", "eval_loss_before", "eval_loss", "trainable_parameters",
+                "adapter_bytes")  # fmt: skip
+"""Figures of the trial that a merged model's card shows."""
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter, and how it was trained."""
+
+    spec: TrialSpec
+    folder: Path
+    name: str
+    """Short, for a folder's name."""
+    figures: Mapping[str, float]
+    """Of its trial, by metric; empty where it was not recorded here."""
+
+
+@dataclass(frozen=True)
+class RecordedAdapter(TrainedAdapter):
+    """The adapter of a recorded trial."""
+
+    row: Mapping[str, Any]
+    """Its row of the trials table."""
+    results: Path
+    """Folder of its grid's results."""
+
+
+def find_adapter(results: Path, trial: str) -> RecordedAdapter:
+    """The adapter of a recorded trial.
+
+    Args:
+        results: folder of the grids' folders.
+        trial: beginning of its id, or its label.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    matches = list(find(results, trial))
+    # A whole id is also the beginning of its twin's id, and means itself alone.
+    matches = [match for match in matches if match[1]["trial_id"] == trial] or matches
+    if not matches:
+        raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
+    kept = [(folder, row) for folder, row in matches if row["adapter_id"] is not None]
+    if not kept:
+        folder, row = matches[0]
+        raise InputError(
+            f"{row['label']} of {folder.name} ended as {row['status']} and kept no adapter; "
+            "that takes adapter: lora and save_adapter: true"
+        )
+    if len(kept) > 1:
+        ids = ", ".join(row["trial_id"] for _, row in kept[:4])
+        raise InputError(f"{len(kept)} trials are called {trial!r}; give the beginning of one id: {ids}")
+    folder, row = kept[0]
+    figures = {name: row[name] for name in _CARD_METRICS if row[name] is not None}
+    name = f"{folder.name}-{row['trial_id']}"
+    adapter = folder / "adapters" / row["adapter_id"]
+    return RecordedAdapter(spec_of(row), adapter, name, figures, row, folder)
+
+
+def spec_of_file(file: Path) -> TrialSpec:
+    """The spec of a training file, or the baseline of a grid file.
+
+    Raises:
+        InputError: it is neither, or names no baseline among several trials.
+    """
+    trials = grid.load(file, repeats=1).trials
+    chosen = [trial.spec for trial in trials if trial.baseline] or [trial.spec for trial in trials]
+    if len(chosen) > 1:
+        raise InputError(f"{file.name}: {len(chosen)} trials and no baseline; give the training file of one")
+    return chosen[0]
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter, before anything is loaded.
+
+    Raises:
+        InputError: what is missing.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name} there; give a folder that a trial with save_adapter: true has kept")
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}/adapter_config.json: not a configuration of peft") from None
+    if kind != "LORA":
+        raise InputError(f"{folder}: an adapter of kind {kind}; LoRA alone is merged")

@@ -1,0 +1,123 @@
+"""Two runs compared: another machine, another version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas
+
+from harness.analysis.measurements import Estimate, Measurements
+from harness.errors import InputError
+from harness.metrics import HEADLINE
+
+
+@dataclass(frozen=True)
+class RunPair:
+    """A configuration that both runs measured."""
+
+    label: str
+    first: dict[str, float]
+    """Mean of each headline figure in the first run; nan where it was not measured."""
+    second: dict[str, float]
+    estimates: dict[str, Estimate]
+    """Second against first, by metric; without the metrics that are not compared."""
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """The differences between two runs of a grid, in environment and in figures."""
+
+    title: str
+    environments: tuple[tuple[str, str, str], ...]
+    """Field, value in the first, value in the second; where they differ."""
+    pairs: tuple[RunPair, ...]
+    warning: str | None
+    """Caution about speeds of two environments."""
+
+
+def compare_runs(first: Measurements, second: Measurements, *, across_environments: bool = False) -> RunComparison:
+    """Compare the configurations that both runs measured, the second against the first.
+
+    Args:
+        first: the reference.
+        second: compared with it.
+        across_environments: compare speeds of different machines or versions too.
+
+    Raises:
+        InputError: they have no configuration in common.
+    """
+    differences = tuple(_differences(first.environment, second.environment))
+    both, pairs = _joined(first, second)
+    if pairs.empty:
+        raise InputError(f"{first.name} and {second.name} have no measured configuration in common")
+    with_speed = not differences or across_environments
+    metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
+    estimates = {metric: both.compare(pairs, metric) for metric in metrics}
+    ok = both.trials[both.trials["status"] == "ok"]
+    means = ok.groupby("config")[list(HEADLINE)].mean()
+    return RunComparison(
+        f"{second.title} against {first.title}",
+        differences,
+        tuple(
+            RunPair(
+                str(first.configs.at[reference, "label"]),
+                _figures(means, reference),
+                _figures(means, config),
+                {metric: by[comparison] for metric, by in estimates.items() if comparison in by},
+            )
+            for reference, config, comparison in pairs.itertuples(index=False, name=None)
+        ),
+        _warning(with_speed) if differences else None,
+    )
+
+
+def _warning(with_speed: bool) -> str:
+    if with_speed:
+        return "these speeds are of different environments: a difference may be the machine's or a version's"
+    return "speeds of different environments are not compared; --across-environments compares them all the same"
+
+
+def _figures(means: pandas.DataFrame, config: int) -> dict[str, float]:
+    return {metric: float(means[metric].get(config, float("nan"))) for metric in HEADLINE}
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    flat_a, flat_b = ({**e, **{f"version of {k}": v for k, v in e["versions"].items()}} for e in (a, b))
+    names = [name for name in (*flat_a, *(n for n in flat_b if n not in flat_a)) if name != "versions"]
+    return [(n, str(flat_a.get(n)), str(flat_b.get(n))) for n in names if flat_a.get(n) != flat_b.get(n)]
+
+
+def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pandas.DataFrame]:
+    """The rows of both runs, the second's renumbered after the first's, and the pairs of equal specs."""
+    trials, configs = 1 + int(first.trials.index.max()), 1 + int(first.configs.index.max())
+    renumbered = second.trials.set_axis(second.trials.index + trials)
+    renumbered[["config", "stands_for"]] += configs
+    references = first.trials.loc[~first.trials["twin"], ["spec_id", "config"]].rename(columns={"config": "reference"})
+    compared = renumbered.loc[~renumbered["twin"], ["spec_id", "config"]]
+    pairs = references.merge(compared, on="spec_id")[["reference", "config"]].drop_duplicates().reset_index(drop=True)
+    floors = [floor for floor in (first.floor, second.floor) if floor is not None]
+    both = _Joined(
+        **{
+            **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
+            "trials": pandas.concat([first.trials, renumbered]),
+            "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
+            "stories": _both(first.stories, second.stories, trials),
+            "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
+        }
+    )
+    return replace(both, noise=max(floors, default=None)), pairs.assign(comparison=range(len(pairs)))
+
+
+def _both(first: pandas.DataFrame, second: pandas.DataFrame, trials: int) -> pandas.DataFrame:
+    return pandas.concat([first, second.assign(trial=second["trial"] + trials)])
+
+
+@dataclass(frozen=True)
+class _Joined(Measurements):
+    noise: float | None = None
+
+    @property
+    def floor(self) -> float | None:
+        """The larger of the two runs' noise floors."""
+        return self.noise

@@ -1,0 +1,101 @@
+"""Every configuration against the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas
+
+from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.words import NOT_MEASURED
+from harness.grids.claims import Contrast
+from harness.metrics import HEADLINE, METRICS, show_bytes
+
+MICRO_BATCH = Contrast(
+    compare={"micro_batch_size": (None, None)},
+    free=("gradient_accumulation_steps",),
+    hold=("effective_batch_size",),
+)
+"""Micro-batch sizes at equal effective batch."""
+SEQUENCE_LENGTH = Contrast(compare={"sequence_length": (None, None)})
+"""Sequence lengths, everything else equal."""
+BATCH_FACTORS = ("micro_batch_size", "gradient_accumulation_steps", "num_processes")
+"""Their product is the effective batch."""
+EFFECTIVE_BATCH = Contrast(compare=dict.fromkeys(BATCH_FACTORS, (None, None)))
+"""Any factor of the effective batch, everything else equal."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The estimates of every configuration against the baseline."""
+
+    measurements: Measurements
+    estimates: dict[str, dict[int, Estimate]]
+    """By metric, then configuration."""
+    means: pandas.DataFrame
+    """By configuration, the mean of each figure over its repeats; a baseline's second run is included."""
+
+    def of(self, metric: str, config: int) -> Estimate | None:
+        """The estimate, or null where it was not measured."""
+        return self.estimates[metric].get(config)
+
+    @cached_property
+    def shown(self) -> list[int]:
+        """Measured configurations in the report's order, without the baseline's second run."""
+        m = self.measurements
+        measured = set(m.configs.index[m.configs["measured"] & ~m.configs["twin"]])
+        return [config for config in order(m) if config in measured]
+
+    def mean(self, config: Any) -> dict[str, float]:
+        """The figures of a configuration, by metric; empty where none was measured."""
+        return self._rows.get(config, {})
+
+    @cached_property
+    def _rows(self) -> dict[int, dict[str, float]]:
+        return {int(config): row for config, row in zip(self.means.index, self.means.to_dict("records"), strict=True)}  # type: ignore[misc]
+
+
+def compare(measurements: Measurements) -> Comparison:
+    """Compare every configuration with the baseline in memory, speed and loss; each figure is one family."""
+    pairs = measurements.against_baseline()
+    ok = measurements.trials[measurements.trials["status"] == "ok"]
+    return Comparison(
+        measurements,
+        {metric: measurements.compare(pairs, metric) for metric in HEADLINE},
+        ok.groupby("stands_for")[list(METRICS)].mean().combine_first(ok.groupby("config")[list(METRICS)].mean()),
+    )
+
+
+def order(m: Measurements) -> list[int]:
+    """The baseline and its second run first, then factor by factor, levels in their natural order."""
+    keys = pandas.DataFrame(
+        {
+            "group": (~m.configs["baseline"]).astype(int) + (~(m.configs["baseline"] | m.configs["twin"])).astype(int),
+            "factor": m.configs["factor"].fillna(""),
+            "number": pandas.to_numeric(m.configs["level"], errors="coerce"),
+            "label": m.configs["label"],
+        }
+    )
+    return keys.sort_values(["group", "factor", "number", "label"], kind="stable").index.tolist()
+
+
+def failure(row: Any) -> str:
+    """How a trial ended; for out of memory, the lower bound on what it needs."""
+    if row["status"] == "skipped":
+        return f"skipped, predicted to need {show_bytes(row['predicted_peak_memory_bytes'])}"
+    note = f"{row['status']} in {row['phase']}"
+    reached, requested = row["oom_reached_bytes"], row["oom_requested_bytes"]
+    if pandas.notna(reached):
+        note += f", needs at least {show_bytes(reached + (requested if pandas.notna(requested) else 0))}"
+    return note
+
+
+def describe_pairs(m: Measurements, pairs: pandas.DataFrame) -> str:
+    """The labels of compared configurations: `precision=fp32 → baseline`."""
+    if pairs.empty:
+        return NOT_MEASURED
+    first = pairs[["reference", "config"]].head(3).to_numpy().tolist()
+    shown = "; ".join(" → ".join(m.labels(pair)) for pair in first)
+    return shown if len(pairs) <= 3 else f"{shown}; and {len(pairs) - 3} more"

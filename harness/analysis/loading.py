@@ -1,0 +1,207 @@
+"""Reads the rows of a results folder: one environment, one version of its grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from harness._util.messages import explain, one_line
+from harness._util.terminal import printable
+from harness.analysis.measurements import SPEC_KEYS, Measurements
+from harness.environment import Environment, cards, current
+from harness.errors import InputError
+from harness.grids.claims import CONDITIONS, Claim
+from harness.results.schema import INFERENCE_TABLES, Table
+from harness.results.store import Store
+
+
+def load(
+    folder: Path,
+    environment: str | None = None,
+    baseline_ids: Collection[str | None] | None = None,
+    here: Sequence[Environment] = (),
+) -> Measurements:
+    """The rows of a results folder within one environment and one version of its grid.
+
+    Args:
+        folder: `results/<grid>`.
+        environment: id of the environment; null: one of `here`, or the only one recorded.
+        baseline_ids: baselines of the grid's version; null: the newest of each repeat.
+        here: environments that this runner's trials may be recorded under; empty: those of this machine.
+
+    Raises:
+        InputError: nothing is recorded, or several environments are and none of them is this machine's.
+    """
+    store = Store(folder)
+    table = store.read("trials")
+    if not len(table):
+        raise InputError(f"{folder}: no trials are recorded; `harness run` fills it")
+    recorded = table["environment_id"].unique().to_pylist()
+    chosen = environment or _choose(folder, recorded, here)
+    if chosen not in recorded:
+        raise InputError(f"{folder}: no trials of environment {chosen!r}; there is {', '.join(sorted(recorded))}")
+    rows = table.filter(pc.field("environment_id") == chosen)
+    described = Environment.model_validate_json(rows["environment"][0].as_py()).model_dump(mode="json")
+    for name in ("label", "factor", "level"):  # a file edited by hand may hold anything, and every output shows them
+        cleaned = [text and " ".join(printable(text).split()) for text in rows[name].to_pylist()]
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(cleaned, pa.string()))
+    trials = rows.drop_columns(["environment"]).to_pandas()
+    left_out = []
+    if len(trials) < len(table):
+        left_out.append(f"{len(table) - len(trials)} trials of other environments")
+    kept = _newest_version(trials, baseline_ids)
+    if len(kept) < len(trials):
+        left_out.append(f"{len(trials) - len(kept)} trials of other versions of the grid")
+    kept, configs, codes = _configurations(kept.reset_index(drop=True))
+    about = store.description()
+    losses = _losses(store, kept["trial_id"])
+    return Measurements(
+        name=folder.name,
+        title=one_line(str(about.get("title", folder.name))),
+        claims=_claims(about, store.folder / "grid.json"),
+        trials=kept,
+        configs=configs,
+        rates=_rates(store, kept["trial_id"]),
+        stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
+        changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
+        inference_results={
+            table: _inference_rows(store, table, kept[["trial_id", "adapter_id"]]) for table in INFERENCE_TABLES
+        },
+        environment=described,
+        environment_id=chosen,
+        left_out=tuple(left_out),
+        _codes=codes,
+    )
+
+
+def _claims(about: Mapping[str, Any], file: Path) -> tuple[Claim, ...]:
+    try:
+        return tuple(Claim.model_validate(claim) for claim in about.get("claims", []))
+    except (ValidationError, TypeError) as error:
+        reason = explain(error, Claim) if isinstance(error, ValidationError) else "no list"
+        raise InputError(one_line(f"{file}: its claims are not readable ({reason})")) from None
+
+
+def _choose(folder: Path, recorded: Sequence[str], here: Sequence[Environment]) -> str:
+    """The runner's environment if it is among the recorded ones, else the only one."""
+    here = here or [current(device) for device in ("cpu", "cuda") if device == "cpu" or cards()]
+    for choice in ({environment.id for environment in here} & {*recorded}, {*recorded}):
+        if len(choice) == 1:
+            return choice.pop()
+    raise InputError(
+        f"{folder}: trials of {len(recorded)} environments ({', '.join(sorted(recorded))}) are not comparable; "
+        "choose one with --environment"
+    )
+
+
+def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:
+    """The trials of the grid's newest version: an edited grid has another baseline."""
+    if baseline_ids is None:
+        baseline_ids = set(trials.sort_values("started_at").groupby("repeat")["baseline_id"].last(skipna=False))
+    known = {i for i in baseline_ids if isinstance(i, str)}
+    mask = trials["baseline_id"].isin(known)
+    if len(known) < len(baseline_ids):
+        mask |= trials["baseline_id"].isna()
+    return trials[mask]
+
+
+def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:
+    """The trials with the number of their configuration, the configurations, and their conditions as integers."""
+    trials = trials.assign(
+        # Lists in a column cannot be compared; their JSON can.
+        lora_target_modules=trials["lora_target_modules"].map(lambda v: json.dumps(list(v)), na_action="ignore"),
+        system_prompt=trials["datasets"].map({d: _any_prompt(d, "system_prompt") for d in trials["datasets"].unique()}),
+        own_format=trials["datasets"].map(
+            {d: _any_prompt(d, "format") or _any_prompt(d, "no_input_format") for d in trials["datasets"].unique()}
+        ),
+        twin=trials["twin"].fillna(False).astype(bool),
+    )
+    codes = pandas.DataFrame(
+        {key: pandas.factorize(trials[key], use_na_sentinel=False)[0] for key in CONDITIONS}, trials.index
+    )
+    key = codes[list(SPEC_KEYS)].assign(twin=trials["twin"])
+    # The baseline first, then in the order of the rows; reports show configurations by number.
+    baseline = (trials["spec_id"] == trials["baseline_id"]) & ~trials["twin"]
+    order = numpy.lexsort((trials.index, ~baseline))
+    numbers = pandas.factorize(_row_numbers(key)[order])[0]
+    trials["config"] = pandas.Series(numbers, trials.index[order])
+    ok = trials["status"] == "ok"
+    by_time = trials.sort_values(["config", "started_at"], kind="stable")
+    configs = by_time.groupby("config").last(skipna=False)
+    configs["measured"] = ok.groupby(trials["config"]).any()
+    configs["repeats"] = ok.groupby(trials["config"]).sum()
+    configs["baseline"] = baseline.groupby(trials["config"]).any()
+    of_baseline = configs.index[configs["baseline"]]
+    trials["stands_for"] = (
+        trials["config"].mask(trials["twin"], of_baseline[0]) if len(of_baseline) else trials["config"]
+    )
+    # A label whose spec was edited keeps its newest configuration only.
+    newest = configs.sort_values("started_at").drop_duplicates(["label", "twin"], keep="last").index
+    trials = trials[trials["config"].isin(newest)]
+    first_rows = codes.groupby(trials["config"]).first()
+    return trials, configs.loc[sorted(newest)], first_rows
+
+
+def _row_numbers(key: pandas.DataFrame) -> Any:
+    return key.groupby(list(key.columns), sort=False).ngroup().to_numpy()
+
+
+def _any_prompt(datasets: str, key: str) -> bool:
+    return any(dataset["type"].get(key) for dataset in json.loads(datasets))
+
+
+def _rates(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
+    """Mean, variance and count of log(tokens ÷ seconds) over each trial's timed steps."""
+    table = store.read("steps", columns=["trial_id", "tracked", "tokens", "seconds"])
+    steps = table.filter(~pc.field("tracked")).drop_columns(["tracked"]).to_pandas()
+    steps["trial"] = _number(steps.pop("trial_id"), trial_ids)
+    steps = steps[(steps["trial"] >= 0) & (steps["tokens"] > 0) & (steps["seconds"] > 0)]
+    rate = numpy.log(steps["tokens"] / steps["seconds"])
+    grouped = rate.groupby(steps["trial"])
+    return pandas.DataFrame({"mean": grouped.mean(), "var": grouped.var(ddof=1), "count": grouped.count()})
+
+
+def _losses(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
+    """Loss of each text after training and before it: trial, story, kind, tokens, loss, before."""
+    table = store.read("stories")
+    sides = []
+    for when in ("after", "before"):
+        side = table.filter(pc.field("when") == when).drop_columns(["when"]).to_pandas()
+        side["trial"] = _number(side.pop("trial_id"), trial_ids)
+        side["story"] = pandas.util.hash_array(side.pop("story_id").to_numpy(object), categorize=True)
+        sides.append(side[side["trial"] >= 0])
+    after, before = sides
+    keys = ["trial", "story", "kind", "tokens"]
+    both: pandas.DataFrame = after.merge(before.rename(columns={"loss": "before"}), on=keys, how="left")
+    return both
+
+
+def _inference_rows(store: Store, table: Table, trials: pandas.DataFrame) -> pandas.DataFrame:
+    """Inference results of the trials' present adapters; an adapter that was trained again has other results."""
+    numbered = trials.rename_axis("trial").reset_index()
+    rows: pandas.DataFrame = store.read(table).to_pandas().merge(numbered, on=["trial_id", "adapter_id"])
+    return rows.drop(columns=["trial_id", "adapter_id"])
+
+
+_KIND = {"eval_loss": "held-out", "forgetting": "general"}
+"""Kind of the texts behind each figure."""
+
+
+def _changes(losses: pandas.DataFrame, kind: str) -> pandas.DataFrame:
+    of_kind = losses[losses["kind"] == kind]
+    changed = of_kind.assign(loss=of_kind["loss"] - of_kind["before"]).drop(columns=["kind", "before"])
+    return changed.dropna(subset=["loss"])
+
+
+def _number(ids: pandas.Series, known: pandas.Series) -> Any:
+    """The row number of each trial id; -1 where the trial is excluded."""
+    positions = pandas.Index(known).get_indexer(pandas.Index(ids))
+    return numpy.where(positions >= 0, known.index.to_numpy()[positions], -1) if len(known) else positions

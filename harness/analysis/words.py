@@ -1,0 +1,105 @@
+"""Words for the sizes of effects, and the format of figures. Reports print these thresholds."""
+
+from __future__ import annotations
+
+import math
+
+from harness.analysis.measurements import Estimate
+from harness.metrics import FIGURES
+
+MISSING = "–"
+NOT_MEASURED = "not measured"
+_BANDS: dict[str, tuple[tuple[float, str], ...]] = {
+    "memory": (
+        (0.5, "very high savings"),
+        (0.75, "high savings"),
+        (0.9, "medium savings"),
+        (0.99, "small savings"),
+        (1.01, "no effect"),
+        (1.1, "slightly more"),
+        (math.inf, "more"),
+    ),
+    "speed": (
+        (0.67, "much slower"),
+        (0.9, "slower"),
+        (0.98, "slightly slower"),
+        (1.02, "no effect"),
+        (1.1, "slightly faster"),
+        (1.5, "faster"),
+        (math.inf, "much faster"),
+    ),
+    "loss": (
+        (-0.05, "better"),
+        (-0.01, "slightly better"),
+        (0.01, "no effect"),
+        (0.05, "slight loss"),
+        (0.2, "moderate loss"),
+        (math.inf, "noticeable loss"),
+    ),
+}
+"""Upper bound of each band (ratio to the reference; nats for the loss), and its word."""
+
+
+def word(estimate: Estimate) -> str:
+    """The word for an estimate: the size of a significant difference, else the verdict."""
+    if estimate.verdict in ("not distinguishable", "same"):
+        return estimate.text
+    return next(word for bound, word in _BANDS[FIGURES[estimate.metric].group] if estimate.value <= bound)
+
+
+def thresholds() -> list[str]:
+    """What each word means: a line each for memory, speed and loss."""
+    lines = []
+    for group, bands in _BANDS.items():
+        unit = " nats" if group == "loss" else "×"
+        bounded = [f"{word} up to {_bound(bound, group)}{unit}" for bound, word in bands[:-1]]
+        lines.append(f"{group}: {', '.join(bounded)}, {bands[-1][1]} beyond")
+    return lines
+
+
+def _bound(bound: float, group: str) -> str:
+    return f"{bound:+g}".replace("-", "−") if group == "loss" else f"{bound:g}"
+
+
+def figure(metric: str, value: float | None) -> str:
+    """A figure in the unit that people read."""
+    return MISSING if value is None or math.isnan(value) else FIGURES[metric].show(value)
+
+
+def effect(estimate: Estimate | None) -> str:
+    """Size and interval: ×0.75; ×0.63 (0.60–0.66); +0.014 (−0.020 to +0.048)."""
+    if estimate is None:
+        return MISSING
+    if FIGURES[estimate.metric].scale == "ratio":
+        interval = _interval(estimate, "–", lambda x: f"{x:.2f}" if x < 100 else f"{x:.3g}")
+        return (
+            f"×{estimate.value:.3f}{interval}" if 0.99 < estimate.value < 1.01 else f"×{estimate.value:.2f}{interval}"
+        )
+    return _signed(estimate.value) + _interval(estimate, " to ", _signed)
+
+
+def _interval(estimate: Estimate, between: str, show: object) -> str:
+    if estimate.low is None or estimate.high is None or not callable(show):
+        return ""
+    if estimate.basis == "exact" and estimate.high - estimate.low < 5e-4:
+        return ""  # all pairs agree
+    return f" ({show(estimate.low)}{between}{show(estimate.high)})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def effect_and_word(estimate: Estimate | None) -> str:
+    """Size, interval and word, for one cell."""
+    return MISSING if estimate is None else f"{effect(estimate)} {word(estimate)}"
+
+
+def pairs(estimate: Estimate) -> str:
+    """What the interval is over: 3 repeats, 8 stories, 64 passages, 1 repeat, over its steps."""
+    several = {"exact": "repeats", "steps": "repeats"}.get(estimate.basis, estimate.basis)
+    one = "story" if several == "stories" else several.removesuffix("s")
+    counted = f"{estimate.n} {one if estimate.n == 1 else several}"
+    if estimate.basis == "steps":
+        return f"{counted}, over its steps"
+    return f"{counted}, exact" if estimate.basis == "exact" else counted

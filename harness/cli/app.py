@@ -1,0 +1,136 @@
+"""The `harness` command. Errors become one line and an exit code: 2 for bad input, 1 for a run that could not go on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from harness import __version__
+from harness._util.terminal import plain
+from harness.cli import adapters, doctor, plan, reports, results, run, tune
+from harness.cli.console import err, out
+from harness.errors import InputError, is_disk_full
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
+    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke",
+)
+
+# Each command with its examples, in the order of `harness --help`.
+_COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
+    "Measure": {
+        run.run: (
+            "harness run grids/techniques.yml",
+            "harness run grids/smoke.yml --repeats 3",
+            "harness run my.yml --memory 8GiB --dry-run",
+        ),
+        plan.plan: (
+            "harness plan grids/llama3-8b.yml --gpu rtx4090,a100-80",
+            "harness plan my.yml --memory 24GiB --output plans/my",
+            "harness plan my.yml --gpu l4 --largest micro_batch_size",
+            "harness plan --calibrate results",
+        ),
+        tune.tune: (
+            "harness tune grids/tune.yml --from results/techniques",
+            "harness tune grids/tune.yml --trials 60 --export best.yml",
+            "harness tune my.yml --memory 12GiB --sampler gp",
+        ),
+    },
+    "Read": {
+        reports.report: (
+            "harness report",
+            "harness report results/smoke --output /srv/pages/smoke",
+            "harness report results/techniques --environment 3f2a1b00",
+        ),
+        reports.recommend: (
+            "harness recommend results/techniques --memory 600MiB",
+            "harness recommend --max-loss 3.7 --min-speed 100 --output best.yml",
+        ),
+        reports.compare: (
+            "harness compare laptop/results/techniques results/techniques",
+            "harness compare A B --across-environments",
+        ),
+        results.ls: ("harness ls", "harness ls techniques"),
+        results.show: ("harness show 3f2a", "harness show baseline"),
+        results.keys: (),
+    },
+    "Use a trained adapter": {
+        adapters.merge: (
+            "harness merge 3f2a1b --out merged/stories",
+            "harness merge --config train.yml --adapter models/adapter --out merged/stories",
+        ),
+        adapters.evaluate: ("harness evaluate baseline", "harness evaluate 3f2a1b --stories 5 --rounds 8"),
+        adapters.generate: (
+            "harness generate baseline --synopsis 'A lighthouse keeper finds a letter.'",
+            "harness generate 3f2a1b --model base --model merged --temperature 0.7",
+        ),
+    },
+    "Maintain": {
+        doctor.doctor: ("harness doctor", "harness doctor results"),
+        results.merge_results: (
+            "harness merge-results laptop/results results",
+            "harness merge-results a/results/smoke b/results/smoke results/smoke",
+        ),
+        results.clean: (
+            "harness clean",
+            "harness clean results/smoke --dry-run",
+            "harness clean --cache",
+        ),
+    },
+}
+
+for _group, _commands in _COMMANDS.items():
+    for _command, _examples in _commands.items():
+        _epilog = "\n\n".join(("[dim]Examples:[/]", *_examples)) if _examples else None
+        app.command(rich_help_panel=_group, epilog=_epilog)(_command)
+
+
+def main() -> None:
+    """Entry point of the `harness` command."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except InputError as error:
+        _exit_with(str(error), 2)
+    except KeyboardInterrupt:
+        _exit_with("stopped; what was finished is kept, and the same command goes on from there", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (| head); there is nobody to tell
+        raise SystemExit(1) from None
+    except OSError as error:
+        after = "; what was finished is kept: free some space, and run the same again" if is_disk_full(error) else ""
+        _exit_with((f"{error.strerror or error}: {error.filename}" if error.filename else str(error)) + after, 1)
+
+
+def _exit_with(message: str, code: int) -> None:
+    err.print(f"[red]harness:[/] {plain(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+    """One line for a warning of harness; those of libraries are for their developers."""
+    if category.__module__.startswith("harness"):
+        err.print(f"[yellow]harness:[/] {plain(' '.join(str(message).split()))}", soft_wrap=True, highlight=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"harness {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,98 @@
+"""Options that several commands have, and the groups in which `--help` shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TRIALS = "Which trials"
+LIMITS = "Limits and retries"
+WHERE = "Where trials run"
+PREDICTION = "Prediction"
+OUTPUT = "Input and output"
+
+STALL_SECONDS = 1800.0
+"""Default of `--stall`."""
+
+Results = Annotated[
+    Path,
+    typer.Option(
+        "--results", metavar="DIR", rich_help_panel=OUTPUT, help="Results folder, with a subfolder for each grid."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", rich_help_panel=OUTPUT, help="Let models from the hub run their own code here."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", rich_help_panel=TRIALS, help="Base model of every trial, instead of the file's."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", rich_help_panel=LIMITS, help="Memory budget of every trial, like 24GiB; enforced."),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", rich_help_panel=WHERE, help="cpu or cuda, instead of the file's.")
+]
+MaxTrials = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", rich_help_panel=TRIALS, help="Allow a grid of up to N trials; without it 500."),
+]
+Timeout = Annotated[
+    float | None, typer.Option(min=1, metavar="SECONDS", rich_help_panel=LIMITS, help="Time limit of a trial.")
+]
+Stall = Annotated[
+    float,
+    typer.Option(
+        min=0, metavar="SECONDS", rich_help_panel=LIMITS, help="Time limit without a sign of life in a step; 0: none."
+    ),
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", rich_help_panel=LIMITS, help="Further attempts where a trial's process is killed or lost."
+    ),
+]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=WHERE,
+        help="Trials at the same time, each on a part of the machine; auto: one for each card.",
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="ENGINE",
+        rich_help_panel=WHERE,
+        help="local: processes here; ray: tasks of a cluster; inline: this process, for a debugger.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", rich_help_panel=WHERE, help="With --engine ray: the cluster's address, or auto."),
+]
+Cpus = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=WHERE, help="With --engine ray: cores of a trial, instead of a node's."
+    ),
+]
+Accelerator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CARD", rich_help_panel=WHERE, help="With --engine ray: use only this kind of card, like H100."
+    ),
+]
+GridFolder = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results of a grid.", show_default=True)]
+EnvironmentId = Annotated[str | None, typer.Option(metavar="ID", help="Environment id, where there are several.")]
+TrialName = Annotated[
+    str,
+    typer.Argument(metavar="TRIAL", help="Beginning of the id, or label, of a trial with save_adapter: true."),
+]

@@ -1,0 +1,229 @@
+"""`harness plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness._util.terminal import plain
+from harness.cli import options
+from harness.cli.console import out
+from harness.cli.predictions import device_rates, predict_all
+from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.grids.grid import Trial
+    from harness.predict.predictor import Predictor
+    from harness.report.predictions import Plan
+    from harness.spec import TrialSpec
+
+TARGET = "What it must fit"
+
+
+def plan(
+    grid: Annotated[
+        Path | None,
+        typer.Argument(metavar="GRID", help="A grid file, or a training file as a grid of one trial."),
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=TARGET,
+            help="Available memory, like 24GiB; may be repeated, a column for each.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CARDS", rich_help_panel=TARGET, help="Cards, like rtx4090,l4,a100-80; a column for each."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE", rich_help_panel=TARGET, help="cpu or cuda, instead of the file's; --gpu means cuda."
+        ),
+    ] = None,
+    largest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            rich_help_panel=options.PREDICTION,
+            help="Largest value that fits: of micro_batch_size, sequence_length or lora_r.",
+        ),
+    ] = None,
+    full_length: Annotated[
+        bool,
+        typer.Option(
+            "--full-length",
+            rich_help_panel=options.PREDICTION,
+            help="As if every example filled the sequence, however short the stories are.",
+        ),
+    ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RESULTS",
+            rich_help_panel=options.PREDICTION,
+            help="Learn the error of predictions from these results; kept for later plans.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            rich_help_panel=options.OUTPUT,
+            help="Folder for plan.json, plan.parquet, plan.svg and plan.png.",
+        ),
+    ] = None,
+    results: options.Results = Path("results"),
+    max_trials: options.MaxTrials = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Predict the peak memory and time of every trial, without a GPU and without weights, and say what fits."""
+    if calibrate is not None:
+        _calibrate(calibrate, results, trust_remote_code)
+        if grid is None:
+            return
+    if grid is None:
+        raise InputError("harness plan needs a grid file, or --calibrate with a results folder")
+    from harness import environment
+    from harness.grids import preflight
+    from harness.grids.grid import MAX_TRIALS, load
+    from harness.predict import calibration, cards
+    from harness.predict.prediction import LOCAL_MACHINE, capacity_of
+    from harness.predict.predictor import Predictor
+    from harness.report import predictions
+
+    capacities = _capacities(memory or [], gpu or [])
+    if gpu and device == "cpu":
+        raise InputError("--gpu names CUDA cards, and --device is cpu; leave one of them out")
+    if largest is not None and output is not None:
+        raise InputError("--largest writes no files; leave --output out")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
+    overrides = {} if device is None else {"device": device}
+    loaded = load(grid, repeats=1, overrides=overrides, max_trials=max_trials or MAX_TRIALS)
+    preflight.preflight(loaded, to_plan=True)
+    trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)
+    targets = {environment.resolve_device("cuda" if gpu else trial.spec.device) for trial in trials}
+    if len(targets) > 1:
+        raise InputError(f"{loaded.name}: its trials are for cpu and for cuda; give --device, one plan for each")
+    target = targets.pop()
+    here = environment.current(target)
+    is_here = target == "cpu" or environment.resolve_device("auto") == "cuda"
+    if is_here and not gpu:
+        capacities = capacities or {LOCAL_MACHINE: capacity_of(here)}
+    about: dict[str, Any] = {
+        "title": loaded.title,
+        "device_type": target,
+        "capacities": capacities,
+        "calibration": calibration.load(results, target, here),
+    }
+    if len(capacities) == 1 and capacities.keys() <= cards.RATES.keys():
+        (card,) = capacities
+        about |= {"rates": cards.RATES[card], "rates_from": f"the {card}'s data sheet"}
+    elif is_here and not gpu and largest is None:
+        about["rates"] = device_rates(target)
+    full_length = full_length or largest is not None
+    with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
+        if largest is not None:
+            specs = {trial.label: trial.spec for trial in trials}
+            _print_largest(predictions.Plan(lines=(), **about), predictor, specs, largest)
+            return
+        by_id = {each.spec.id: each for each in predict_all(predictor, [trial.spec for trial in trials])}
+    lines = tuple(
+        predictions.Line(trial.label, trial.spec, by_id[trial.spec.id].prediction, by_id[trial.spec.id].error)
+        for trial in trials
+    )
+    made = predictions.Plan(lines=lines, **about)
+    out.print(predictions.terminal(made, out.width))
+    for note in made.footnotes():
+        out.print(plain(note), style="dim", highlight=False)
+    if output is not None:
+        names = ", ".join(file.name for file in predictions.write(made, output))
+        out.print(f"{names} written to {plain(str(output))}", highlight=False, soft_wrap=True)
+
+
+def _by_factor(trial: Trial) -> tuple[Any, ...]:
+    """The baseline first, then factor by factor, levels in their natural order."""
+    number = trial.level if isinstance(trial.level, str) else ""
+    natural = float(number) if number.replace(".", "", 1).isdigit() else float("inf")
+    return not trial.baseline, trial.factor or "", natural, trial.label
+
+
+def _capacities(memory: list[str], gpu: list[str]) -> dict[str, int]:
+    """Bytes available, by the name of a card or the amount as it was given."""
+    from harness.predict import cards
+    from harness.spec import parse_bytes
+
+    capacities = {}
+    for text in memory:
+        try:
+            capacities[text] = parse_bytes(text)
+        except ValueError as error:
+            raise InputError(f"--memory: {error}") from None
+    for name in (part.strip().lower() for names in gpu for part in names.split(",")):
+        try:
+            capacities[name] = cards.capacity(name)
+        except ValueError as error:
+            raise InputError(f"--gpu: {error}") from None
+    return capacities
+
+
+def _print_largest(plan: Plan, predictor: Predictor, trials: dict[str, TrialSpec], key: str) -> None:
+    """The largest value of a key that fits, for each trial and each amount of memory."""
+    from harness.predict import largest
+    from harness.report import predictions
+
+    if not plan.capacities:
+        raise InputError("--largest needs an amount of memory: give --memory 24GiB or --gpu rtx4090")
+    try:
+        specs = largest.distinct_specs(trials, key)
+        total = len(specs) * len(plan.capacities)
+        with out.status("searching") as status:
+            answers = largest.largest(
+                predictor,
+                list(specs.values()),
+                key,
+                plan.capacities,
+                plan.need,
+                plan.device_type,
+                lambda done: status.update(f"{done} of {total} answers"),
+            )
+    except ValueError as error:
+        raise InputError(f"--largest: {error}") from None
+    labels = {spec.id: label for label, spec in specs.items()}
+    bound = largest.UPPER_BOUNDS[key]
+    out.print(predictions.terminal_largest(plan.title, key, labels, list(plan.capacities), answers, bound))
+    note = f"In brackets its predicted need, with a margin of {plan.margin:.1%}; every example fills the sequence."
+    out.print(note, style="dim", highlight=False)
+
+
+def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
+    """Learn from measured rows how far their predictions are off, for each environment in them."""
+    from harness.environment import Environment
+    from harness.predict import calibration
+    from harness.predict.predictor import Predictor
+    from harness.results.schema import spec_of
+
+    rows = calibration.measured_rows(folder)
+    if not rows:
+        raise InputError(f"--calibrate {folder}: no trial ended ok there; give results, or results/<grid>")
+    for text in sorted({row["environment"] for row in rows}):
+        environment = Environment.model_validate_json(text)
+        mine = [row for row in rows if row["environment"] == text]
+        with Predictor(environment.device_type, trust_remote_code=trust_remote_code) as predictor:
+            predicted = predict_all(predictor, [spec_of(row) for row in mine])
+        try:
+            fitted = calibration.fit_rows(mine, {p.spec.memory_key: p.prediction for p in predicted}, environment)
+        except ValueError as error:
+            out.print(f"environment {environment.id}: {plain(str(error))}", style="yellow", highlight=False)
+            continue
+        file = plain(str(calibration.save(fitted, results)))
+        out.print(f"{plain(fitted.describe())}; written to {file}", highlight=False, soft_wrap=True)

@@ -1,0 +1,183 @@
+"""`harness ls`, `show`, `keys`, `merge-results` and `clean`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness._util.terminal import plain, printable
+from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.results.store import Store
+from harness.cli.console import out
+from harness.cli.options import Results
+
+
+def ls(
+    grid: Annotated[str | None, typer.Argument(help="Name of a grid; without it, the grids are listed.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """List the recorded grids, or the trials of one."""
+    from collections import Counter
+
+    from rich.table import Table
+
+    from harness.metrics import HEADLINE, METRICS
+    from harness.results.store import Store
+
+    folders = sorted(p.parent for p in results.glob("*/trials"))
+    if grid is None:
+        if not folders:
+            raise InputError(f"{results}: nothing is recorded there yet; begin with: harness run grids/smoke.yml")
+        table = Table("grid", "trials", "status")
+        for folder in folders:
+            counts = Counter(Store(folder).read("trials", ["trial_id", "status"])["status"].to_pylist())
+            ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+            table.add_row(plain(folder.name), str(sum(counts.values())), ends)
+        out.print(table)
+        return
+    if results / grid not in folders:
+        known = ", ".join(folder.name for folder in folders) or "nothing"
+        raise InputError(f"no grid {grid!r} in {results}; there is {known}")
+    table = Table("trial", "label", "repeat", "status", *(METRICS[m].label for m in HEADLINE))
+    for row in _rows(results / grid):
+        figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
+        table.add_row(row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"], *figures)
+    out.print(table)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Trials of a results folder, in the order in which they ran."""
+    from harness.results.store import Store
+
+    rows: list[dict[str, Any]] = Store(folder).read("trials").to_pylist()
+    return sorted(rows, key=lambda row: row["started_at"])
+
+
+def show(
+    trial: Annotated[str, typer.Argument(help="Beginning of a trial's id, or its label.")],
+    results: Results = Path("results"),
+) -> None:
+    """Print one trial: its configuration as YAML, its environment and every figure."""
+    import json
+
+    from rich.table import Table
+
+    from harness.grids.yaml_file import spec_to_yaml
+    from harness.metrics import METRICS
+    from harness.results.schema import spec_of
+    from harness.results.store import find
+
+    matches = list(find(results, trial))
+    if not matches:
+        raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
+    for folder, row in matches:
+        out.rule(f"{plain(folder.name)} / {plain(row['label'])} (repeat {row['repeat']}), {row['status']}")
+        if row["error"]:
+            out.print(plain(f"in {row['phase']}: {row['error_type']}: {row['error']}"), highlight=False)
+            if row["attempt"] > 1:
+                out.print(f"attempt {row['attempt']}; the earlier ones left no record", highlight=False)
+            if row["log"]:
+                out.print(plain(f"see {folder / row['log']}"), highlight=False, soft_wrap=True)
+        out.print(plain(spec_to_yaml(spec_of(row))), highlight=False)
+        table = Table("figure", "value", "meaning")
+        for name, metric in METRICS.items():
+            if row[name] is not None:
+                table.add_row(name, metric.show(row[name]), metric.definition)
+        out.print(table)
+        out.print_json(printable(json.dumps(json.loads(row["environment"]), ensure_ascii=False)))
+
+
+def keys() -> None:
+    """List the keys of a trial with their defaults and meanings, and the figures that are recorded."""
+    from rich.table import Table
+
+    from harness.metrics import FIGURES
+    from harness.spec import TrialSpec
+
+    table = Table("key", "default", "meaning", title="Keys of base and vary")
+    for name, field in TrialSpec.model_fields.items():
+        default = "required" if field.is_required() else str(field.default)
+        default = "storyteller" if name == "datasets" else default
+        table.add_row(name, plain(default), plain(field.description or ""))
+    out.print(table)
+    table = Table("figure", "unit", "meaning", title="Figures")
+    for metric in FIGURES.values():
+        table.add_row(metric.name, metric.unit, metric.definition)
+    out.print(table)
+
+
+def stores_in(folder: Path) -> list[Store]:
+    """The results of one grid, or of each in a folder."""
+    from harness.results.store import Store
+
+    if (folder / "trials").is_dir():
+        return [Store(folder)]
+    folders = sorted(path.parent for path in folder.glob("*/trials"))
+    if not folders:
+        raise InputError(f"{folder}: nothing is recorded there; give results, or results/<grid>")
+    return [Store(each) for each in folders]
+
+
+def merge_results(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS",
+            help="Results, each a grid or a folder of grids; the last is the one that the others are added to.",
+        ),
+    ],
+) -> None:
+    """Join results of several machines: each trial once, the later record where two have one. The sources stay."""
+    from harness.cli.progress import bar
+    from harness.results.join import join
+    from harness.results.store import Store
+
+    *sources, target = folders
+    if not sources:
+        raise InputError("harness merge-results needs two folders or more, the last to be added to")
+    for source in sources:
+        single = (source / "trials").is_dir()
+        for store in stores_in(source):
+            into = Store(target if single else target / store.folder.name)
+            if into.folder.resolve() == store.folder.resolve():
+                raise InputError(f"{store.folder} cannot be joined to itself")
+            into.set_aside()
+            with bar(out, plain(str(store.folder))) as show:
+
+                def on_progress(done: int, total: int, name: str = str(store.folder)) -> None:
+                    show((done, total, name))
+
+                joined = join(into, store, on_progress)
+            into.compact()
+            out.print(
+                f"{plain(str(store.folder))} into {plain(str(into.folder))}: {joined.added} trials added, "
+                f"{joined.replaced} replaced by later records, {joined.kept} there already",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def clean(
+    results: Annotated[Path, typer.Argument(help="A grid's results, or the folder of several.")] = Path("results"),
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Converted models and measured rates too; they are made again.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+) -> None:
+    """Remove what runs leave behind: unfinished files, unneeded logs, adapters of no trial. Never results."""
+    from harness.metrics import show_bytes
+    from harness.runner import cleaning
+
+    stores = [] if cache and not results.is_dir() else stores_in(results)
+    leftovers = [each for store in stores for each in cleaning.leftovers(store)]
+    leftovers += cleaning.cached() if cache else []
+    for each in leftovers:
+        out.print(plain(f"{each.what}: {each.path}"), style="dim", highlight=False, soft_wrap=True)
+    size = show_bytes(sum(each.size for each in leftovers))
+    if not dry_run:
+        cleaning.remove(leftovers)
+    out.print(f"{len(leftovers)} files and folders, {size} {'would be ' if dry_run else ''}freed", highlight=False)

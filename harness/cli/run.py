@@ -1,0 +1,230 @@
+"""`harness run`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from harness._util.terminal import plain
+from harness.cli import options
+from harness.cli.console import out
+from harness.cli.launchers import LauncherOptions, make_launcher
+from harness.cli.predictions import predict_trials
+from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.grids.grid import Grid
+    from harness.launch.launcher import Launcher
+    from harness.record import Status
+    from harness.results.store import Store
+    from harness.runner.grid_run import Summary
+
+
+def run(
+    grid: Annotated[
+        Path, typer.Argument(metavar="GRID", help="A grid file, or a training file as a grid of one trial.")
+    ],
+    model: options.Model = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", rich_help_panel=options.TRIALS, help="Repeats of each trial, instead of the file's."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            rich_help_panel=options.TRIALS,
+            help="Run matching trials and the baseline alone, like 'lora_r=*'; may be repeated.",
+        ),
+    ] = None,
+    rerun: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STATUS",
+            rich_help_panel=options.TRIALS,
+            help="Run recorded trials of this status again (failed, oom, …, or all).",
+        ),
+    ] = None,
+    until_decided: Annotated[
+        int | None,
+        typer.Option(
+            "--until-decided",
+            min=2,
+            metavar="N",
+            rich_help_panel=options.TRIALS,
+            help="Repeat what is not decided yet, up to N times.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=options.TRIALS, help="Run at most N trials now."),
+    ] = None,
+    max_trials: options.MaxTrials = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel=options.TRIALS, help="Print the trials and run none.")
+    ] = False,
+    memory: options.Memory = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="N", rich_help_panel=options.LIMITS, help="Start no trial after so many minutes."),
+    ] = None,
+    timeout: options.Timeout = None,
+    stall: options.Stall = options.STALL_SECONDS,
+    retries: options.Retries = 0,
+    retry_timeouts: Annotated[
+        bool,
+        typer.Option("--retry-timeouts", rich_help_panel=options.LIMITS, help="Retry trials that took too long too."),
+    ] = False,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    engine: options.Engine = "local",
+    address: options.Address = None,
+    cpus: options.Cpus = None,
+    accelerator: options.Accelerator = None,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=options.PREDICTION, help="Predict each peak first, and record it with the measured one."
+        ),
+    ] = True,
+    skip_infeasible: Annotated[
+        bool,
+        typer.Option(
+            "--skip-infeasible",
+            rich_help_panel=options.PREDICTION,
+            help="Do not start what is predicted not to fit; record it as skipped.",
+        ),
+    ] = False,
+    results: options.Results = Path("results"),
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Run the trials of a grid that are not recorded yet, each in a process of its own."""
+    began = time.monotonic()
+    from harness.grids import preflight
+    from harness.grids.grid import MAX_TRIALS, labels_like, load
+    from harness.launch.local import LocalLauncher
+    from harness.results.store import Store
+
+    given = {"base_model": model, "memory_budget": memory, "device": device}
+    overrides = {key: value for key, value in given.items() if value is not None}
+
+    def grid_of(times: int | None) -> Grid:
+        loaded = load(grid, repeats=times, overrides=overrides, max_trials=max_trials or MAX_TRIALS)
+        return loaded.only(labels_like(loaded, only)) if only else loaded
+
+    where = LauncherOptions(engine, workers, address, cpus, accelerator)
+    where.check()
+    loaded = grid_of(repeats)
+    if until_decided is not None and until_decided < loaded.repeats:
+        raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
+    if skip_infeasible and not predict:
+        raise InputError("--skip-infeasible needs the predictions; leave --no-predict out")
+    if skip_infeasible and where.remote:
+        raise InputError(f"--skip-infeasible needs predictions, which --engine {engine} does not make; leave it out")
+    # A trial that was skipped before is run where skipping is not asked for.
+    statuses = _statuses([*(rerun or []), *([] if skip_infeasible else ["skipped"])])
+    store = Store(results / loaded.name)
+    if dry_run:
+        launcher = LocalLauncher() if where.remote else make_launcher(where, loaded)
+        _print_trials(loaded, store, launcher, statuses)
+        return
+    preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
+    store.set_aside()
+
+    from harness.analysis import comparison, loading, sequential
+    from harness.cli.progress import display
+    from harness.predict.prediction import NO_PREDICTIONS
+    from harness.report import writers
+    from harness.runner import grid_run
+    from harness.runner.execution import Policy
+
+    policy = Policy(timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible)
+    until = None if minutes is None else began + 60 * minutes
+    out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+
+    with make_launcher(where, loaded) as launcher:
+
+        def execute(version: Grid) -> bool:
+            """Run a version of the grid; false: it was interrupted."""
+            predictions = NO_PREDICTIONS
+            if predict and not where.remote:
+                specs = [trial.spec for trial in grid_run.pending(version, store, launcher, statuses)[:limit]]
+                predictions = predict_trials(specs, trust_remote_code, with_rates=launcher.workers == 1)
+            with display(out) as progress:
+                summary = grid_run.run_grid(
+                    version,
+                    store,
+                    launcher,
+                    progress,
+                    policy,
+                    rerun=statuses,
+                    limit=limit,
+                    until=until,
+                    predictions=predictions,
+                )
+            _print_summary(summary, store, grid)
+            return summary.left == 0
+
+        environments = tuple(e for device_type in loaded.device_types for e in launcher.environments(device_type))
+        if until_decided is None:
+            execute(loaded)
+        else:
+            undecided = sequential.until_decided(
+                grid_of, loaded.repeats, until_decided, execute, store.folder, here=environments
+            )
+            labels = ", ".join(sorted(undecided)) or "none"
+            out.print(f"not decided within {until_decided} repeats: {plain(labels)}", highlight=False)
+        if store.completed():
+            baselines = {trial.baseline_id for trial in loaded.trials}
+            measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
+            out.print(writers.terminal(comparison.compare(measurements)))
+
+
+def _statuses(given: list[str]) -> frozenset[Status]:
+    from harness.record import Status
+
+    known: tuple[Status, ...] = get_args(Status)
+    for status in given:
+        if status not in (*known, "all"):
+            raise InputError(f"unknown --rerun status {status!r}; use {', '.join(known)} or all")
+    return frozenset(status for status in known if "all" in given or status in given)
+
+
+def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status]) -> None:
+    from rich.table import Table
+
+    from harness.runner import grid_run
+
+    pending = grid_run.pending(grid, store, launcher, statuses)
+    table = Table(title=f"{plain(grid.title)}: {len(grid.trials)} trials, {len(pending)} to run")
+    for heading in ("#", "trial", "repeat", "spec id", "recorded"):
+        table.add_column(heading)
+    for number, trial in enumerate(grid.trials, start=1):
+        recorded = "" if trial in pending else "yes"
+        table.add_row(str(number), plain(trial.label), str(trial.repeat), trial.spec.id, recorded)
+    out.print(table)
+
+
+def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
+    from collections import Counter
+
+    if summary.by_others:
+        out.print(f"{summary.by_others} trials were done by another runner meanwhile", highlight=False)
+    if not summary.records:
+        if not summary.left:
+            out.print("all of them are recorded already; nothing to run", highlight=False)
+        return
+    counts = Counter(record.status for record in summary.records)
+    ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    out.print(f"{len(summary.records)} trials ended ({ends}), kept in {plain(str(store.folder))}", highlight=False)
+    for record in summary.records:
+        if record.status in ("failed", "killed") and record.log is not None:
+            log = plain(str(store.folder / record.log))
+            out.print(f"[red]{plain(record.label)}[/]: see {log}", highlight=False, soft_wrap=True)
+    if summary.left:
+        out.print(f"{summary.left} trials are left; go on with: harness run {plain(str(grid))}", highlight=False)

@@ -1,0 +1,158 @@
+"""`harness tune`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harness._util.terminal import plain
+from harness.cli import options
+from harness.cli.console import out
+from harness.cli.launchers import LauncherOptions, make_launcher
+from harness.cli.predictions import device_rates
+from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.environment import Environment
+    from harness.results.store import Store
+    from harness.tuning.study import Outcome
+
+SEARCH = "Search"
+
+
+def tune(
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="A grid file with a tune: section.")],
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="RESULTS",
+            rich_help_panel=SEARCH,
+            help="Results whose rows the search starts from; may be repeated.",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=SEARCH, help="Trials in all, instead of the file's."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", rich_help_panel=SEARCH, help="Time of the search, after which no trial starts."
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=SEARCH, help="tpe, gp, nsga2, random or brute-force."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", rich_help_panel=SEARCH, help="Seed of the sampler, instead of the file's."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            rich_help_panel=SEARCH,
+            help="Optuna storage; default an SQLite file, results/<grid>/study.db.",
+        ),
+    ] = None,
+    memory: options.Memory = None,
+    trial_timeout: options.Timeout = None,
+    stall: options.Stall = options.STALL_SECONDS,
+    retries: options.Retries = 0,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    engine: options.Engine = "local",
+    address: options.Address = None,
+    cpus: options.Cpus = None,
+    accelerator: options.Accelerator = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=options.OUTPUT, help="Write the recommended configuration as a grid file."
+        ),
+    ] = None,
+    results: options.Results = Path("results"),
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Search a space for the best configuration within bounds, and confirm the winner in fresh repeats.
+
+    The same command continues the same study, and several of them may work on it at once.
+    """
+    from harness.grids import preflight, search_file
+    from harness.grids.grid import Grid, Trial
+    from harness.results.store import Store
+
+    where = LauncherOptions(engine, workers, address, cpus, accelerator)
+    where.check()
+    overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
+    search = search_file.load(grid, overrides)
+    search = search_file.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
+    bases = [search.base.model_copy(update={"num_processes": n}) for n in sorted(search.processes)]
+    base = Grid(search.name, search.title, "list", tuple(Trial(spec, "tune", None, None) for spec in bases))
+    preflight.preflight(base, remote=where.remote)
+    for folder in source or []:
+        if not (folder / "trials").is_dir():
+            raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")
+
+    from harness import environment
+    from harness.cli.progress import display
+    from harness.predict.predictor import Predictor
+    from harness.runner.execution import Policy
+    from harness.tuning import samplers, study
+
+    store = Store(results / search.name)
+    store.set_aside()
+    objectives = ", ".join(f"{o.metric} ({o.direction})" for o in search.objectives)
+    out.print(f"[bold]{plain(search.title)}[/]: {len(search.parameters)} parameters, {objectives}", highlight=False)
+    opened = samplers.open_storage(storage, store)
+    policy = Policy(trial_timeout, stall or None, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
+    how = study.Options(storage=opened, sources=tuple(source or ()), policy=policy)
+    device_type = environment.resolve_device(search.base.device)
+    with make_launcher(where, base) as launcher:
+        with contextlib.ExitStack() as stack:
+            if not where.remote:
+                predictor = stack.enter_context(Predictor(trust_remote_code=trust_remote_code))
+                rates = device_rates(device_type) if launcher.workers == 1 else None
+                how = dataclasses.replace(how, predictor=predictor, rates=rates)
+            with display(out) as progress:
+                outcome = study.tune(
+                    search, store, launcher, progress, how, lambda line: out.print(plain(line), style="dim")
+                )
+        _print_outcome(outcome, store, grid, export, launcher.environments(device_type))
+
+
+def _print_outcome(
+    outcome: Outcome, store: Store, grid: Path, export: Path | None, environments: tuple[Environment, ...]
+) -> None:
+    """The result of a search.
+
+    Raises:
+        InputError: there is none.
+    """
+    from harness.analysis import loading
+    from harness.report import tuning as reporting
+
+    name = plain(store.folder.name)
+    before = f", {outcome.warm} known before" if outcome.warm else ""
+    folder = plain(str(store.folder))
+    out.print(f"{outcome.tried} trials{before} in study {outcome.study}, kept in {folder}", highlight=False)
+    if outcome.left:
+        out.print(f"{outcome.left} trials are left; go on with: harness tune {plain(str(grid))}", highlight=False)
+    measurements = loading.load(store.folder, baseline_ids=None, here=environments)
+    summary = reporting.summarize(measurements, store.folder)
+    if summary is None:
+        raise InputError(f"{name}: no trial of the study ended well; look at harness ls {name}")
+    for sentence in summary.sentences:
+        out.print(f"- {plain(sentence)}", highlight=False)
+    if export is not None:
+        export.parent.mkdir(parents=True, exist_ok=True)
+        export.write_text(summary.yaml, encoding="utf-8")
+        file = plain(str(export))
+        out.print(f"written to {file}; run it with: harness run {file}", highlight=False, soft_wrap=True)
+    out.print(f"see it with: harness report {folder}", highlight=False)

@@ -1,0 +1,8 @@
+"""YAML to validated specs: grids, searches and claims.
+
+yaml_file (safe reading), spellings (of training files), document (name, title, base), levels (of a factor), grid (file
+to trials), search and search_file (search spaces), claims (what is to be shown), preflight (what trials need from
+the machine).
+"""
+
+__all__ = ["claims", "grid", "preflight", "search", "search_file", "yaml_file"]

@@ -1,0 +1,51 @@
+"""The parts that every grid file has: name, title and base."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness._util.messages import kind_of, one_line, unknown
+from harness.grids.levels import SPEC_KEYS, normalised
+from harness.grids.yaml_file import read_yaml
+
+GRID_KEYS = ("name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "claims", "tune")
+
+
+def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
+    """Name and title of a grid file. Its top-level keys are validated.
+
+    Raises:
+        ValueError: a key is unknown, the name is not a valid folder name, or the title is not text.
+    """
+    for key in document:
+        if key not in GRID_KEYS:
+            raise ValueError(unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
+    name = document.get("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "grid")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"name is {kind_of(name)}, not a folder name; use letters, digits, '.', '_' and '-'")
+    title = document.get("title", name)
+    if not isinstance(title, str):
+        raise ValueError(f"title is {kind_of(title)}; it must be text")
+    return name, one_line(title)
+
+
+def _belongs_in_base(key: Any) -> str:
+    return f" (did you mean to put {key} under base:?)" if key in SPEC_KEYS else ""
+
+
+def base_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The spec keys of `base`, or of the training file that it names.
+
+    Raises:
+        ValueError: there is no base, or a key is unknown.
+    """
+    base = document.get("base")
+    if isinstance(base, str) and base.isprintable():
+        base = read_yaml(path.parent / os.path.expanduser(base))  # Path.expanduser raises for ~nobody
+    if not isinstance(base, dict):
+        raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
+    return normalised(base, "base")

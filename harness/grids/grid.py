@@ -1,0 +1,293 @@
+"""A grid file to trials, validated before the first process starts."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from harness._util.messages import as_written, explain, kind_of, one_line, unknown
+from harness.environment import DeviceType, resolve_device
+from harness.errors import InputError
+from harness.grids.claims import Claim, unique
+from harness.grids.document import GRID_KEYS, base_of, header
+from harness.grids.levels import (
+    ACCUMULATION,
+    Level,
+    changes_of,
+    hold_effective_batch,
+    levels_of,
+    list_levels,
+    make_spec,
+)
+from harness.grids.spellings import merge
+from harness.grids.yaml_file import read_yaml
+from harness.spec import TrialSpec
+
+Design = Literal["ablation", "ladder", "grid", "list"]
+MAX_TRIALS = 500
+"""More than this many trials (repeats included) need `--max-trials`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A spec to be executed once, and its place in the grid."""
+
+    spec: TrialSpec
+    label: str
+    """Its name: `lora_r=4`, `full fine-tuning`, `baseline`."""
+    factor: str | None
+    """The factor in which it differs from the baseline; null for the baseline, and for several."""
+    level: str | None
+    """That factor's level, as text."""
+    repeat: int = 0
+    """Repeat k of every trial has the same seed."""
+    baseline_id: str | None = None
+    """Id of the baseline of its repeat, with which it is compared; its own if it is that baseline. Null where the grid
+    has none."""
+    twin: bool = False
+    """Whether it is the second run of the baseline: what the two differ by is noise (A/A)."""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.spec.id == self.baseline_id and not self.twin
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A validated grid: its trials in the order in which they run."""
+
+    name: str
+    title: str
+    design: Design
+    trials: tuple[Trial, ...]
+    claims: tuple[Claim, ...] = ()
+    tune: Mapping[str, Any] | None = None
+    """The search that its trials come from, as `Search.given`."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a report needs besides the rows, as plain JSON values."""
+        about = {"title": self.title, "claims": [claim.model_dump(mode="json") for claim in self.claims]}
+        return about if self.tune is None else about | {"tune": dict(self.tune)}
+
+    @property
+    def repeats(self) -> int:
+        """Number of repeats of each trial."""
+        return 1 + max(trial.repeat for trial in self.trials)
+
+    @property
+    def device_types(self) -> tuple[DeviceType, ...]:
+        """Kinds of device that its trials run on."""
+        return tuple(dict.fromkeys(resolve_device(trial.spec.device) for trial in self.trials))
+
+    def only(self, labels: Collection[str]) -> Grid:
+        """The grid with these trials only, and the baseline that they are compared with."""
+        kept = tuple(t for t in self.trials if t.baseline or t.twin or t.label in labels)
+        return replace(self, trials=kept)
+
+
+def load(
+    path: Path, *, repeats: int | None = None, overrides: Mapping[str, Any] | None = None, max_trials: int = MAX_TRIALS
+) -> Grid:
+    """Read a grid file, or a training configuration as a grid of one trial.
+
+    Args:
+        path: the YAML file.
+        repeats: replaces the file's own.
+        overrides: spec keys that replace those of every trial (`memory_budget`).
+        max_trials: largest number of trials that is accepted.
+
+    Raises:
+        InputError: the file is not a valid grid.
+    """
+    document = read_yaml(path)
+    try:
+        if "base_model" in document and not document.keys() & set(GRID_KEYS):
+            document = {"base": document, "design": "list"}
+        return _build(document, path, repeats, dict(overrides or {}), max_trials)
+    except ValueError as error:
+        raise InputError(one_line(f"{path.name}: {error}")) from None
+
+
+def labels_like(grid: Grid, patterns: Sequence[str]) -> set[str]:
+    """Labels of a grid that equal or match one of the patterns (`*`, `?`, `[…]`).
+
+    Raises:
+        InputError: a pattern matches no trial.
+    """
+    labels = list(dict.fromkeys(trial.label for trial in grid.trials if not trial.twin))
+    matching = set()
+    for pattern in patterns:
+        matched = {label for label in labels if label == pattern or fnmatch.fnmatchcase(label, pattern)}
+        if not matched:
+            raise InputError(one_line(f"{grid.name}: {unknown('trial', pattern, labels)}"))
+        matching |= matched
+    return matching
+
+
+def _build(
+    document: dict[str, Any], path: Path, repeats: int | None, overrides: dict[str, Any], max_trials: int
+) -> Grid:
+    name, title = header(document, path)
+    if "tune" in document and not document.keys() & {"vary", "trials"}:
+        raise ValueError(f"it has tune: and no vary: or trials:; run it with harness tune {path}")
+    design = document.get("design", "list" if "trials" in document else "ablation")
+    if design not in get_args(Design):
+        raise ValueError(unknown("design", design, get_args(Design)))
+    times = document.get("repeats", 1) if repeats is None else repeats
+    if not isinstance(times, int) or isinstance(times, bool) or times < 1:
+        raise ValueError(f"repeats is {kind_of(times)}; it must be a whole number of 1 or more")
+
+    base = base_of(document, path)
+    base_spec = make_spec(merge(base, overrides), "base")
+    factors = _factors(document, design)
+    _refuse_too_many(design, factors, times, max_trials)
+    trials = _design(design, base, base_spec, factors, overrides)
+    trials = _exclude(trials, document.get("exclude", []))
+    for trial in trials:
+        try:
+            trial.spec.refuse_impossible()
+        except ValueError as error:
+            raise ValueError(f"{trial.label}: {error}") from None
+    trials = _merge_duplicates(trials)
+    repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
+    return Grid(name, title, design, tuple(interleave(repeated, name)), _claims(document.get("claims", [])))
+
+
+def repeat(trials: Sequence[Trial], base: TrialSpec, number: int) -> list[Trial]:
+    """The trials with the seed of one repeat and the id of its baseline, which is run twice."""
+
+    def seeded(spec: TrialSpec) -> TrialSpec:
+        return spec.model_copy(update={"seed": spec.seed + number})
+
+    has_baseline = any(t.spec.id == base.id for t in trials)
+    baseline_id = seeded(base).id if has_baseline else None
+    repeated = [replace(t, repeat=number, spec=seeded(t.spec), baseline_id=baseline_id) for t in trials]
+    if len(trials) > 1:  # alone, it is compared with nothing
+        repeated += [replace(t, label=f"{t.label} again", twin=True) for t in repeated if t.baseline]
+    return repeated
+
+
+def _factors(document: dict[str, Any], design: Design) -> list[list[Level]]:
+    """The levels of each factor, in file order."""
+    if design == "list":
+        if "vary" in document:
+            raise ValueError("design list takes trials:, not vary:")
+        return [list_levels(document.get("trials", []))]
+    if "trials" in document:
+        raise ValueError(f"trials: is for design list; design {design} takes vary:")
+    vary = document.get("vary", {})
+    if not isinstance(vary, dict):
+        raise ValueError(f"vary is {kind_of(vary)}; it must be a mapping of factors to levels")
+    return [levels_of(factor, given) for factor, given in vary.items()]
+
+
+def _refuse_too_many(design: Design, factors: list[list[Level]], repeats: int, limit: int) -> None:
+    """Counted before anything is expanded: a product of ten factors would fill the memory."""
+    sizes = [len(levels) for levels in factors]
+    count = (math.prod(sizes) if design == "grid" else sum(sizes) + 1) * repeats
+    if count > limit:
+        raise ValueError(f"{count} trials; the limit is {limit} (raise it with --max-trials {count})")
+
+
+def _design(
+    design: Design, base: dict[str, Any], base_spec: TrialSpec, factors: list[list[Level]], overrides: dict[str, Any]
+) -> list[Trial]:
+    baseline = Trial(base_spec, "baseline", None, None)
+
+    def apply(levels: Sequence[Level]) -> TrialSpec:
+        where = ", ".join(level.label for level in levels)
+        values, held = base, False
+        for level in levels:
+            values = merge(values, level.changes)
+            # A later rung of a ladder may set the accumulation itself.
+            held = (held or level.hold) and ACCUMULATION not in level.changes
+        values = merge(values, overrides)
+        if held:
+            values = hold_effective_batch(values, base_spec, where)
+        return make_spec(values, where, keys_alone=True)
+
+    trials = [baseline]
+    if design == "grid":
+        if not factors:
+            return trials
+        every = [level for levels in factors for level in levels]
+        given = [level for level in every if ACCUMULATION in level.changes]
+        if given and any(level.hold for level in every):
+            raise ValueError(f"{given[0].label}: hold: effective_batch_size derives the accumulation; drop one of them")
+        trials = []
+        for levels in itertools.product(*factors):
+            spec = apply(levels)
+            label = ", ".join(level.label for level in levels)
+            one = levels[0] if len(levels) == 1 else None
+            trials.append(Trial(spec, label, one.factor if one else None, one.text if one else None))
+    elif design == "ladder":
+        rungs = [level for levels in factors for level in levels]
+        for height, level in enumerate(rungs, start=1):
+            trials.append(Trial(apply(rungs[:height]), f"+ {level.label}", level.factor, level.text))
+    else:
+        for level in (level for levels in factors for level in levels):
+            trials.append(Trial(apply([level]), level.label, level.factor, level.text))
+    return trials
+
+
+def _exclude(trials: list[Trial], rules: Any) -> list[Trial]:
+    """Drop the trials that match every key of a rule, the baseline included."""
+    if not isinstance(rules, list):
+        raise ValueError(f"exclude is {kind_of(rules)}; it must be a list of mappings of spec keys")
+    kept = trials
+    for rule in rules:
+        if not isinstance(rule, dict) or not rule:
+            raise ValueError(f"exclude: {kind_of(rule)} is not a mapping of spec keys")
+        wanted = changes_of(rule, "exclude")
+        example = make_spec({"base_model": "any"} | wanted, "exclude", keys_alone=True)
+        before = len(kept)
+        kept = [t for t in kept if any(getattr(t.spec, key) != getattr(example, key) for key in wanted)]
+        if len(kept) == before:
+            shown = ", ".join(f"{key}={as_written(value)}" for key, value in rule.items())
+            raise ValueError(f"exclude: no trial has {shown}; drop the rule")
+    if not kept:
+        raise ValueError("exclude leaves no trial; drop a rule")
+    return kept
+
+
+def _merge_duplicates(trials: list[Trial]) -> list[Trial]:
+    """Keep a spec that occurs twice (a level equal to the baseline) once, under its first label."""
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.spec.id, trial)
+    return list(first.values())
+
+
+def interleave(trials: list[Trial], name: str) -> list[Trial]:
+    """Shuffle each repeat separately, so that no trial takes all of a drift of the machine."""
+    ordered: list[Trial] = []
+    for repeat, group in itertools.groupby(trials, key=lambda t: t.repeat):
+        block = list(group)
+        random.Random(f"{name}/{repeat}").shuffle(block)
+        ordered += block
+    return ordered
+
+
+def _claims(given: Any) -> tuple[Claim, ...]:
+    if not isinstance(given, list):
+        raise ValueError(f"claims is {kind_of(given)}; it must be a list")
+    claims = []
+    for number, claim in enumerate(given, start=1):
+        if not isinstance(claim, dict):
+            keys = ", ".join(key for key, field in Claim.model_fields.items() if field.is_required())
+            raise ValueError(f"claims: {kind_of(claim)} is not a mapping with {keys} and compare or where")
+        try:
+            claims.append(Claim.model_validate(claim))
+        except ValidationError as error:
+            raise ValueError(f"claims: {as_written(claim.get('id', number))}: {explain(error, Claim)}") from None
+    return unique(claims)

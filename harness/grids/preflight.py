@@ -1,0 +1,47 @@
+"""What trials need from the machine and the hub, checked before the first process starts."""
+
+from __future__ import annotations
+
+from harness.environment import cards, current, resolve_device
+from harness.errors import InputError
+from harness.grids.grid import Grid, Trial
+from harness.sources import stories
+
+
+def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> None:
+    """Check that what the trials need is available: a card, datasets with their columns and enough rows, models.
+
+    Args:
+        grid: the trials.
+        to_plan: nothing will be trained: no card is needed, and only the config of a model.
+        remote: trials run on other machines: no card is needed here.
+
+    Raises:
+        InputError: something is missing.
+    """
+    from harness.sources import models
+
+    runs_locally = not to_plan and not remote
+    if runs_locally and any(t.spec.device == "cuda" for t in grid.trials) and resolve_device("auto") != "cuda":
+        raise InputError(
+            f"{grid.name}: device is cuda, and there is no card that torch could use; "
+            "give --device cpu, or look at harness doctor"
+        )
+    if runs_locally:
+        for trial in grid.trials:
+            _refuse_too_many_processes(trial)
+    ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}
+    for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
+        stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))
+    for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
+        models.check(name, weights=not to_plan)
+
+
+def _refuse_too_many_processes(trial: Trial) -> None:
+    on_cards = resolve_device(trial.spec.device) == "cuda"
+    there, what = (len(cards()), "card") if on_cards else (current("cpu").cpu_cores, "core")
+    if trial.spec.num_processes > max(1, there):
+        raise InputError(
+            f"{trial.label}: num_processes {trial.spec.num_processes}, and {there} {what}{'s' * (there != 1)} here; "
+            f"each process takes a {what}"
+        )

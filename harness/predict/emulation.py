@@ -1,0 +1,83 @@
+"""Emulates a device's memory use in a step that is replayed on fake CPU tensors.
+
+On CUDA, dropout keeps a mask of bytes, the optimizer updates all its tensors at once, paged state is outside the
+allocator, autocast computes layer norms in fp32, and the allocator rounds up. Attention keeps the same on both (output
+and log-sum-exp). bitsandbytes' int8 product is the CPU's: CUDA's keeps the same for the backward pass, but has other
+temporaries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from harness.environment import DeviceType
+from harness.metrics import MIB
+from harness.predict.replay import Replay
+
+WORKSPACE: dict[DeviceType, int] = {"cpu": 0, "cuda": 32 * MIB}
+"""Bytes of cuBLAS's workspace within the allocator: 32 MiB on compute capability 9.0, 8.1 MiB before."""
+_PAGED_ABOVE = 100_000
+"""Elements of the smallest optimizer state that bitsandbytes (0.50) pages: optim/optimizer.py, get_state_buffer."""
+
+
+@contextlib.contextmanager
+def emulate_device(device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
+    """Within, a step on the CPU holds what it would hold on the device."""
+    if device_type == "cpu":
+        yield
+        return
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # torch's default on CUDA
+    # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, and autocast treats
+    # layer norms differently. Not needed once fake tensors of the device `cuda` work without a CUDA build of torch.
+    functions = mock.patch.multiple(torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm)
+    with functions, _paged_state_uncounted(optimizer, tracker):
+        yield
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA's kernel: it keeps a mask of one byte per element, a CPU one of the input's type."""
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+_torch_layer_norm = torch.nn.functional.layer_norm
+
+
+def _layer_norm(
+    input: torch.Tensor,
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """In fp32 under autocast, as on CUDA; not so on a CPU."""
+    if torch.is_autocast_enabled("cpu"):
+        input = input.float()
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+@contextlib.contextmanager
+def _paged_state_uncounted(optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
+    """Within, state that the optimizer pages to the host is not counted."""
+    get_state_buffer = getattr(optimizer, "get_state_buffer", None)
+    if get_state_buffer is None or not getattr(optimizer, "is_paged", False):
+        yield
+        return
+
+    def uncounted(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+        tracker.counting = parameter.numel() < _PAGED_ABOVE
+        try:
+            return get_state_buffer(parameter, dtype=dtype)
+        finally:
+            tracker.counting = True
+
+    # Patches bitsandbytes (0.50), which makes paged state in one method; a hook there would replace it.
+    with mock.patch.object(optimizer, "get_state_buffer", uncounted):
+        yield

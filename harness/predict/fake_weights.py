@@ -1,0 +1,116 @@
+"""Gives a model on the device `meta` fake weights, in the formats in which real ones are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Replica(torch.nn.Module):
+    """Stands in for torch's DistributedDataParallel in one process: same memory, no communication.
+
+    Buckets for all gradients exist from the first step on. Gradients become views of them in a step's last backward
+    pass; until then they are separate tensors.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = model
+        self._syncs = True
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                bucket = torch.empty_like(parameter, requires_grad=False)
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._use_bucket, bucket))
+
+    def _use_bucket(self, bucket: torch.Tensor, parameter: torch.Tensor) -> None:
+        if self._syncs:
+            parameter.grad = bucket
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, gradients are not synchronised: for all micro-batches but a step's last."""
+        self._syncs = False
+        try:
+            yield
+        finally:
+            self._syncs = True
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the model."""
+        return self.module(**inputs)
+
+
+def fill(network: Any) -> None:
+    """Replace parameters and buffers on `meta` by CPU tensors in their loaded formats; tied weights stay tied.
+
+    Under FakeTensorMode this takes no memory.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    # `_parameters` and `_buffers` are private in torch (2.13). `Module.to_empty` does the same for layers of torch, and
+    # would do for all once bitsandbytes (0.50) supports quantised layers there.
+
+    # By id of the original, which is kept with its replacement so that its id is not used again.
+    replacements: dict[int, Any] = {}
+    for module in network.modules():
+        if isinstance(module, Linear4bit):
+            _fill_4bit(module)
+        elif isinstance(module, Linear8bitLt):
+            _fill_8bit(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in replacements:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    replacements[id(parameter)] = parameter, torch.nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = replacements[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                if id(buffer) not in replacements:
+                    replacements[id(buffer)] = buffer, torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = replacements[id(buffer)][1]
+
+
+_BLOCK, _OUTER_BLOCK = 64, 256
+"""Weights per scale, and scales per second-level scale (double quantisation): bitsandbytes' defaults (0.50)."""
+
+
+def _fill_4bit(module: Any) -> None:
+    """Two weights per byte and a scale per block; with double quantisation scales are bytes too."""
+    from bitsandbytes.functional import QuantState
+
+    meta = module.weight
+    blocks = -(-meta.numel() // _BLOCK)
+    outer: dict[str, Any] = {}
+    if meta.compress_statistics:
+        nested = QuantState(
+            absmax=torch.empty(-(-blocks // _OUTER_BLOCK)),
+            blocksize=_OUTER_BLOCK,
+            code=torch.empty(256),
+            dtype=torch.float32,
+        )
+        outer = {"offset": torch.empty(()), "state2": nested}
+    weight: Any = torch.nn.Parameter(torch.empty((-(-meta.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if outer else torch.float32),
+        shape=meta.shape,
+        dtype=module.compute_dtype,
+        blocksize=_BLOCK,
+        code=torch.empty(16),
+        quant_type=meta.quant_type,
+        **outer,
+    )
+    module._parameters["weight"] = weight
+    module.quant_state = weight.quant_state
+
+
+def _fill_8bit(module: Any) -> None:
+    """A byte per weight, a scale per row. A plain parameter: bitsandbytes' `Int8Params` (0.50) takes no fake tensor."""
+    weight: Any = torch.nn.Parameter(torch.empty(module.weight.shape, dtype=torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None
+    module._parameters["weight"] = weight
+    module.state.CB = weight.data
+    module.state.SCB = torch.empty(module.weight.shape[0])

@@ -1,0 +1,251 @@
+"""Predicts peak memory and operations of a spec: its training step is replayed on fake tensors.
+
+Under torch's FakeTensorMode tensors have shape, type and storage, and nothing is computed. The live-tensor tracker of
+real trials follows the step, so that a prediction means the same as `peak_memory_bytes`. The model is built from its
+config: no weights are loaded or downloaded.
+
+FakeTensorMode is private API of torch (2.13, `torch._subclasses`); a public one would replace it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, UnsupportedOperatorException
+
+from harness._util.messages import first_line
+from harness.environment import DeviceType
+from harness.errors import InputError
+from harness.predict import fake_weights
+from harness.predict.emulation import WORKSPACE, emulate_device
+from harness.predict.prediction import Prediction
+from harness.predict.replay import Replay
+from harness.predict.roofline import Work
+from harness.spec import TrialSpec
+from harness.training import batches, checkpoints, distributed, model
+from harness.training.batches import Batch, Example
+from harness.training.step import TRACKED_STEPS, StepResult, Trainer
+
+_CPU = torch.device("cpu")
+_ANY_STORY = 16_384
+"""Tokens that no story exceeds."""
+
+
+class Unpredictable(Exception):
+    """A model's step needs the values of tensors, or has an operation without shapes."""
+
+
+def predict(
+    spec: TrialSpec, device_type: DeviceType, *, full_length: bool = False, trust_remote_code: bool = False
+) -> Prediction:
+    """Replay the first optimizer steps of a spec, which have the longest examples.
+
+    Args:
+        spec: what to train.
+        device_type: device to train on.
+        full_length: as if every example filled the sequence.
+        trust_remote_code: let models from the hub run their own code.
+
+    Raises:
+        InputError: the model's config or the stories are not available.
+        Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
+    """
+    started = time.perf_counter()
+    steps, pad_id = _examples(spec, full_length, trust_remote_code)
+    try:
+        network = model.skeleton(spec, trust_remote_code=trust_remote_code)
+        with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the longest examples
+            prediction = _StepReplay(network, spec, device_type, pad_id).run(steps)
+    except (DataDependentOutputException, UnsupportedOperatorException) as error:
+        raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
+    except NotImplementedError as error:
+        raise Unpredictable(first_line(error)) from error
+    return prediction.model_copy(update={"seconds": time.perf_counter() - started})
+
+
+def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
+    try:
+        tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except (OSError, ValueError):  # a folder without a tokenizer: examples in bytes are longer, if anything
+        tokenizer = checkpoints.byte_tokenizer()
+    pad_id = checkpoints.pad_id(tokenizer)
+    if full_length:  # stories are read whole: a short sequence would leave no completion of them
+        whole = {"sequence_length": _ANY_STORY, "eval_sequence_length": _ANY_STORY}
+        train = batches.load(spec.model_copy(update=whole), tokenizer).train
+        train = tuple(_filled(example, spec.sequence_length) for example in train)
+    else:
+        train = batches.load(spec, tokenizer).train
+    return batches.optimizer_steps(spec, train, TRACKED_STEPS)[:TRACKED_STEPS], pad_id
+
+
+def _filled(example: Example, length: int) -> Example:
+    ids = example.input_ids * math.ceil(length / len(example))
+    return replace(example, input_ids=ids[:length], completion_start=min(example.completion_start, length - 1))
+
+
+class _StepReplay:
+    """Takes the first steps of a spec with a model on `meta`."""
+
+    def __init__(self, network: Any, spec: TrialSpec, device_type: DeviceType, pad_id: int) -> None:
+        self.network, self.spec, self.device_type, self.pad_id = network, spec, device_type, pad_id
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tracker = Replay(device_type, self.fake)
+        self.peak, self.breakdown = 0, dict(self.tracker.live)
+
+    def run(self, steps: Sequence[Sequence[Example]]) -> Prediction:
+        """Give the model fake weights, then take the steps."""
+        tracker = self.tracker
+        tracker.component = "weights"
+        # Made outside the fake mode: it reads the ranks from a tensor.
+        mesh = distributed.device_mesh(_CPU) if self.spec.sharding != "none" else None
+        with self.fake, tracker:
+            fake_weights.fill(self.network)
+            if mesh is not None:
+                distributed.shard(self.network, self.spec.sharding, mesh)
+        gc.collect()
+        tracker.adopt((*self.network.parameters(), *self.network.buffers()), "weights")
+        tracker.adopt(model.adapters(self.network, self.spec), "adapters")
+        tracker.component = "activations"
+        # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
+        trainer = Trainer(
+            self.network,
+            self.spec,
+            _CPU,
+            len(steps),
+            on_phase=tracker.enter,
+            read=lambda tensor: 1.0,
+            wrap=self._replica,
+        )
+        trainer.scaler = None  # it reads whether gradients are finite; its state is two numbers
+        tracker.phases.clear()
+        tracker.take_work()
+        with emulate_device(self.device_type, trainer.optimizer, tracker):
+            uniform = self._is_uniform(steps)
+            work = self._replay_uniform(trainer, steps[-1]) if uniform else self._replay_each(trainer, steps)
+        processes = self.spec.num_processes
+        if self.device_type == "cpu":  # the CPU executes those of all processes
+            work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
+        workspace = WORKSPACE[self.device_type]
+        self.breakdown["activations"] += workspace
+        return Prediction(
+            device_type=self.device_type,
+            peak_memory_bytes=self.peak + workspace,
+            breakdown={f"memory_{name}_bytes": size for name, size in self.breakdown.items()},
+            phases={phase: size + workspace for phase, size in tracker.phases.items()},
+            work=tuple(work),
+            positions=processes * sum(batch.padded_tokens for batch in self._batches(steps[-1])),
+            seconds=0.0,
+        )
+
+    def _replica(self, network: Any, device: torch.device) -> Any:
+        """The model as in DistributedDataParallel, where several processes hold all weights each."""
+        if self.spec.num_processes == 1 or self.spec.sharding != "none":
+            return network
+        self.tracker.component = "gradients"
+        with self.fake, self.tracker:
+            replica = fake_weights.Replica(network)
+        self.tracker.component = "activations"
+        return replica
+
+    def _is_uniform(self, steps: Sequence[Sequence[Example]]) -> bool:
+        """Whether all micro-batches of all steps have the same shape, and there is a step before the last."""
+        lengths = {len(example) for step in steps for example in step}
+        sizes = {len(step) for step in steps}
+        whole = all(size % self.spec.micro_batch_size == 0 for size in sizes)
+        if self.spec.num_processes > 1 and self.spec.sharding == "none":  # in the last one gradients move to buckets
+            return False
+        return len(steps) == TRACKED_STEPS and len(lengths) == len(sizes) == 1 and whole
+
+    def _replay_each(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> list[Work]:
+        """One step after another."""
+        work: list[Work] = []
+        for step in steps:
+            self._step(trainer, self._batches(step))
+            work = self.tracker.take_work()
+        return work
+
+    def _replay_uniform(self, trainer: Trainer, step: Sequence[Example]) -> list[Work]:
+        """With uniform micro-batches, replay the last one of the last step alone.
+
+        It peaks: by then there are the optimizer's state and the gradients of the micro-batches before.
+        """
+        batches = self._batches(step)
+        self._update(trainer)
+        self.tracker.take_work()  # the first update also creates the optimizer's state
+        self._update(trainer)
+        update = self.tracker.take_work()
+        if len(batches) > 1:
+            self._accumulate()
+        # The step's own update would peak as the second one above, within 0.001 %.
+        with mock.patch.object(trainer, "update", _without_update(trainer)):
+            self._step(trainer, batches[:1])
+        return update + self.tracker.take_work(times=len(batches))
+
+    def _update(self, trainer: Trainer) -> None:
+        self._accumulate()
+        self.tracker.restart()
+        with self.fake, self.tracker:
+            self.tracker.component = "optimizer"
+            self.tracker.enter("optimizer")
+            trainer.update(0.0)
+            self.tracker.component = "activations"
+        self._keep_peak()
+
+    def _step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        self.tracker.restart()
+        with self.fake, self.tracker, _masks_from_counts(batches):
+            batches = [_fake_batch(batch) for batch in batches]
+            trainer.tracked_step(batches, self.tracker)
+            del batches
+        self._keep_peak()
+
+    def _keep_peak(self) -> None:
+        if self.tracker.peak >= self.peak:
+            self.peak, self.breakdown = self.tracker.peak, dict(self.tracker.peak_breakdown)
+
+    def _batches(self, step: Sequence[Example]) -> list[Batch]:
+        return list(batches.micro_batches(step, self.spec.micro_batch_size, self.pad_id, _CPU))
+
+    def _accumulate(self) -> None:
+        """Gradients as a backward pass leaves them."""
+        with self.fake, self.tracker:
+            for parameter in model.trainable(self.network):
+                parameter.grad = torch.empty_like(parameter)
+                self.tracker.adopt([parameter.grad], "gradients")
+
+
+def _fake_batch(batch: Batch) -> Batch:
+    """The batch as fake tensors, if called under FakeTensorMode."""
+    return replace(batch, inputs={name: torch.empty_like(tensor) for name, tensor in batch.inputs.items()})
+
+
+def _without_update(trainer: Trainer) -> Any:
+    def update(loss: float) -> StepResult:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, None, 0.0)
+
+    return update
+
+
+@contextlib.contextmanager
+def _masks_from_counts(batches: Sequence[Batch]) -> Iterator[None]:
+    """Within, transformers omits masks of batches without padding, as it does by a mask's values in a real step.
+
+    Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask. A public way to say that
+    nothing is padded would replace it.
+    """
+    from transformers import masking_utils
+
+    nothing_padded = all(batch.tokens == batch.padded_tokens for batch in batches)
+    with mock.patch.multiple(masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded):
+        yield

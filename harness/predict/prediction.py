@@ -1,0 +1,142 @@
+"""Predictions of trials, and what follows from them: whether a trial fits, how long a step takes. No torch."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from harness.environment import DeviceType, Environment
+from harness.metrics import show_bytes
+from harness.predict import cards
+from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
+from harness.record import Job, Phase, Record
+from harness.spec import TrialSpec
+
+MARGIN: dict[DeviceType, float] = {"cpu": 0.005, "cuda": 0.06}
+"""Fraction by which a measured peak may exceed its prediction, where there is no calibration. CPU: both come from
+the same tracker. CUDA: what the allocator reserves beyond what is allocated; chosen on four published peaks
+(tests/test_published.py)."""
+Verdict = Literal["fits", "tight", "no"]
+
+
+class Prediction(BaseModel):
+    """Predicted memory and work of a spec's training step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    device_type: DeviceType
+    """Device to train on."""
+    peak_memory_bytes: int
+    """Highest sum of live tensor storage over the training steps, in the process that holds most."""
+    breakdown: dict[str, int]
+    """That peak by component, `memory_<component>_bytes`."""
+    phases: dict[Phase, int]
+    """Highest sum within `forward`, `backward` and `optimizer`."""
+    work: tuple[Work, ...]
+    """Operations of one optimizer step on one device, recomputation included, communication not."""
+    positions: int
+    """Tokens of that step over all processes, padding included."""
+    seconds: float
+    """Time that the prediction took."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step."""
+        return sum(w.flops * w.calls for w in self.work)
+
+
+@dataclass(frozen=True)
+class SpecPrediction:
+    """A spec's prediction, or why there is none."""
+
+    spec: TrialSpec
+    prediction: Prediction | None
+    error: str | None = None
+
+
+def fits(peak: float, capacity: int, margin: float) -> Verdict:
+    """Whether a predicted peak fits: `no`, `tight` (without its margin only), or `fits`. All in bytes."""
+    return "no" if peak > capacity else "fits" if peak * (1 + margin) <= capacity else "tight"
+
+
+def capacity_of(environment: Environment) -> int:
+    """Bytes of a device that a trial may use; concurrent trials divide a machine's memory equally."""
+    if environment.device_type == "cuda":
+        return environment.device_memory_bytes - cards.CONTEXT_BYTES
+    return environment.device_memory_bytes // (1 + environment.concurrent_trials)
+
+
+def capacity_for(spec: TrialSpec, environment: Environment) -> int:
+    """Bytes that each process of a trial may use there: its budget, else what the device has."""
+    if spec.memory_budget is not None:
+        return spec.memory_budget
+    return capacity_per_process(capacity_of(environment), spec, environment.device_type)
+
+
+def capacity_per_process(capacity: int, spec: TrialSpec, device_type: DeviceType) -> int:
+    """Bytes for each process of a trial: on a CPU they divide the capacity, on CUDA each has a card."""
+    return capacity // spec.num_processes if device_type == "cpu" else capacity
+
+
+LOCAL_MACHINE = "this machine"
+"""Name of the capacity that the processes of a trial divide; every other capacity is that of one process."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a run's trials, made before they start."""
+
+    by_spec: Mapping[str, Prediction] = field(default_factory=dict)
+    """By spec id, where there is one."""
+    rates: Rates | None = None
+    """Of the device, where they were measured."""
+
+    @classmethod
+    def of(cls, predicted: Iterable[SpecPrediction], rates: Rates | None) -> Predictions:
+        """Those that could be made."""
+        return cls({each.spec.id: each.prediction for each in predicted if each.prediction is not None}, rates)
+
+    def infeasible_reason(self, spec: TrialSpec, environment: Environment) -> str | None:
+        """Why a trial cannot fit in an environment; null where it may."""
+        prediction = self.by_spec.get(spec.id)
+        capacity = capacity_for(spec, environment)
+        if prediction is None or prediction.peak_memory_bytes <= capacity:
+            return None
+        peak = prediction.peak_memory_bytes
+        return f"its predicted peak of {show_bytes(peak)} is over the {show_bytes(capacity)} available"
+
+    def skipped_record(self, job: Job, reason: str, *, environment: Environment, started_at: dt.datetime) -> Record:
+        """The record of a trial that is not started."""
+        record = Record.of(
+            job,
+            environment=environment,
+            status="skipped",
+            error_type="Infeasible",
+            error=reason,
+            started_at=started_at,
+        )
+        return self.with_predictions(record)
+
+    def with_predictions(self, record: Record) -> Record:
+        """The record with its predicted figures added."""
+        prediction = self.by_spec.get(record.spec.id)
+        if prediction is None:
+            return record
+        figures: dict[str, float | int | None] = {"predicted_peak_memory_bytes": prediction.peak_memory_bytes}
+        timed = [step for step in record.steps if not step.tracked]
+        if self.rates is not None and timed:
+            # Per position: the longest step was predicted, and timed steps are shorter.
+            mean = sum(step.padded_tokens for step in timed) / len(timed)
+            per_position = predicted_seconds(prediction.work, self.rates) / prediction.positions
+            figures["predicted_step_seconds"] = per_position * mean
+            speed = record.metrics.get("padded_tokens_per_second")
+            if speed is not None:
+                figures["roofline_share"] = roofline_seconds(prediction.work, self.rates) / prediction.positions * speed
+        return record.model_copy(update={"metrics": record.metrics | figures})
+
+
+NO_PREDICTIONS = Predictions()

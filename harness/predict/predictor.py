@@ -1,0 +1,122 @@
+"""Predicts specs in a pool of processes, one per core: the runner imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from harness import environment
+from harness._util.messages import first_line
+from harness._util.redact import redact
+from harness.environment import DeviceType
+from harness.launch import fork_server
+from harness.predict.prediction import Prediction, SpecPrediction
+from harness.spec import TrialSpec
+
+
+class Predictor:
+    """Predicts specs for a device, which this machine need not have. Processes start with the first spec.
+
+    Use as a context manager: on exit, pending predictions are cancelled.
+
+    Args:
+        device_type: device to train on; null: each spec's own, resolved on this machine.
+        full_length: as if every example filled the sequence.
+        trust_remote_code: let models from the hub run their own code.
+    """
+
+    def __init__(
+        self, device_type: DeviceType | None = None, *, full_length: bool = False, trust_remote_code: bool = False
+    ) -> None:
+        self._device_type = device_type
+        self._options = {"full_length": full_length, "trust_remote_code": trust_remote_code}
+        self._pool: ProcessPoolExecutor | None = None
+        self._answers: dict[tuple[str, DeviceType], dict[str, Any]] = {}
+        """What processes returned, by memory key and device."""
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def predict(self, specs: Iterable[TrialSpec]) -> Iterator[SpecPrediction]:
+        """Predict each spec, in the order of completion. Specs that need equal memory and time are predicted once."""
+        groups: dict[tuple[str, DeviceType], list[TrialSpec]] = {}
+        for spec in specs:
+            device_type = self._device_type or environment.resolve_device(spec.device)
+            groups.setdefault((spec.memory_key, device_type), []).append(spec)
+        running: dict[Future[dict[str, Any]], tuple[str, DeviceType]] = {}
+        for key, group in groups.items():
+            if key in self._answers:
+                yield from _spec_predictions(group, self._answers[key])
+            else:
+                text = group[0].model_dump_json()
+                with fork_server.main_module_hidden():
+                    running[self._executor().submit(_predict, text, key[1], self._options)] = key
+        broken = []
+        for future in as_completed(running):
+            try:
+                self._answers[running[future]] = future.result()
+            except BrokenProcessPool:
+                broken.append(running[future])
+                continue
+            yield from _spec_predictions(groups[running[future]], self._answers[running[future]])
+        for key in broken:  # one at a time: a process that dies takes the whole pool with it
+            self._answers[key] = self._predict_alone(groups[key][0], key[1])
+            yield from _spec_predictions(groups[key], self._answers[key])
+
+    def _predict_alone(self, spec: TrialSpec, device_type: DeviceType) -> dict[str, Any]:
+        self._stop()
+        try:
+            with fork_server.main_module_hidden():
+                return self._executor().submit(_predict, spec.model_dump_json(), device_type, self._options).result()
+        except BrokenProcessPool:
+            self._stop()
+            return {"error": "the process that predicted it was killed"}
+
+    def _stop(self) -> None:
+        if self._pool is None:
+            return
+        # Private API of Python (3.11); `ProcessPoolExecutor.kill_workers` of Python 3.14 replaces it.
+        for process in list(self._pool._processes.values()):
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
+
+    def _executor(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                os.cpu_count() or 1, mp_context=fork_server.start(), initializer=_ignore_interrupts
+            )
+        return self._pool
+
+
+def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterator[SpecPrediction]:
+    prediction = None if "error" in answer else Prediction.model_validate(answer)
+    for spec in specs:
+        yield SpecPrediction(spec, prediction, answer.get("error"))
+
+
+def _ignore_interrupts() -> None:
+    """The runner alone handles interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> dict[str, Any]:
+    """In the child: the fields of a `Prediction`, or the first line of the error."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+        from harness.predict import peak
+
+        try:
+            prediction = peak.predict(TrialSpec.model_validate_json(text), device_type, **options)
+        except Exception as error:  # a model's own code may raise anything; other specs are still predicted
+            first = redact(first_line(error))
+            return {"error": first if isinstance(error, peak.Unpredictable) else f"{type(error).__name__}: {first}"}
+    return prediction.model_dump(mode="json")

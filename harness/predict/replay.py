@@ -1,0 +1,173 @@
+"""The tracker of a step on fake tensors: sizes as on the target device, peaks by phase, and operations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from harness.environment import DeviceType
+from harness.predict.roofline import Work
+from harness.record import Phase
+from harness.training import distributed
+from harness.training.live_tensors import Component, LiveTensors
+
+_ROUNDING: dict[DeviceType, int] = {"cpu": 1, "cuda": 512}
+"""Smallest block of the allocator, in bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""
+_CPU = torch.device("cpu")
+_device = torch.ops.prim.device.default
+_WITHOUT_TRAFFIC = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The tensor that an operation returns, where its arguments' shapes determine it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int | None
+    """Into the storage of the first argument, of which it is a view; null: a storage of its own."""
+    work: tuple[str | None, int, int] | None
+    """Type, operations and bytes; null: none."""
+
+
+_cache: dict[tuple[Any, ...], _Output] = {}
+"""By operation and shapes, which repeat over a model's layers and a grid's trials. FakeTensorMode has a cache too, but
+takes three times as long."""
+
+
+class Replay(LiveTensors):
+    """`LiveTensors` for a step under FakeTensorMode.
+
+    It uses private API of torch (2.13): `FakeTensor`'s constructor and `constant`, `_DisableTorchDispatch`, an
+    operator's `_schema` and `_overloadpacket`, `_cdata`. Most of it serves the cache; without the cache, predictions
+    are the same and take three times as long.
+
+    Args:
+        device_type: target device.
+        fake: the mode that makes the tensors.
+    """
+
+    def __init__(self, device_type: DeviceType, fake: FakeTensorMode) -> None:
+        super().__init__("cpu")
+        self.phases: dict[Phase, int] = {}
+        """Highest sum by phase."""
+        self.phase: Phase = "load"
+        self.counting = True
+        """Whether new storages are counted."""
+        self._work: Counter[tuple[str | None, int, int]] = Counter()
+        self._rounding = _ROUNDING[device_type]
+        self._fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device:  # two thirds of all calls, and slow in FakeTensorMode
+            return args[0].fake_device
+        key = _key(func, args, kwargs)
+        cached = _cache.get(key) if key is not None else None
+        if cached is not None:
+            return self._from_cache(cached, args)
+        before = self.flops
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        work = _work_of(func, args, out, self.flops - before)
+        if work is not None:
+            self._work[work] += 1
+        if key is not None:
+            _store(key, args, out, work)
+        return out
+
+    def _from_cache(self, cached: _Output, args: Any) -> torch.Tensor:
+        """The tensor that FakeTensorMode would return."""
+        with torch._C._DisableTorchDispatch():  # as in FakeTensorMode
+            if cached.offset is None:
+                meta = torch.empty_strided(cached.shape, cached.stride, dtype=cached.dtype, device="meta")
+            else:
+                meta = torch.empty(0, dtype=cached.dtype, device="meta")
+                meta.set_(args[0].untyped_storage(), cached.offset, cached.shape, cached.stride)
+            out: torch.Tensor = FakeTensor(self._fake, meta, _CPU)
+        if cached.work is not None:
+            self._work[cached.work] += 1
+        self._add(out, self.component)
+        return out
+
+    def _count(self, size: int, component: Component) -> None:
+        super()._count(size, component)
+        if self.total > self.phases.get(self.phase, 0):
+            self.phases[self.phase] = self.total
+
+    def _is_counted(self, tensor: torch.Tensor) -> bool:
+        return self.counting and tensor.device.type == "cpu"
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._rounding) * self._rounding
+
+    def enter(self, phase: Phase) -> None:
+        """Start a phase; its peak is at least what is live now."""
+        self.phase = phase
+        self.phases[phase] = max(self.phases.get(phase, 0), self.total)
+
+    def take_work(self, times: int = 1) -> list[Work]:
+        """The operations since the last call, with `times` their calls."""
+        work = [Work(dtype=d, flops=f, moved_bytes=m, calls=n * times) for (d, f, m), n in self._work.items()]
+        self._work.clear()
+        return work
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+    """The operation and its arguments' shapes; null where these do not determine the output."""
+    if func.namespace != "aten" or func._schema.is_mutable:
+        return None
+    key = [func]
+    for value in (*args, *(kwargs or {}).items()):
+        signature = _signature(value)
+        if signature is None:
+            return None
+        key.append(signature)
+    return tuple(key)
+
+
+def _signature(value: Any) -> tuple[Any, ...] | None:
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None or value.fake_device != _CPU or value.layout is not torch.strided:
+            return None
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if kind in _PLAIN:
+        return kind, value
+    if kind in (list, tuple):
+        inner = tuple(type(v) if type(v) in _PLAIN else None for v in value)
+        return None if None in inner else (kind, inner, *value)
+    return None
+
+
+def _store(key: tuple[Any, ...], args: Any, out: Any, work: tuple[str | None, int, int] | None) -> None:
+    if type(out) is not FakeTensor or out.constant is not None or out.fake_device != _CPU:
+        return
+    storage = out.untyped_storage()._cdata
+    owners = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == storage]
+    if owners not in ([], [0]) or (not owners and out.storage_offset()):
+        return
+    offset = int(out.storage_offset()) if owners else None
+    _cache[key] = _Output(tuple(out.shape), out.stride(), out.dtype, offset, work)
+
+
+def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, int, int] | None:
+    if func.is_view or func.namespace == "c10d" or func._overloadpacket.__name__ in _WITHOUT_TRAFFIC:
+        return None
+    dtype = str(next(a for a in args if isinstance(a, torch.Tensor)).dtype).removeprefix("torch.") if flops else None
+    return dtype, flops, _bytes(args) + _bytes((out,))
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            total += distributed.local_tensor(value).numel() * value.element_size()
+        elif isinstance(value, list | tuple):
+            total += _bytes(value)
+    return total

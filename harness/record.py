@@ -1,0 +1,225 @@
+"""Job and record of a trial: what a worker is asked, and how it ended, with steps and losses. Frozen."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from harness import metrics
+from harness.environment import Environment
+from harness.spec import Facts, TrialSpec
+
+Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed", "skipped"]
+Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
+Model = Literal["base", "unmerged", "merged"]
+"""Models of the inference benchmark: the base, the base with its adapter, and the two merged."""
+DISK_FULL = "DiskFull"
+"""Error type of a trial whose disk was full: not its own fault, so it may be run again."""
+
+
+class Row(BaseModel):
+    """A frozen model of which a table holds the fields as columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Step(Row):
+    """One optimizer step."""
+
+    step: int
+    """From 1."""
+    tracked: bool
+    """Whether memory was tracked. Tracked steps are not timed, and timed steps are not tracked."""
+    seconds: float
+    """Wall time, including the tracker's overhead in tracked steps."""
+    loss: float
+    """Nats per supervised token before this step's update."""
+    grad_norm: float | None
+    """Before clipping; null where the loss scaler skipped a fp16 step."""
+    learning_rate: float
+    """During this step."""
+    samples: int
+    """Examples."""
+    tokens: int
+    """Non-padding tokens."""
+    supervised_tokens: int
+    """Tokens that carry loss."""
+    padded_tokens: int
+    """All positions."""
+    peak_memory_bytes: int | None
+    """Highest live memory of the step, where it was tracked."""
+
+
+class StoryLoss(Row):
+    """Loss of one held-out story or general passage."""
+
+    story_id: str
+    """Hash of its texts."""
+    when: Literal["before", "after"]
+    """Before or after training."""
+    loss: float
+    """Nats per completion token."""
+    tokens: int
+    """Completion tokens."""
+    kind: Annotated[Literal["held-out", "general"], Facts(absent="held-out")] = "held-out"
+    """A story of the dataset, or a passage of the bundled general text."""
+
+
+class ModelFootprint(Row):
+    """Memory of a model in the inference benchmark, and its deviation from the unmerged one."""
+
+    model: Model
+    """Which of the three."""
+    precision: str
+    """Of its base weights; a base quantised for training is merged in 16 bit."""
+    model_bytes: int
+    """See `metrics.INFERENCE`."""
+    peak_inference_bytes: int
+    """As above."""
+    logit_difference: float | None = None
+    """As above; null but for the merged model."""
+
+
+class Request(Row):
+    """One timed request of the inference benchmark."""
+
+    model: Model
+    """Which of the three."""
+    round: int
+    """From 0. Each round loads every model again and sends the same requests."""
+    story_id: str
+    """Story whose prompt was sent."""
+    prompt_tokens: int
+    """Tokens in the prompt."""
+    prefill_seconds: float
+    """Seconds until the first new token."""
+    token_seconds: tuple[float, ...]
+    """Seconds of each new token after the first."""
+
+
+class Answer(Row):
+    """Loss of a model on a held-out story, and the story that it generated for the same prompt."""
+
+    model: Model
+    """Which of the three."""
+    story_id: str
+    """Hash of the story's texts."""
+    loss: float
+    """Nats per completion token."""
+    tokens: int
+    """Completion tokens."""
+    synopsis: str | None = None
+    """The prompt, where a story was generated."""
+    reference: str | None = None
+    """The held-out story."""
+    story: str | None = None
+    """The generated story."""
+    rouge_l: float | None = None
+    """See `metrics.INFERENCE`."""
+    distinct_2: float | None = None
+    """As above."""
+    repetition: float | None = None
+    """As above."""
+    words: float | None = None
+    """As above."""
+
+
+class InferenceRecord(Row):
+    """Results of the inference benchmark of one trained adapter."""
+
+    environment: Environment
+    """Where it ran."""
+    models: tuple[ModelFootprint, ...]
+    """One row per model."""
+    requests: tuple[Request, ...]
+    """Timed requests."""
+    answers: tuple[Answer, ...]
+    """One row per model and held-out story; none for random weights."""
+
+
+class Job(Row):
+    """What a worker executes: a spec, and the trial's place in its grid."""
+
+    grid: str
+    """Name of the grid."""
+    spec: TrialSpec
+    """Spec to execute."""
+    label: str
+    """The trial's name in its grid."""
+    factor: str | None = None
+    """Factor that sets it apart from the baseline."""
+    level: str | None = None
+    """That factor's level."""
+    repeat: int = 0
+    """Repeat number."""
+    baseline_id: str | None = None
+    """Id of the spec that it is compared with; its own for a baseline."""
+    twin: bool = False
+    """Whether it is the second run of the baseline (A/A)."""
+    study: str | None = None
+    """Name of the search that proposed it."""
+    study_trial: int | None = None
+    """Its number there."""
+
+
+class Record(Job):
+    """How one trial ended and what was measured: exactly one per trial."""
+
+    environment: Environment
+    """Where it ran."""
+    status: Status
+    """How it ended."""
+    phase: Phase | None = None
+    """Where it failed."""
+    error_type: str | None = None
+    """Class of the error."""
+    error: str | None = None
+    """Its first line."""
+    started_at: dt.datetime
+    """UTC."""
+    metrics: dict[str, float | int | None] = {}
+    """Figures by metric name; missing ones are null."""
+    steps: tuple[Step, ...] = ()
+    """Optimizer steps."""
+    stories: tuple[StoryLoss, ...] = ()
+    """Losses of held-out stories and general passages."""
+    adapter_id: str | None = None
+    """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
+    attempt: Annotated[int, Facts(absent=1)] = 1
+    """From 1. The workers of earlier attempts were lost."""
+    node: str | None = None
+    """Machine of a cluster on which it ran; null: the runner's own."""
+    log: str | None = None
+    """File of its output within the results folder; null where it ended well."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_and_finite(cls, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
+        return {name: metrics.check(name, value) for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _status_agrees(self) -> Record:
+        if self.status == "ok" and (self.phase or self.error or self.error_type):
+            raise ValueError("an ok record has no phase and no error")
+        if self.status != "ok":
+            scores = [n for n, v in self.metrics.items() if n in metrics.SCORES and v is not None]
+            if scores:
+                raise ValueError(f"a {self.status} record carries no scores, and has {', '.join(scores)}")
+        return self
+
+    @classmethod
+    def of(cls, job: Job, **outcome: Any) -> Record:
+        """The record of a job."""
+        return cls(**{name: getattr(job, name) for name in Job.model_fields}, **outcome)
+
+    @property
+    def trial_id(self) -> str:
+        """Id of spec and environment: the same trial on the same machine has the same id."""
+        return trial_id(self.spec, self.environment, twin=self.twin)
+
+
+def trial_id(spec: TrialSpec, environment: Environment, *, twin: bool = False) -> str:
+    """Identity of a trial: `<spec id>-<environment id>`, and `-twin` where it is the baseline's second run."""
+    return f"{spec.id}-{environment.id}" + "-twin" * twin

@@ -1,0 +1,300 @@
+"""Predictions of a grid as a table, a plot, and files for other tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table as RichTable
+
+from harness._util.files import write_whole
+from harness._util.terminal import plain
+from harness.environment import DeviceType
+from harness.metrics import COMPONENTS, METRICS, byte_unit, show_bytes, show_scientific, show_seconds
+from harness.predict.calibration import Calibration
+from harness.predict.cards import CARDS
+from harness.predict.largest import NO_EFFECT, Largest
+from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, capacity_per_process, fits
+from harness.predict.roofline import Rates, predicted_seconds, roofline_seconds
+from harness.record import Phase
+from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart, axis_title
+from harness.report.writers import images
+from harness.spec import TrialSpec
+
+_WIDE = 130
+"""Columns of a terminal that fits every column."""
+_COLOURS = {"fits": "green", "tight": "yellow", "no": "red"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One trial of a plan."""
+
+    label: str
+    spec: TrialSpec
+    prediction: Prediction | None
+    error: str | None
+    """Why there is no prediction."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions of a grid's trials for one kind of device."""
+
+    title: str
+    device_type: DeviceType
+    lines: tuple[Line, ...]
+    capacities: Mapping[str, int]
+    """Bytes available, by the name of a card or an amount."""
+    calibration: Calibration | None = None
+    """Corrects the peaks."""
+    rates: Rates | None = None
+    """Of the device; null: unknown."""
+    rates_from: str = "this device's measured rates"
+    """Source of the rates."""
+
+    @property
+    def margin(self) -> float:
+        """Fraction by which a need may exceed its prediction."""
+        least = MARGIN[self.device_type]
+        # On CUDA the default covers the allocator's reserve, which calibrated peaks do not include.
+        return least if self.calibration is None else max(least, self.calibration.margin)
+
+    def peak(self, prediction: Prediction) -> int:
+        """Predicted bytes, corrected by the calibration."""
+        return prediction.peak_memory_bytes if self.calibration is None else self.calibration.peak(prediction)
+
+    def need(self, prediction: Prediction) -> int:
+        """Predicted bytes with the margin."""
+        return round(self.peak(prediction) * (1 + self.margin))
+
+    def step_seconds(self, prediction: Prediction) -> float | None:
+        """Predicted seconds of a step, corrected by the calibration; null without rates."""
+        if self.rates is None:
+            return None
+        factor = self.calibration.step_factor if self.calibration is not None else None
+        return predicted_seconds(prediction.work, self.rates) * (factor or 1.0)
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """The unit that suits the largest peak, and its bytes."""
+        most = max((self.peak(line.prediction) for line in self.lines if line.prediction), default=0)
+        return byte_unit(most)
+
+    def footnotes(self) -> list[str]:
+        """What the figures mean, and how accurate they are."""
+        device = "CUDA" if self.device_type == "cuda" else "this CPU"
+        notes = [
+            f"{line.label}: not predicted, {(line.error or '').rstrip('.')}."
+            for line in self.lines
+            if line.prediction is None
+        ]
+        notes.append(f"Live tensors of the training step on {device}, at the moment of the peak.")
+        if any(line.spec.num_processes > 1 for line in self.lines):
+            notes.append("Of several processes, the memory of each; a step's time is without communication.")
+        if self.calibration is not None:
+            notes.append(f"Calibrated on {self.calibration.describe()}.")
+        notes.append(
+            f"A need may exceed its prediction by {self.margin:.1%}: fits includes this margin, tight fits without it."
+            + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
+        )
+        if self.device_type == "cuda" and self.capacities.keys() & CARDS.keys():
+            notes.append("A card's capacity excludes the CUDA context (0.5 GiB).")
+        if self.rates is not None:
+            notes.append(
+                f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at the device's roofline."
+            )
+        return notes
+
+
+def terminal(plan: Plan, width: int) -> RichTable:
+    """A row for each trial: peak and whether it fits; in a wide terminal, components, phase and work too."""
+    unit, size = plan.unit
+    wide = width >= _WIDE
+    table = RichTable(title=f"{plain(plan.title)}: predicted peaks, {unit}", title_justify="left")
+    table.add_column("trial", overflow="fold")
+    more = (*COMPONENTS, "in", "FLOP/step") if wide else ()
+    step = ("step",) if plan.rates is not None else ()
+    for heading in ("peak", *more, *step, *plan.capacities):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in plan.lines:
+        prediction = line.prediction
+        if prediction is None:
+            table.add_row(plain(line.label), "[red]–[/]")
+            continue
+        peak = plan.peak(prediction)
+        details = (
+            *(f"{prediction.breakdown[f'memory_{name}_bytes'] / size:.2f}" for name in COMPONENTS),
+            max(prediction.phases, key=prediction.phases.__getitem__),
+            show_scientific(prediction.flops),
+        )
+        table.add_row(
+            plain(line.label),
+            f"[bold]{peak / size:.2f}[/]",
+            *(details if wide else ()),
+            *((_step(plan, prediction),) if step else ()),
+            *(_verdict(plan, peak, _capacity(plan, line, name)) for name in plan.capacities),
+        )
+    return table
+
+
+def _step(plan: Plan, prediction: Prediction) -> str:
+    seconds = plan.step_seconds(prediction)
+    if seconds is None or plan.rates is None:
+        return ""
+    return f"{show_seconds(seconds)} ({roofline_seconds(prediction.work, plan.rates) / seconds:.0%})"
+
+
+def _capacity(plan: Plan, line: Line, name: str) -> int:
+    """Bytes that a process of a trial may take, within its own budget."""
+    capacity = plan.capacities[name]
+    if name == LOCAL_MACHINE:
+        capacity = capacity_per_process(capacity, line.spec, plan.device_type)
+    return min(capacity, line.spec.memory_budget or capacity)
+
+
+def _verdict(plan: Plan, peak: int, capacity: int) -> str:
+    verdict = fits(peak, capacity, plan.margin)
+    return f"[{_COLOURS[verdict]}]{verdict}[/] ({peak / capacity:.0%})"
+
+
+def terminal_largest(
+    title: str,
+    key: str,
+    labels: Mapping[str, str],
+    capacities: Sequence[str],
+    answers: Mapping[tuple[str, str], Largest],
+    most: int,
+) -> RichTable:
+    """A row for each trial: the largest value that fits each capacity, and its need.
+
+    Args:
+        title: of the grid.
+        key: the searched key.
+        labels: by spec id.
+        capacities: their names.
+        answers: by spec id and name of the capacity.
+        most: upper limit of the search.
+    """
+    table = RichTable(title=f"{plain(title)}: largest {key} that fits", title_justify="left")
+    table.add_column("trial")
+    for name in capacities:
+        table.add_column(name, justify="right")
+    for spec_id, label in labels.items():
+        table.add_row(plain(label), *(_answer(answers[spec_id, name], most) for name in capacities))
+    return table
+
+
+def _answer(largest: Largest, most: int) -> str:
+    if largest.error is not None:
+        return "[dim]–[/]" if largest.error == NO_EFFECT else f"[red]{plain(largest.error)}[/]"
+    if largest.value is None or largest.need is None:
+        return "[red]not even 1[/]"
+    bound = "≥ " if largest.value >= most else ""
+    return f"[bold]{bound}{largest.value:,}[/] ({show_bytes(largest.need)})"
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """A row for each trial, in base units; null where unknown."""
+    records = []
+    for line in plan.lines:
+        p = line.prediction
+        records.append(
+            {
+                "label": line.label,
+                "spec_id": line.spec.id,
+                "device_type": plan.device_type,
+                "predicted_peak_memory_bytes": plan.peak(p) if p else None,
+                "uncorrected_peak_memory_bytes": p.peak_memory_bytes if p else None,
+                "margin": plan.margin,
+                **{f"memory_{c}_bytes": p.breakdown[f"memory_{c}_bytes"] if p else None for c in COMPONENTS},
+                **{f"peak_{phase}_bytes": p.phases.get(phase) if p else None for phase in _PHASES},
+                "flops": float(p.flops) if p else None,
+                "moved_bytes": float(sum(w.moved_bytes * w.calls for w in p.work)) if p else None,
+                "positions": p.positions if p else None,
+                "step_seconds": plan.step_seconds(p) if p else None,
+                "least_step_seconds": roofline_seconds(p.work, plan.rates) if p and plan.rates else None,
+                **{
+                    f"fits {name}": fits(plan.peak(p), _capacity(plan, line, name), plan.margin) if p else None
+                    for name in plan.capacities
+                },
+                "error": line.error,
+            }
+        )  # fmt: skip
+    return records
+
+
+_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+
+
+def write(plan: Plan, folder: Path) -> list[Path]:
+    """`plan.json`, `plan.parquet`, and the plot as `plan.svg` and `plan.png`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    records = rows(plan)
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records), content)
+    files: dict[str, bytes] = {
+        "plan.json": (json.dumps(records, indent=1) + "\n").encode(),
+        "plan.parquet": content.getvalue().to_pybytes(),
+    }
+    drawn = chart(plan)
+    if drawn is not None:
+        svg, files["plan.png"] = images(drawn)
+        files["plan.svg"] = svg.encode()
+    for name, data in files.items():
+        write_whole(folder / name, data)
+    return [folder / name for name in files]
+
+
+def chart(plan: Plan) -> Chart | None:
+    """Peaks by component, with a line at each capacity; null where nothing was predicted."""
+    unit, size = plan.unit
+    parts = [
+        {
+            "trial": line.label,
+            "component": name,
+            "rank": rank,
+            "size": line.prediction.breakdown[f"memory_{name}_bytes"] / size,
+        }
+        for line in plan.lines
+        if line.prediction is not None
+        for rank, name in enumerate(COMPONENTS)
+    ]
+    if not parts:
+        return None
+    order = [line.label for line in plan.lines]
+    colours = altair.Scale(domain=list(COMPONENTS), range=[BLUE, ORANGE, GREEN, PINK, SKY])
+    bars = (
+        altair.Chart(pandas.DataFrame(parts))
+        .mark_bar()
+        .encode(
+            y=altair.Y("trial:N", sort=order, title=None, axis=altair.Axis(labelLimit=260)),
+            x=altair.X("sum(size):Q", title=axis_title("predicted_peak_memory_bytes", unit)),
+            color=altair.Color("component:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
+            order="rank:O",
+        )
+    )
+    layers = [bars]
+    if plan.capacities:
+        limits = altair.Chart(
+            pandas.DataFrame({"name": list(plan.capacities), "size": [c / size for c in plan.capacities.values()]})
+        )
+        layers.append(limits.mark_rule(strokeDash=[4, 3]).encode(x="size:Q"))
+        layers.append(
+            limits.mark_text(align="left", dx=3, dy=-4, baseline="bottom").encode(
+                x="size:Q", y=altair.value(0), text="name:N"
+            )
+        )
+    heading = METRICS["predicted_peak_memory_bytes"].heading
+    drawn = altair.layer(*layers).properties(width=640, title=f"{heading}: {plan.title}")
+    return Chart("plan", heading, "Live tensors at the moment of the peak.", drawn)

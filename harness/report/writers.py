@@ -1,0 +1,269 @@
+"""Writes a report as Markdown, CSV, LaTeX, images and one HTML page. Text from data is escaped in each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table as RichTable
+
+from harness._util.files import write_whole
+from harness._util.terminal import plain, printable
+from harness.analysis.comparison import Comparison
+from harness.metrics import FIGURES, HEADLINE
+from harness.report.document import MOST_ROWS, Document
+from harness.report.inference_tables import GeneratedStory
+from harness.report.plots import Chart
+from harness.report.tables import Cell, Table, headings_of, techniques
+
+_PNG_SCALE = 2.0
+_THEME = {
+    "background": "white",
+    "font": "sans-serif",
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"},
+    "title": {"anchor": "start", "fontSize": 14},
+    "view": {"stroke": "#cccccc"},
+}
+
+
+def write(document: Document, folder: Path, progress: Callable[[str], None] = lambda what: None) -> list[Path]:
+    """Write every format into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/.
+
+    Args:
+        document: the report.
+        folder: created if missing; files of the same names are replaced.
+        progress: called with the name of the file being written.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    written: list[Path] = []
+
+    def keep(name: str, content: str | bytes) -> None:
+        progress(name)
+        file = folder / name
+        write_whole(file, content.encode() if isinstance(content, str) else content)
+        written.append(file)
+
+    keep("report.md", markdown(document))
+    keep("comparisons.csv", comparisons_csv(document))
+    claims = ([Cell(text) for text in row] for row in _claim_rows(document))
+    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims))
+    for table in document.tables:
+        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows))
+        keep(f"tables/{table.id}.tex", latex(table))
+    for chart in document.charts:
+        svg, png = images(chart)
+        keep(f"plots/{chart.id}.svg", svg)
+        keep(f"plots/{chart.id}.png", png)
+    if document.recommended is not None:
+        keep("recommended.yml", document.recommended.yaml)
+    keep("report.html", html(document))
+    return written
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table for a terminal, transposed: a column for each row."""
+    shown = RichTable(title=plain(table.title), caption=plain(table.note), title_justify="left", show_header=False)
+    shown.add_column()
+    for _ in table.rows:
+        shown.add_column(justify="right")
+    for number, heading in enumerate(table.headings):
+        shown.add_row(plain(heading), *(plain(row[number].text) for row in table.rows))
+    return shown
+
+
+def terminal(comparison: Comparison) -> RichTable:
+    """The technique comparison for a terminal: each figure above its effect against the baseline."""
+    m = comparison.measurements
+    left_out = f"; left out: {', '.join(m.left_out)}" if m.left_out else ""
+    caption = plain(f"{m.where}{left_out}")
+    shown = RichTable(title=plain(m.title), caption=caption, title_justify="left", caption_justify="left")
+    for number, heading in enumerate(("Technique", *headings_of(HEADLINE), "n")):
+        shown.add_column(heading, justify="right" if number == 4 else "left")
+    for technique, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
+        figures = [
+            f"{plain(value.text)}\n[dim]{plain(against.text)}[/]"
+            for value, against in zip(cells[::2], cells[1::2], strict=True)
+        ]
+        shown.add_row(plain(technique.text), *figures, repeats.text)
+    return shown
+
+
+def markdown(document: Document) -> str:
+    """The report as Markdown that links its plots."""
+    parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
+    parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
+    if document.recommended is not None:
+        parts.append(f"The recommended configuration, {_md(document.recommended.label)}, is in recommended.yml.")
+    first, *rest = document.tables
+    parts.append(_md_table(first))
+    parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]
+    parts.append("## Claims\n\n" + _md_rows(_CLAIM_HEADINGS, _claim_rows(document)))
+    parts += [_md_table(table) for table in rest]
+    if document.stories:
+        parts.append("## Stories")
+        parts += [_md_story(story) for story in document.stories]
+    parts.append("## What the words mean\n\n" + "\n".join(f"- {_md(line)}" for line in document.thresholds) + _READING)
+    parts.append("## Caveats\n\n" + "\n".join(f"- {_md(caveat)}" for caveat in document.caveats))
+    if document.snippets:
+        parts.append(_APPENDIX)
+        parts += [
+            f"{_md(snippet.title)} (for example {_md(snippet.example)}):\n\n```python\n{snippet.code}\n```"
+            for snippet in document.snippets
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+_READING = """
+- *not distinguishable*: the interval, adjusted over all comparisons of the same figure (Holm), contains "no effect",
+  or a speed differs by less than two runs of the baseline do
+- *same within x*: the whole interval lies within x of no effect
+- *not measured*: no two trials that differ in this alone were run"""
+_APPENDIX = """## Appendix: recompute it
+
+Every figure can be recomputed from the parquet, after `import numpy, pandas`."""
+
+
+def _md(text: str) -> str:
+    """Escaped text, which cannot end a cell, begin markup, or load anything."""
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    for sign in "\\`*[]|":
+        line = line.replace(sign, f"\\{sign}")
+    return line.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _md_story(story: GeneratedStory) -> str:
+    """A synopsis, and its stories side by side."""
+    headings = ("held out", *story.stories)
+    texts = (story.reference, *story.stories.values())
+    cells = ["<br>".join(_md(line) for line in text.splitlines() if line.strip()) for text in texts]
+    rows = [f"| {' | '.join(map(_md, headings))} |", "|" + " --- |" * len(headings), f"| {' | '.join(cells)} |"]
+    return f"{_md(story.trial)}: *{_md(story.synopsis)}*\n\n" + "\n".join(rows)
+
+
+def _md_table(table: Table) -> str:
+    rows = [[cell.text for cell in row] for row in table.rows[:MOST_ROWS]]
+    note = f"\n\n{_md(table.note)}" if table.note else ""
+    return f"## {_md(table.title)}\n\n{_md_rows(table.headings, rows)}{note}"
+
+
+def _md_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(map(_md, headings)) + " |", "|" + " --- |" * len(headings)]
+    lines += ["| " + " | ".join(map(_md, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+_CLAIM_HEADINGS = ("Claim", "Where", "Expected", "Verdict", "Measured", "Over", "Rests on")
+
+
+def _claim_rows(document: Document) -> list[list[str]]:
+    return [
+        [
+            v.claim.says,
+            v.claim.section,
+            f"{v.claim.metric}{' / ' + v.claim.per if v.claim.per else ''}: {v.claim.expect}",
+            v.word,
+            v.size,
+            v.pairs,
+            v.rests_on,
+        ]
+        for v in document.verdicts
+    ]
+
+
+def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_no_formula, headings))
+    writer.writerows([_no_formula(c.text) if c.value is None else c.text for c in row] for row in rows)
+    return out.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
+def comparisons_csv(document: Document) -> str:
+    """One row per configuration and figure, in base units and unrounded."""
+    comparison = document.comparison
+    m = comparison.measurements
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("technique", "metric", "mean", "effect", "low", "high", "n", "basis", "p_holm", "verdict"))
+    labels = m.configs["label"].astype(str).to_dict()
+    for metric, estimates in comparison.estimates.items():
+        for config, mean in comparison.means[metric].dropna().items():
+            e = estimates.get(config)  # type: ignore[call-overload]  # the index holds configurations
+            rest = (e.value, e.low, e.high, e.n, e.basis, e.p, e.verdict) if e else (None,) * 7
+            writer.writerow((_no_formula(labels[config]), metric, mean, *rest))
+    return out.getvalue()
+
+
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "×": r"$\times$", "−": "$-$", "–": "--", "→": r"$\rightarrow$", "÷": r"$\div$", "±": r"$\pm$",
+})  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return printable(" ".join(text.split())).translate(_LATEX)
+
+
+def latex(table: Table) -> str:
+    """A booktabs table."""
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{table}",
+        f"\\caption{{{_tex(table.title)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(table.headings) - 1)}}}",
+        "\\toprule",
+        " & ".join(map(_tex, table.headings)) + r" \\",
+        "\\midrule",
+        *(" & ".join(_tex(cell.text) for cell in row) + r" \\" for row in table.rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def images(chart: Chart) -> tuple[str, bytes]:
+    """SVG and PNG of a chart on white, for print."""
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(chart.spec(), config=_THEME)
+    return svg, vl_convert.svg_to_png(svg, scale=_PNG_SCALE)
+
+
+def html(document: Document) -> str:
+    """One self-contained page: styles, scripts, charts and data are in it."""
+    import jinja2
+    import vl_convert
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup, a subclass, is ours
+    )
+    return environment.get_template("page.html.j2").render(
+        document=document,
+        claim_headings=_CLAIM_HEADINGS,
+        claim_rows=_claim_rows(document),
+        most_rows=MOST_ROWS,
+        charts={chart.id: chart.spec() for chart in document.charts},
+        metrics=FIGURES.values(),
+        environment_text=json.dumps(document.environment, indent=2),
+        vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # the stub requires an optional argument
+    )

@@ -1,0 +1,147 @@
+"""The Arrow schema of the results, derived from spec, metrics and record; records to rows, and rows to specs."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from harness import metrics
+from harness.record import Answer, ModelFootprint, Record, Request, Row, Step, StoryLoss
+from harness.spec import Facts, TrialSpec
+
+SCHEMA_VERSION = 1
+Table = Literal["trials", "steps", "stories", "models", "requests", "answers"]
+_IDENTITY = {
+    "trial_id": pa.string(),
+    "spec_id": pa.string(),
+    "environment_id": pa.string(),
+    **{n: pa.string() for n in ("grid", "label", "factor", "level")},
+    "repeat": pa.int64(),
+    "baseline_id": pa.string(),
+    "twin": pa.bool_(),
+    "study": pa.string(),
+    "study_trial": pa.int64(),
+    **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
+    "attempt": pa.int64(),
+    "node": pa.string(),
+    "log": pa.string(),
+    "started_at": pa.timestamp("us", tz="UTC"),
+}
+_ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
+
+
+def _arrow(annotation: Any) -> pa.DataType:
+    """Arrow type of a field's annotation; nested models are stored as JSON."""
+    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+    if annotation in plain:
+        return plain[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return pa.string()
+    if origin is typing.Annotated:
+        return _arrow(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _arrow(next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        return (
+            pa.string() if isinstance(args[0], type) and issubclass(args[0], BaseModel) else pa.list_(_arrow(args[0]))
+        )
+    raise TypeError(f"no Arrow type for {annotation}")
+
+
+def _columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
+    return {name: _arrow(field.annotation) for name, field in model.model_fields.items()}
+
+
+# In the order in which they are written: a row of the last table promises those of the others.
+TRIAL_TABLES: tuple[Table, ...] = ("steps", "stories", "trials")
+"""Tables of records."""
+INFERENCE_TABLES: dict[Table, type[Row]] = {"requests": Request, "answers": Answer, "models": ModelFootprint}
+"""Tables of inference results."""
+FIELDS: dict[Table, dict[str, FieldInfo]] = {
+    "trials": {**TrialSpec.model_fields, **Record.model_fields},
+    "steps": Step.model_fields,
+    "stories": StoryLoss.model_fields,
+    **{table: row.model_fields for table, row in INFERENCE_TABLES.items()},
+}
+"""Declarations of columns, by table and name."""
+METRIC_COLUMNS = {m.name: pa.int64() if m.type == "int" else pa.float64() for m in metrics.METRICS.values()}
+
+
+def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+_OF_TRIAL = {"trial_id": pa.string()}
+_OF_ADAPTER = _OF_TRIAL | {"adapter_id": pa.string()}
+SCHEMAS: dict[Table, pa.Schema] = {
+    "trials": _schema(
+        _IDENTITY | _columns(TrialSpec) | {"effective_batch_size": pa.int64()} | METRIC_COLUMNS | _ENVIRONMENT
+    ),
+    "steps": _schema(_OF_TRIAL | _columns(Step)),
+    "stories": _schema(_OF_TRIAL | _columns(StoryLoss)),
+    **{table: _schema(_OF_ADAPTER | _columns(row)) for table, row in INFERENCE_TABLES.items()},
+}
+
+
+def absent_value(table: Table, column: str) -> Any:
+    """What a column holds for rows from before it existed."""
+    field = FIELDS[table].get(column)
+    absent = ... if field is None else Facts.of(field).absent
+    return None if absent is ... else absent
+
+
+def trial_row(record: Record) -> dict[str, Any]:
+    """A record as a row of the trials table."""
+    spec = record.spec.model_dump(mode="json")
+    spec["datasets"] = json.dumps(spec["datasets"], sort_keys=True)
+    return {
+        **{name: getattr(record, name) for name in _IDENTITY if name in Record.model_fields},
+        "trial_id": record.trial_id,
+        "spec_id": record.spec.id,
+        "environment_id": record.environment.id,
+        **spec,
+        "effective_batch_size": record.spec.effective_batch_size,
+        **{name: record.metrics.get(name) for name in METRIC_COLUMNS},
+        "device_type": record.environment.device_type,
+        "device_name": record.environment.device_name,
+        "environment": record.environment.model_dump_json(),
+    }
+
+
+_INTEGERS = frozenset(name for name, type_ in _columns(TrialSpec).items() if pa.types.is_integer(type_))
+
+
+def spec_of(row: Mapping[str, Any]) -> TrialSpec:
+    """The spec of a row of the trials table, from Arrow or pandas."""
+    import numpy
+    import pandas
+
+    values: dict[str, Any] = {}
+    for name in TrialSpec.model_fields:
+        value = row[name]
+        if isinstance(value, numpy.ndarray):
+            value = value.tolist()
+        elif value is None or (not isinstance(value, list | tuple) and pandas.isna(value)):
+            value = None
+        elif isinstance(value, numpy.generic):
+            value = value.item()
+        # pandas holds nullable integers as floats.
+        values[name] = int(value) if name in _INTEGERS and isinstance(value, float) else value
+    return parse_spec(values)
+
+
+def parse_spec(values: Mapping[str, Any]) -> TrialSpec:
+    """A spec of plain values, its datasets as JSON.
+
+    Raises:
+        ValueError: they are not those of a spec.
+    """
+    return TrialSpec.model_validate({**values, "datasets": json.loads(values["datasets"])})

@@ -1,0 +1,239 @@
+"""The parquet folder that keeps every record.
+
+`results/<grid>/{trials,steps,stories}/` hold one part per trial, written aside and renamed, so
+that a part is whole or absent; `{models,requests,answers}/` hold inference results in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import time
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from harness._util.files import locked, write_whole
+from harness.errors import InputError
+from harness.record import InferenceRecord, Record
+from harness.results.parts import DamagedPart, latest_rows, read_part, write_part
+from harness.results.schema import INFERENCE_TABLES, SCHEMAS, Table, trial_row
+from harness.results.validation import PART_NAME, Damaged
+
+_MOST_ATTEMPTS = 10
+"""How often a folder is read whose parts are compacted meanwhile."""
+_COMPACT_ABOVE = 16
+"""More parts than this are compacted at the end of a run."""
+
+
+class Store:
+    """The parquet folder of one grid. Several processes may write to it at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, record: Record) -> None:
+        """Keep a record. An earlier one of the same trial is replaced.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        name = record.trial_id
+        steps = [{"trial_id": name, **step.model_dump()} for step in record.steps]
+        stories = [{"trial_id": name, **story.model_dump()} for story in record.stories]
+        self.replace_rows(name, {"steps": steps, "stories": stories, "trials": [trial_row(record)]})
+
+    def write_inference(self, trial: Mapping[str, Any], inference: InferenceRecord) -> None:
+        """Keep the inference results of a trial's adapter. Earlier ones are replaced.
+
+        Args:
+            trial: its row.
+            inference: what was measured.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        ids = {"trial_id": trial["trial_id"], "adapter_id": trial["adapter_id"]}
+        rows = {table: [ids | row.model_dump() for row in getattr(inference, table)] for table in INFERENCE_TABLES}
+        self.replace_rows(trial["trial_id"], rows)
+
+    def replace_rows(self, trial_id: str, rows: Mapping[Table, Sequence[Mapping[str, Any]]]) -> None:
+        """Replace a trial's rows in some tables.
+
+        Args:
+            trial_id: the trial.
+            rows: by table, in the order in which they are written: `TRIAL_TABLES` or `INFERENCE_TABLES`.
+
+        Raises:
+            InputError: it is not a trial id.
+            OSError: the folder cannot be written.
+        """
+        with locked(self.folder):
+            for table, content in rows.items():
+                self._write(table, trial_id, pa.Table.from_pylist(list(content), schema=SCHEMAS[table]))
+
+    def _write(self, table: Table, name: str, content: pa.Table) -> None:
+        if not PART_NAME.fullmatch(name):  # rows of others may hold anything
+            raise InputError(f"{self.folder}: {name!r} is not a trial id")
+        write_part(self.folder / table / f"{name}.parquet", content)
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Keep the grid's title and claims with its rows, for the report.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if about != self.description():
+            write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
+
+    def description(self) -> dict[str, Any]:
+        """What `describe` kept; empty where it kept nothing."""
+        try:
+            about = json.loads((self.folder / "grid.json").read_bytes())
+            json.dumps(about, ensure_ascii=False).encode()  # JSON can hold lone surrogates, UTF-8 cannot
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    def completed(self) -> dict[str, str]:
+        """Status of each recorded trial by trial id, but for those that have lost their steps or stories."""
+        rows = self.read("trials", columns=["trial_id", "status"])
+        lost = self.incomplete()
+        statuses = zip(rows["trial_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
+        return {trial: status for trial, status in statuses if trial not in lost}
+
+    def incomplete(self) -> set[str]:
+        """Trials whose steps or stories are missing: a part was damaged, or moved away."""
+        rows = self.read("trials", columns=["trial_id", "optimizer_steps", "evaluated_stories"])
+        lost = set()
+        for table, needs in (("steps", "optimizer_steps"), ("stories", "evaluated_stories")):
+            there = set(self.read(table, columns=["trial_id"])["trial_id"].to_pylist())  # type: ignore[arg-type]  # literals
+            wanted = zip(rows["trial_id"].to_pylist(), rows[needs].to_pylist(), strict=True)
+            lost |= {trial for trial, count in wanted if count and trial not in there}
+        return lost
+
+    def start_times(self) -> dict[str, dt.datetime]:
+        """When each recorded trial began. It tells records of the same trial apart."""
+        rows = self.read("trials", columns=["trial_id", "started_at"])
+        return dict(zip(rows["trial_id"].to_pylist(), rows["started_at"].to_pylist(), strict=True))
+
+    def start_time(self, trial_id: str) -> dt.datetime | None:
+        """As `start_times`, of one trial; null where it is not recorded."""
+        row = self.recent_row(trial_id)
+        if row is not None:
+            return row["started_at"]  # type: ignore[no-any-return]  # rows are untyped
+        is_compacted = any(part.name.startswith("all-") for part in self._parts("trials"))
+        return self.start_times().get(trial_id) if is_compacted else None
+
+    def rename(self, names: Mapping[str, Mapping[str, Any]]) -> None:
+        """Update the place of recorded trials in the grid, which may have been edited since.
+
+        Args:
+            names: by trial id, any of `label`, `factor`, `level`, `repeat` and `baseline_id`.
+        """
+        with locked(self.folder):
+            for row in self.read("trials").to_pylist():
+                wanted = names.get(row["trial_id"])
+                if wanted and any(row[key] != value for key, value in wanted.items()):
+                    renamed = pa.Table.from_pylist([row | wanted], schema=SCHEMAS["trials"])
+                    self._write("trials", row["trial_id"], renamed)
+
+    def recent_row(self, trial_id: str) -> dict[str, Any] | None:
+        """The row of a trial that was recorded since the last compaction; null where it was not."""
+        try:
+            content = read_part(self.folder / "trials" / f"{trial_id}.parquet", "trials")
+        except (FileNotFoundError, Damaged):
+            return None
+        return content.to_pylist()[0]  # type: ignore[no-any-return]  # pyarrow has no types
+
+    def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a table, of the latest record of each trial; empty where nothing was recorded. Damaged and
+        foreign parts are left out, with a `DamagedPart` warning each.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
+        """
+        for _ in range(_MOST_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(table, columns)
+        raise InputError(f"{self.folder}: its parts vanish while they are read; is another program moving them?")
+
+    def _read(self, table: Table, columns: list[str] | None) -> pa.Table:
+        tables = list(self._whole_parts(table, columns).values())
+        return latest_rows(tables) if tables else SCHEMAS[table].empty_table().select(columns or SCHEMAS[table].names)
+
+    def _parts(self, table: Table) -> list[Path]:
+        """Compacted parts first, single ones after: a trial that is in both was run again."""
+        parts = [p for p in (self.folder / table).glob("*.parquet") if not p.name.startswith(".")]
+        return sorted(parts, key=lambda p: (not p.name.startswith("all-"), p.name))
+
+    def _whole_parts(self, table: Table, columns: list[str] | None = None) -> dict[Path, pa.Table]:
+        """The readable parts; a warning for each of the others."""
+        contents = {}
+        for part in self._parts(table):
+            try:
+                contents[part] = read_part(part, table, columns)
+            except Damaged as damage:
+                warnings.warn(DamagedPart(f"{part}: {damage}; left out"), stacklevel=4)
+        return contents
+
+    def damage(self) -> dict[Path, str]:
+        """Parts that cannot be read, each with the reason.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
+        """
+        reasons = {}
+        for table in SCHEMAS:
+            for part in self._parts(table):
+                try:
+                    read_part(part, table)
+                except Damaged as damage:
+                    reasons[part] = str(damage)
+                except FileNotFoundError:  # compacted meanwhile
+                    continue
+        return reasons
+
+    def set_aside(self) -> None:
+        """Move damaged and foreign parts into `set-aside/`, with a `DamagedPart` warning each.
+
+        Raises:
+            InputError: a part is of a newer version of harness.
+            OSError: the folder cannot be written.
+        """
+        if not self.folder.is_dir():
+            return
+        with locked(self.folder):
+            for part, reason in self.damage().items():
+                place = self.folder / "set-aside" / f"{part.parent.name}-{time.time_ns()}-{part.name}"
+                place.parent.mkdir(exist_ok=True)
+                part.rename(place)
+                warnings.warn(DamagedPart(f"{part}: {reason}; set aside as {place.name}"), stacklevel=2)
+
+    def compact(self, above: int = _COMPACT_ABOVE) -> None:
+        """Make one part of many. The old parts are removed after the new one is written; a reader in between sees
+        rows twice and keeps one.
+        """
+        with locked(self.folder):
+            for table in SCHEMAS:
+                if len(self._parts(table)) > above:
+                    parts = self._whole_parts(table)  # damaged ones stay as they are
+                    content = latest_rows(list(parts.values()))
+                    # Names sort by time: should an earlier one be left behind, the rows of the later one count.
+                    name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+                    self._write(table, name, content)
+                    for part in parts:
+                        part.unlink(missing_ok=True)
+
+
+def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Rows whose trial id or spec id begins with `trial`, or whose label is `trial`, in any grid under `root`."""
+    for folder in sorted(p.parent for p in root.glob("*/trials")):
+        for row in Store(folder).read("trials").to_pylist():
+            if row["trial_id"].startswith(trial) or row["label"] == trial:
+                yield folder, row

@@ -1,0 +1,36 @@
+"""The protocol of progress displays."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from harness.record import Job, Record
+
+
+class Display(Protocol):
+    """Shows a run as it proceeds."""
+
+    def begin(self, total: int, skipped: int) -> None:
+        """The run starts: `total` trials to run, `skipped` recorded before."""
+
+    def trial(self, number: int, job: Job) -> None:
+        """A trial starts."""
+
+    def event(self, kind: str, value: object) -> None:
+        """The running trial reports a phase or a step."""
+
+    def retried(self, record: Record) -> None:
+        """An attempt failed, and another one follows."""
+
+    def finished(self, record: Record) -> None:
+        """A trial ended."""
+
+    def interrupted(self) -> None:
+        """The user asked to stop; the running trial is finished first."""
+
+    def waiting(self, count: int) -> None:
+        """All that is left is `count` trials that other runners are running."""
+
+    def child_display(self) -> Display:
+        """A display for a trial that runs at the same time; its methods are called from another thread."""
+        ...

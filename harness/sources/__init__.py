@@ -1,0 +1,6 @@
+"""Where stories and base models come from: files, bundled ones, the hub.
+
+files (rows of a file), stories (datasets as prompts and completions), models (base models), hub (access to it).
+"""
+
+__all__ = ["models", "stories"]

@@ -1,0 +1,71 @@
+"""Access to the Hugging Face hub: whether it can be reached, and rows of its datasets."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+from harness._util.messages import first_line, one_line
+from harness.errors import InputError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def read_hub(path: str) -> list[dict[str, Any]]:
+    """The training rows of a dataset of the hub, or of the local cache.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from datasets import load_dataset
+
+    check_hub_or_cache(path, "dataset")
+    try:
+        return [dict(row) for row in load_dataset(path, split="train")]
+    except Exception as error:  # a foreign dataset and four libraries can raise anything
+        raise InputError(
+            f"dataset {path} cannot be read from the hub ({one_line(first_line(error))}); "
+            "check the name, or give a local file or storyteller (bundled)"
+        ) from None
+
+
+def check_hub_or_cache(name: str, kind: str) -> None:
+    """Check that the hub can be reached, or that the local cache has something of `name`.
+
+    The hub's client would retry for half a minute without a network.
+
+    Raises:
+        InputError: no connection, and nothing in the cache.
+    """
+    from urllib.parse import urlparse
+    from urllib.request import getproxies, proxy_bypass
+
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    if folder.is_dir() or (kind == "dataset" and _in_datasets_cache(name)):
+        return
+    local = "a local file or storyteller (bundled)" if kind == "dataset" else "a local folder, a bundled model"
+    if kind == "model":
+        local += " (smollm2-135m-instruct) or random:<architecture>"
+    endpoint = urlparse(constants.ENDPOINT)
+    host = endpoint.hostname or ""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not getproxies().keys() & {endpoint.scheme, "all"} or proxy_bypass(host):
+            port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+            socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"{kind} {name} is on the hub, which cannot be reached ({one_line(first_line(error))}), "
+            f"and it is not in the local cache; give {local}"
+        ) from None
+
+
+def _in_datasets_cache(name: str) -> bool:
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()

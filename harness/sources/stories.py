@@ -1,0 +1,140 @@
+"""Datasets as prompts and completions: from files, bundled or from the hub. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness._util.messages import first_line, one_line
+from harness.errors import InputError
+from harness.sources.files import SUFFIXES, UNREADABLE, brief, read_file
+from harness.sources.hub import HUB_ID, read_hub
+from harness.spec import DatasetSpec, PromptSpec
+
+_DATA = Path(__file__).parent / "data"
+BUNDLED: dict[str, Path] = {
+    "storyteller": _DATA / "storyteller.jsonl",
+    "storyteller-openings": _DATA / "openings.jsonl",  # the first sentences of every fourth of them
+}
+GENERAL = _DATA / "general.jsonl"
+"""The bundled general text: prose, code and dialogue unlike the stories."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """One example before tokenisation."""
+
+    instruction: str
+    completion: str
+    system: str | None
+    input: str | None
+    prompt: PromptSpec
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the hash of its texts, whatever its position in the file."""
+        text = "\0".join((self.instruction, self.input or "", self.completion))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read(dataset: DatasetSpec) -> list[Story]:
+    """All rows of a dataset, in file order.
+
+    Raises:
+        InputError: no such file or column, no rows, a value that is not text, or the hub cannot be reached.
+    """
+    columns, rows = _rows(dataset.path)
+    if not rows:
+        raise InputError(f"dataset {dataset.path} has no rows; it needs at least one")
+    prompt = dataset.type
+    needed = [c for c in (prompt.field_instruction, prompt.field_input, prompt.field_output) if c is not None]
+    for column in needed:
+        if column not in columns:
+            there = one_line(", ".join(map(repr, sorted(columns))))
+            raise InputError(
+                f"dataset {dataset.path} has no column {column!r}; it has {there} "
+                "(set field_instruction, field_input and field_output under datasets: type:)"
+            )
+    return [_story(dataset, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def general() -> list[tuple[str, str]]:
+    """Hash and text of each passage of the bundled general text."""
+    texts = [row["text"] for row in read_file(GENERAL)]
+    return [(hashlib.sha256(text.encode()).hexdigest()[:16], text) for text in texts]
+
+
+def held_out(wanted: float, distinct: int) -> int:
+    """Number of stories that are held out.
+
+    Args:
+        wanted: `val_set_size` of a spec.
+        distinct: number of distinct stories.
+
+    Raises:
+        InputError: none is left to train on.
+    """
+    count = round(wanted * distinct) if wanted < 1 else int(wanted)
+    if count >= distinct:
+        raise InputError(
+            f"val_set_size {wanted:g} leaves nothing to train on: there are {distinct} distinct stories; hold out fewer"
+        )
+    return count
+
+
+def _story(dataset: DatasetSpec, number: int, row: dict[str, Any]) -> Story:
+    prompt = dataset.type
+
+    def text(column: str) -> str:
+        value = row.get(column)
+        if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
+            raise InputError(f"dataset {dataset.path}, row {number}: {column!r} is {brief(value)}; it must be text")
+        return value
+
+    def optional(column: str | None) -> str | None:
+        value = row.get(column) if column else None
+        # Tables have NaN in empty cells.
+        missing = value is None or value != value or (isinstance(value, str) and not value.strip())
+        return None if column is None or missing else text(column)
+
+    return Story(
+        instruction=text(prompt.field_instruction),
+        completion=text(prompt.field_output),
+        system=optional(prompt.field_system) or prompt.system_prompt,
+        input=optional(prompt.field_input),
+        prompt=prompt,
+    )
+
+
+# A lone surrogate: JSON can hold it, tokenizers cannot.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
+    """Column names and rows of a bundled name, a file or a hub id."""
+    file = BUNDLED.get(path) or Path(os.path.expanduser(path))  # Path.expanduser raises for ~nobody
+    if file.suffix.lower() in SUFFIXES:
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+            raise InputError(f"dataset {path}: no such file (looked in {Path.cwd()})")
+        try:
+            rows = list(read_file(file))
+        except UNREADABLE as error:
+            raise InputError(f"dataset {path} cannot be read as {file.suffix}: {one_line(first_line(error))}") from None
+    elif HUB_ID.fullmatch(path) and not os.path.exists(file):
+        rows = read_hub(path)
+    else:
+        near = difflib.get_close_matches(path, BUNDLED, n=1)
+        raise InputError(
+            f"dataset {path!r} is unknown; "
+            + (
+                f"did you mean {near[0]}?"
+                if near
+                else f"give {', '.join(BUNDLED)}, a file ({', '.join(SUFFIXES)}) or a hub id (owner/name)"
+            )
+        )
+    return {column for row in rows for column in row}, rows

@@ -1,0 +1,21 @@
+"""Runs one trial: a measured fine-tuning in this process, or over several.
+
+worker (entry point of a process), trial (its phases in order), processes and distributed (several processes), step (the
+training step), model, checkpoints, saved_adapters, batches, evaluation; memory with live_tensors and out_of_memory,
+clock, card_watch, flops, half_matmul.
+"""
+
+__all__ = [
+    "batches",
+    "checkpoints",
+    "distributed",
+    "evaluation",
+    "half_matmul",
+    "live_tensors",
+    "memory",
+    "model",
+    "saved_adapters",
+    "step",
+    "trial",
+    "worker",
+]

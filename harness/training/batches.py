@@ -1,0 +1,245 @@
+"""Turns stories into examples (split, rendered, tokenised) and examples into batches."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.errors import InputError
+from harness.sources import stories
+from harness.sources.stories import Story
+from harness.spec import TrialSpec
+from harness.training import distributed
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+_PLAIN_SYSTEM = "{system}\n\n"
+_PLAIN_TURN = "### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised story."""
+
+    story_id: str
+    input_ids: tuple[int, ...]
+    completion_start: int
+    """Index of the first completion token."""
+    supervise_prompt: bool = False
+    """Whether the prompt carries loss too."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids where loss is taken, else `IGNORED`. The first token has nothing to be predicted from."""
+        start = 1 if self.supervise_prompt else self.completion_start
+        return [IGNORED] * start + list(self.input_ids[start:])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples to train and to evaluate on."""
+
+    train: tuple[Example, ...]
+    """In an order independent of seed and file order."""
+    held_out: tuple[Example, ...]
+    truncated: int
+    dropped: int
+
+
+def load(spec: TrialSpec, tokenizer: Any) -> Data:
+    """Read, split, render and tokenise the stories of a spec.
+
+    The split is by hash of the text: the same stories are held out for every seed and order of rows.
+
+    Raises:
+        InputError: nothing is left to train on, or `excess_length: raise` meets a long example.
+    """
+    rows = sorted((s for d in spec.datasets for s in stories.read(d)), key=lambda s: s.id)
+    distinct = list({s.id: s for s in rows}.values())
+    count = stories.held_out(spec.val_set_size, len(distinct))
+    held_out_ids = {s.id for s in distinct[:count]}
+
+    train = _fit(
+        [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in held_out_ids],
+        spec.sequence_length,
+        spec.excess_length,
+    )
+    held_out = _fit(
+        [_tokenise(s, tokenizer, False) for s in distinct[:count]],
+        spec.eval_sequence_length or spec.sequence_length,
+        spec.excess_length,
+    )
+    if not train.examples:
+        raise InputError(f"sequence_length {spec.sequence_length} leaves no completion token of any training story")
+    return Data(
+        train.examples, held_out.examples, train.truncated + held_out.truncated, train.dropped + held_out.dropped
+    )
+
+
+def general(tokenizer: Any) -> list[Example]:
+    """The bundled general text, without a prompt: the loss is over each token but the first."""
+    texts = [(passage, tokenizer(text)["input_ids"]) for passage, text in stories.general()]
+    return [Example(passage, tuple(ids), 1) for passage, ids in texts]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    examples: tuple[Example, ...]
+    truncated: int
+    dropped: int
+
+
+def _fit(examples: list[Example], length: int, excess: str) -> _Fitted:
+    """Truncate, drop or refuse examples of more than `length` tokens, as `excess_length` says."""
+    fitted = []
+    truncated = 0
+    for example in examples:
+        if len(example) <= length:
+            fitted.append(example)
+        elif excess == "raise":
+            raise InputError(
+                f"a story has {len(example)} tokens and sequence_length is {length}; "
+                "use excess_length: truncate or drop, or a longer sequence_length"
+            )
+        elif excess == "truncate" and example.completion_start < length:
+            truncated += 1
+            fitted.append(
+                Example(
+                    example.story_id, example.input_ids[:length], example.completion_start, example.supervise_prompt
+                )
+            )
+    return _Fitted(tuple(fitted), truncated, len(examples) - len(fitted))
+
+
+def _tokenise(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
+    """Prompt and completion are tokenised separately, so that the border is exact with any tokenizer."""
+    head = prompt_ids(story, tokenizer)
+    tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Example(story.id, (*head, *tail, *end), max(1, len(head)), supervise_prompt)
+
+
+def prompt_ids(story: Story, tokenizer: Any) -> list[int]:
+    """Tokens of a story's prompt."""
+    prompt, special = render_prompt(story, tokenizer)
+    head: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    # Some tokenizers end every text with their end token.
+    return head[:-1] if special and head and head[-1] == tokenizer.eos_token_id else head
+
+
+def render_prompt(story: Story, tokenizer: Any) -> tuple[str, bool]:
+    """The prompt's text, and whether the tokenizer should add its special tokens.
+
+    The template is the dataset's `format` (`no_input_format` where the row has no input), else the model's chat
+    template, else a plain one.
+    """
+    prompt = story.prompt
+    template = prompt.format if story.input is not None else prompt.no_input_format or prompt.format
+    values = {"instruction": story.instruction, "input": story.input or "", "system": story.system or ""}
+    if template is not None:
+        names_system = "{system}" in template
+        lead = f"{story.system}\n" if story.system and not names_system else ""
+        return lead + template.format(**values), True
+    instruction = story.instruction if story.input is None else f"{story.instruction}\n\n{story.input}"
+    if tokenizer.chat_template:
+        turns = [{"role": "system", "content": story.system}] if story.system else []
+        turns.append({"role": "user", "content": instruction})
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
+    lead = _PLAIN_SYSTEM.format(**values) if story.system else ""
+    return lead + _PLAIN_TURN.format(instruction=instruction), True
+
+
+def total_samples(spec: TrialSpec, available: int) -> int:
+    """Examples that the spec trains on, of `available` distinct ones."""
+    if spec.train_samples is not None:
+        return spec.train_samples
+    if spec.max_steps is not None:
+        return spec.max_steps * spec.effective_batch_size
+    return max(1, round((spec.num_epochs or 1.0) * available))
+
+
+def training_order(examples: Sequence[Example], samples: int, front: int, seed: int) -> list[Example]:
+    """`samples` examples: epochs of a seeded shuffle, the `front` longest moved to the beginning.
+
+    With the longest first, memory peaks at once, and running out of it shows at once. A step's examples depend on the
+    effective batch alone: they are the same for 4x1, 2x2 and 1x4.
+    """
+    generator = random.Random(seed)
+    order: list[Example] = []
+    while len(order) < samples:
+        epoch = list(examples)
+        generator.shuffle(epoch)
+        order += epoch[: samples - len(order)]
+    longest = sorted(range(samples), key=lambda i: len(order[i]), reverse=True)[:front]
+    moved = set(longest)
+    return [order[i] for i in longest] + [e for i, e in enumerate(order) if i not in moved]
+
+
+def optimizer_steps(spec: TrialSpec, examples: Sequence[Example], front: int) -> list[list[Example]]:
+    """The examples of each optimizer step of a spec; the longest in the first `front` steps."""
+    size, samples = spec.effective_batch_size, total_samples(spec, len(examples))
+    order = training_order(examples, samples, front * size, spec.seed)
+    return [order[i : i + size] for i in range(0, samples, size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its device, and its counts."""
+
+    inputs: dict[str, torch.Tensor]
+    """`input_ids`, `attention_mask`, `labels`: int64 of shape (examples, longest example)."""
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    padded_tokens: int
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Pad to the longest example, on the right. The mask marks padding, not the id: a tokenizer may pad with its end
+    token, which carries loss.
+    """
+    width = max(map(len, examples))
+
+    def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+    labels = [e.labels for e in examples]
+    inputs = {
+        "input_ids": stack([list(e.input_ids) for e in examples], pad_id),
+        "attention_mask": stack([[1] * len(e) for e in examples], 0),
+        "labels": stack(labels, IGNORED),
+    }
+    return Batch(
+        inputs={name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
+        samples=len(examples),
+        tokens=sum(map(len, examples)),
+        supervised_tokens=sum(label != IGNORED for row in labels for label in row),
+        padded_tokens=width * len(examples),
+    )
+
+
+def micro_batches(examples: Sequence[Example], size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    """This rank's slice of consecutive micro-batches of at most `size` examples.
+
+    Each rank gets equally many, since ranks go through a step together; the last one may have no loss.
+    """
+    groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+    own = distributed.rank_slice(groups)
+    for group in own:
+        yield collate(group, pad_id, device)
+    for _ in range(math.ceil(len(groups) / distributed.world_size()) - len(own)):
+        yield _without_loss(collate(groups[0], pad_id, device))
+
+
+def _without_loss(batch: Batch) -> Batch:
+    """The same micro-batch with all labels ignored and all counts zero."""
+    inputs = batch.inputs | {"labels": torch.full_like(batch.inputs["labels"], IGNORED)}
+    return Batch(inputs, samples=0, tokens=0, supervised_tokens=0, padded_tokens=0)

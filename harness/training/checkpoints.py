@@ -1,0 +1,149 @@
+"""Weights and tokenizers of base models on disk; converted and random ones are made once, in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from harness._util.files import folder_aside
+from harness.sources import models
+from harness.spec import TrialSpec
+
+
+def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
+    """The base model's tokenizer; for random weights `byte_tokenizer`."""
+    if models.resolve(spec.base_model).kind == "random":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint_folder(spec.base_model), trust_remote_code=trust_remote_code)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Id for padding; without a padding token any id will do, since the mask marks padding."""
+    pad_token_id: int | None = tokenizer.pad_token_id
+    return pad_token_id if pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token per byte, for models without one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|begin|>", "<|end|>"]  # ids 0 and 1, as in sources.models.ARCHITECTURES
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+
+
+def checkpoint_folder(base_model: str) -> str:
+    """What transformers loads: a folder, or a hub id."""
+    source = models.resolve(base_model)
+    if source.kind == "bundled":
+        file = models.bundled_file()
+        return str(_made_once(f"{source.name}-{file.stat().st_size}", lambda folder: _convert(file, folder)))
+    if source.kind == "random":
+        config = models.random_config(source.name)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"random-{Path(source.name).stem}-{digest}"
+        return str(_made_once(name, lambda folder: _random_checkpoint(config, folder)))
+    return source.name
+
+
+def prepare(base_model: str) -> None:
+    """Make or convert a model's weights now, if they are not cached: the first trial would include that time.
+
+    Raises:
+        InputError: it names no model.
+    """
+    checkpoint_folder(base_model)
+
+
+def _made_once(name: str, make: Any) -> Path:
+    """A folder of the cache; the first process that needs it makes it."""
+    cache = models.cache_folder()
+    folder = cache / name
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{name}.lock"):
+        for left in cache.glob(f".{name}.*/"):  # of a killed process: nobody else holds the lock
+            shutil.rmtree(left, ignore_errors=True)
+        if not folder.is_dir():
+            with folder_aside(cache, name) as aside:
+                aside.mkdir()
+                make(aside)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """GGUF to safetensors in bf16, the format in which these weights were published."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+
+
+_SHARD_BYTES = 2**31
+
+
+def _random_checkpoint(config: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint of normally distributed weights in bf16, which is then loaded as any other.
+
+    It is written shard by shard: the whole is never in memory.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=1))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
+    generator = torch.Generator().manual_seed(0)
+    std = float(config.get("initializer_range", 0.02))
+
+    index: dict[str, str] = {}
+    for number, shard in enumerate(_shards(model, tied), start=1):
+        name = f"model-{number:05d}.safetensors"
+        tensors = {key: _random_weight(shape, std, generator) for key, shape in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _shards(model: Any, tied: set[str]) -> Iterator[list[tuple[str, torch.Size]]]:
+    shard: list[tuple[str, torch.Size]] = []
+    size = 0
+    for key, parameter in model.named_parameters():
+        if key not in tied:
+            shard.append((key, parameter.shape))
+            size += parameter.numel() * 2
+            if size >= _SHARD_BYTES:
+                yield shard
+                shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def _random_weight(shape: torch.Size, std: float, generator: torch.Generator) -> torch.Tensor:
+    """Ones for norms (one dimension), else normally distributed."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, std, generator=generator)

@@ -1,0 +1,58 @@
+"""Loss of each held-out story."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from harness.spec import TrialSpec
+from harness.training import distributed
+from harness.training.batches import IGNORED, Example, collate
+from harness.training.model import autocast
+
+
+@torch.no_grad()
+def story_losses(
+    model: Any, examples: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device
+) -> list[tuple[str, float, int]]:
+    """Story id, loss in nats per completion token, and number of completion tokens of each example.
+
+    The mean over tokens is in fp32 at every precision. Dropout is off.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        losses = []
+        for start in range(0, len(examples), spec.micro_batch_size):
+            group = examples[start : start + spec.micro_batch_size]
+            losses += _batch_losses(model, group, spec, pad_id, device)
+        return losses
+    finally:
+        distributed.reshard(model)
+        model.train(was_training)
+
+
+def _batch_losses(
+    model: Any, group: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device
+) -> list[tuple[str, float, int]]:
+    batch = collate(group, pad_id, device)
+    labels = batch.inputs.pop("labels")
+    with autocast(spec, device):
+        logits = model(**batch.inputs).logits
+    # Position t predicts token t + 1. One story at a time keeps the fp32 copy of the logits small.
+    losses = []
+    for example, row, target in zip(group, logits[:, :-1], labels[:, 1:], strict=True):
+        supervised = target != IGNORED
+        loss = F.cross_entropy(row[supervised].float(), target[supervised], reduction="sum")
+        tokens = int(supervised.sum())
+        losses.append((example.story_id, float(loss) / tokens, tokens))
+    return losses
+
+
+def token_mean(losses: Sequence[tuple[str, float, int]]) -> float | None:
+    """Mean loss over all completion tokens, in nats; null for no stories."""
+    tokens = sum(n for _, _, n in losses)
+    return sum(loss * n for _, loss, n in losses) / tokens if tokens else None

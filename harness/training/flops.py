@@ -1,0 +1,40 @@
+"""Floating-point operations of one operator call, by the formulas of torch's own counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of a matrix product or an attention (a multiply and an add are two); else 0.
+
+    Torch's FlopCounterMode counts the same, but its module hooks hold memory, which would be tracked. Its registry
+    (torch 2.13, undocumented, by `_overloadpacket`) lacks attention of a CPU and bitsandbytes' int8 and 4-bit products
+    (0.50), added here; each can go once the registry has it.
+
+    Args:
+        func: operator overload from a dispatch mode.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        out: its result.
+    """
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet is _attention:
+        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if packet is _attention_backward:
+        return int(sdpa_backward_flop_count(*(a.shape for a in args[:4])))
+    if func.namespace == "bitsandbytes" and packet.__name__ in ("int8_mixed_scaled_mm", "int8_scaled_mm"):
+        (rows, inner), (columns, _) = (a.shape for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.int8)
+        return int(2 * rows * inner * columns)
+    if func.namespace == "bitsandbytes" and packet.__name__ == "gemm_4bit":
+        columns, inner = args[2]  # of the weight, before it was packed
+        return int(2 * (args[0].numel() // inner) * inner * columns)
+    return 0

@@ -1,0 +1,97 @@
+"""Trained adapters on disk, in peft's format."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness._util.files import folder_aside
+from harness._util.messages import first_line
+from harness._util.redact import redact_home
+from harness.errors import InputError
+from harness.spec import TrialSpec
+from harness.training import distributed
+
+
+def save(model: Any, spec: TrialSpec, folder: Path | None) -> str | None:
+    """Save a model's adapter as `folder/<id>`. Every rank must call it, since weights may be sharded.
+
+    Args:
+        model: with adapters.
+        spec: that it was trained by.
+        folder: of the results; null on all ranks but the first.
+
+    Returns:
+        The id, which is the hash of the files; null without a folder.
+    """
+    weights = adapter_weights(model)
+    if folder is None:
+        return None
+    adapter_id = ""
+
+    def name(aside: Path) -> str:
+        nonlocal adapter_id
+        adapter_id = _content_hash(aside)
+        return adapter_id
+
+    with folder_aside(folder, name, exist_ok=True) as aside:
+        write(model, spec, weights, aside)
+    return adapter_id
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that peft saves, unsharded, by their names in the model: adapters, trained biases and embeddings."""
+    from peft import get_peft_model_state_dict
+
+    weights = model.state_dict()
+    saved = {id(weight) for weight in get_peft_model_state_dict(model, state_dict=weights).values()}
+    return {name: distributed.full_tensor(weight) for name, weight in weights.items() if id(weight) in saved}
+
+
+def write(model: Any, spec: TrialSpec, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter. Its base has the name that the spec gives it, not a path of this machine."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = spec.base_model
+        if isinstance(config.target_modules, set):  # whose order differs between processes
+            config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(folder, state_dict=weights)
+    card = folder / "README.md"  # peft writes the path there
+    # Private attribute of transformers (5.23), from which peft (0.21) takes the path.
+    text = card.read_text(encoding="utf-8").replace(str(model.config._name_or_path), spec.base_model)
+    card.write_text(redact_home(text), encoding="utf-8")
+
+
+def load(base: Any, folder: Path) -> Any:
+    """A base model with the adapter of a folder attached, for inference.
+
+    Raises:
+        InputError: the adapter was made for another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    misfit = f"adapter {folder} does not fit the base {type(base).__name__}"
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError) as error:
+        detail = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        raise InputError(f"{misfit}: {detail or first_line(error)}") from None
+    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        actual = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    if actual != expected:
+        different = sorted(actual.keys() ^ expected.keys())
+        raise InputError(f"{misfit}: {different[0] if different else 'its shapes'} is in one of them alone")
+    return model
+
+
+def _content_hash(folder: Path) -> str:
+    """16 hex digits of the hash of a folder's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,199 @@
+"""The training step, and the optimizer, schedule and loss scaler that it uses."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.record import Phase
+from harness.spec import TrialSpec
+from harness.training import distributed
+from harness.training.batches import Batch
+from harness.training.live_tensors import Component, LiveTensors
+from harness.training.model import autocast, compute_dtype, trainable
+
+TRACKED_STEPS = 2
+"""First optimizer steps, whose memory is tracked and which are not timed. Two: the optimizer's state exists from the
+second on."""
+
+
+class Diverged(Exception):
+    """A loss or a gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one optimizer step."""
+
+    loss: float
+    """Nats per supervised token of the effective batch, before the update."""
+    grad_norm: float | None
+    """Before clipping; null where the loss scaler skipped the update."""
+    learning_rate: float
+
+
+class Trainer:
+    """Trains a model step by step.
+
+    Args:
+        model: trained in place.
+        spec: what to do.
+        device: of the model.
+        steps: optimizer steps of the schedule.
+        on_phase: called with `forward`, `backward` and `optimizer` as each starts.
+        read: reads a tensor's value, which fake tensors do not have.
+        wrap: wraps the model for data parallelism.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: TrialSpec,
+        device: torch.device,
+        steps: int,
+        on_phase: Callable[[Phase], None] = lambda phase: None,
+        read: Callable[[torch.Tensor], float] = float,
+        wrap: Callable[[Any, torch.device], Any] = distributed.wrap_ddp,
+    ) -> None:
+        self.model = wrap(model, device)
+        self._module = model
+        self.spec = spec
+        self.device = device
+        self.optimizer = _optimizer(model, spec)
+        self.scheduler = _scheduler(self.optimizer, spec, steps)
+        self.scaler = torch.amp.GradScaler(device.type) if compute_dtype(spec) is torch.float16 else None
+        self._parameters = trainable(model)
+        self.on_phase = on_phase
+        self._read = read
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over the micro-batches of one effective batch, or this rank's slice of them.
+
+        The loss is the sum over all supervised tokens divided by their number, so that the
+        micro-batching changes nothing but memory and time.
+
+        Raises:
+            Diverged: loss or gradient is not finite.
+        """
+        own = sum(batch.supervised_tokens for batch in batches)
+        supervised = distributed.all_reduce_sum(torch.tensor(own, device=self.device))
+        losses = []
+        for batch in batches:
+            with distributed.gradient_sync(self.model, last=batch is batches[-1]):
+                self.on_phase("forward")
+                with autocast(self.spec, self.device):
+                    loss = self.model(**batch.inputs, num_items_in_batch=supervised).loss
+                self.on_phase("backward")
+                # DDP and FSDP average gradients over ranks; the loss is a sum.
+                summed = loss * distributed.world_size() if distributed.world_size() > 1 else loss
+                (summed if self.scaler is None else self.scaler.scale(summed)).backward()
+                losses.append(loss.detach())
+                del loss, summed  # frees the graph now, not when the next micro-batch's loss replaces it
+        total = self._read(distributed.all_reduce_sum(torch.stack(losses).sum()))
+        if not math.isfinite(total):
+            self.on_phase("forward")  # where it arose
+            raise Diverged(f"loss is {total}")
+        self.on_phase("optimizer")
+        return self.update(total)
+
+    def tracked_step(self, batches: Sequence[Batch], tracker: LiveTensors) -> StepResult:
+        """A step under the tracker, with the component of each storage.
+
+        A gradient is one from its accumulation on. What the optimizer allocates is its state, in later steps too.
+        """
+        report = self.on_phase
+
+        # DistributedDataParallel allocates buckets for gradients before the model's own forward pass.
+        first: Component = "activations" if self.model is self._module else "gradients"
+        components: dict[Phase, Component] = {"optimizer": "optimizer", "forward": first}
+
+        def enter(phase: Phase) -> None:
+            report(phase)
+            tracker.component = components.get(phase, "activations")
+
+        def begin(*_: Any) -> None:
+            tracker.component = "activations"
+
+        def adopt(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                tracker.adopt([parameter.grad], "gradients")
+
+        hooks = [self._module.register_forward_pre_hook(begin)]
+        hooks += [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
+        self.on_phase = enter
+        try:
+            return self.step(batches)
+        finally:
+            self.on_phase = report
+            tracker.component = "activations"
+            for hook in hooks:
+                hook.remove()
+
+    def update(self, loss: float) -> StepResult:
+        """Clip the gradients, step the optimizer, and free the gradients.
+
+        Raises:
+            Diverged: the gradient is not finite.
+        """
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        limit = self.spec.max_grad_norm or math.inf
+        total_norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        norm: float | None = self._read(distributed.full_tensor(total_norm))
+        if norm is not None and not math.isfinite(norm):
+            if self.scaler is None:
+                self.on_phase("backward")
+                raise Diverged(f"gradient norm is {norm}")
+            norm = None  # the scaler skips this update and tries a smaller scale
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, norm, rate)
+
+
+def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
+    """As transformers' Trainer makes it: from its names of optimizers, without weight decay on biases and norms."""
+    # Undocumented in transformers (5.23): the table of its optimizers and the names that it decays. A public function
+    # from a name to an optimizer would replace both.
+    from transformers import Trainer as HuggingFaceTrainer
+    from transformers import TrainingArguments
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # required, never written
+        optim=spec.optimizer,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        report_to=[],
+        use_cpu=True,  # keeps it from initialising CUDA; nothing is moved
+    )
+    factory, options = HuggingFaceTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return factory([g for g in groups if g["params"]], **options)  # type: ignore[no-any-return]  # a class of optimizers
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        spec.lr_scheduler,
+        optimizer,
+        num_warmup_steps=math.ceil(spec.warmup_ratio * steps),
+        num_training_steps=steps,
+    )

@@ -1,0 +1,52 @@
+"""Ownership of the trials of a study by processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from harness._util.processes import ProcessIdentity
+
+
+def proposed_count(study: optuna.Study) -> int:
+    """Number of trials proposed by the study, without those of the warm start, given back, or waiting."""
+    given_back = study.user_attrs
+    return sum(
+        "source" not in t.user_attrs
+        and t.state is not TrialState.WAITING
+        and f"given back {t.number}" not in given_back
+        for t in study.get_trials(deepcopy=False)
+    )
+
+
+def this_process() -> dict[str, Any]:
+    """The attribute `owner` of the trials that this process runs."""
+    return ProcessIdentity.current().model_dump()
+
+
+def is_gone(owner: Mapping[str, Any] | None) -> bool:
+    """Whether the process that owns a trial has ended; one on another machine counts as running."""
+    if owner is None:
+        return True  # it died between asking for the trial and marking it
+    started = owner["started"] if "started" in owner else owner["since"]  # studies of the first versions
+    return ProcessIdentity(host=owner["host"], pid=owner["pid"], started=started).is_alive() is False
+
+
+def give_back_abandoned(study: optuna.Study) -> None:
+    """Give back the trials of processes that have ended; a row that was recorded is used when it is proposed again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_gone(trial.user_attrs.get("owner")):
+            give_back(study, trial.number, trial.params, trial.user_attrs.get("label"))
+
+
+def give_back(study: optuna.Study, number: int, params: Mapping[str, Any], label: str | None = None) -> None:
+    """End a trial without a score, and queue its parameters to be proposed again."""
+    with contextlib.suppress(ValueError):  # it has finished
+        study.set_user_attr(f"given back {number}", True)
+        study.tell(number, state=TrialState.FAIL)
+        if params:
+            study.enqueue_trial(dict(params), user_attrs={"label": label} if label == "baseline" else None)

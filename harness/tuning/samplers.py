@@ -1,0 +1,115 @@
+"""Optuna objects for a search: storage, sampler, pruner, distributions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from harness._util.messages import first_line
+from harness.errors import InputError
+from harness.grids.search import Parameter, Search
+from harness.results.store import Store
+
+_WORST_LOSS = 12.0
+"""Nats, more than a uniform guess over any vocabulary: the value of a loss that was never measured."""
+
+
+def open_storage(url: str | None, store: Store) -> optuna.storages.BaseStorage:
+    """The study's storage: an SQLite file in the results folder, or any URL that Optuna accepts.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    wanted = url or f"sqlite:///{store.folder.absolute() / 'study.db'}"
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        if wanted.startswith("sqlite"):  # several processes may write the file at the same time
+            return optuna.storages.RDBStorage(wanted, engine_kwargs={"connect_args": {"timeout": 60}})
+        return optuna.storages.get_storage(wanted)
+    except Exception as error:  # of any database driver; the URL is not shown, as it may hold a password
+        raise InputError(
+            f"the study's storage cannot be opened: {first_line(error)}; "
+            "give a URL as Optuna takes it, like sqlite:///study.db"
+        ) from None
+
+
+class _BruteForce(optuna.samplers.BruteForceSampler):
+    """Records that the space is exhausted; Optuna's own way, stopping the study, works within `optimize` only."""
+
+    exhausted = False
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Record whether the space is exhausted."""
+        try:
+            super().after_trial(study, trial, state, values)
+        except RuntimeError:
+            self.exhausted = True
+
+
+def sampler(search: Search) -> optuna.samplers.BaseSampler:
+    """The search's sampler, seeded.
+
+    Raises:
+        InputError: brute force over a continuous parameter.
+    """
+    conditional = any(parameter.when for parameter in search.parameters)
+    if search.sampler == "brute-force":
+        continuous = [p.name for p in search.parameters if not p.choices and not p.whole and p.step is None]
+        if continuous:
+            raise InputError(f"{search.name}: brute-force needs a step for {continuous[0]}, or levels")
+        return _BruteForce(seed=search.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if search.sampler == "tpe":
+            # The constant liar scores running trials as bad, so that concurrent workers propose other ones.
+            return optuna.samplers.TPESampler(
+                seed=search.seed, multivariate=True, group=conditional, constant_liar=True
+            )
+        if search.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=search.seed, deterministic_objective=False)
+        if search.sampler == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=search.seed, population_size=min(50, max(4, search.trials // 4)))
+        return optuna.samplers.RandomSampler(seed=search.seed)
+
+
+def pruner(search: Search) -> optuna.pruners.BasePruner:
+    """Successive halving over the rungs, or none."""
+    if search.pruner is None:
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=1, reduction_factor=search.pruner.factor, min_early_stopping_rate=0
+    )
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """A parameter's Optuna distribution."""
+    if parameter.choices:
+        return CategoricalDistribution(tuple(parameter.choices))
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), parameter.log, int(parameter.step or 1))
+    return FloatDistribution(parameter.low, parameter.high, parameter.log, parameter.step)
+
+
+def suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
+    """A parameter's value in a trial."""
+    if parameter.choices:
+        return trial.suggest_categorical(parameter.name, tuple(parameter.choices))
+    if parameter.whole:
+        step = int(parameter.step or 1)
+        return trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
+    return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
+
+
+def fallback_value(study: optuna.Study, search: Search, objective: int) -> float:
+    """The value of an objective for a trial that has none, like out of memory: the worst so far."""
+    values = [t.values[objective] for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    if search.objectives[objective].direction == "maximize":
+        return min(values, default=0.0)
+    return max(values, default=_WORST_LOSS)

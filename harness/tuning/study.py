@@ -1,0 +1,363 @@
+"""The search loop: Optuna proposes a trial, the launcher runs it, its score goes back to Optuna."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.trial import TrialState
+
+from harness.environment import Placement, resolve_device
+from harness.errors import InputError
+from harness.grids.grid import Grid, Trial, interleave, repeat
+from harness.grids.search import Score, Search
+from harness.launch.launcher import Launcher
+from harness.metrics import METRICS, show_bytes
+from harness.predict.prediction import NO_PREDICTIONS, Predictions
+from harness.predict.predictor import Predictor
+from harness.predict.roofline import Rates
+from harness.record import Job, trial_id
+from harness.results.schema import spec_of
+from harness.results.store import Store
+from harness.runner.display import Display
+from harness.runner.execution import ExecutionContext, Policy, execute
+from harness.runner.grid_run import run_grid
+from harness.runner.interrupts import interrupts
+from harness.runner.workers import run_workers
+from harness.spec import TrialSpec
+from harness.tuning.finalists import finalists
+from harness.tuning.ownership import give_back, give_back_abandoned, proposed_count, this_process
+from harness.tuning.samplers import fallback_value, open_storage, pruner, sampler, suggest
+from harness.tuning.warm_start import WarmStart
+
+_LEAST_INFEASIBLE = 12
+"""Trials after which a search without any feasible one is given up."""
+_MOST_KNOWN = 50
+"""Proposals in a row that were already measured, after which the space counts as exhausted."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The state of a study after a call of `tune`."""
+
+    study: str
+    """Name of the study."""
+    tried: int
+    """Trials of the study by all processes, without those of the warm start."""
+    left: int
+    """Trials that were not reached."""
+    warm: int
+    """Trials of the warm start."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a search is run, which is not part of the study's identity."""
+
+    storage: optuna.storages.BaseStorage | None = None
+    """Storage of the study; null: an SQLite file in the results folder."""
+    sources: tuple[Path, ...] = ()
+    """Results folders for a warm start."""
+    policy: Policy = field(default_factory=lambda: Policy(skip_infeasible=True))
+    """How each trial is run."""
+    predictor: Predictor | None = None
+    """Predicts each trial's peak; trials over the budget are not started. Null: no predictions."""
+    rates: Rates | None = None
+    """Measured rates of the device; null: unknown."""
+
+
+def tune(
+    search: Search,
+    store: Store,
+    launcher: Launcher,
+    display: Display,
+    options: Options = Options(),
+    on_message: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Search until the trials or the time are used up, then confirm the winner in fresh repeats.
+
+    Each trial is one row; a recorded spec is not run again. Several processes may work on one study. An interrupt
+    lets the running trial finish; a second one stops it, and its proposal is queued again.
+
+    Args:
+        search: space, objectives and constraints.
+        store: where rows are kept.
+        launcher: runs each trial.
+        display: shows each trial.
+        options: storage, warm start and execution.
+        on_message: called with each message for the user, one line.
+
+    Raises:
+        InputError: no trial is within the bounds, or the study cannot be opened.
+        KeyboardInterrupt: interrupted twice.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        process = _StudyProcess(search, store, launcher, display, options, on_message)
+        finished = process.optimize() and process.confirm()
+        return process.outcome(finished)
+
+
+class _StudyProcess:
+    """One process that works on a study."""
+
+    def __init__(
+        self,
+        search: Search,
+        store: Store,
+        launcher: Launcher,
+        display: Display,
+        options: Options,
+        on_message: Callable[[str], None],
+    ) -> None:
+        self.search, self.store, self.launcher, self.display = search, store, launcher, display
+        self.options, self.on_message = options, on_message
+        self.here = launcher.environments(resolve_device(search.base.device))[0]
+        self.started = time.monotonic()
+        self.numbers = itertools.count(1)
+        self.lock = threading.RLock()
+        """Held by a worker while it uses the study or the predictor."""
+        self.known_in_a_row = 0
+        self.best: float | None = None
+        store.describe(Grid(search.name, search.title, "list", (), tune=search.given).about)
+        self.sampler = sampler(search)
+        # One process at a time recovers abandoned trials and queues the first ones.
+        with FileLock(store.folder / ".study.lock"):
+            self.study = self._open()
+            give_back_abandoned(self.study)
+            if "begun" not in self.study.user_attrs:
+                self._begin()
+                self.study.set_user_attr("begun", True)
+        self.recorded = {row["trial_id"]: row for row in store.read("trials").to_pylist()}
+
+    def _open(self) -> optuna.Study:
+        name = study_name(self.search, self.here.id)
+        storage = self.options.storage or open_storage(None, self.store)
+        directions = [objective.direction for objective in self.search.objectives]
+        shared: dict[str, Any] = {
+            "study_name": name,
+            "storage": storage,
+            "sampler": self.sampler,
+            "pruner": pruner(self.search),
+        }
+        try:
+            study = optuna.create_study(directions=directions, **shared)
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(**shared)
+            self.sampler.reseed_rng()  # with the same seed it would propose the same trials again
+        study.set_metric_names([objective.metric for objective in self.search.objectives])
+        return study
+
+    def _begin(self) -> None:
+        """Queue the base as the first trial, then add the trials of the warm start."""
+        place = self.search.place(self.search.base)
+        if place is None:
+            self.on_message("base is no point of the space; it is measured for the comparison, outside the study")
+        else:
+            self.study.enqueue_trial(place, user_attrs={"label": "baseline"})
+        warm_start = WarmStart(self.study, self.search, self.store, self.here)
+        for source in self.options.sources:
+            self.on_message(warm_start.add(source))
+
+    # -------------------------------------------------------------------------------- loop
+
+    def optimize(self) -> bool:
+        """Run proposals until the search ends. False: interrupted before the end."""
+        self.display.begin(self._left(), 0)
+        with interrupts(self.display.interrupted) as self.interrupt:
+            run_workers(self.launcher, self.here.device_type, self.display, self._run_worker)
+            if self.interrupt.asked and self._continues():
+                return False
+        self._check_feasible(least=1)
+        return True
+
+    def _run_worker(self, display: Display, placement: Placement | None, has_failed: Callable[[], bool]) -> None:
+        """Run one proposal after another."""
+        while not (has_failed() or self.interrupt.asked):
+            with self.lock:
+                if not self._continues():
+                    return
+                trial = self.study.ask()
+            context = ExecutionContext(
+                self.store, self.launcher, display, self.options.policy, placement=placement, interrupt=self.interrupt
+            )
+            self._run_proposal(trial, next(self.numbers), context)
+
+    def _continues(self) -> bool:
+        exhausted = self.known_in_a_row >= _MOST_KNOWN or getattr(self.sampler, "exhausted", False)
+        if exhausted or self._left() == 0:
+            return False
+        if self.search.timeout is not None and time.monotonic() - self.started > self.search.timeout:
+            self.on_message(f"the {self.search.timeout:g} s of the search are over")
+            return False
+        self._check_feasible(least=_LEAST_INFEASIBLE)
+        return True
+
+    def _left(self) -> int:
+        return max(0, self.search.trials - proposed_count(self.study))
+
+    def _check_feasible(self, least: int) -> None:
+        """Raise where at least this number of trials has finished and none is within the bounds."""
+        finished = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        scored = [t for t in finished if t.state is not TrialState.FAIL]
+        if len(finished) < least or any(all(v <= 0 for v in t.constraints.values()) for t in scored):
+            return
+        if not scored:
+            ends = ", ".join(sorted({t.user_attrs.get("status", "stopped") for t in finished}))
+            raise InputError(
+                f"{self.search.name}: none of {len(finished)} trials ended well ({ends}); "
+                f"look at harness ls {self.search.name}"
+            )
+        nearest = min(scored, key=lambda t: sum(max(0.0, v) for v in t.constraints.values()))
+        name, violation = max(nearest.constraints.items(), key=lambda item: item[1])
+        bound = f"{show_bytes(self.search.memory)} of memory" if name == "memory" and self.search.memory else name
+        raise InputError(
+            f"{self.search.name}: none of {len(scored)} trials keeps within {bound}; the nearest is "
+            f"{violation:.1%} beyond it ({nearest.user_attrs.get('label', f'#{nearest.number}')}); "
+            "raise the bound, or widen the space towards less"
+        )
+
+    def _run_proposal(self, trial: optuna.Trial, number: int, context: ExecutionContext) -> None:
+        """Run a proposal and report its score; if that fails, queue the proposal again."""
+        try:
+            trial.set_user_attr("owner", this_process())
+            try:
+                with self.lock:
+                    chosen, spec = self.search.walk(lambda parameter: suggest(trial, parameter))
+            except ValueError as error:  # the space is too large to be checked in advance
+                self.on_message(f"#{trial.number} cannot be trained: {error}")
+                self.study.tell(trial, state=TrialState.FAIL)
+                return
+            label = trial.user_attrs.get("label") or self.search.label(trial.number, chosen)
+            trial.set_user_attr("label", label)
+            self._run_rungs(trial, label, spec, number, context)
+        except BaseException:
+            give_back(self.study, trial.number, trial.params, trial.user_attrs.get("label"))
+            raise
+
+    def _run_rungs(
+        self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int, context: ExecutionContext
+    ) -> None:
+        """Measure a spec at each rung, the whole training last, unless it is pruned before."""
+        score: Score | None = None
+        for rung in self.search.rungs:
+            at_rung = self.search.at_rung(spec, rung)
+            whole = rung == self.search.rungs[-1]
+            row = self._measure(trial, label if whole else f"{label} (rung {rung})", at_rung, number, context)
+            trial.set_user_attr("status", row["status"])
+            trial.set_user_attr("trial_id", row["trial_id"])
+            score = self.search.score(row["status"], {name: row.get(name) for name in METRICS})
+            if score is None or not score.feasible or whole:
+                break
+            value = score.values[0]
+            if value is not None:
+                trial.report(value, rung)
+                if trial.should_prune():
+                    self.study.tell(trial, state=TrialState.PRUNED)
+                    return
+        self._report_to_study(trial, score, label)
+
+    def _measure(
+        self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int, context: ExecutionContext
+    ) -> Mapping[str, Any]:
+        """The row of a spec: the recorded one, or a new measurement."""
+        identity = trial_id(spec, self.here)
+        known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
+        if known is not None:
+            self.known_in_a_row += 1
+            if known["study"] != self.study.study_name:
+                place = {"study": self.study.study_name, "study_trial": trial.number, "label": label}
+                self.store.rename({known["trial_id"]: place | {"baseline_id": self.search.base.id}})
+            return known
+        self.known_in_a_row = 0
+        job = Job(
+            grid=self.search.name,
+            spec=spec,
+            label=label,
+            baseline_id=self.search.base.id,
+            study=self.study.study_name,
+            study_trial=trial.number,
+        )
+        context.display.trial(number, job)
+        record = execute(job, dataclasses.replace(context, predictions=self._predictions([spec])))
+        row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
+        self.recorded[record.trial_id] = row
+        return row
+
+    def _predictions(self, specs: Sequence[TrialSpec]) -> Predictions:
+        if self.options.predictor is None:
+            return NO_PREDICTIONS
+        with self.lock:
+            return Predictions.of(self.options.predictor.predict(specs), self.options.rates)
+
+    def _report_to_study(self, trial: optuna.Trial, score: Score | None, label: str) -> None:
+        with self.lock:
+            if score is None:
+                self.study.tell(trial, state=TrialState.FAIL)
+                return
+            for name, violation in score.violations.items():
+                trial.set_constraint(name, violation)
+            values = [
+                fallback_value(self.study, self.search, k) if v is None else v for k, v in enumerate(score.values)
+            ]
+            self.study.tell(trial, values)
+            if score.feasible and (self.best is None or self.search.better(values[0], self.best)):
+                self.best = values[0]
+                objective = METRICS[self.search.objectives[0].metric]
+                self.on_message(f"best {objective.label} so far: {objective.show(values[0])} ({label})")
+
+    def confirm(self) -> bool:
+        """Run the winner, its rivals and the baseline in repeats under fresh seeds.
+
+        The winner was chosen by its figures, which are therefore biased; those of fresh seeds are not.
+
+        Returns:
+            False: interrupted before the end.
+        """
+        search = self.search
+        chosen = {search.base.id: Trial(search.base, "baseline", None, None)}
+        for row in finalists(search, self.store.read("trials").to_pylist(), self.study.study_name):
+            spec = spec_of(row)
+            chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"]))
+        # Repeat 0 was recorded by the search, except for the baseline's second run.
+        trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
+        grid = Grid(search.name, search.title, "list", tuple(interleave(trials, search.name)), tune=search.given)
+        summary = run_grid(
+            grid,
+            self.store,
+            self.launcher,
+            self.display,
+            dataclasses.replace(self.options.policy, skip_infeasible=False),  # they were measured before
+            predictions=self._predictions([trial.spec for trial in trials]),
+        )
+        return summary.left == 0
+
+    def outcome(self, finished: bool) -> Outcome:
+        """The present state of the study."""
+        trials = self.study.get_trials(deepcopy=False)
+        running = any(t.state is TrialState.RUNNING for t in trials)
+        if not running:  # other processes may be reading their parts
+            self.store.compact()
+        warm = sum("source" in t.user_attrs for t in trials)
+        left = 0 if finished else self._left()
+        return Outcome(self.study.study_name, proposed_count(self.study), left, warm)
+
+
+def study_name(search: Search, environment_id: str) -> str:
+    """The name of a study, which identifies its base, search space and environment."""
+    kept = {key: value for key, value in search.given["tune"].items() if key not in ("trials", "timeout", "confirm")}
+    about = {"base": search.base.canonical(), "tune": kept, "sampler": search.sampler, "environment": environment_id}
+    text = json.dumps(about, sort_keys=True, default=str)
+    return f"{search.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
