@@ -614,7 +614,7 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytes
     store = Store(tmp_path / "g")
     calm = {"env": os.environ | {"FORMULA_SECONDS": "0.3"}, "stdin": subprocess.DEVNULL}
     toll = chaos.disturb(command(store.folder, 18), store, 18, kills=10, seed=1, typical=0.3, **calm)
-    assert toll.kills.total() >= 5, "most came before the grid was done"
+    assert toll.kills.total() >= 3, "they came before the grid was done"
     assert min(toll.kills["worker"], toll.kills["runner"]) >= 1
     assert (toll.lost, toll.redone, toll.unreadable) == (set(), set(), 0)
     rows = store.read("trials").to_pylist()
