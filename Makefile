@@ -42,6 +42,7 @@ report: $(INSTALLED) ## Write the report of results/techniques again
 bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (40 min)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/report_scale.py
 	$(BIN)/python benchmarks/tune_front.py
 	$(BIN)/python benchmarks/tune_cost.py

@@ -71,6 +71,7 @@ def fill(folder: Path, rows: int) -> None:
         {
             "trial_id": numpy.repeat(ids, STORIES),
             "story_id": numpy.tile([f"story {i}" for i in range(STORIES)], count),
+            "kind": ["held-out"] * (count * STORIES),
             "when": ["after"] * (count * STORIES),
             "loss": numpy.repeat(loss, STORIES) + generator.normal(0, 0.01, count * STORIES),
             "tokens": [100] * (count * STORIES),

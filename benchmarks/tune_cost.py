@@ -17,7 +17,8 @@ import pandas
 from rich.console import Console
 from rich.table import Table
 
-from harness.analysis import loading, stats
+from harness.analysis import loading
+from harness.analysis.crossed import crossed
 from harness.cli.progress import display
 from harness.grids.search import Search
 from harness.grids.search_file import parse
@@ -55,21 +56,21 @@ def run(sampler: str, trials: int, folder: Path, console: Console) -> pandas.Dat
     return rows[~rows["twin"] & rows["study"].notna()].sort_values("eval_loss")
 
 
-def story_losses(folder: Path, label: str) -> pandas.Series:
-    """The loss of each story in a trial."""
+def story_losses(folder: Path, label: str) -> pandas.DataFrame:
+    """Loss and tokens of each story in a trial."""
     m = loading.load(folder)
     trial = m.trials.index[(m.trials["label"] == label) & ~m.trials["twin"]][0]
-    return m.stories[m.stories["trial"] == trial].set_index("story")["loss"]
+    return m.stories[m.stories["trial"] == trial].set_index("story")[["loss", "tokens"]]
 
 
-def verdict(best: pandas.Series, chosen: pandas.Series) -> tuple[str, float]:
+def verdict(best: pandas.DataFrame, chosen: pandas.DataFrame) -> tuple[str, float]:
     """The chosen cell against the best of all, story by story, and the lower bound of their difference."""
-    differences = (chosen - best).dropna()
-    effect = stats.paired(differences, pandas.Series(0, differences.index)).loc[0]
-    if differences.abs().max() < 1e-6:
+    differences = chosen.assign(loss=chosen["loss"] - best["loss"]).dropna().reset_index()
+    effect = crossed(differences.assign(comparison=0, repeat=0)).loc[0]
+    if differences["loss"].abs().max() < 1e-6:
         return "the same cell", 0.0
-    word = "not distinguishable" if effect["low"] <= 0 else "worse"
-    return f"{effect['effect']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) nats: {word}", effect["low"]
+    value, low, high = (float(effect[name]) for name in ("effect", "low", "high"))
+    return f"{value:+.4f} ({low:+.4f} to {high:+.4f}) nats: {'not distinguishable' if low <= 0 else 'worse'}", low
 
 
 def main() -> int:

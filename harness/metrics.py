@@ -145,8 +145,8 @@ _TABLE = (
     _bytes(
         "peak_memory_bytes",
         "peak memory",
-        "Highest sum of live tensor storage over the training steps, weights and all. CUDA: the allocator's "
-        "maximum since the first step; CPU: the live-tensor tracker over the first steps, which are the longest.",
+        "Highest sum of live tensor storage over all training steps, weights and all. CUDA: the allocator's maximum "
+        "since the first step; CPU: the live-tensor tracker.",
         across_processes="heaviest",
     ),
     _bytes(
@@ -156,6 +156,7 @@ _TABLE = (
         across_processes="highest",
     ),
     _bytes("peak_evaluate_bytes", "peak while evaluating", "The same while evaluating.", across_processes="highest"),
+    _bytes("peak_timed_bytes", "peak while timing", "The same of timed steps.", across_processes="highest"),
     _bytes(
         "peak_reserved_bytes",
         "peak reserved memory",
@@ -207,7 +208,13 @@ _TABLE = (
         None,
     ),
     _bytes("oom_requested_bytes", "requested at out of memory", "Out of memory: bytes asked on top of those.", None),
-    _rate("tokens_per_second", "tokens/s", "tok/s", "Non-padding tokens of the timed steps, divided by their seconds."),
+    _rate(
+        "tokens_per_second",
+        "tokens/s",
+        "tok/s",
+        "Non-padding tokens of the timed steps, divided by their seconds. Steps are timed in visits of their own, and "
+        "those during which the machine worked for others do not count.",
+    ),
     _rate("supervised_tokens_per_second", "supervised tokens/s", "tok/s", "The same for tokens that carry loss."),
     _rate("padded_tokens_per_second", "padded tokens/s", "tok/s", "The same for all positions, padding included."),
     _rate("samples_per_second", "samples/s", "1/s", "Examples of the timed steps, divided by their seconds."),
@@ -333,14 +340,25 @@ _TABLE = (
     ),
     _count("optimizer_steps", "optimizer steps", "Optimizer steps made."),
     _count("timed_steps", "timed steps", "Optimizer steps behind the speeds."),
+    _count("timed_visits", "timed visits", "Timing visits behind the speeds."),
+    _count("disturbed_steps", "disturbed steps", "Timed steps during which the machine worked for others."),
     _count("trained_tokens", "trained tokens", "Non-padding tokens trained on."),
     _count("truncated_examples", "truncated examples", "Training and held-out examples cut to the sequence length."),
+    _count("dropped_examples", "dropped examples", "Examples too long, or without a completion token after the cut."),
     _count(
-        "dropped_examples",
-        "dropped examples",
-        "Examples left out: too long, or without a completion token after the cut.",
+        "short_stories",
+        "short stories",
+        "Stories passed over when choosing the held-out ones: fewer than min_completion_tokens completion tokens "
+        "within eval_sequence_length, or too long where excess_length is drop. They are trained on like any other.",
+    ),
+    _count(
+        "short_stories",
+        "short stories",
+        "Stories passed over when choosing the held-out ones: fewer than min_completion_tokens completion tokens "
+        "within eval_sequence_length, or too long where excess_length is drop. They are trained on like any other.",
     ),
     _count("evaluated_stories", "evaluated stories", "Held-out stories behind eval_loss."),
+    _count("judged_tokens", "judged tokens", "Completion tokens behind eval_loss."),
     Metric("load_seconds", "load time", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
     Metric("trial_seconds", "trial time", "float", "s", "lower", "speed", "Seconds of the whole trial.", show_seconds),
 )
@@ -379,7 +397,7 @@ _INFERENCE = (
         "Largest difference of any logit from the unmerged model's, on held-out stories.",
         show_scientific,
     ),
-    _nats("story_loss", "loss per story", "Mean over held-out stories of the loss per completion token."),
+    _nats("story_loss", "loss", "Loss per completion token on the held-out stories, weighted by tokens."),
     _text("rouge_l", "ROUGE-L", "ROUGE-L F1 of generated stories against the held-out ones.", "higher"),
     _text(
         "distinct_2", "distinct pairs", "Distinct pairs of words divided by all pairs, in a generated story.", "higher"

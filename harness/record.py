@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from harness import metrics
 from harness.environment import Environment
@@ -15,6 +15,15 @@ Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", 
 Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]
 Model = Literal["base", "unmerged", "merged"]
 """Models of the inference benchmark: the base, the base with its adapter, and the two merged."""
+TIMED_FIGURES = (
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "padded_tokens_per_second",
+    "samples_per_second",
+    "step_seconds_median",
+    "step_seconds_p95",
+)
+"""Figures of timed steps alone."""
 DISK_FULL = "DiskFull"
 """Error type of a trial whose disk was full: not its own fault, so it may be run again."""
 
@@ -50,6 +59,12 @@ class Step(Row):
     """All positions."""
     peak_memory_bytes: int | None
     """Highest live memory of the step, where it was tracked."""
+    block: int | None = None
+    """Block of timing visits in which it was timed, see `Visit`; null: a step of training."""
+    waited_seconds: float | None = None
+    """How long its threads waited for a processor, added up, and the machine for its host; null: not known."""
+    disturbed: Annotated[bool, Facts(absent=False)] = False
+    """Whether the machine worked for others meanwhile: a timed step that does not count for speed."""
 
 
 class StoryLoss(Row):
@@ -65,6 +80,15 @@ class StoryLoss(Row):
     """Completion tokens."""
     kind: Annotated[Literal["held-out", "general"], Facts(absent="held-out")] = "held-out"
     """A story of the dataset, or a passage of the bundled general text."""
+
+
+class LossesBefore(Row):
+    """Losses of an untrained model that another trial has measured."""
+
+    started_at: dt.datetime
+    """When that trial began: what has changed since is not what it measured."""
+    stories: tuple[StoryLoss, ...]
+    """Its losses before training."""
 
 
 class ModelFootprint(Row):
@@ -139,6 +163,15 @@ class InferenceRecord(Row):
     """One row per model and held-out story; none for random weights."""
 
 
+class Visit(Row):
+    """A short visit to time steps of a trial's configuration: load, warm up, time; no training, no evaluation."""
+
+    block: int
+    """Unix time at which its block began: the visits of a block follow each other in random order."""
+    seconds: Annotated[float, Field(gt=0)] = 4.0
+    """Least seconds of undisturbed steps."""
+
+
 class Job(Row):
     """What a worker executes: a spec, and the trial's place in its grid."""
 
@@ -162,6 +195,8 @@ class Job(Row):
     """Name of the search that proposed it."""
     study_trial: int | None = None
     """Its number there."""
+    visit: Visit | None = None
+    """Time steps in a visit instead of training."""
 
 
 class Record(Job):
@@ -191,6 +226,8 @@ class Record(Job):
     """From 1. The workers of earlier attempts were lost."""
     node: str | None = None
     """Machine of a cluster on which it ran; null: the runner's own."""
+    disturbed: Annotated[bool, Facts(absent=False)] = False
+    """Whether too few of its timed steps, or of its visits, were undisturbed: it has no speeds then."""
     log: str | None = None
     """File of its output within the results folder; null where it ended well."""
 

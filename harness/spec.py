@@ -104,6 +104,8 @@ class Facts:
     """Whether it changes what is measured; else it is left out of the id."""
     memory: bool = True
     """Whether it changes the memory of a training step."""
+    untrained: bool = True
+    """Whether it may change a bit of the untrained model's loss on held-out stories."""
     absent: Any = ...
     """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
 
@@ -122,6 +124,8 @@ class Facts:
 
 _UNMEASURED = Facts(measured=False)
 _NO_MEMORY = Facts(memory=False)
+_TRAINING = Facts(untrained=False)
+_TRAINING_NO_MEMORY = Facts(memory=False, untrained=False)
 
 
 def _one_line(text: str) -> str:
@@ -196,16 +200,18 @@ class TrialSpec(_Frozen):
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
     """Sources of stories, concatenated."""
-    sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST)] = 512
+    sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST), _TRAINING] = 512
     """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
     eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST)] | None = None
     """The same for held-out stories; null: `sequence_length`. Fix it where sequence lengths are compared."""
     excess_length: Literal["truncate", "drop", "raise"] = "truncate"
     """What happens to a longer example; the count is recorded."""
-    train_on_inputs: StrictBool = False
+    train_on_inputs: Annotated[StrictBool, _TRAINING] = False
     """Take the loss on the prompt too."""
-    val_set_size: Annotated[float, Field(strict=True, ge=0)] = 16
+    val_set_size: Annotated[float, Field(strict=True, ge=0)] = 32
     """Held-out stories: a count (1 or more), or a fraction of the rows (below 1). 0: no evaluation."""
+    min_completion_tokens: Annotated[PositiveInt, Facts(absent=1)] = 16
+    """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
 
     precision: Precision = "bf16"
     """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
@@ -222,57 +228,57 @@ class TrialSpec(_Frozen):
 
     adapter: Literal["lora", "none"] = "lora"
     """`none` (or null) is full fine-tuning."""
-    lora_r: PositiveInt = 16
+    lora_r: Annotated[PositiveInt, _TRAINING] = 16
     """Rank."""
-    lora_alpha: Annotated[PositiveInt, _NO_MEMORY] = 16
+    lora_alpha: Annotated[PositiveInt, _TRAINING_NO_MEMORY] = 16
     """Scale: the update is multiplied by alpha / r."""
-    lora_dropout: UnitInterval = 0.0
+    lora_dropout: Annotated[UnitInterval, _TRAINING] = 0.0
     """Dropout on the adapter's input."""
-    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], _TRAINING] = "none"
     """Which biases are trained."""
-    lora_target_linear: StrictBool = True
+    lora_target_linear: Annotated[StrictBool, _TRAINING] = True
     """Adapters on every linear layer but the head; false: the architecture's default in peft."""
-    lora_target_modules: tuple[StrictStr, ...] | None = None
+    lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
     """Names of the layers that get an adapter, instead of `lora_target_linear`."""
-    use_rslora: Annotated[StrictBool, _NO_MEMORY] = False
+    use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
     """Weight-decomposed LoRA."""
-    save_adapter: Annotated[StrictBool, _NO_MEMORY] = False
+    save_adapter: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Keep the trained adapter with the results."""
     measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False
     """Evaluate the bundled general text too, before and after training, to measure forgetting."""
 
     micro_batch_size: PositiveInt = 1
     """Examples in one forward and backward pass."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
     """Processes that train together."""
     sharding: Annotated[Literal["none", "shard_grad_op", "full_shard"], Facts(absent="none")] = "none"
     """Whether each process holds the whole model (`none`: DDP) or a shard (FSDP), gathered per step or per layer."""
-    gradient_checkpointing: StrictBool = False
+    gradient_checkpointing: Annotated[StrictBool, _TRAINING] = False
     """Recompute activations in the backward pass instead of keeping them."""
 
-    train_samples: PositiveInt | None = None
+    train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
-    max_steps: PositiveInt | None = None
+    max_steps: Annotated[PositiveInt | None, _TRAINING] = None
     """Optimizer steps, instead of `train_samples`."""
-    num_epochs: Annotated[float, Field(strict=True, gt=0)] | None = None
+    num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING] = None
     """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
-    optimizer: Optimizer = "adamw_torch"
+    optimizer: Annotated[Optimizer, _TRAINING] = "adamw_torch"
     """Name of the optimizer, as in transformers."""
-    learning_rate: Annotated[float, Field(strict=True, gt=0), _NO_MEMORY] = 2e-4
+    learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY] = 2e-4
     """Peak learning rate."""
-    lr_scheduler: Annotated[Scheduler, _NO_MEMORY] = "linear"
+    lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY] = "linear"
     """Learning rate schedule."""
-    warmup_ratio: Annotated[UnitInterval, _NO_MEMORY] = 0.0
+    warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY] = 0.0
     """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 0.0
     """Decoupled weight decay; not on biases and norms."""
-    max_grad_norm: Annotated[float, Field(strict=True, ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 1.0
     """Gradient clipping; 0: none."""
-    seed: Annotated[StrictInt, Field(ge=0, le=_MOST)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, le=_MOST), _TRAINING] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 
     output_dir: Annotated[Annotated[StrictStr, AfterValidator(redact_home)] | None, _UNMEASURED] = None
@@ -343,6 +349,14 @@ class TrialSpec(_Frozen):
         """Examples per optimizer step: micro-batch x accumulation x processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
+    def samples(self, available: int) -> int:
+        """Examples that are trained on, of `available` distinct ones."""
+        if self.train_samples is not None:
+            return self.train_samples
+        if self.max_steps is not None:
+            return self.max_steps * self.effective_batch_size
+        return max(1, round((self.num_epochs or 1.0) * available))
+
     def canonical(self) -> dict[str, Any]:
         """The keys that change what is measured, as plain JSON values."""
         # A field that was added later is left out at its former value: ids from before stay valid.
@@ -355,6 +369,8 @@ class TrialSpec(_Frozen):
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0
+        if not self.val_set_size:
+            values.pop("min_completion_tokens", None)
         if self.adapter == "none":
             values = {k: v for k, v in values.items() if not k.startswith(("lora_", "use_")) and k != "save_adapter"}
         return values
@@ -368,6 +384,21 @@ class TrialSpec(_Frozen):
     def memory_key(self) -> str:
         """As `id`, but equal for specs that differ only in keys without effect on memory."""
         return _digest({k: v for k, v in self.canonical().items() if FACTS[k].memory})
+
+    @property
+    def untrained_key(self) -> str:
+        """As `id`, but equal for specs whose models have the same losses before training, to the bit.
+
+        An adapter adds an exact zero until it is trained, whatever its size and place. DoRA also scales each layer that
+        has one by norms that round, so its `lora_` keys count.
+        """
+        return _digest(
+            {
+                k: v
+                for k, v in self.canonical().items()
+                if FACTS[k].untrained or (self.use_dora and k.startswith("lora_"))
+            }
+        )
 
 
 FACTS: dict[str, Facts] = {name: Facts.of(field) for name, field in TrialSpec.model_fields.items()}

@@ -24,7 +24,11 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     rates = figures.pop("rates", ())
     adapter_id = figures.pop("adapter_id", None)
     failure = {} if status == "ok" else {"phase": "forward", "error": "no", "error_type": "X"}
-    stories = [StoryLoss(story_id=str(i), when="after", loss=x, tokens=tokens) for i, x in enumerate(losses)]
+    counts = tokens if isinstance(tokens, list) else [tokens] * len(losses)
+    stories = [
+        StoryLoss(story_id=str(i), when="after", loss=x, tokens=n)
+        for i, (x, n) in enumerate(zip(losses, counts, strict=True))
+    ]
     steps = [
         Step(step=i, tracked=False, seconds=100 / rate, loss=3.0 - i / 10, grad_norm=1.0, learning_rate=1e-4, samples=2,
              tokens=100, supervised_tokens=50, padded_tokens=120, peak_memory_bytes=None)

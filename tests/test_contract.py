@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from harness.results.store import Store
 from harness.runner.execution import Policy
 from harness.runner.grid_run import pending
 from harness.spec import TrialSpec
+from harness.training import checkpoints
 
 Small = Callable[..., TrialSpec]
 
@@ -64,6 +66,22 @@ def test_the_same_record(small: Small, tmp_path: Path, launcher: Launcher, refer
     assert [value for _, kind, value in watch.seen if kind == "phase" and value in ("load", "evaluate", "save")] == [
         "load", "evaluate", "evaluate", "save",
     ]  # fmt: skip
+
+
+def test_the_same_loss_before_training(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+    """Once measured it travels to the next trial, to the bit."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints.checkpoint_folder("random:tiny"), base)
+    checkpoints.byte_tokenizer().save_pretrained(base)
+    store = Store(tmp_path / "g")
+    go(grid_of(first=small(base_model=str(base))), store, launcher)
+    (row,) = store.read("trials").to_pylist()
+    stories = store.read("stories").to_pylist()
+    mark = {"loss": 0.1 + 0.2}  # no loss of this model: who has it did not measure
+    store.replace_rows(row["trial_id"], {"stories": [s | mark if s["when"] == "before" else s for s in stories]})
+    (second,) = go(grid_of(second=small(base_model=str(base), lora_r=8)), store, launcher).records
+    assert (second.status, second.metrics["eval_loss_before"]) == ("ok", pytest.approx(mark["loss"]))
+    assert [s.loss for s in second.stories if s.when == "before"] == [mark["loss"]] * 2
 
 
 def test_the_same_failures(small: Small, tmp_path: Path, launcher: Launcher) -> None:

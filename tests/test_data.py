@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from harness.errors import InputError
 from harness.sources import stories
 from harness.sources.stories import Story
 from harness.spec import DatasetSpec, PromptSpec, TrialSpec
-from harness.training import batches, checkpoints
+from harness.training import batches, checkpoints, order
 
 Small = Callable[..., TrialSpec]
 CPU = torch.device("cpu")
@@ -38,14 +39,15 @@ def stories_file(folder: Path, rows: list[tuple[str, str]]) -> DatasetSpec:
 
 def test_loss_is_taken_on_the_story_and_its_end_alone(small: Small, tokenizer: Any, tmp_path: Path) -> None:
     rows = [(f"synopsis {i}", f"story {i}") for i in range(4)]
-    loaded = batches.load(small(datasets=[stories_file(tmp_path, rows)]), tokenizer)
+    short: dict[str, Any] = {"datasets": [stories_file(tmp_path, rows)], "min_completion_tokens": 8}
+    loaded = batches.load(small(**short), tokenizer)
     for example in (*loaded.train, *loaded.held_out):
         supervised = [i for i in example.labels if i != batches.IGNORED]
         text = tokenizer.decode(supervised)
         assert text.startswith("story ")
         assert text.endswith("<|end|>")
         assert len(text) == len("story 0<|end|>")
-    everything = batches.load(small(datasets=[stories_file(tmp_path, rows)], train_on_inputs=True), tokenizer)
+    everything = batches.load(small(**short, train_on_inputs=True), tokenizer)
     assert all(len(e) - 1 == sum(label != batches.IGNORED for label in e.labels) for e in everything.train)
 
 
@@ -67,7 +69,7 @@ def test_general_text_is_judged_without_a_prompt(tokenizer: Any) -> None:
 
 
 def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tokenizer: Any, tmp_path: Path) -> None:
-    rows = [(f"synopsis {i}", f"story {i}") for i in range(30)]
+    rows = [(f"synopsis {i}", f"story of a fox, {i}") for i in range(30)]
     (tmp_path / "b").mkdir()
     there = stories_file(tmp_path, rows)
     turned = stories_file(tmp_path / "b", [*reversed(rows), rows[0]])  # and a row twice
@@ -80,6 +82,82 @@ def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tok
     fraction = batches.load(small(datasets=[there], val_set_size=0.2), tokenizer)
     assert len(fraction.held_out) == 6
     assert not batches.load(small(datasets=[there], val_set_size=0), tokenizer).held_out
+
+
+@pytest.mark.parametrize("excess", ["truncate", "drop"])
+def test_stories_too_short_to_be_judged_are_passed_over_and_trained_on(
+    small: Small, tokenizer: Any, tmp_path: Path, excess: str
+) -> None:
+    rows = [(f"synopsis {i}", "x" * (40 if i % 2 else 14)) for i in range(20)]  # and the end token: 41 and 15
+    spec = small(datasets=[stories_file(tmp_path, rows)], val_set_size=6, excess_length=excess)
+    loaded = batches.load(spec, tokenizer)
+    first = [e.story_id for e in batches.load(spec.model_copy(update={"min_completion_tokens": 1}), tokenizer).held_out]
+    assert [e.completion_tokens for e in loaded.held_out] == [41] * 6
+    assert {e.story_id for e in loaded.held_out} & {*first}, "still the first ones by hash"
+    assert loaded.short > 0
+    assert loaded.dropped == 0
+    assert len(loaded.train) == 14
+    assert sum(e.completion_tokens == 15 for e in loaded.train) == 10, "none of them is lost"
+    few = batches.load(spec.model_copy(update={"val_set_size": 15.0}), tokenizer)
+    assert (len(few.held_out), few.short, len(few.train)) == (10, 10, 10), "those there are"
+
+
+def test_a_story_that_the_evaluated_length_cuts_short_is_not_judged(
+    small: Small, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [("p" * (20 * i), "x" * 40) for i in range(1, 9)]
+    starts = {e.story_id: e.completion_start for e in batches.load(
+        small(datasets=[stories_file(tmp_path, rows)], val_set_size=0, sequence_length=999), tokenizer
+    ).train}  # fmt: skip
+    length = sorted(starts.values())[3] + 16
+    spec = small(datasets=[stories_file(tmp_path, rows)], val_set_size=4, eval_sequence_length=length)
+    loaded = batches.load(spec, tokenizer)
+    assert {e.story_id for e in loaded.held_out} == {s for s, start in starts.items() if start + 16 <= length}
+    assert min(e.completion_tokens for e in loaded.held_out) == 16
+
+
+_SHORT = [(f"a{i}", "b" * (3 + i % 5)) for i in range(20)]
+_LATE = [("a" * (10 * i), "b" * 100) for i in range(1, 21)]
+_BOTH = [("a" * (10 * i), "b" * i) for i in range(1, 31)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "reason", "ways"),
+    [
+        (_SHORT, {}, "none of 20 has that many (the longest completion has 8)", ["min_completion_tokens: 7", "0"]),
+        (_SHORT, {"val_set_size": 1}, "none of 20", ["min_completion_tokens: 8", "0"]),
+        (_LATE, {"eval_sequence_length": 64}, "64 1 of 20 has", ["eval_sequence_length: 129", "val_set_size: 1"]),
+        (_LATE, {"eval_sequence_length": 50}, "50 none of 20", ["eval_sequence_length: 129", "0"]),
+        (_LATE, {"eval_sequence_length": 64, "excess_length": "drop"}, "none", ["eval_sequence_length: 214", "0"]),
+        (_BOTH, {"eval_sequence_length": 120}, "none", ["eval_sequence_length: 269", "min_completion_tokens: 2", "0"]),
+        (_SHORT, {"eval_sequence_length": 8}, "none", ["min_completion_tokens: 8 with eval_sequence_length: ", "0"]),
+    ],
+)  # fmt: skip
+def test_too_little_to_judge_is_refused_with_what_would_do(
+    small: Small, tokenizer: Any, tmp_path: Path, rows: Any, given: dict[str, Any], reason: str, ways: list[str]
+) -> None:
+    """Each way that the message offers is one."""
+    values = {"val_set_size": 8, "sequence_length": 999, "datasets": [stories_file(tmp_path, rows)]} | given
+    with pytest.raises(InputError) as refusal:
+        batches.load(small(**values), tokenizer)
+    text = str(refusal.value)
+    assert text.isprintable()
+    assert f"val_set_size {values['val_set_size']} asks for {values['val_set_size']} held-out stories with 16" in text
+    assert reason in text
+    offered = re.split(", | or ", text.split("; give ")[1])
+    assert len(offered) == len(ways)
+    for way, expected in zip(offered, ways, strict=True):
+        assert expected in way
+        changed = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", way)}
+        loaded = batches.load(small(**values | changed), tokenizer)
+        assert len(loaded.held_out) >= (values | changed)["val_set_size"] / 2 or "with" in way
+        assert bool(loaded.held_out) == (changed != {"val_set_size": 0})
+
+
+def test_a_small_share_is_one_story_at_least(small: Small, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [(f"synopsis {i}", "x" * 40) for i in range(20)]
+    loaded = batches.load(small(datasets=[stories_file(tmp_path, rows)], val_set_size=0.01), tokenizer)
+    assert len(loaded.held_out) == 1
 
 
 @pytest.mark.parametrize(("excess", "kept", "truncated", "dropped"), [("truncate", 2, 1, 1), ("drop", 1, 0, 2)])
@@ -104,23 +182,23 @@ def test_excess_can_be_refused(small: Small, tokenizer: Any, tmp_path: Path) -> 
 
 def test_longest_come_first_and_each_epoch_has_every_story(small: Small, tokenizer: Any) -> None:
     examples = batches.load(small(sequence_length=8192, val_set_size=0), tokenizer).train
-    order = batches.training_order(examples, 2 * len(examples), front=8, seed=1)
-    lengths = sorted((len(e) for e in order), reverse=True)
-    assert [len(e) for e in order[:8]] == lengths[:8]
-    assert [len(e) for e in order[8:]] != lengths[8:], "the rest is shuffled"
+    shuffled = order.training_order(examples, 2 * len(examples), size=4, seed=1)
+    lengths = sorted((len(e) for e in shuffled), reverse=True)
+    assert [len(e) for e in shuffled[:8]] == lengths[:8]
+    assert [len(e) for e in shuffled[8:]] != lengths[8:], "the rest is shuffled"
     counts = {e.story_id: 0 for e in examples}
-    for example in order:
+    for example in shuffled:
         counts[example.story_id] += 1
     assert set(counts.values()) == {2}
-    assert order == batches.training_order(examples, 2 * len(examples), front=8, seed=1)
-    assert order != batches.training_order(examples, 2 * len(examples), front=8, seed=2)
+    assert shuffled == order.training_order(examples, 2 * len(examples), size=4, seed=1)
+    assert shuffled != order.training_order(examples, 2 * len(examples), size=4, seed=2)
 
 
 def test_samples_follow_from_whichever_length_is_given(small: Small) -> None:
-    assert batches.total_samples(small(train_samples=7), 100) == 7
-    assert batches.total_samples(small(train_samples=None, max_steps=3), 100) == 3 * 4
-    assert batches.total_samples(small(train_samples=None, num_epochs=1.5), 100) == 150
-    assert batches.total_samples(small(train_samples=None), 100) == 100
+    assert small(train_samples=7).samples(100) == 7
+    assert small(train_samples=None, max_steps=3).samples(100) == 3 * 4
+    assert small(train_samples=None, num_epochs=1.5).samples(100) == 150
+    assert small(train_samples=None).samples(100) == 100
 
 
 def test_padding_is_known_by_the_mask_and_the_end_token_is_learnt(tokenizer: Any) -> None:

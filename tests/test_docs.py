@@ -100,7 +100,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Trial
     (folder / "surprises.yml").write_text(written("name: surprises"))
     files = [folder / name if name == "surprises.yml" else ROOT / name for name in AGAIN]
     return {
-        name: {trial.label: trial.spec for trial in grid.load(file).trials if not trial.twin}
+        name: {trial.label: trial.spec for trial in grid.load(file).trials if not (trial.twin or trial.repeat)}
         for name, file in zip(AGAIN, files, strict=True)
     }
 

@@ -557,7 +557,7 @@ PINNED_ORDER = ("lora_r=7", "lora_r=2", "lora_r=8")
 
 def test_id_is_pinned() -> None:
     """Recorded trials are looked up by it: when it changes, all results are measured again."""
-    assert TrialSpec(base_model="random:tiny").id == "14add66fcfcc"
+    assert TrialSpec(base_model="random:tiny").id == "2e8e3af68da7"
 
 
 def test_id_does_not_depend_on_key_order_or_spelling() -> None:
@@ -612,6 +612,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "train_on_inputs": True,
         "measure_forgetting": True,
         "val_set_size": 8.0,
+        "min_completion_tokens": 8,
         "precision": "nf4",
         "tf32": True,
         "attention": "eager",
@@ -683,7 +684,7 @@ def test_preflight_asks_for_every_trial(tmp_path: Path, monkeypatch: pytest.Monk
     for vary, message in [
         ("base_model: [random:tinny]", r"did you mean tiny\?"),
         ("datasets: [[{path: nowhere.csv}]]", r"nowhere\.csv: no such file"),
-        ("datasets: [[{path: few.jsonl}]]", r"val_set_size 16 leaves nothing to train on: there are 1 distinct"),
+        ("datasets: [[{path: few.jsonl}]]", r"val_set_size 32 leaves nothing to train on: there are 1 distinct"),
     ]:
         loaded = load(tmp_path, BASE + f"vary: {{{vary}}}\n")
         with pytest.raises(InputError, match=message):

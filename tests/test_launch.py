@@ -45,7 +45,7 @@ class Watch:
         self.seen: list[tuple[str, str, Any]] = []
         self.times: list[float] = []
 
-    def begin(self, total: int, skipped: int) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
         self.total, self.skipped = total, skipped
 
     def trial(self, number: int, job: Job) -> None:
@@ -177,7 +177,7 @@ def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path,
     assert "Segmentation fault" in (tmp_path / rows["crashes"]["log"]).read_text()
     assert "Traceback" in (tmp_path / rows["raises"]["log"]).read_text()
     for label, row in rows.items():
-        assert (row["tokens_per_second"] is not None) == (row["status"] == "ok"), label
+        assert (row["trained_tokens"] is not None) == (row["status"] == "ok"), label
         assert (row["log"] is None) == (row["status"] == "ok"), label
     assert not workers(), "no process is left behind"
     assert set(Path("/dev/shm").iterdir()) <= shared, "nor shared memory"  # noqa: S108

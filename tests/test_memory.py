@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,9 @@ from harness.spec import TrialSpec
 from harness.training.live_tensors import LiveTensors, OutOfBudget
 from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from peaks import combinations, faults  # the benchmark has more of them
 
 Small = Callable[..., TrialSpec]
 
@@ -202,3 +206,9 @@ def test_a_budget_on_a_card_is_the_allocators_limit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: limits.append(given), raising=False)
     MemoryMeter(torch.device("cuda"), 40)
     assert limits == [(0.4, 1)]
+
+
+@pytest.mark.parametrize("spec", combinations(6), ids=lambda spec: spec.id)
+def test_the_peak_is_the_highest_of_all_steps(spec: TrialSpec) -> None:
+    """Whatever the lengths, the micro-batches and the seed: recorded to the byte, chosen beforehand, predicted."""
+    assert faults(spec) == []

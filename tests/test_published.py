@@ -44,19 +44,19 @@ def test_published_peaks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Their loop has no autocast: adapters in fp32 compute in fp32.
     monkeypatch.setattr(step, "autocast", lambda spec, device: contextlib.nullcontext())
     if not case.startswith("torchtune"):  # packed sequences have no padding
-        monkeypatch.setattr(peak, "_examples", _padded)
+        monkeypatch.setattr(peak, "_steps", _padded)
     predicted = peak.predict(TrialSpec.model_validate(given), "cuda", full_length=True).peak_memory_bytes
     published = gib * GIB
     assert predicted == pytest.approx(published, rel=tolerance)
     assert predicted * (1 + MARGIN["cuda"]) >= 0.98 * published
 
 
-_examples = peak._examples
+_steps = peak._steps
 
 
 def _padded(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
     """Examples of different lengths, as in any batch of real questions: the attention gets a mask."""
-    steps, pad_id = _examples(spec, full_length, trust_remote_code)
+    steps, pad_id = _steps(spec, full_length, trust_remote_code)
 
     def cut(step: Sequence[Example]) -> list[Example]:
         return [replace(e, input_ids=e.input_ids[: len(e) - 7 * i]) for i, e in enumerate(step)]

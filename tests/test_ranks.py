@@ -78,7 +78,9 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
         assert of("peak", other) < of("peak", alone), "half the micro-batch"
         assert other.metrics["flops_per_token"] == pytest.approx(alone.metrics["flops_per_token"], rel=0.1)
         predicted = peak.predict(other.spec, "cpu")
-        assert predicted.flops / predicted.positions == pytest.approx(other.metrics["flops_per_token"], rel=0.01)
+        # In the last step, of one example, the second rank computes for nothing.
+        counted = other.metrics["flops_per_token"] * 13 / 14
+        assert predicted.flops / predicted.positions == pytest.approx(counted, rel=0.01)
         assert predicted.peak_memory_bytes == pytest.approx(of("peak", other), rel=0.005)
         for name, size in predicted.breakdown.items():
             assert size == pytest.approx(other.metrics[name], rel=0.005, abs=4096), name

@@ -71,7 +71,7 @@ def test_ratios_are_to_the_baseline_of_the_same_repeat(small: Small, tmp_path: P
     assert (memory.value, memory.verdict, memory.n) == (pytest.approx(0.6), "better", 2)
     assert (speed.value, speed.n, speed.basis) == (pytest.approx(0.8), 2, "repeats")
     assert loss.value == pytest.approx(-0.1)
-    assert loss.n == 3, "a story counts once, however often it was repeated"
+    assert (loss.n, loss.seeds) == (3, 2), "a story counts once, however often it was repeated"
     assert "×0.60 high savings" in row(m, "lora_r=8")
     failed = "lora_r=64 (oom in forward, needs at least 2.00 GiB)"
     assert row(m, failed) == (*["–"] * 6, "0")
@@ -83,6 +83,54 @@ def test_losses_are_compared_on_equal_tokens_only(small: Small, tmp_path: Path) 
     keep(store, small(sequence_length=512), "longer", [1.0, 1.1], eval_loss=1.0, story_tokens=20)
     m = loading.load(tmp_path)
     assert row(m, "longer")[4:6] == ("1.0000", "–")
+
+
+def test_the_repeat_that_holds_most_is_the_memory(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed, (ours, theirs) in enumerate([(500, 1000), (640, 980), (600, 800)]):
+        parts = {"memory_weights_bytes": 100, "memory_activations_bytes": ours - 100}
+        keep(store, small(seed=seed), "baseline", [], **BASE | {"peak_memory_bytes": theirs})
+        keep(store, small(seed=seed, lora_r=8), "lora_r=8", [], **BASE | {"peak_memory_bytes": ours}, **parts)
+    m = loading.load(tmp_path)
+    memory = estimate(m, "lora_r=8", "peak_memory_bytes")
+    assert memory.value == pytest.approx(0.64), "of both the highest, in whatever repeat"
+    assert (memory.low, memory.high) == (pytest.approx(0.5), pytest.approx(0.75)), "and the range over the repeats"
+    assert row(m, "lora_r=8")[:2] == ("640 B", "×0.64 (0.50–0.75) high savings")
+    (config,) = m.configs.index[m.configs["label"] == "lora_r=8"]
+    figures = comparison.compare(m).mean(config)
+    assert figures["memory_weights_bytes"] + figures["memory_activations_bytes"] == 640, "parts of that peak"
+
+
+def test_losses_count_tokens_and_say_when_there_was_one_seed(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for label, r, after in (("baseline", 4, [2.0, 2.0]), ("lora_r=8", 8, [2.3, 2.1]), ("lora_r=9", 9, [2.001, 2.0])):
+        keep(store, small(lora_r=r), label, after, story_tokens=[30, 10], **BASE)
+    m = loading.load(tmp_path)
+    assert estimate(m, "lora_r=8", "eval_loss").value == pytest.approx((30 * 0.3 + 10 * 0.1) / 40)
+    nearly = estimate(m, "lora_r=9", "eval_loss")
+    assert nearly.verdict == "not distinguishable", "one seed cannot say that others agree"
+    assert words.pairs(nearly) == "2 stories, one seed"
+
+
+def test_an_undecided_comparison_says_what_would_decide_it(small: Small, tmp_path: Path) -> None:
+    folder, out = tmp_path / "results" / "g", tmp_path / "out"
+    generator = random.Random(6)
+    for seed in range(3):
+        for label, r in (("baseline", 4), ("lora_r=8", 8)):
+            stories = [2.0 + generator.uniform(-0.1, 0.1) for _ in range(8)]
+            keep(Store(folder), small(seed=seed, lora_r=r), label, stories, **BASE | {"eval_loss": sum(stories) / 8})
+    report = full_report(folder, out)
+    (cells,) = next(table for table in report.tables if table.id == "not-decided").rows
+    comparison_, figure, _, smallest, decides = (cell.text for cell in cells)
+    assert (comparison_, figure) == ("lora_r=8 against the baseline", "eval loss")
+    assert smallest.endswith(" nats")
+    assert "(val_set_size)" in decides
+    for file in ("report.md", "report.html", "tables/not-decided.csv", "tables/not-decided.tex"):
+        text = (out / file).read_text()
+        assert smallest in text, file
+        assert "stories (val" in text, file
+    caption = str(writers.terminal(report.comparison).caption)
+    assert f"not decided, by the smallest detectable difference: eval loss {smallest} (1)" in caption
 
 
 def test_one_repeat_has_an_interval_over_its_steps(small: Small, tmp_path: Path) -> None:
@@ -117,7 +165,10 @@ def test_a_second_run_of_the_baseline_is_noise_and_sets_the_floor(small: Small, 
     again = row(m, "baseline again")
     assert again[3] == "the noise between two equal runs"
     assert again[1] == "–"
-    assert m.undecided() == {"slower"}
+    assert {metric: [*labels] for metric, labels in m.undecided().items()} == {
+        "tokens_per_second": ["slower"],
+        "eval_loss": [],
+    }
 
 
 def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {"base_model": "smollm2-135m-instruct", "train_samples": 
 def made(tmp_path: Path, base: dict[str, Any] | None = None, **tune: Any) -> Search:
     tune.setdefault("space", {"lora_r": [4, 16]})
     file = tmp_path / "t.yml"
-    file.write_text(yaml.safe_dump({"base": BASE | (base or {}), "tune": tune}))
+    file.write_text(yaml.safe_dump({"base": BASE | (base or {}), "tune": tune, "visits": 1}))
     return search_file.load(file)
 
 

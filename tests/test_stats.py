@@ -9,7 +9,10 @@ import pandas
 import pytest
 from scipy import stats as scipy_stats
 
-from harness.analysis import stats
+from harness.analysis import crossed, power, stats, words
+from harness.analysis.measurements import Estimate
+from harness.analysis.undecided import with_power
+from harness.metrics import METRICS
 
 FAMILY = 20
 
@@ -153,3 +156,175 @@ def test_same_needs_the_whole_interval() -> None:
     assert verdicts(narrow, negligible=0.02)["verdict"].tolist() == ["same"]
     assert verdicts(wide, negligible=0.02)["verdict"].tolist() == ["not distinguishable"]
     assert verdicts(narrow, floor=0.05, negligible=0.02)["verdict"].tolist() == ["not distinguishable"]
+
+
+# ------------------------------------------------------------------------------------ seeds and stories
+
+
+def losses(
+    generator: numpy.random.Generator, times: int, seeds: int, stories: int, deviations: tuple[float, float, float]
+) -> numpy.ndarray:
+    """Differences with mean 0 by comparison, seed and story; deviations of seeds, of stories, and of what is left."""
+    between_seeds, between_stories, left = deviations
+    return (
+        generator.normal(0.0, between_seeds, (times, seeds, 1))
+        + generator.normal(0.0, between_stories, (times, 1, stories))
+        + generator.normal(0.0, left, (times, seeds, stories))
+    )
+
+
+def as_rows(table: numpy.ndarray, tokens: numpy.ndarray | None = None) -> pandas.DataFrame:
+    """One comparison's seeds × stories as rows."""
+    seeds, stories = table.shape
+    return pandas.DataFrame(
+        {
+            "comparison": 0,
+            "repeat": numpy.repeat(numpy.arange(seeds), stories),
+            "story": numpy.tile(numpy.arange(stories), seeds),
+            "tokens": numpy.tile(numpy.full(stories, 10) if tokens is None else tokens, seeds),
+            "loss": table.ravel(),
+        }
+    )
+
+
+def test_losses_have_the_variance_of_two_crossed_factors() -> None:
+    """With equal weights that of the textbook: (MS of seeds + MS of stories − MS of the rest) ÷ (seeds × stories)."""
+    table = losses(numpy.random.default_rng(6), 1, 4, 7, (0.1, 0.2, 0.05))[0]
+    row = crossed.crossed(as_rows(table)).iloc[0]
+    of_seeds, of_stories = table.mean(axis=1), table.mean(axis=0)
+    rest = table - of_seeds[:, None] - of_stories + table.mean()
+    squares = 7 * of_seeds.var(ddof=1), 4 * of_stories.var(ddof=1), (rest**2).sum() / (3 * 6)
+    assert row["effect"] == pytest.approx(table.mean())
+    assert row["se"] ** 2 == pytest.approx((squares[0] + squares[1] - squares[2]) / 28)
+    assert (row["n"], row["seeds"], row["df"], row["seed_df"]) == (7, 4, pytest.approx(6), 3)
+    assert row["seed_share"] == pytest.approx(squares[0] / 28 / row["se"] ** 2)
+
+
+def test_losses_are_weighted_by_tokens_over_the_texts_of_every_repeat() -> None:
+    tokens = numpy.array([10, 30, 60])
+    rows = as_rows(numpy.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]), tokens)
+    assert crossed.crossed(rows).loc[0, "effect"] == pytest.approx((0.1 + 0.6 + 1.8 + 0.3 + 0.6 + 0.6) / 20)
+    without = crossed.crossed(rows.drop(index=5)).loc[0]  # the second repeat lacks the third text
+    assert without["effect"] == pytest.approx((0.1 + 0.6 + 0.3 + 0.6) / 8)
+    assert without["n"] == 2
+    one_long = crossed.crossed(as_rows(numpy.array([[0.1, 0.2, 0.3]]), numpy.array([1000, 1, 1]))).loc[0]
+    assert one_long["df"] < 0.1, "three texts of which one has all tokens vary as one does"
+
+
+@pytest.mark.parametrize("deviations", [(0.010, 0.038, 0.013), (0.010, 0.109, 0.013), (0.004, 0.0, 0.019)])
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_intervals_of_losses_cover_the_truth(seeds: int, deviations: tuple[float, float, float]) -> None:
+    """At measured variances; one seed takes the noise of six others. `benchmarks/coverage.py` is the long version."""
+    table = losses(numpy.random.default_rng(7), 4000, seeds + (6 if seeds == 1 else 0), 32, deviations)
+    known = None
+    if seeds == 1:
+        table, others = table[:, :1], table[:, 1:]
+        means = others.mean(axis=2)
+        left = (others - means[:, :, None]).var(axis=1, ddof=1).mean(axis=1)
+        known = (means.var(axis=1, ddof=1), left, 5)
+    effects = crossed.of_tables(table, numpy.ones((len(table), 32)), known)
+    held = (effects["low"] <= 0) & (effects["high"] >= 0)
+    assert 0.925 <= held.mean() <= 0.975
+    assert (held == (effects["p"] >= stats.ALPHA)).all(), "the p-value says what the interval says"
+
+
+def test_few_seeds_do_not_multiply_false_differences() -> None:
+    """In the tails that a family of twenty needs, two seeds that dominate are the hardest case."""
+    table = losses(numpy.random.default_rng(8), 40_000, 2, 16, (0.1, 0.05, 0.01))
+    p = crossed.of_tables(table, numpy.ones((len(table), 16)))["p"]
+    assert (p < 0.05 / FAMILY).mean() <= 3 * 0.05 / FAMILY
+
+
+def test_one_seed_takes_the_noise_of_repeated_trials() -> None:
+    generator = numpy.random.default_rng(9)
+    rows = [
+        (config, repeat, story, 10, value)
+        for config in range(20)
+        for repeat, of_repeat in enumerate(losses(generator, 1, 3 if config else 1, 8, (0.05, 0.0, 0.01))[0])
+        for story, value in enumerate(of_repeat)
+    ]
+    frame = pandas.DataFrame(rows, columns=["config", "repeat", "story", "tokens", "loss"])
+    noise = crossed.seed_noise(frame, paired=True)
+    assert noise is not None
+    assert (noise.mean.sigma, math.sqrt(noise.left)) == (pytest.approx(0.05, rel=0.3), pytest.approx(0.01, rel=0.2))
+    single = as_rows(numpy.full((1, 8), 0.02) + generator.normal(0, 0.01, (1, 8)))
+    alone, among = crossed.crossed(single).loc[0], crossed.crossed(single, noise, pandas.Series({0: 2.0})).loc[0]
+    assert among["seed_df"] == noise.mean.df == 36
+    assert among["se"] == pytest.approx(math.sqrt(2) * 0.05, rel=0.3)
+    assert alone["se"] < 0.01
+    baseline_alone = frame[(frame["config"] == 1) | (frame["repeat"] == 0)]
+    unpaired = crossed.seed_noise(baseline_alone, paired=True)
+    assert unpaired is not None
+    assert unpaired.mean.df == 2
+    assert crossed.seed_noise(frame[frame["repeat"] == 0], paired=True) is None
+
+
+def test_one_seed_is_never_the_same() -> None:
+    same = numpy.random.default_rng(10).normal(0.0, 0.0001, (3, 12))
+    judged = [stats.verdicts(crossed.crossed(as_rows(table)), "lower", 0.01) for table in (same[:1], same)]
+    assert [table["verdict"].iloc[0] for table in judged] == ["not distinguishable", "same"]
+
+
+# ------------------------------------------------------------------------------------ what would decide it
+
+
+def test_the_smallest_detectable_difference_is_seen_four_times_in_five() -> None:
+    seeds, stories, sd_seed, sd_story = 4, 32, 0.02, 0.1
+    smallest = float(power.smallest_loss_difference(stories, seeds, sd_story, sd_seed))
+    table = smallest + losses(numpy.random.default_rng(11), 4000, seeds, stories, (sd_seed, sd_story, 0.0))
+    seen = crossed.of_tables(table, numpy.ones((4000, stories)))["p"] < stats.ALPHA
+    assert 0.75 <= seen.mean() <= 0.87
+    assert power.stories_needed(smallest, seeds, sd_story, sd_seed) == stories
+    assert power.seeds_needed(smallest, stories, sd_story, sd_seed) == seeds
+    assert math.isnan(power.stories_needed(0.001, seeds, sd_story, sd_seed)), "the seeds alone vary by more"
+    assert power.visits_needed(0.02, 6, 0.01, 5) > 6
+    one_sample = scipy_stats.t.ppf([0.975, 0.8], 9).sum() * 0.05
+    assert power.smallest_difference(0.05, 9) == pytest.approx(one_sample)
+
+
+def test_an_undecided_loss_says_what_would_decide_it() -> None:
+    """Stories where they vary most; seeds where these do; and a second one where the stories are enough."""
+    generator = numpy.random.default_rng(12)
+    cases = {
+        "stories": 0.01 + losses(generator, 1, 4, 8, (0.001, 0.1, 0.001))[0],
+        "seeds": 0.02 + losses(generator, 1, 3, 8, (0.05, 0.001, 0.001))[0],
+        "second seed": losses(generator, 1, 1, 8, (0.0, 0.0001, 0.0))[0],
+    }
+    units = {}
+    for name, table in cases.items():
+        judged = stats.verdicts(crossed.crossed(as_rows(table)), "lower", 0.01).assign(basis="stories")
+        row = with_power(judged, METRICS["eval_loss"], None, stats.ALPHA).iloc[0]
+        assert row["verdict"] == "not distinguishable"
+        assert row["detectable"] > row["high"] - row["effect"], "power asks for more than the interval"
+        units[name] = (row["unit"], row["needed"])
+    assert units["stories"][0] == "stories"
+    assert units["stories"][1] > 50
+    assert units["seeds"][0] == "seeds"
+    assert units["seeds"][1] > 3
+    assert units["second seed"] == ("seeds", 2)
+
+
+@pytest.mark.parametrize("basis", ["repeats", "steps", "visits"])
+def test_an_undecided_speed_needs_visits_whatever_it_was_paired_by(basis: str) -> None:
+    differences = pandas.Series([0.05, -0.02, 0.04])
+    judged = stats.verdicts(stats.paired(differences, pandas.Series(0, differences.index)), "higher", 0.02)
+    floor = 0.5
+    row = with_power(judged.assign(basis=basis), METRICS["tokens_per_second"], floor, stats.ALPHA).iloc[0]
+    assert (row["unit"], row["detectable"]) == ("visits", floor), "nothing below the noise floor is detected"
+    speed = Estimate(
+        "tokens_per_second", 1.02, 0.9, 1.1, 3, basis, 0.5, "not distinguishable", None, 0.041, 9, "visits"
+    )  # type: ignore[arg-type]
+    assert (words.detectable(speed), words.what_decides(speed)) == ("4.1%", "9 visits")
+
+
+def test_words_name_seeds_and_what_to_set() -> None:
+    def of(seeds: int, needed: int, unit: str) -> Estimate:
+        return Estimate(
+            "eval_loss", 0.01, -0.01, 0.03, 32, "stories", 0.5, "not distinguishable", seeds, 0.02, needed, unit
+        )  # type: ignore[arg-type]
+
+    assert words.pairs(of(3, 150, "stories")) == "32 stories × 3 seeds"
+    assert words.pairs(of(1, 150, "stories")) == "32 stories, one seed"
+    assert words.what_decides(of(3, 150, "stories")) == "150 stories (val_set_size)"
+    assert words.what_decides(of(3, 9, "seeds")) == "9 seeds (repeats)"
+    assert words.what_decides(of(3, 2, "times")) == "64 stories (val_set_size) and 6 seeds (repeats)"

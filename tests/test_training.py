@@ -13,7 +13,7 @@ from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainingArguments
 
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, model
+from harness.training import batches, checkpoints, model, order
 from harness.training.step import Diverged, Trainer
 
 CPU = torch.device("cpu")
@@ -25,16 +25,15 @@ def prepared(spec: TrialSpec) -> tuple[Any, list[batches.Example], int]:
     torch.manual_seed(spec.seed)
     tokenizer = checkpoints.load_tokenizer(spec)
     stories = batches.load(spec, tokenizer)
-    samples = batches.total_samples(spec, len(stories.train))
-    order = batches.training_order(stories.train, samples, 2 * spec.effective_batch_size, spec.seed)
-    return model.load(spec, CPU), order, tokenizer.pad_token_id
+    steps = order.optimizer_steps(spec, stories.train)
+    return model.load(spec, CPU), [example for step in steps for example in step], tokenizer.pad_token_id
 
 
 def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Loss of each step, and the trained weights."""
-    network, order, pad = prepared(spec)
+    network, examples, pad = prepared(spec)
     size = spec.effective_batch_size
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    groups = [examples[i : i + size] for i in range(0, len(examples), size)]
     trainer = Trainer(network, spec, CPU, len(groups))
     losses = [
         trainer.step(list(batches.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups
@@ -69,7 +68,7 @@ class _Losses(TrainerCallback):
 
 def reference_losses(spec: TrialSpec, folder: Path) -> list[float]:
     """Loss of each step by transformers' own Trainer: same model, data order and configuration."""
-    network, order, pad = prepared(spec)
+    network, examples, pad = prepared(spec)
     losses = _Losses()
     trainer = _InOrder(
         model=network,
@@ -92,7 +91,7 @@ def reference_losses(spec: TrialSpec, folder: Path) -> list[float]:
             remove_unused_columns=False,
             seed=spec.seed,
         ),
-        train_dataset=_Rows(order),
+        train_dataset=_Rows(examples),
         data_collator=lambda rows: batches.collate([r["example"] for r in rows], pad, CPU).inputs,
         callbacks=[losses],
     )

@@ -1,23 +1,114 @@
-"""Repeats are added only while a comparison is undecided."""
+"""Visits and repeats are added only while a comparison is undecided, and only those that can decide it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 from conftest import SMALL
 from rows import keep
 
+from harness.analysis import loading
+from harness.analysis.measurements import Estimate
 from harness.analysis.sequential import until_decided
 from harness.grids import grid
 from harness.grids.grid import Grid
 from harness.results.store import Store
-from harness.spec import TrialSpec
 
-Small = Callable[..., TrialSpec]
+Open = dict[str, dict[str, Estimate]]
+SPEED, LOSS = "tokens_per_second", "eval_loss"
 
 
-def test_decided_comparisons_are_not_repeated(tmp_path: Path) -> None:
+def estimate(metric: str, unit: Any) -> Estimate:
+    basis: Any = "visits" if metric == SPEED else "stories"
+    return Estimate(metric, 1.0, None, None, 3, basis, 0.5, "not distinguishable", needed=9, unit=unit)
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[str, Any]]]) -> list[float]:
+    """Each look finds one of these undecided, the last one for ever; the error rates at which it was looked."""
+    remaining = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
+    alphas: list[float] = []
+
+    class Measured:
+        def undecided(self, alpha: float) -> Open:
+            alphas.append(alpha)
+            now = next(remaining)
+            return {m: {label: estimate(m, unit) for label, unit in now.get(m, {}).items()} for m in (SPEED, LOSS)}
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: Measured())
+    return alphas
+
+
+@pytest.fixture
+def grid_of(tmp_path: Path) -> Callable[[int], Grid]:
+    base = ", ".join(f"{key}: {value}" for key, value in SMALL.items())
+    file = tmp_path / "g.yml"
+    file.write_text(f"name: g\nbase: {{{base}}}\nvary: {{lora_r: [8, 64]}}\nvisits: 2\n")
+    return lambda repeats: grid.load(file, repeats=repeats)
+
+
+class Runs:
+    """What was run: the visits wanted, and the labels of the trials of each repeat."""
+
+    def __init__(self, *, interrupted: bool = False) -> None:
+        self.versions: list[tuple[int, dict[int, set[str]]]] = []
+        self.interrupted = interrupted
+
+    def __call__(self, now: Grid) -> bool:
+        trials: dict[int, set[str]] = {}
+        for trial in now.trials:
+            trials.setdefault(trial.repeat, set()).add(trial.label)
+        self.versions.append((now.timing.visits, trials))
+        return not self.interrupted
+
+
+BASELINE = {"baseline", "baseline again"}
+
+
+def test_undecided_speeds_get_visits_alone(
+    grid_of: Callable[[int], Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alphas = looks(monkeypatch, [{SPEED: {"lora_r=8": "visits"}}])
+    runs = Runs()
+    left = until_decided(grid_of, 1, 4, runs, tmp_path)
+    assert [visits for visits, _ in runs.versions] == [2, 3, 4], "up to the limit"
+    assert [trials for _, trials in runs.versions[1:]] == [{0: BASELINE | {"lora_r=8"}}] * 2, "of what is open, no seed"
+    assert set(left[SPEED]) == {"lora_r=8"}
+    assert alphas == [0.05 / 4] * 3, "as many looks as there may be"
+
+
+def test_undecided_losses_get_seeds_where_seeds_decide(
+    grid_of: Callable[[int], Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks(monkeypatch, [{LOSS: {"lora_r=8": "stories", "lora_r=64": "seeds"}}, {LOSS: {"lora_r=8": "stories"}}])
+    runs = Runs()
+    left = until_decided(grid_of, 1, 9, runs, tmp_path)
+    assert len(runs.versions) == 2, "more repeats do not decide what stories would"
+    visits, trials = runs.versions[1]
+    assert trials == dict.fromkeys((0, 1), BASELINE | {"lora_r=64"})
+    assert visits == 2
+    assert left[LOSS]["lora_r=8"].unit == "stories"
+
+
+def test_visits_train_nothing_where_others_were_repeated(
+    grid_of: Callable[[int], Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks(monkeypatch, [{LOSS: {"lora_r=64": "times"}}, {SPEED: {"lora_r=8": "visits"}}, {}])
+    runs = Runs()
+    assert until_decided(grid_of, 1, 9, runs, tmp_path) == {SPEED: {}, LOSS: {}}
+    assert runs.versions[-1] == (3, {0: BASELINE | {"lora_r=8"}}), "lora_r=8 was not trained under a second seed"
+
+
+def test_it_stops_when_interrupted(grid_of: Callable[[int], Grid], tmp_path: Path) -> None:
+    runs = Runs(interrupted=True)
+    assert until_decided(grid_of, 1, 9, runs, tmp_path) == {}
+    assert len(runs.versions) == 1
+
+
+def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
     base = ", ".join(f"{key}: {value}" for key, value in SMALL.items())
     file = tmp_path / "g.yml"
     file.write_text(f"name: g\nbase: {{{base}}}\nvary: {{lora_r: [8, 64]}}\n")
@@ -31,31 +122,16 @@ def test_decided_comparisons_are_not_repeated(tmp_path: Path) -> None:
         ]
         ran.append(sorted((t.label, t.repeat) for t in todo))
         for t in todo:
-            # Rank 64 is clearly slower; rank 8 alternates around the baseline.
-            speed = {"lora_r=64": 50.0, "lora_r=8": 100.0 + 15 * (-1) ** t.repeat}.get(t.label, 100.0)
-            speed *= 1 + t.repeat / 10_000
-            keep(store, t.spec, t.label, [], twin=t.twin, baseline_id=t.baseline_id, tokens_per_second=speed)
+            # Rank 64 is clearly worse; of rank 8, each seed says something else.
+            change = {"lora_r=64": 0.5, "lora_r=8": 0.05 * (-1) ** t.repeat}.get(t.label, 0.0)
+            losses = [3 + story / 10 + change * (1 + story / 1000 + t.repeat / 1000) for story in range(8)]
+            keep(store, t.spec, t.label, losses, twin=t.twin, baseline_id=t.baseline_id)
         return True
 
-    def grid_of(times: int) -> Grid:
-        return grid.load(file, repeats=times)
-
-    assert until_decided(grid_of, 2, 4, run, tmp_path / "g") == {"lora_r=8"}
+    left = until_decided(lambda repeats: grid.load(file, repeats=repeats), 2, 4, run, tmp_path / "g")
+    assert set(left[LOSS]) == {"lora_r=8"}
     first, second, third = ran
     assert [label for label, _ in first].count("lora_r=64") == 2
-    again = [("baseline", 2), ("baseline again", 2), ("lora_r=8", 2)]
-    assert second == again
-    assert third == [(label, 3) for label, _ in again]
-
-
-def test_it_stops_when_interrupted(tmp_path: Path) -> None:
-    file = tmp_path / "g.yml"
-    file.write_text("name: g\nbase: {base_model: random:tiny}\nvary: {lora_r: [8]}\n")
-    calls: list[int] = []
-
-    def interrupted(now: Grid) -> bool:
-        calls.append(now.repeats)
-        return False
-
-    assert until_decided(lambda k: grid.load(file, repeats=k), 1, 9, interrupted, tmp_path) == set()
-    assert calls == [1]
+    again = ["baseline", "baseline again", "lora_r=8"]
+    assert second == [(label, 2) for label in again]
+    assert third == [(label, 3) for label in again]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import yaml
 from pydantic import BaseModel, ConfigDict
 
@@ -29,6 +30,8 @@ class Merged(BaseModel):
     """Largest |merged − unmerged| over positions and vocabulary, the unmerged model at its training precision."""
     losses: dict[str, tuple[float, ...]]
     """Nats per completion token of each held-out story: `base`, `unmerged`, `merged`; empty for random weights."""
+    tokens: tuple[int, ...]
+    """Completion tokens of each held-out story."""
 
 
 def merge(
@@ -52,12 +55,14 @@ def merge(
     """
     session = AdapterSession(spec, adapter, trust_remote_code=trust_remote_code)
     losses: dict[str, tuple[float, ...]] = {}
+    tokens: tuple[int, ...] = ()
     logits: dict[Model, Any] = {}
     network: Any = None
     for name in MODELS:
         del network  # before the next one is loaded
         network, at = session.make(name)
-        losses[name] = tuple(loss for _, loss, _ in session.losses(network, at))
+        of_stories = session.losses(network, at)
+        losses[name], tokens = tuple(loss for _, loss, _ in of_stories), tuple(count for _, _, count in of_stories)
         if name != "base":
             logits[name] = session.logits(network, at)
     folder.mkdir(parents=True)
@@ -68,6 +73,7 @@ def merge(
         weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         largest_logit_difference=largest_difference(logits["merged"], logits["unmerged"]),
         losses=losses if all(losses.values()) else {},
+        tokens=tokens,
     )
     (folder / "README.md").write_text(_card(spec, merged, figures), encoding="utf-8")
     (folder / "merge.json").write_text(merged.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -78,8 +84,8 @@ def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:
     """A model card: where it comes from, how it was trained, what was measured."""
     front = {"base_model": spec.base_model, "library_name": "transformers", "pipeline_tag": "text-generation"}
     rows = [f"| {METRICS[name].name} | {METRICS[name].show(value)} |" for name, value in figures.items()]
-    mean = {name: sum(values) / len(values) for name, values in merged.losses.items()}
-    rows += [f"| mean loss per story, {name} | {value:.4f} nats |" for name, value in mean.items()]
+    mean = {name: numpy.average(values, weights=merged.tokens) for name, values in merged.losses.items()}
+    rows += [f"| loss, {name} | {value:.4f} nats |" for name, value in mean.items()]
     rows += [
         f"| largest difference of logits, merged from unmerged | {merged.largest_logit_difference:.3g} |",
         f"| weights | {show_bytes(merged.weights_bytes)}, {merged.dtype} |",

@@ -3,12 +3,15 @@
 __all__ = [
     "compare_runs",
     "comparison",
+    "forecast",
     "inference",
     "loading",
     "measurements",
     "pareto",
+    "power",
     "recommend",
     "sequential",
+    "sizing",
     "verdicts",
     "words",
 ]

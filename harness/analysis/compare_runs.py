@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas
 
+from harness.analysis.comparison import figures
 from harness.analysis.measurements import Estimate, Measurements
 from harness.errors import InputError
 from harness.metrics import HEADLINE
@@ -18,7 +19,7 @@ class RunPair:
 
     label: str
     first: dict[str, float]
-    """Mean of each headline figure in the first run; nan where it was not measured."""
+    """Each headline figure in the first run (see `comparison.figures`); nan where it was not measured."""
     second: dict[str, float]
     estimates: dict[str, Estimate]
     """Second against first, by metric; without the metrics that are not compared."""
@@ -55,7 +56,7 @@ def compare_runs(first: Measurements, second: Measurements, *, across_environmen
     metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
     estimates = {metric: both.compare(pairs, metric) for metric in metrics}
     ok = both.trials[both.trials["status"] == "ok"]
-    means = ok.groupby("config")[list(HEADLINE)].mean()
+    means = figures(ok, "config")
     return RunComparison(
         f"{second.title} against {first.title}",
         differences,
@@ -101,12 +102,20 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
         **{
             **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
             "trials": pandas.concat([first.trials, renumbered]),
+            "readings": pandas.concat(
+                [_numbered(first.readings), _numbered(second.readings.assign(trial=second.readings["trial"] + trials))]
+            ),
             "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
             "stories": _both(first.stories, second.stories, trials),
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
         }
     )
     return replace(both, noise=max(floors, default=None)), pairs.assign(comparison=range(len(pairs)))
+
+
+def _numbered(readings: pandas.DataFrame) -> pandas.DataFrame:
+    """Readings with their blocks numbered: the first block of a run is compared with the first of the other."""
+    return readings.assign(block=readings["block"].rank(method="dense").astype("int64"))
 
 
 def _both(first: pandas.DataFrame, second: pandas.DataFrame, trials: int) -> pandas.DataFrame:

@@ -11,7 +11,7 @@ import pandas
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.words import NOT_MEASURED
 from harness.grids.claims import Contrast
-from harness.metrics import HEADLINE, METRICS, show_bytes
+from harness.metrics import COMPONENTS, HEADLINE, METRICS, show_bytes
 
 MICRO_BATCH = Contrast(
     compare={"micro_batch_size": (None, None)},
@@ -35,11 +35,16 @@ class Comparison:
     estimates: dict[str, dict[int, Estimate]]
     """By metric, then configuration."""
     means: pandas.DataFrame
-    """By configuration, the mean of each figure over its repeats; a baseline's second run is included."""
+    """By configuration, the mean of each figure over its repeats, the highest of exact memory (see `figures`); a
+    baseline's second run is included."""
 
     def of(self, metric: str, config: int) -> Estimate | None:
         """The estimate, or null where it was not measured."""
         return self.estimates[metric].get(config)
+
+    def undecided(self, metric: str) -> dict[int, Estimate]:
+        """Estimates that are not distinguishable from the baseline's, by configuration."""
+        return {config: e for config, e in self.estimates[metric].items() if e.verdict == "not distinguishable"}
 
     @cached_property
     def shown(self) -> list[int]:
@@ -64,8 +69,27 @@ def compare(measurements: Measurements) -> Comparison:
     return Comparison(
         measurements,
         {metric: measurements.compare(pairs, metric) for metric in HEADLINE},
-        ok.groupby("stands_for")[list(METRICS)].mean().combine_first(ok.groupby("config")[list(METRICS)].mean()),
+        figures(ok, "stands_for").combine_first(figures(ok, "config")),
     )
+
+
+def figures(trials: pandas.DataFrame, by: str) -> pandas.DataFrame:
+    """Each figure over repeats: their mean, and of exact memory the highest, as the repeat that holds most must fit.
+
+    Parts of the peak are those of the highest peak, so that they add up to it.
+
+    Args:
+        trials: those that ended well.
+        by: column of the configuration.
+    """
+    grouped = trials.groupby(by)
+    table: pandas.DataFrame = grouped[list(METRICS)].mean()
+    highest = [name for name, metric in METRICS.items() if metric.exact and metric.group == "memory"]
+    table[highest] = grouped[highest].max()
+    heaviest = trials.sort_values("peak_memory_bytes", ascending=False, kind="stable").drop_duplicates(by)
+    parts = [f"memory_{component}_bytes" for component in COMPONENTS]
+    table[parts] = heaviest.set_index(by)[parts]
+    return table
 
 
 def order(m: Measurements) -> list[int]:

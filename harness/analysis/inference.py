@@ -8,6 +8,7 @@ import numpy
 import pandas
 
 from harness.analysis import stats
+from harness.analysis.crossed import crossed
 from harness.analysis.measurements import Measurements
 from harness.metrics import INFERENCE
 from harness.record import Model
@@ -20,25 +21,34 @@ def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pan
     """The effect of one model against another on a figure, as a table of one row (see `stats`) or none.
 
     Sizes are exact. Speeds are paired by round, in which all models had the same prompts, or by trial where there are
-    several; losses and figures of stories are paired by story.
+    several; losses and figures of stories are paired by story. The loss is weighted by tokens, and its interval is over
+    the trials too, where there are several.
     """
-    wide = values(m, metric).pivot_table(index=["trial", "unit"], columns="model", values="value")
-    if reference not in wide or model not in wide:
+    wide = values(m, metric).pivot_table(index=["trial", "unit"], columns="model", values=["value", "tokens"])
+    if ("value", reference) not in wide or ("value", model) not in wide:
         return pandas.DataFrame()
-    change = (
-        wide[model] - wide[reference]
-        if INFERENCE[metric].scale == "difference"
-        else numpy.log(wide[model] / wide[reference])
-    )
+    theirs, ours = wide["value", reference], wide["value", model]
+    change = ours - theirs if INFERENCE[metric].scale == "difference" else numpy.log(ours / theirs)
     differences = pandas.Series(change, wide.index).replace([numpy.inf, -numpy.inf], numpy.nan).dropna()
     if INFERENCE[metric].exact:
         return stats.exact(differences, _one_comparison(differences)).assign(basis="exact")
+    if metric == "story_loss":
+        tokens = wide["tokens", reference].reindex(differences.index)
+        effect = crossed(_losses(differences, tokens))
+        # Models of the same trial are compared: no seed is between an adapter and its merged self.
+        return effect.assign(basis="stories", seeds=numpy.nan)
     basis = "rounds"
     if metric not in _SPEEDS:  # a story counts once, whatever the number of trials
         basis, differences = "stories", differences.groupby("unit").mean()
     elif differences.index.get_level_values("trial").nunique() > 1:  # rounds of one trial are not independent
         basis, differences = "trials", differences.groupby("trial").mean()
     return stats.paired(differences, _one_comparison(differences)).assign(basis=basis)
+
+
+def _losses(differences: pandas.Series, tokens: pandas.Series) -> pandas.DataFrame:
+    """Differences by trial and story, in the columns of `crossed`."""
+    table = pandas.DataFrame({"loss": differences, "tokens": tokens}).reset_index()
+    return table.rename(columns={"trial": "repeat", "unit": "story"}).assign(comparison=0)
 
 
 def _one_comparison(differences: pandas.Series) -> pandas.Series:
@@ -58,9 +68,11 @@ def of_equal_precision(m: Measurements, reference: Model, model: Model) -> Measu
 
 
 def means_by_trial(m: Measurements, model: Model, metric: str) -> list[float]:
-    """A model's figure in each benchmarked trial."""
+    """A model's figure in each benchmarked trial; of the loss, weighted by tokens."""
     of_all = values(m, metric)
-    means: list[float] = of_all[of_all["model"] == model].groupby("trial")["value"].mean().tolist()
+    of_model = of_all[of_all["model"] == model]
+    weighted = (of_model["value"] * of_model["tokens"]).groupby(of_model["trial"]).sum()
+    means: list[float] = (weighted / of_model.groupby("trial")["tokens"].sum()).tolist()
     return means
 
 
@@ -71,15 +83,20 @@ def benchmarked_configs(m: Measurements) -> tuple[int, ...]:
 
 
 def values(m: Measurements, metric: str) -> pandas.DataFrame:
-    """A figure as trial, model, unit (a round, a story, or 0 for the whole) and value."""
-    columns = ["trial", "model", "unit", "value"]
+    """A figure as trial, model, unit (a round, a story, or 0 for the whole), value, and tokens, its weight in a mean.
+
+    Losses are weighted by the tokens that were judged; everything else counts once.
+    """
+    columns = ["trial", "model", "unit", "value", "tokens"]
     tables = m.inference_results
     if metric in _SPEEDS:
-        return rounds(tables["requests"]).rename(columns={"round": "unit", metric: "value"})[columns]
+        return rounds(tables["requests"]).rename(columns={"round": "unit", metric: "value"}).assign(tokens=1)[columns]
     if metric in tables["models"]:
-        return tables["models"].rename(columns={metric: "value"}).assign(unit=0)[columns]
-    column = "loss" if metric == "story_loss" else metric
-    return tables["answers"].rename(columns={"story_id": "unit", column: "value"})[columns].dropna()
+        return tables["models"].rename(columns={metric: "value"}).assign(unit=0, tokens=1)[columns]
+    if metric == "story_loss":
+        return tables["answers"].rename(columns={"story_id": "unit", "loss": "value"})[columns].dropna()
+    answers = tables["answers"].assign(tokens=1)
+    return answers.rename(columns={"story_id": "unit", metric: "value"})[columns].dropna()
 
 
 def rounds(requests: pandas.DataFrame) -> pandas.DataFrame:
@@ -102,15 +119,22 @@ def rounds(requests: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=["trial", "model", "round", *_SPEEDS])
 
 
-def merging_effect(losses: Mapping[str, Sequence[float]]) -> str:
+def mean_losses(losses: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> dict[str, float]:
+    """The loss of each model in nats per token, from that of each held-out story and its tokens."""
+    return {name: float(numpy.average(of_model, weights=tokens)) for name, of_model in losses.items()}
+
+
+def merging_effect(losses: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
     """What merging does to the loss, with its interval over stories, in a sentence.
 
     Args:
         losses: of each held-out story in nats per token, of the `merged` and the `unmerged` model.
+        tokens: of each story.
     """
     differences = pandas.Series(losses["merged"]) - pandas.Series(losses["unmerged"])
-    effect = stats.paired(differences, _one_comparison(differences)).loc[0]
+    table = pandas.DataFrame({"loss": differences, "tokens": tokens, "story": differences.index})
+    effect = crossed(table.assign(comparison=0, repeat=0)).loc[0]
     return (
         f"merged − unmerged: {effect['effect']:+.5f} nats ({effect['low']:+.5f} to {effect['high']:+.5f}) "
-        f"over {len(differences)} held-out stories"
+        f"over {len(differences)} held-out stories, weighted by tokens"
     )

@@ -19,8 +19,10 @@ from harness.analysis.measurements import SPEC_KEYS, Measurements
 from harness.environment import Environment, cards, current
 from harness.errors import InputError
 from harness.grids.claims import CONDITIONS, Claim
+from harness.record import TIMED_FIGURES
 from harness.results.schema import INFERENCE_TABLES, Table
 from harness.results.store import Store
+from harness.results.timing import STEP_COLUMNS, counting_steps, speeds
 
 
 def load(
@@ -63,6 +65,7 @@ def load(
     kept, configs, codes = _configurations(kept.reset_index(drop=True))
     about = store.description()
     losses = _losses(store, kept["trial_id"])
+    visited = _visited_steps(store, kept["trial_id"])
     return Measurements(
         name=folder.name,
         title=one_line(str(about.get("title", folder.name))),
@@ -70,6 +73,8 @@ def load(
         trials=kept,
         configs=configs,
         rates=_rates(store, kept["trial_id"]),
+        readings=_readings(visited, kept),
+        unwatched=bool(visited["waited_seconds"].isna().any()),
         stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
         changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
         inference_results={
@@ -167,6 +172,31 @@ def _rates(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
     rate = numpy.log(steps["tokens"] / steps["seconds"])
     grouped = rate.groupby(steps["trial"])
     return pandas.DataFrame({"mean": grouped.mean(), "var": grouped.var(ddof=1), "count": grouped.count()})
+
+
+def _visited_steps(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
+    """The steps that timing visits recorded, with the number of their trial."""
+    table = store.read("steps", columns=["trial_id", "waited_seconds", *STEP_COLUMNS])
+    steps = table.filter(pc.field("block").is_valid()).to_pandas()
+    steps["trial"] = _number(steps.pop("trial_id"), trial_ids)
+    of_known: pandas.DataFrame = steps[steps["trial"] >= 0]
+    return of_known
+
+
+def _readings(visited: pandas.DataFrame, trials: pandas.DataFrame) -> pandas.DataFrame:
+    """Speeds of each trial in each block of timing visits; of rows from before there were visits, those of the trial,
+    whose block is its repeat.
+    """
+    of_visits = speeds(counting_steps(visited, ["trial", "block"]), ["trial", "block"]).reset_index()
+    of_visits["flops_per_second"] = of_visits["tokens_per_second"] * of_visits["trial"].map(trials["flops_per_token"])
+    of_visits = of_visits[~of_visits["trial"].map(trials["disturbed"].fillna(False).astype(bool))]
+    before = trials[~trials.index.isin(visited["trial"]) & (trials["status"] == "ok")]
+    columns = [*TIMED_FIGURES, "flops_per_second"]
+    of_rows = before[columns].assign(trial=before.index, block=before["repeat"])
+    both: pandas.DataFrame = pandas.concat(
+        [of_visits.assign(visit=True), of_rows.assign(visit=False)], ignore_index=True
+    )
+    return both.dropna(subset=["tokens_per_second"]).astype({"trial": "int64", "block": "int64"})
 
 
 def _losses(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import numpy
 import pandas
 
-from harness.analysis import stats
+from harness.analysis import stats, timed
+from harness.analysis.crossed import SeedNoise, crossed, seed_noise
 from harness.analysis.stats import Verdict
+from harness.analysis.undecided import Unit, with_power
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast
 from harness.metrics import FIGURES, METRICS, show_bytes
 from harness.results.schema import spec_of
@@ -23,7 +25,7 @@ SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
 _MOST_CANDIDATES = 64
 """Configurations on each side of a contrast that are searched for the nearest pair."""
-Basis = Literal["exact", "repeats", "steps", "stories", "passages", "rounds", "trials"]
+Basis = Literal["exact", "repeats", "visits", "steps", "stories", "passages", "rounds", "trials"]
 _BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages"}
 """Figures that are compared text by text."""
 
@@ -45,6 +47,14 @@ class Estimate:
     p: float | None
     """Adjusted over the family (Holm)."""
     verdict: Verdict
+    seeds: int | None = None
+    """Seeds under which the texts were seen; null where the figure is of no texts."""
+    detectable: float | None = None
+    """The smallest true difference that this comparison shows with 80 % power, in nats or as a share of the ratio; null
+    for exact figures and where there is no interval."""
+    needed: int | None = None
+    """How many of `unit` would decide it; null where it is decided."""
+    unit: Unit | None = None
 
     @property
     def within(self) -> str:
@@ -73,6 +83,11 @@ class Measurements:
     """One row per configuration (all repeats of it): its spec, label and status, `repeats`, `baseline`, `twin`."""
     rates: pandas.DataFrame
     """By trial number: mean, var and count of log(tokens ÷ seconds) over the timed steps."""
+    readings: pandas.DataFrame
+    """Speeds by trial and block of timing visits: trial, block, whether it was a `visit`, and `TIMED_FIGURES`. A trial
+    from before there were visits has one reading, whose block is its repeat."""
+    unwatched: bool
+    """Whether there are timed steps of which is not known how long they waited for a processor."""
     stories: pandas.DataFrame
     """Loss of each held-out story after training: trial, story, loss, tokens."""
     changes: dict[str, pandas.DataFrame]
@@ -99,8 +114,8 @@ class Measurements:
         twins = self.configs.index[self.configs["twin"]]
         if self.baseline is None or not len(twins):
             return None
-        ok = self.trials[self.trials["status"] == "ok"]
-        speeds = numpy.log(ok.pivot_table(index="repeat", columns="config", values="tokens_per_second"))
+        configs = self.readings.assign(config=self.readings["trial"].map(self.trials["config"]))
+        speeds = numpy.log(configs.pivot_table(index="block", columns="config", values="tokens_per_second"))
         if self.baseline not in speeds or twins[0] not in speeds:
             return None
         return stats.noise_floor(speeds[twins[0]] - speeds[self.baseline])
@@ -223,25 +238,32 @@ class Measurements:
             pairs: columns comparison, reference, config; several pairs may belong to one comparison.
             metric: compared as the logarithm of the ratio, or as a difference.
         """
+        if metric in self.readings:
+            return timed.effects(pairs, metric, self.readings, self.rates, self.trials["stands_for"])
         matched = self._matched(pairs)
         if metric in _BY_TEXT:
             # Held-out losses are compared as they are, as their start depends on prompt and precision; forgetting is
             # itself a change.
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
-            by_text = _text_differences(matched, losses)
-            return stats.paired(by_text["difference"], by_text["comparison"]).assign(basis=_BY_TEXT[metric])
+            differences = _text_differences(matched, losses)
+            of_seeds = self.between_seeds(losses, paired=True) if _has_one_seed(differences) else None
+            weights = timed.squared_weights(matched, ["reference", "config"])
+            return crossed(differences, of_seeds, weights).assign(basis=_BY_TEXT[metric])
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
         # Both runs of a baseline, and several pairs of a comparison, average to one figure per repeat.
         by_repeat = known.groupby(["comparison", "repeat"], sort=False)["difference"].mean().reset_index()
         if METRICS[metric].exact:
-            effects = stats.exact(known["difference"], known["comparison"]).assign(basis="exact")
+            highest = self._highest(known, metric) if METRICS[metric].group == "memory" else None
+            effects = stats.exact(known["difference"], known["comparison"], highest).assign(basis="exact")
             return effects.assign(n=by_repeat.groupby("comparison").size())
         effects = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
         noise = self._noises.get(metric)
-        if noise is not None:
-            return stats.in_blocks(effects, _squared_weights(known), noise)
-        return self._by_steps(effects, known) if metric == "tokens_per_second" else effects
+        return (
+            effects
+            if noise is None
+            else stats.in_blocks(effects, timed.squared_weights(known, ["other", "trial"]), noise)
+        )
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
@@ -259,14 +281,28 @@ class Measurements:
             ratio = numpy.log(ours / theirs)
         return pandas.Series(numpy.where(numpy.isfinite(ratio), ratio, numpy.nan), matched.index)
 
-    def _by_steps(self, effects: pandas.DataFrame, matched: pandas.DataFrame) -> pandas.DataFrame:
-        """`effects` of a single repeat, with intervals over the timed steps of the two trials."""
-        single = matched.drop_duplicates("comparison")
-        ours, theirs = (self.rates.reindex(single[side]).set_axis(single["comparison"]) for side in ("trial", "other"))
-        by_steps = stats.welch(ours, theirs).dropna(subset=["effect"]).assign(basis="steps")
-        # The effect stays the ratio of the recorded figures; the steps give the width of the interval.
-        effect = effects.loc[by_steps.index, "effect"]
-        return pandas.concat([effects.drop(by_steps.index), stats.with_intervals(by_steps.assign(effect=effect))])
+    def _highest(self, matched: pandas.DataFrame, metric: str) -> pandas.Series:
+        """By comparison, the logarithm of the ratio of both highest values over the repeats; the mean over its pairs.
+
+        The repeat that holds most must fit.
+        """
+        values = self.trials[metric].astype(float)
+        sides = {side: values.reindex(matched[side]).to_numpy() for side in ("trial", "other")}
+        highest = matched.assign(**sides).groupby(["comparison", "config", "reference"])[["trial", "other"]].max()
+        ratios: pandas.Series = (highest["trial"] / highest["other"]).map(math.log)
+        return ratios.groupby("comparison").mean()
+
+    def between_seeds(self, losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
+        """Noise between seeds in these losses (see `seed_noise`), from all configurations; null where none was
+        repeated.
+        """
+        ok = self.trials.loc[self.trials["status"] == "ok", ["stands_for", "repeat"]]
+        if ok["repeat"].nunique() < 2:
+            return None
+        # A second run of the baseline has the same seed, and is averaged with the first.
+        return seed_noise(
+            losses.join(ok.rename(columns={"stands_for": "config"}), on="trial", how="inner"), paired=paired
+        )
 
     def compare(self, pairs: pandas.DataFrame, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
         """Estimates by comparison; the comparisons are one family.
@@ -282,80 +318,75 @@ class Measurements:
         """Estimates from effects on a metric, which are one family."""
         declared = FIGURES[metric]
         ratio = declared.scale == "ratio"
-        judged = stats.verdicts(
-            effects,
-            declared.better,
-            math.log1p(declared.negligible) if ratio else declared.negligible,
-            self.floor if metric in METRICS and declared.group == "speed" else None,
-            alpha,
-        )
-        columns = judged[["effect", "low", "high"]]
-        shown = numpy.exp(columns) if ratio else columns
+        floor = self.floor if metric in METRICS and declared.group == "speed" else None
+        negligible = math.log1p(declared.negligible) if ratio else declared.negligible
+        judged = stats.verdicts(effects, declared.better, negligible, floor, alpha)
+        judged = with_power(judged, declared, floor, alpha)
+        names = ("effect", "low", "high", "detectable", "n", "basis", "p_holm", "verdict", "seeds", "needed", "unit")
+        columns = {name: judged[name] for name in names}
+        if ratio:
+            columns |= {name: numpy.exp(judged[name]) for name in ("effect", "low", "high")}
+            columns["detectable"] = numpy.expm1(judged["detectable"])
         return {
-            int(comparison): Estimate(metric, value, _known(low), _known(high), int(n), basis, _known(p), verdict)
-            for comparison, value, low, high, n, basis, p, verdict in zip(
-                judged.index,
-                *(shown[name].tolist() for name in ("effect", "low", "high")),
-                *(judged[name].tolist() for name in ("n", "basis", "p_holm", "verdict")),
-                strict=True,
+            int(comparison): Estimate(
+                metric, value, _known(low), _known(high), int(n), basis, _known(p), verdict,
+                _whole(seeds), _known(detectable), _whole(needed), None if _null(unit) else unit,
             )
-        }
+            for comparison, value, low, high, detectable, n, basis, p, verdict, seeds, needed, unit in zip(
+                judged.index, *(column.tolist() for column in columns.values()), strict=True
+            )
+        }  # fmt: skip
 
     def learnt(self, metric: str, configs: Sequence[int]) -> dict[int, Estimate]:
-        """Change of the loss by training, by configuration: loss after minus loss before, over the texts.
+        """Change of the loss by training, by configuration: loss after minus loss before, over texts and seeds.
 
         Args:
             metric: `eval_loss` or `forgetting`.
             configs: configurations.
         """
         ok = self.trials[(self.trials["status"] == "ok") & self.trials["stands_for"].isin(configs)]
-        changes = self.changes[metric].join(ok["stands_for"], on="trial", how="inner")
-        # A text counts once, whatever the number of repeats.
-        means = changes.groupby(["stands_for", "story"], sort=False)["loss"].mean().reset_index()
-        effects = stats.paired(means["loss"], means["stands_for"])
+        of_trial = ok[["stands_for", "repeat"]].rename(columns={"stands_for": "comparison"})
+        changes = self.changes[metric].join(of_trial, on="trial", how="inner")
+        noise = self.between_seeds(self.changes[metric], paired=False) if _has_one_seed(changes) else None
+        effects = crossed(changes, noise)
         return self.estimates(effects.assign(basis=_BY_TEXT[metric]), metric)
 
-    def undecided(self, alpha: float = stats.ALPHA) -> set[str]:
-        """Labels of the configurations whose speed or loss is not distinguishable from the baseline's.
+    def undecided(self, alpha: float = stats.ALPHA) -> dict[str, dict[str, Estimate]]:
+        """Speeds and losses that are not distinguishable from the baseline's, by metric and label.
 
         Args:
             alpha: see `compare`; divided by the number of looks where there are several.
         """
         pairs = self.against_baseline()
-        configs: set[int] = set()
+        undecided = {}
         for metric in ("tokens_per_second", "eval_loss"):
             estimates = self.compare(pairs, metric, alpha)
-            configs |= {config for config, e in estimates.items() if e.verdict == "not distinguishable"}
-        return set(self.labels(sorted(configs)))
+            configs = [config for config, e in estimates.items() if e.verdict == "not distinguishable"]
+            undecided[metric] = {label: estimates[c] for label, c in zip(self.labels(configs), configs, strict=True)}
+        return undecided
 
 
 def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pandas.DataFrame:
-    """A difference for each comparison and text, averaged over the pairs: a text counts once.
+    """The difference of each pair and text, as `crossed` takes it.
 
     Texts that were truncated at different lengths are not compared.
     """
     ours = matched.merge(losses, on="trial")
     theirs = losses.rename(columns={"trial": "other", "loss": "reference_loss"})
     both = ours.merge(theirs, on=["other", "story", "tokens"])
-    both["difference"] = both["loss"] - both["reference_loss"]
-    means: pandas.Series = both.groupby(["comparison", "story"], sort=False)["difference"].mean()
-    return means.reset_index()
+    return both.assign(loss=both["loss"] - both["reference_loss"])
 
 
-def _squared_weights(matched: pandas.DataFrame) -> pandas.Series:
-    """By comparison, Σ w² over its trials, with w their weights in the mean difference."""
-    repeats = matched.groupby("comparison")["repeat"].transform("nunique")
-    weight = 1.0 / (repeats * matched.groupby(["comparison", "repeat"])["trial"].transform("size"))
-    sides = [
-        pandas.DataFrame({"comparison": matched["comparison"], "trial": matched[side], "weight": sign * weight})
-        for side, sign in (("trial", 1.0), ("other", -1.0))
-    ]
-    by_trial = pandas.concat(sides).groupby(["comparison", "trial"])["weight"].sum() ** 2
-    return by_trial.groupby("comparison").sum()
+def _has_one_seed(losses: pandas.DataFrame) -> bool:
+    return bool((losses.groupby("comparison")["repeat"].nunique() == 1).any())
 
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _whole(value: float) -> int | None:
+    return None if math.isnan(value) else int(value)
 
 
 def _is_level(values: pandas.Series, level: Any, groups: pandas.Series | None) -> pandas.Series:

@@ -1,13 +1,18 @@
-"""Adds repeats while a comparison is undecided, and only for its configurations."""
+"""Adds visits or repeats while a comparison is undecided, whichever decides it, and only for its configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.analysis import loading, stats
+from harness.analysis.measurements import Estimate
 from harness.environment import Environment
 from harness.grids.grid import Grid
+
+Undecided = Mapping[str, Mapping[str, Estimate]]
+"""Estimates that are not distinguishable, by metric and label."""
 
 
 def until_decided(
@@ -17,30 +22,46 @@ def until_decided(
     run: Callable[[Grid], bool],
     folder: Path,
     here: Sequence[Environment] = (),
-) -> set[str]:
-    """Run a grid with more and more repeats until every comparison is decided or the limit is reached.
+) -> Undecided:
+    """Run a grid with more and more visits and repeats until no more of them decides anything, or their limit.
 
-    Repeated looks inflate the error rate, so each look is tested at `ALPHA` divided by their number (Bonferroni).
+    Visits decide speeds. Repeats decide those losses whose seeds differ too much; the others need more stories, which
+    is another grid. Repeated looks inflate the error rate, so each look is tested at `ALPHA` divided by their number
+    (Bonferroni).
 
     Args:
         grid_of: the grid with this number of repeats.
         least: repeats of every trial.
-        most: limit of the repeats.
+        most: limit of the visits and of the repeats.
         run: executes a grid; false: stop.
         folder: where its rows are.
         here: environments that its trials may be recorded under, see `loading.load`.
 
     Returns:
-        Labels of the undecided configurations.
+        What the last look left undecided.
     """
-    looks = most - least + 1
-    undecided: set[str] = set()
-    for repeats in range(least, most + 1):
-        grid = grid_of(repeats)
-        if not run(grid.only(undecided) if undecided else grid):
-            break
+    first = grid = grid_of(least)
+    repeats, visits = least, first.timing.visits
+    looks = 1 + max(most - repeats, most - visits if visits else 0)
+    undecided: Undecided = {}
+    versions = [first]
+    while versions and all(run(version) for version in versions):
         measurements = loading.load(folder, baseline_ids={t.baseline_id for t in grid.trials}, here=here)
         undecided = measurements.undecided(stats.ALPHA / looks)
-        if not undecided:
-            break
+        versions = []
+        of_speed = _labels(undecided, lambda e: e.basis == "visits")
+        if of_speed and 0 < visits < most:
+            visits += 1
+            # Of the first repeats, all of which are recorded: it trains nothing.
+            versions.append(replace(first.only(of_speed), timing=replace(first.timing, visits=visits)))
+        of_loss = _labels(undecided, lambda e: e.unit in ("seeds", "times"))
+        if of_loss and repeats < most:
+            repeats += 1
+            grid = grid_of(repeats)
+            versions.append(grid.only(of_loss))
     return undecided
+
+
+def _labels(undecided: Undecided, chosen: Callable[[Estimate], bool]) -> set[str]:
+    """Labels of the configurations with a chosen estimate."""
+    return {label for estimates in undecided.values() for label, estimate in estimates.items() if chosen(estimate)}

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import numpy
 import pandas
-from scipy import stats as distributions
 
 from harness.analysis import inference, stats, words
-from harness.analysis.comparison import describe_pairs
+from harness.analysis.comparison import describe_pairs, figures
 from harness.analysis.measurements import Estimate, Measurements
 from harness.grids.claims import MODEL, Claim, lesson
 from harness.metrics import FIGURES, METRICS
@@ -123,15 +122,16 @@ def _side(claim: Claim, row: Any, m: Measurements) -> tuple[bool, float]:
     if FIGURES[claim.metric].exact:
         sides = {bool(low <= x <= high) for x in (float(row["low"]), float(row["high"]))}
         return sides == {True}, 0.0 if len(sides) == 1 else math.nan
-    effect, se, df = float(row["effect"]), float(row["se"]), float(row["df"])
+    effect = float(row["effect"])
     inside = low <= effect <= high
     # The nearest border decides, on either side of it.
     distance = min(abs(effect - bound) for bound in (low, high) if math.isfinite(bound))
     # The noise floor is known for training speeds only.
     noise = (m.floor or 0.0) if claim.metric in METRICS and METRICS[claim.metric].group == "speed" else 0.0
-    if distance <= noise or math.isnan(se) or not df > 0:
+    # One seed cannot say that others would agree.
+    if distance <= noise or (claim.expectation.same and inside and row["seeds"] == 1):
         return inside, math.nan
-    return inside, float(2 * distributions.t.sf(distance / se, df)) if se > 0 else 0.0
+    return inside, float(stats.two_sided(row.to_frame().T, numpy.array([distance]))[0])
 
 
 def _levels(claim: Claim, m: Measurements) -> ClaimVerdict:
@@ -147,7 +147,7 @@ def _levels(claim: Claim, m: Measurements) -> ClaimVerdict:
         configs = configs[configs["measured"]]
         ok = m.trials[m.trials["status"] == "ok"]
         names = [claim.metric, *([claim.per] if claim.per else [])]
-        means = ok.groupby("config")[names].mean().reindex(configs.index)
+        means = figures(ok, "config")[names].reindex(configs.index)
         values: Any = (means[claim.metric] / (means[claim.per] if claim.per else 1.0)).to_numpy(float)
         known = numpy.isfinite(values)
         configs, values = configs[known], values[known]

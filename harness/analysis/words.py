@@ -96,10 +96,34 @@ def effect_and_word(estimate: Estimate | None) -> str:
 
 
 def pairs(estimate: Estimate) -> str:
-    """What the interval is over: 3 repeats, 8 stories, 64 passages, 1 repeat, over its steps."""
+    """What the interval is over: 3 repeats, 8 stories × 3 seeds, 64 passages, one seed, 1 repeat, over its steps."""
     several = {"exact": "repeats", "steps": "repeats"}.get(estimate.basis, estimate.basis)
     one = "story" if several == "stories" else several.removesuffix("s")
     counted = f"{estimate.n} {one if estimate.n == 1 else several}"
+    if estimate.seeds is not None:
+        return f"{counted}, one seed" if estimate.seeds == 1 else f"{counted} × {estimate.seeds} seeds"
     if estimate.basis == "steps":
         return f"{counted}, over its steps"
     return f"{counted}, exact" if estimate.basis == "exact" else counted
+
+
+def detectable(estimate: Estimate) -> str:
+    """The smallest detectable difference: 4.1%, 0.02 nats."""
+    if estimate.detectable is None:
+        return MISSING
+    ratio = FIGURES[estimate.metric].scale == "ratio"
+    return f"{100 * estimate.detectable:.2g}%" if ratio else f"{estimate.detectable:.2g} nats"
+
+
+def what_decides(estimate: Estimate) -> str:
+    """What would decide a comparison that is not distinguishable, in total: 150 stories (val_set_size), 9 visits."""
+    if estimate.detectable is None:
+        return "a second story" if estimate.seeds is not None else "a second visit"
+    if estimate.needed is None:
+        return MISSING
+    if estimate.unit == "times":
+        stories, seeds = (estimate.needed * (number or 1) for number in (estimate.n, estimate.seeds))
+        return f"{stories:,} stories (val_set_size) and {seeds:,} seeds (repeats)"
+    keys = {"stories": " (val_set_size)", "seeds": " (repeats)"}
+    unit = estimate.unit or estimate.basis
+    return f"{estimate.needed:,} {unit}{keys.get(unit, '')}"

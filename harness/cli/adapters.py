@@ -42,7 +42,7 @@ def merge(
 
     from harness.adapters import trained
     from harness.adapters.merge import merge as merge_adapter
-    from harness.analysis.inference import merging_effect
+    from harness.analysis.inference import mean_losses, merging_effect
     from harness.metrics import show_bytes
 
     if trial is not None and config is None and adapter is None:
@@ -55,11 +55,11 @@ def merge(
     with out.status("merging"):
         merged = merge_adapter(source, folder, trust_remote_code=trust_remote_code)
     if merged["losses"]:
-        table = Table("model", "loss per story (nats)", title="What merging changes")
-        for name, losses in merged["losses"].items():
-            table.add_row(name, f"{sum(losses) / len(losses):.4f}")
+        table = Table("model", "loss (nats per token)", title="What merging changes")
+        for name, loss in mean_losses(merged["losses"], merged["tokens"]).items():
+            table.add_row(name, f"{loss:.4f}")
         out.print(table)
-        out.print(merging_effect(merged["losses"]), highlight=False)
+        out.print(merging_effect(merged["losses"], merged["tokens"]), highlight=False)
     difference = merged["largest_logit_difference"]
     out.print(f"largest difference of logits, merged from unmerged: {difference:.3g}", style="dim")
     size = show_bytes(merged["weights_bytes"])

@@ -26,12 +26,25 @@ from harness._util.messages import one_line
 from harness._util.terminal import plain, printable
 from harness.metrics import HEADLINE, METRICS
 from harness.record import Job, Record
+from harness.results.timing import row_figures
 
-_COLOURS = {"ok": "green", "oom": "yellow", "did_not_train": "yellow", "diverged": "yellow", "skipped": "yellow"}
+_REFRESHES = 2
+"""Each second. A trial uses all cores: every refresh takes one of them from the steps that are being timed."""
+_COLOURS = {
+    "ok": "green",
+    "timed": "green",
+    "waited": "yellow",
+    "oom": "yellow",
+    "did_not_train": "yellow",
+    "diverged": "yellow",
+    "skipped": "yellow",
+}
 
 
 def summarize(record: Record) -> str:
-    """The figures of a finished trial, or how it failed, in one line."""
+    """The figures of a finished trial or visit, or how it failed, in one line."""
+    if record.visit is not None and record.status == "ok":
+        return _summarize_visit(record)
     if record.status == "ok":
         figures = []
         for metric in map(METRICS.__getitem__, HEADLINE):
@@ -48,6 +61,23 @@ def summarize(record: Record) -> str:
     return f"in {record.phase}{bound}" if record.status == "oom" else f"in {record.phase}: {record.error}"
 
 
+def _summarize_visit(record: Record) -> str:
+    figures = row_figures(record.steps)
+    speed, disturbed = figures["tokens_per_second"], figures["disturbed_steps"]
+    counts = f"{figures['timed_steps']} of {len(record.steps)} steps" if disturbed else f"{len(record.steps)} steps"
+    if record.disturbed or speed is None:
+        return f"the machine worked for others during {disturbed} of {len(record.steps)} steps; timed again at the end"
+    metric = METRICS["tokens_per_second"]
+    return f"{metric.show(speed)} {metric.unit} over {counts}"
+
+
+def _outcome(record: Record) -> str:
+    """The status of a trial; of a visit, whether it counts."""
+    if record.visit is None or record.status != "ok":
+        return record.status
+    return "waited" if record.disturbed else "timed"
+
+
 def _failed_attempt(record: Record) -> str:
     return f"attempt {record.attempt} failed in {record.phase}: {record.error}"
 
@@ -61,6 +91,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        refresh_per_second=_REFRESHES,
     )
 
 
@@ -83,6 +114,7 @@ class LiveDisplay:
         self._bar: TaskID = self._progress.add_task("trials", total=None) if parent is None else parent._bar
         self._now = self._progress.add_task("", total=None, visible=False)
         self._label = ""
+        self._doing = ""
         self._phase = ""
 
     def __enter__(self) -> Self:
@@ -92,32 +124,35 @@ class LiveDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def begin(self, total: int, skipped: int) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
         """Set the bar."""
-        self._progress.reset(self._bar, total=total)
+        self._progress.reset(self._bar, total=total + visits)
         if skipped:
             self.console.print(f"[dim]{skipped} trials are recorded already[/]")
 
     def trial(self, number: int, job: Job) -> None:
         """Name the running trial."""
         self._label = plain(job.label if not job.repeat else f"{job.label} (repeat {job.repeat})")
+        self._doing = "train" if job.visit is None else "time"
         self._progress.reset(self._now, description=self._label, visible=True, total=None)
 
     def event(self, kind: str, value: object) -> None:
         """Show its phase, or its step."""
         if kind == "step":
             done, total = cast(tuple[int, int], value)
-            self._progress.update(self._now, completed=done, total=total, description=f"{self._label} [dim]train[/]")
+            self._progress.update(
+                self._now, completed=done, total=total, description=f"{self._label} [dim]{self._doing}[/]"
+            )
         elif value in ("load", "evaluate", "save"):
             self._progress.update(self._now, description=f"{self._label} [dim]{value}[/]")
 
     def finished(self, record: Record) -> None:
         """Leave a line behind."""
-        colour = _COLOURS.get(record.status, "red")
+        colour = _COLOURS.get(_outcome(record), "red")
         seconds = record.metrics.get("trial_seconds")
         took = f"[dim]{seconds:6.1f} s[/]" if seconds is not None else ""
         self.console.print(
-            f"[{colour}]{record.status:>8}[/] {took}  {plain(record.label):32} {plain(summarize(record))}"
+            f"[{colour}]{_outcome(record):>8}[/] {took}  {plain(record.label):32} {plain(summarize(record))}"
         )
         self._progress.update(self._now, visible=False)
         self._progress.advance(self._bar)
@@ -159,11 +194,12 @@ class PlainDisplay:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, total: int, skipped: int) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
         """Say how much there is to do."""
-        self._total, self._number = total, 0
+        self._total, self._number = total + visits, 0
         self._began = time.monotonic()
-        self._print(f"{total} trials to run" + (f", {skipped} recorded already" if skipped else ""))
+        recorded = f", {skipped} recorded already" if skipped else ""
+        self._print(f"{total} trials to run{recorded}" + (f"; {visits} visits to time them" if visits else ""))
 
     def trial(self, number: int, job: Job) -> None:
         """Nothing: the line comes with the figures."""
@@ -174,11 +210,12 @@ class PlainDisplay:
     def finished(self, record: Record) -> None:
         """One line with the figures, and the time left at this pace."""
         self._number += 1
+        self._total = max(self._total, self._number)  # disturbed visits are repeated
         elapsed = time.monotonic() - self._began
         left = elapsed / self._number * (self._total - self._number)
         seconds = record.metrics.get("trial_seconds") or 0.0
         self._print(
-            f"[{self._number}/{self._total}] {record.status} {record.label}: {summarize(record)} "
+            f"[{self._number}/{self._total}] {_outcome(record)} {record.label}: {summarize(record)} "
             f"({seconds:.1f} s, about {left / 60:.0f} min left)"
         )
 

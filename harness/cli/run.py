@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from harness._util.terminal import plain
-from harness.cli import options
+from harness.cli import beforehand, options
 from harness.cli.console import out
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import predict_trials
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.analysis.sequential import Undecided
     from harness.grids.grid import Grid
     from harness.launch.launcher import Launcher
     from harness.record import Status
@@ -57,7 +58,15 @@ def run(
             min=2,
             metavar="N",
             rich_help_panel=options.TRIALS,
-            help="Repeat what is not decided yet, up to N times.",
+            help="Visit or repeat what is not decided yet, up to N times each.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            rich_help_panel=options.TRIALS,
+            help="Choose visits, repeats and held-out stories that decide most in a time like 90s, 30min or 2h.",
         ),
     ] = None,
     limit: Annotated[
@@ -66,7 +75,10 @@ def run(
     ] = None,
     max_trials: options.MaxTrials = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", rich_help_panel=options.TRIALS, help="Print the trials and run none.")
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=options.TRIALS, help="Print the trials and what they can show; run none."
+        ),
     ] = False,
     memory: options.Memory = None,
     minutes: Annotated[
@@ -113,12 +125,18 @@ def run(
     given = {"base_model": model, "memory_budget": memory, "device": device}
     overrides = {key: value for key, value in given.items() if value is not None}
 
-    def grid_of(times: int | None) -> Grid:
-        loaded = load(grid, repeats=times, overrides=overrides, max_trials=max_trials or MAX_TRIALS)
+    most_trials = max_trials or MAX_TRIALS
+
+    def grid_of(times: int | None, stories: int | None = None) -> Grid:
+        held_out = {} if stories is None else {"val_set_size": float(stories)}
+        loaded = load(grid, repeats=times, overrides=overrides | held_out, max_trials=most_trials)
         return loaded.only(labels_like(loaded, only)) if only else loaded
 
     where = LauncherOptions(engine, workers, address, cpus, accelerator)
     where.check()
+    if size is not None:
+        _refuse_with_size(repeats, until_decided, where)
+        budget = beforehand.seconds_of(size)
     loaded = grid_of(repeats)
     if until_decided is not None and until_decided < loaded.repeats:
         raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
@@ -129,9 +147,15 @@ def run(
     # A trial that was skipped before is run where skipping is not asked for.
     statuses = _statuses([*(rerun or []), *([] if skip_infeasible else ["skipped"])])
     store = Store(results / loaded.name)
+    # It is asked for environments alone; nothing is started.
+    planned = LocalLauncher() if where.remote else make_launcher(where, loaded)
+    here = () if where.remote else beforehand.environments_of(loaded, planned)
+    if size is not None:
+        sizing = beforehand.Sizing(budget, trust_remote_code, predict, most_trials)
+        loaded = beforehand.sized(grid_of, store, here, sizing)
     if dry_run:
-        launcher = LocalLauncher() if where.remote else make_launcher(where, loaded)
-        _print_trials(loaded, store, launcher, statuses)
+        beforehand.print_forecast(loaded, store, here)
+        _print_trials(loaded, store, planned, statuses)
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
     store.set_aside()
@@ -146,6 +170,7 @@ def run(
     policy = Policy(timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible)
     until = None if minutes is None else began + 60 * minutes
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    beforehand.print_forecast(loaded, store, here)
 
     with make_launcher(where, loaded) as launcher:
 
@@ -170,19 +195,38 @@ def run(
             _print_summary(summary, store, grid)
             return summary.left == 0
 
-        environments = tuple(e for device_type in loaded.device_types for e in launcher.environments(device_type))
+        environments = beforehand.environments_of(loaded, launcher)
         if until_decided is None:
             execute(loaded)
         else:
             undecided = sequential.until_decided(
                 grid_of, loaded.repeats, until_decided, execute, store.folder, here=environments
             )
-            labels = ", ".join(sorted(undecided)) or "none"
-            out.print(f"not decided within {until_decided} repeats: {plain(labels)}", highlight=False)
+            _print_undecided(undecided, until_decided)
         if store.completed():
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             out.print(writers.terminal(comparison.compare(measurements)))
+
+
+def _refuse_with_size(repeats: int | None, until_decided: int | None, where: LauncherOptions) -> None:
+    if repeats is not None or until_decided is not None:
+        other = "--repeats" if repeats is not None else "--until-decided"
+        raise InputError(f"--size chooses the repeats; leave {other} out")
+    if where.remote or where.workers not in (None, "1"):
+        other = f"--engine {where.engine}" if where.remote else "--workers"
+        raise InputError(f"--size knows how long trials take one at a time on this machine; leave {other} out")
+
+
+def _print_undecided(undecided: Undecided, most: int) -> None:
+    """Which configurations are not decided, and the stories that would decide a loss, which no repeat does."""
+    from harness.analysis import words
+
+    labels = ", ".join(sorted({label for estimates in undecided.values() for label in estimates})) or "none"
+    out.print(f"not decided within {most} visits and repeats: {plain(labels)}", highlight=False)
+    for label, estimate in undecided.get("eval_loss", {}).items():
+        if estimate.unit == "stories":
+            out.print(f"loss of {plain(label)}: about {words.what_decides(estimate)}", highlight=False)
 
 
 def _statuses(given: list[str]) -> frozenset[Status]:
@@ -215,8 +259,17 @@ def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
 
     if summary.by_others:
         out.print(f"{summary.by_others} trials were done by another runner meanwhile", highlight=False)
+    if summary.untimed:
+        labels = plain(", ".join(summary.untimed))
+        out.print(
+            f"[yellow]not timed well enough: {labels}[/]: the machine worked for others during their visits, or these "
+            f"were not reached; their speeds enter no comparison. Time them again with: harness run {plain(str(grid))}",
+            highlight=False,
+        )
     if not summary.records:
-        if not summary.left:
+        if summary.visits:
+            out.print(f"{summary.visits} timing visits were added", highlight=False)
+        elif not summary.left and not summary.untimed:
             out.print("all of them are recorded already; nothing to run", highlight=False)
         return
     counts = Counter(record.status for record in summary.records)

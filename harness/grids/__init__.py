@@ -5,4 +5,4 @@ to trials), search and search_file (search spaces), claims (what is to be shown)
 the machine).
 """
 
-__all__ = ["claims", "grid", "preflight", "search", "search_file", "yaml_file"]
+__all__ = ["claims", "document", "grid", "preflight", "search", "search_file", "yaml_file"]

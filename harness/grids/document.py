@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,39 @@ from harness._util.messages import kind_of, one_line, unknown
 from harness.grids.levels import SPEC_KEYS, normalised
 from harness.grids.yaml_file import read_yaml
 
-GRID_KEYS = ("name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "claims", "tune")
+GRID_KEYS = (
+    "name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "baseline_repeats", "visits",
+    "visit_seconds", "claims", "tune",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How much a run times."""
+
+    visits: int = 3
+    """Visits of each trial; 0: nothing is timed."""
+    seconds: float = 4.0
+    """Least undisturbed seconds of each visit."""
+
+
+DEFAULT_TIMING = Timing()
+NO_TIMING = Timing(visits=0)
+
+
+def timing_of(document: Mapping[str, Any]) -> Timing:
+    """`visits` and `visit_seconds` of a grid file.
+
+    Raises:
+        ValueError: one of them is not a number that can be.
+    """
+    visits = document.get("visits", DEFAULT_TIMING.visits)
+    if not isinstance(visits, int) or isinstance(visits, bool) or visits < 0:
+        raise ValueError(f"visits is {kind_of(visits)}; it must be a whole number, 0 to time nothing")
+    seconds = document.get("visit_seconds", DEFAULT_TIMING.seconds)
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise ValueError(f"visit_seconds is {kind_of(seconds)}; it must be a number of seconds above 0")
+    return Timing(visits, float(seconds))
 
 
 def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:

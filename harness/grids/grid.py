@@ -17,7 +17,7 @@ from harness._util.messages import as_written, explain, kind_of, one_line, unkno
 from harness.environment import DeviceType, resolve_device
 from harness.errors import InputError
 from harness.grids.claims import Claim, unique
-from harness.grids.document import GRID_KEYS, base_of, header
+from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, timing_of
 from harness.grids.levels import (
     ACCUMULATION,
     Level,
@@ -72,6 +72,8 @@ class Grid:
     claims: tuple[Claim, ...] = ()
     tune: Mapping[str, Any] | None = None
     """The search that its trials come from, as `Search.given`."""
+    timing: Timing = NO_TIMING
+    """How much is timed."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -81,8 +83,8 @@ class Grid:
 
     @property
     def repeats(self) -> int:
-        """Number of repeats of each trial."""
-        return 1 + max(trial.repeat for trial in self.trials)
+        """Number of repeats of each trial; the baseline alone may have more."""
+        return 1 + max((trial.repeat for trial in self.trials if not trial.baseline), default=0)
 
     @property
     def device_types(self) -> tuple[DeviceType, ...]:
@@ -143,9 +145,8 @@ def _build(
     design = document.get("design", "list" if "trials" in document else "ablation")
     if design not in get_args(Design):
         raise ValueError(unknown("design", design, get_args(Design)))
-    times = document.get("repeats", 1) if repeats is None else repeats
-    if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-        raise ValueError(f"repeats is {kind_of(times)}; it must be a whole number of 1 or more")
+    times = _count(document, "repeats", repeats)
+    of_baseline = max(times, _count(document, "baseline_repeats"))
 
     base = base_of(document, path)
     base_spec = make_spec(merge(base, overrides), "base")
@@ -159,8 +160,20 @@ def _build(
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
     trials = _merge_duplicates(trials)
+    timing = timing_of(document)
     repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
-    return Grid(name, title, design, tuple(interleave(repeated, name)), _claims(document.get("claims", [])))
+    # Alone, it has no second run: it shows how much a seed changes a loss.
+    baseline = [trial for trial in trials if trial.spec.id == base_spec.id]
+    repeated += [trial for k in range(times, of_baseline) for trial in repeat(baseline, base_spec, k)]
+    claims = _claims(document.get("claims", []))
+    return Grid(name, title, design, tuple(interleave(repeated, name)), claims, timing=timing)
+
+
+def _count(document: Mapping[str, Any], key: str, instead: int | None = None) -> int:
+    count = document.get(key, 1) if instead is None else instead
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{key} is {kind_of(count)}; it must be a whole number of 1 or more")
+    return count
 
 
 def repeat(trials: Sequence[Trial], base: TrialSpec, number: int) -> list[Trial]:

@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 from harness._util.messages import kind_of, one_line, unknown
 from harness.errors import InputError
-from harness.grids.document import base_of, header
+from harness.grids.document import base_of, header, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
 from harness.grids.search import Constraint, Objective, Parameter, Pruner, Sampler, Scalar, Search, budget_key
 from harness.grids.spellings import FLOAT_KEYS, merge
 from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
+from harness.record import TIMED_FIGURES
 from harness.sources import models
 from harness.spec import TrialSpec, parse_bytes
 
@@ -49,7 +50,13 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         bounded = any(c.metric == "peak_memory_bytes" for c in _constraints(document["tune"].get("constraints", [])))
         if bounded and base.get("memory_budget") is not None and "memory_budget" not in changed:
             raise ValueError("base has a memory_budget and tune a bound on peak_memory_bytes; keep one of them")
-        return parse(name, title, base | changed, document["tune"])
+        search = parse(name, title, base | changed, document["tune"])
+        timing = timing_of(document)
+        asked = [each.metric for each in search.objectives] + [each.metric for each in search.constraints]
+        timed = [metric for metric in asked if metric in TIMED_FIGURES]
+        if timed and not timing.visits:
+            raise ValueError(f"visits is 0, and tune needs {timed[0]}, which visits time; leave visits out")
+        return replace(search, timing=timing)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 

@@ -55,6 +55,7 @@ class InlineLauncher:
                 environment=here,
                 folder=Path(options["folder"]),
                 trust_remote_code=options["trust_remote_code"],
+                losses_before=options.get("losses_before", {}),
                 on_progress=on_event,
             )
         log.write_text(redact(log.read_text()))

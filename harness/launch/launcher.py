@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypedDict
+from typing import Any, NotRequired, Protocol, Self, TypedDict
 
 from harness.environment import DeviceType, Environment, Placement
 from harness.record import Job, Record
@@ -23,6 +23,8 @@ class WorkerOptions(TypedDict):
     """Let models from the hub run their own code."""
     placement: dict[str, Any] | None
     """Fields of the `Placement`; null: the whole machine."""
+    losses_before: NotRequired[dict[str, dict[str, Any]]]
+    """Recorded `LossesBefore` of the same untrained model, by the id of the environment that they were measured in."""
 
 
 @dataclass(frozen=True)

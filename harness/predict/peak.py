@@ -29,10 +29,11 @@ from harness.predict.emulation import WORKSPACE, emulate_device
 from harness.predict.prediction import Prediction
 from harness.predict.replay import Replay
 from harness.predict.roofline import Work
+from harness.record import Phase
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, distributed, model
+from harness.training import batches, checkpoints, distributed, model, order
 from harness.training.batches import Batch, Example
-from harness.training.step import TRACKED_STEPS, StepResult, Trainer
+from harness.training.step import StepResult, Trainer
 
 _CPU = torch.device("cpu")
 _ANY_STORY = 16_384
@@ -46,7 +47,7 @@ class Unpredictable(Exception):
 def predict(
     spec: TrialSpec, device_type: DeviceType, *, full_length: bool = False, trust_remote_code: bool = False
 ) -> Prediction:
-    """Replay the first optimizer steps of a spec, which have the longest examples.
+    """Replay those micro-batches of a spec of which one holds most memory, chosen from all its steps.
 
     Args:
         spec: what to train.
@@ -59,10 +60,10 @@ def predict(
         Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
     """
     started = time.perf_counter()
-    steps, pad_id = _examples(spec, full_length, trust_remote_code)
+    steps, pad_id = _steps(spec, full_length, trust_remote_code)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
-        with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the longest examples
+        with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
             prediction = _StepReplay(network, spec, device_type, pad_id).run(steps)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
@@ -71,7 +72,7 @@ def predict(
     return prediction.model_copy(update={"seconds": time.perf_counter() - started})
 
 
-def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
+def _steps(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
     try:
         tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
     except InputError:
@@ -85,7 +86,7 @@ def _examples(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tu
         train = tuple(_filled(example, spec.sequence_length) for example in train)
     else:
         train = batches.load(spec, tokenizer).train
-    return batches.optimizer_steps(spec, train, TRACKED_STEPS)[:TRACKED_STEPS], pad_id
+    return order.optimizer_steps(spec, train), pad_id
 
 
 def _filled(example: Example, length: int) -> Example:
@@ -94,7 +95,7 @@ def _filled(example: Example, length: int) -> Example:
 
 
 class _StepReplay:
-    """Takes the first steps of a spec with a model on `meta`."""
+    """Takes steps of a spec, or parts of them, with a model on `meta`."""
 
     def __init__(self, network: Any, spec: TrialSpec, device_type: DeviceType, pad_id: int) -> None:
         self.network, self.spec, self.device_type, self.pad_id = network, spec, device_type, pad_id
@@ -103,7 +104,7 @@ class _StepReplay:
         self.peak, self.breakdown = 0, dict(self.tracker.live)
 
     def run(self, steps: Sequence[Sequence[Example]]) -> Prediction:
-        """Give the model fake weights, then take the steps."""
+        """Give the model fake weights, then take what holds most of the steps."""
         tracker = self.tracker
         tracker.component = "weights"
         # Made outside the fake mode: it reads the ranks from a tensor.
@@ -130,8 +131,9 @@ class _StepReplay:
         tracker.phases.clear()
         tracker.take_work()
         with emulate_device(self.device_type, trainer.optimizer, tracker):
-            uniform = self._is_uniform(steps)
-            work = self._replay_uniform(trainer, steps[-1]) if uniform else self._replay_each(trainer, steps)
+            # DDP moves gradients to buckets in the last micro-batch of a step: there whole steps are replayed.
+            ddp = self.spec.num_processes > 1 and self.spec.sharding == "none"
+            work, positions = (self._replay_steps if ddp else self._replay_micro_batches)(trainer, steps)
         processes = self.spec.num_processes
         if self.device_type == "cpu":  # the CPU executes those of all processes
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
@@ -143,7 +145,7 @@ class _StepReplay:
             breakdown={f"memory_{name}_bytes": size for name, size in self.breakdown.items()},
             phases={phase: size + workspace for phase, size in tracker.phases.items()},
             work=tuple(work),
-            positions=processes * sum(batch.padded_tokens for batch in self._batches(steps[-1])),
+            positions=processes * positions,
             seconds=0.0,
         )
 
@@ -157,39 +159,53 @@ class _StepReplay:
         self.tracker.component = "activations"
         return replica
 
-    def _is_uniform(self, steps: Sequence[Sequence[Example]]) -> bool:
-        """Whether all micro-batches of all steps have the same shape, and there is a step before the last."""
-        lengths = {len(example) for step in steps for example in step}
-        sizes = {len(step) for step in steps}
-        whole = all(size % self.spec.micro_batch_size == 0 for size in sizes)
-        if self.spec.num_processes > 1 and self.spec.sharding == "none":  # in the last one gradients move to buckets
-            return False
-        return len(steps) == TRACKED_STEPS and len(lengths) == len(sizes) == 1 and whole
+    def _replay_steps(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
+        """One of the heaviest steps after another; returns the work of the last one, and its positions."""
+        batches: list[Batch] = []
+        chosen = [steps[number] for number in order.heaviest_steps(steps, self.spec)]
+        for step in chosen:
+            batches = self._batches(step)
+            self.tracker.take_work()
+            self._step(trainer, batches, range(len(batches)))
+        return self.tracker.take_work(), sum(batch.padded_tokens for batch in batches)
 
-    def _replay_each(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> list[Work]:
-        """One step after another."""
-        work: list[Work] = []
-        for step in steps:
-            self._step(trainer, self._batches(step))
-            work = self.tracker.take_work()
-        return work
+    def _replay_micro_batches(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
+        """Each of the heaviest kinds of micro-batches once: those of the first step, which finds no optimizer state in
+        memory, the update, and those of all later steps.
 
-    def _replay_uniform(self, trainer: Trainer, step: Sequence[Example]) -> list[Work]:
-        """With uniform micro-batches, replay the last one of the last step alone.
-
-        It peaks: by then there are the optimizer's state and the gradients of the micro-batches before.
+        Returns:
+            The work of a step whose micro-batches are all like the heaviest, and its positions.
         """
-        batches = self._batches(step)
-        self._update(trainer)
-        self.tracker.take_work()  # the first update also creates the optimizer's state
-        self._update(trainer)
-        update = self.tracker.take_work()
-        if len(batches) > 1:
-            self._accumulate()
-        # The step's own update would peak as the second one above, within 0.001 %.
+        first, later = steps[:1], steps[1:]
         with mock.patch.object(trainer, "update", _without_update(trainer)):
-            self._step(trainer, batches[:1])
-        return update + self.tracker.take_work(times=len(batches))
+            work, positions = self._replay_kinds(trainer, first)
+        for _ in range(min(2, len(steps))):  # the first update also creates the optimizer's state
+            self.tracker.take_work()
+            self._update(trainer)
+        update = self.tracker.take_work()
+        if later:
+            with mock.patch.object(trainer, "update", _without_update(trainer)):
+                work, positions = self._replay_kinds(trainer, later)
+        return update + work, positions
+
+    def _replay_kinds(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
+        """A micro-batch of each of the heaviest kinds; returns the work and the positions of a step that is made of the
+        largest of them.
+        """
+        of_step = [order.kinds(step, self.spec) for step in steps]
+        heaviest = order.heaviest(kind for each in of_step for kind in each)
+        processes = self.spec.num_processes
+        micro_batches = -(-len(of_step[0]) // processes)
+        work, positions = list[Work](), 0
+        for kind in sorted(heaviest, key=lambda each: each.later):  # gradients come with the first later one
+            number = next(n for n, each in enumerate(of_step) if kind in each)
+            if kind.later:
+                self._accumulate()
+            self.tracker.take_work()
+            self._step(trainer, self._batches(steps[number]), [of_step[number].index(kind) // processes])
+            if kind.examples * kind.width >= positions:
+                work, positions = self.tracker.take_work(times=micro_batches), kind.examples * kind.width
+        return work, positions * micro_batches
 
     def _update(self, trainer: Trainer) -> None:
         self._accumulate()
@@ -201,11 +217,12 @@ class _StepReplay:
             self.tracker.component = "activations"
         self._keep_peak()
 
-    def _step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+    def _step(self, trainer: Trainer, batches: Sequence[Batch], chosen: Sequence[int]) -> None:
+        """A step over some of its micro-batches, while the inputs of all of them are held."""
         self.tracker.restart()
-        with self.fake, self.tracker, _masks_from_counts(batches):
+        with self.fake, self.tracker, _masks_from_counts(trainer, [batches[number] for number in chosen]):
             batches = [_fake_batch(batch) for batch in batches]
-            trainer.tracked_step(batches, self.tracker)
+            trainer.tracked_step([batches[number] for number in chosen], self.tracker)
             del batches
         self._keep_peak()
 
@@ -238,14 +255,29 @@ def _without_update(trainer: Trainer) -> Any:
 
 
 @contextlib.contextmanager
-def _masks_from_counts(batches: Sequence[Batch]) -> Iterator[None]:
-    """Within, transformers omits masks of batches without padding, as it does by a mask's values in a real step.
+def _masks_from_counts(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[None]:
+    """Within, transformers omits the masks of micro-batches without padding, as it does by a mask's values in a real
+    step.
 
     Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask. A public way to say that
     nothing is padded would replace it.
     """
     from transformers import masking_utils
 
-    nothing_padded = all(batch.tokens == batch.padded_tokens for batch in batches)
-    with mock.patch.multiple(masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded):
-        yield
+    unpadded = iter([batch.tokens == batch.padded_tokens for batch in batches])
+    nothing_padded, report = False, trainer.on_phase
+
+    def enter(phase: Phase) -> None:
+        nonlocal nothing_padded
+        if phase == "forward":  # of the next micro-batch; a failed loss enters it once more
+            nothing_padded = next(unpadded, nothing_padded)
+        report(phase)
+
+    trainer.on_phase = enter
+    try:
+        with mock.patch.multiple(
+            masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded
+        ):
+            yield
+    finally:
+        trainer.on_phase = report

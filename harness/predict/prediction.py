@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,7 @@ from harness.environment import DeviceType, Environment
 from harness.metrics import show_bytes
 from harness.predict import cards
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
-from harness.record import Job, Phase, Record
+from harness.record import Job, Phase, Record, Step
 from harness.spec import TrialSpec
 
 MARGIN: dict[DeviceType, float] = {"cpu": 0.005, "cuda": 0.06}
@@ -126,17 +126,28 @@ class Predictions:
         prediction = self.by_spec.get(record.spec.id)
         if prediction is None:
             return record
-        figures: dict[str, float | int | None] = {"predicted_peak_memory_bytes": prediction.peak_memory_bytes}
-        timed = [step for step in record.steps if not step.tracked]
-        if self.rates is not None and timed:
-            # Per position: the longest step was predicted, and timed steps are shorter.
-            mean = sum(step.padded_tokens for step in timed) / len(timed)
-            per_position = predicted_seconds(prediction.work, self.rates) / prediction.positions
-            figures["predicted_step_seconds"] = per_position * mean
-            speed = record.metrics.get("padded_tokens_per_second")
-            if speed is not None:
-                figures["roofline_share"] = roofline_seconds(prediction.work, self.rates) / prediction.positions * speed
+        figures = {"predicted_peak_memory_bytes": prediction.peak_memory_bytes}
         return record.model_copy(update={"metrics": record.metrics | figures})
+
+    def of_timing(self, spec: TrialSpec, steps: Sequence[Step], speed: float | None) -> dict[str, float | None]:
+        """Predicted figures of a trial's timed steps.
+
+        Args:
+            spec: of the trial.
+            steps: all of its steps; those without a block are not timed.
+            speed: measured padded tokens per second; null: none.
+        """
+        prediction = self.by_spec.get(spec.id)
+        timed = [step.padded_tokens for step in steps if step.block is not None]
+        if prediction is None or self.rates is None or not timed:
+            return {}
+        # Per position: the longest step was predicted, and timed steps are shorter.
+        per_position = predicted_seconds(prediction.work, self.rates) / prediction.positions
+        least_seconds = roofline_seconds(prediction.work, self.rates) / prediction.positions
+        return {
+            "predicted_step_seconds": per_position * sum(timed) / len(timed),
+            "roofline_share": None if speed is None else least_seconds * speed,
+        }
 
 
 NO_PREDICTIONS = Predictions()

@@ -115,7 +115,8 @@ def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
     """Optimizer steps with their configuration and repeat."""
     shown = measurements.trials[measurements.trials["config"].isin(measurements.configs.index[:MOST_ROWS])]
     ids = shown.set_index("trial_id")[["config", "repeat"]]
-    table = Store(folder).read("steps", columns=["trial_id", "step", "loss", "tokens"])
+    table = Store(folder).read("steps", columns=["trial_id", "block", "step", "loss", "tokens"])
+    table = table.filter(pc.field("block").is_null()).drop_columns(["block"])
     kept: pandas.DataFrame = table.filter(pc.field("trial_id").isin(ids.index.tolist())).to_pandas()
     return kept.join(ids, on="trial_id")
 
@@ -236,7 +237,8 @@ def _caveats(comparison: Comparison) -> list[str]:
     elif m.floor is None:
         lines.append("The baseline was not run twice: the noise floor of speeds is unknown.")
     repeats = m.configs.loc[m.configs["measured"], "repeats"]
-    if len(repeats) and int(repeats.min()) == 1:
+    lines += _timing_caveats(m)
+    if len(repeats) and int(repeats.min()) == 1 and not m.readings["visit"].any():
         lines.append(
             "With one repeat, the interval of a speed is over the timed steps of one trial; it does not cover "
             "differences between trials."
@@ -245,21 +247,48 @@ def _caveats(comparison: Comparison) -> list[str]:
         lines.append("No loss is compared: the weights are random, or there are no held-out stories.")
     else:
         lines.append(
-            "Intervals of losses are over the held-out stories, for the seeds that were run; stories truncated at "
-            "different lengths are not compared."
+            "Intervals of losses are over held-out stories and seeds; with one seed, its part is the noise between "
+            "trials that were repeated, or unknown. Stories truncated at different lengths are not compared."
         )
     throttled = m.trials[m.trials["throttled_share"] > _THROTTLED]
     if len(throttled):
-        names = ", ".join(sorted(set(throttled["label"])))
         lines.append(
             f"The GPU was throttled by heat or power for over {_THROTTLED:.0%} of the time in {len(throttled)} "
-            f"trials ({names}): their speeds may be too low."
+            f"trials ({_names(throttled)}): their speeds may be too low."
         )
     if m.environment["half_matmul"] == "fp32-blocks":
         lines.append("This CPU has no 16-bit matrix products; they are computed in blocks of fp32, at fp32 speed.")
     if len(m.configs) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(m.configs):,} configurations are shown; the CSV has them all.")
     return lines
+
+
+def _timing_caveats(m: Measurements) -> list[str]:
+    """What disturbed the timing, and what held more memory than the training."""
+    lines = []
+    disturbed = m.trials[m.trials["disturbed"].fillna(False).astype(bool)]
+    if len(disturbed):
+        lines.append(
+            f"The machine worked for others while these were timed, so their speeds enter no comparison: "
+            f"{_names(disturbed)}. `harness run` times them again."
+        )
+    steps = int(m.trials["disturbed_steps"].fillna(0).sum())
+    if steps:
+        timed = int(m.trials["timed_steps"].fillna(0).sum())
+        lines.append(f"{steps:,} timed steps were disturbed and do not count; {timed:,} do.")
+    if m.unwatched:
+        lines.append(
+            "The kernel did not say how long steps waited for a processor: the machine may have worked for others "
+            "while they were timed."
+        )
+    higher = m.trials[m.trials["peak_timed_bytes"] > m.trials["peak_memory_bytes"]]
+    if len(higher):
+        lines.append(f"The timed steps of these held more memory than any step of their training: {_names(higher)}.")
+    return lines
+
+
+def _names(trials: pandas.DataFrame) -> str:
+    return ", ".join(sorted(set(trials["label"])))
 
 
 def _configurations(m: Measurements) -> list[Configuration]:
@@ -286,24 +315,36 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
         'b = t[~t.twin].merge(t, left_on=["baseline_id", "repeat"], right_on=["spec_id", "repeat"], '
         'suffixes=("", "_base"))\n'
     )
+    highest = 'result = b.groupby("label").{0}.max() / b.groupby("label").{0}_base.max()'
     ratio = (
         'result = numpy.exp(numpy.log(b.{0} / b.{0}_base).groupby([b.label, b.repeat]).mean().groupby("label").mean())'
     )
+    visits = (
+        f"s = pandas.read_parquet({redact_home(str(folder / 'steps'))!r}).query('block == block and not disturbed')\n"
+        's = s[s.groupby(["trial_id", "block"]).seconds.transform("size") >= 3]\n'
+        'make = ["trial_id", "block", "tokens", "samples", "supervised_tokens", "padded_tokens"]\n'
+        "v = s.groupby(make).seconds.mean().reset_index()\n"
+        'v = v.groupby(["trial_id", "block"])[["tokens", "seconds"]].sum().reset_index()\n'
+        'p = b[["label", "trial_id", "trial_id_base"]].merge(v, on="trial_id").merge(v.rename(columns={"trial_id": '
+        '"trial_id_base"}), on=["trial_id_base", "block"], suffixes=("", "_base"))\n'
+        "r = numpy.log(p.tokens / p.seconds / p.tokens_base * p.seconds_base)\n"
+        'result = numpy.exp(r.groupby([p.label, p.block]).mean().groupby("label").mean())'
+    )
+    codes = {"peak_memory_bytes": highest.format("peak_memory_bytes"), "tokens_per_second": visits}
+    if not m.readings["visit"].any():  # rows from before there were visits
+        codes["tokens_per_second"] = ratio.format("tokens_per_second")
     snippets = [
-        Snippet(
-            f"{METRICS[metric].heading} against the baseline",
-            prepare + ratio.format(metric),
-            _example(comparison, metric),
-        )
-        for metric in ("peak_memory_bytes", "tokens_per_second")
+        Snippet(f"{METRICS[metric].heading} against the baseline", prepare + code, _example(comparison, metric))
+        for metric, code in codes.items()
     ]
     # Rows written before general text was measured have no kind; all of them are of held-out stories.
     which = "when == 'after'" + " and kind != 'general'" * (not m.changes["forgetting"].empty)
     stories = (
         f's = pandas.read_parquet({texts!r}).query("{which}")\n'
-        'p = b[["label", "trial_id", "trial_id_base"]].merge(s, on="trial_id").merge(s.rename(columns={"trial_id": '
-        '"trial_id_base", "loss": "loss_base"}), on=["trial_id_base", "story_id", "tokens"])\n'
-        'result = (p.loss - p.loss_base).groupby([p.label, p.story_id]).mean().groupby("label").mean()'
+        'p = b[["label", "repeat", "trial_id", "trial_id_base"]].merge(s, on="trial_id").merge(s.rename(columns={'
+        '"trial_id": "trial_id_base", "loss": "loss_base"}), on=["trial_id_base", "story_id", "tokens"])\n'
+        'result = p.groupby(["label", "repeat"]).apply(lambda t: numpy.average(t.loss - t.loss_base, weights=t.tokens))'
+        '.groupby("label").mean()'
     )
     loss = "Loss difference from the baseline; b is computed above"
     snippets.append(Snippet(loss, stories, _example(comparison, "eval_loss")))

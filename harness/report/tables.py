@@ -73,6 +73,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
         batch_and_sequence(comparison),
         effective_batch(comparison),
         learnt(comparison),
+        not_decided(comparison),
     ]
 
 
@@ -102,7 +103,8 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
         "Techniques against the baseline",
         ("Technique", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
         tuple(rows),
-        "Ratios and differences are to the baseline of the same repeat, with their 95 % intervals. Memory is exact.",
+        "Ratios and differences are to the baseline of the same repeat, with their 95 % intervals. Memory is exact: of "
+        "several repeats the highest, with the range of its ratio where they differ.",
         tuple(configs),
     )
 
@@ -242,7 +244,7 @@ def learnt(comparison: Comparison) -> Table:
     m = comparison.measurements
     changes = {metric: m.learnt(metric, comparison.shown) for metric in ("eval_loss", "forgetting")}
     configs = [c for c in comparison.shown if any(c in estimates for estimates in changes.values())]
-    sizes = ("forgetting", "adapter_bytes", "adapter_share")
+    sizes = ("adapter_bytes", "adapter_share")
     rows = []
     for config, label in zip(configs, m.labels(configs), strict=True):
         means = comparison.mean(config)
@@ -256,13 +258,50 @@ def learnt(comparison: Comparison) -> Table:
             ]
         cells += [figure_cell(x, means[x]) for x in sizes]
         rows.append(tuple(cells))
-    headings = ("Technique", "Held-out stories, before", "Change per story", "over", "General text, before",
-                "Change per passage", "over", *headings_of(sizes))  # fmt: skip
+    headings = ("Technique", "Held-out stories, before", "Change", "over", "General text, before", "Forgetting", "over",
+                *headings_of(sizes))  # fmt: skip
     note = (
-        "Nats per token, with 95 % intervals over the texts, each of which counts once; forgetting is the change of "
-        "the general text's loss when each token counts once. It is measured where measure_forgetting is true."
+        "Nats per token, each of which counts once, with 95 % intervals over texts and seeds. Forgetting is measured "
+        "where measure_forgetting is true."
     )
     return Table("learnt", "What was learnt and what was forgotten", headings, tuple(rows), note, tuple(configs))
+
+
+def not_decided(comparison: Comparison) -> Table:
+    """Comparisons with the baseline that are not distinguishable, and what would decide each."""
+    m = comparison.measurements
+    undecided = {metric: comparison.undecided(metric) for metric in HEADLINE}
+    rows = [
+        (
+            Cell(f"{m.labels([config])[0]} against the baseline"),
+            Cell(METRICS[metric].label),
+            Cell(words.effect(estimate), estimate.value),
+            Cell(words.detectable(estimate), estimate.detectable),
+            Cell(words.what_decides(estimate)),
+        )
+        for metric, estimates in undecided.items()
+        for config, estimate in estimates.items()
+    ]
+    headings = ("Comparison", "Figure", "Estimate", "Smallest detectable difference", "What would decide it")
+    note = (
+        "A true difference of the smallest detectable size is called one in 80 % of such runs, over all comparisons of "
+        "its figure. What would decide it: in total, for a difference of the estimated size, or for that of no effect."
+    )
+    return Table("not-decided", "Not decided", headings, tuple(rows), note if rows else "Every comparison is decided.")
+
+
+def detectable_differences(comparison: Comparison) -> str:
+    """The range of the smallest detectable differences of undecided comparisons, in a line; empty without any."""
+    parts = []
+    for metric in HEADLINE:
+        known = sorted(
+            (e for e in comparison.undecided(metric).values() if e.detectable is not None),
+            key=lambda e: e.detectable or 0.0,
+        )
+        if known:
+            ends = dict.fromkeys(words.detectable(e) for e in (known[0], known[-1]))
+            parts.append(f"{METRICS[metric].label} {' to '.join(ends)} ({len(known)})")
+    return f"not decided, by the smallest detectable difference: {', '.join(parts)}" if parts else ""
 
 
 def run_comparison(comparison: RunComparison) -> Table:

@@ -17,7 +17,7 @@ from harness.metrics import FIGURES, HEADLINE
 from harness.report.document import MOST_ROWS, Document
 from harness.report.inference_tables import GeneratedStory
 from harness.report.plots import Chart
-from harness.report.tables import Cell, Table, headings_of, techniques
+from harness.report.tables import Cell, Table, detectable_differences, headings_of, techniques
 
 _PNG_SCALE = 2.0
 _THEME = {
@@ -83,7 +83,8 @@ def terminal(comparison: Comparison) -> RichTable:
     """The technique comparison for a terminal: each figure above its effect against the baseline."""
     m = comparison.measurements
     left_out = f"; left out: {', '.join(m.left_out)}" if m.left_out else ""
-    caption = plain(f"{m.where}{left_out}")
+    detectable = detectable_differences(comparison)
+    caption = plain(f"{m.where}{left_out}") + (f"\n{plain(detectable)}" if detectable else "")
     shown = RichTable(title=plain(m.title), caption=caption, title_justify="left", caption_justify="left")
     for number, heading in enumerate(("Technique", *headings_of(HEADLINE), "n")):
         shown.add_column(heading, justify="right" if number == 4 else "left")
@@ -124,7 +125,7 @@ def markdown(document: Document) -> str:
 _READING = """
 - *not distinguishable*: the interval, adjusted over all comparisons of the same figure (Holm), contains "no effect",
   or a speed differs by less than two runs of the baseline do
-- *same within x*: the whole interval lies within x of no effect
+- *same within x*: the whole interval lies within x of no effect; losses of a single seed are never called the same
 - *not measured*: no two trials that differ in this alone were run"""
 _APPENDIX = """## Appendix: recompute it
 
@@ -198,13 +199,18 @@ def comparisons_csv(document: Document) -> str:
     m = comparison.measurements
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("technique", "metric", "mean", "effect", "low", "high", "n", "basis", "p_holm", "verdict"))
+    effect = ("effect", "low", "high", "n", "seeds", "basis", "p_holm", "verdict", "detectable", "needed", "unit")
+    writer.writerow(("technique", "metric", "figure", *effect))
     labels = m.configs["label"].astype(str).to_dict()
     for metric, estimates in comparison.estimates.items():
-        for config, mean in comparison.means[metric].dropna().items():
+        for config, figure in comparison.means[metric].dropna().items():
             e = estimates.get(config)  # type: ignore[call-overload]  # the index holds configurations
-            rest = (e.value, e.low, e.high, e.n, e.basis, e.p, e.verdict) if e else (None,) * 7
-            writer.writerow((_no_formula(labels[config]), metric, mean, *rest))
+            values = (
+                (e.value, e.low, e.high, e.n, e.seeds, e.basis, e.p, e.verdict, e.detectable, e.needed, e.unit)
+                if e
+                else (None,) * len(effect)
+            )
+            writer.writerow((_no_formula(labels[config]), metric, figure, *values))
     return out.getvalue()
 
 

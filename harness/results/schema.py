@@ -30,6 +30,7 @@ _IDENTITY = {
     "study_trial": pa.int64(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
     "attempt": pa.int64(),
+    "disturbed": pa.bool_(),
     "node": pa.string(),
     "log": pa.string(),
     "started_at": pa.timestamp("us", tz="UTC"),

@@ -12,15 +12,16 @@ import json
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness._util.files import locked, write_whole
 from harness.errors import InputError
-from harness.record import InferenceRecord, Record
+from harness.record import InferenceRecord, Record, Step
 from harness.results.parts import DamagedPart, latest_rows, read_part, write_part
 from harness.results.schema import INFERENCE_TABLES, SCHEMAS, Table, trial_row
 from harness.results.validation import PART_NAME, Damaged
@@ -47,6 +48,44 @@ class Store:
         steps = [{"trial_id": name, **step.model_dump()} for step in record.steps]
         stories = [{"trial_id": name, **story.model_dump()} for story in record.stories]
         self.replace_rows(name, {"steps": steps, "stories": stories, "trials": [trial_row(record)]})
+
+    def add_visit(
+        self, record: Record, figures: Callable[[Mapping[str, Any], Sequence[Step]], Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Add the steps of a timing visit to those of its trial, and update the trial's row.
+
+        Args:
+            record: of the visit.
+            figures: from the trial's row and all its steps, the columns to update.
+
+        Returns:
+            The updated row; null where the trial is not recorded.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        name = record.trial_id
+        with locked(self.folder):
+            rows = self._rows_of("trials", name)
+            if not rows:
+                return None
+            before = [Step(**{k: v for k, v in row.items() if k != "trial_id"}) for row in self._rows_of("steps", name)]
+            steps = (*before, *record.steps)
+            row = rows[0] | dict(figures(rows[0], steps))
+            for table, content in (
+                ("steps", [{"trial_id": name, **step.model_dump()} for step in steps]),
+                ("trials", [row]),
+            ):
+                self._write(table, name, pa.Table.from_pylist(content, schema=SCHEMAS[table]))  # type: ignore[index, arg-type]  # literals
+            return row
+
+    def _rows_of(self, table: Table, trial_id: str) -> list[dict[str, Any]]:
+        """The rows of one trial: from its own part, else from the compacted ones."""
+        try:
+            content = read_part(self.folder / table / f"{trial_id}.parquet", table)
+        except (FileNotFoundError, Damaged):
+            content = self.read(table).filter(pc.field("trial_id") == trial_id)
+        return content.to_pylist()  # type: ignore[no-any-return]  # pyarrow has no types
 
     def write_inference(self, trial: Mapping[str, Any], inference: InferenceRecord) -> None:
         """Keep the inference results of a trial's adapter. Earlier ones are replaced.

@@ -21,7 +21,7 @@ from harness.spec import TrialSpec
 
 _KEYS: dict[Table, tuple[str, ...]] = {
     "trials": ("trial_id",),
-    "steps": ("trial_id", "step"),
+    "steps": ("trial_id", "block", "step"),
     "stories": ("trial_id", "story_id", "when", "kind"),
     "models": ("trial_id", "model"),
     "answers": ("trial_id", "model", "story_id"),

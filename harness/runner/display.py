@@ -10,11 +10,11 @@ from harness.record import Job, Record
 class Display(Protocol):
     """Shows a run as it proceeds."""
 
-    def begin(self, total: int, skipped: int) -> None:
-        """The run starts: `total` trials to run, `skipped` recorded before."""
+    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
+        """The run starts: `total` trials to run, `skipped` recorded before, and so many timing visits."""
 
     def trial(self, number: int, job: Job) -> None:
-        """A trial starts."""
+        """A trial or a visit starts."""
 
     def event(self, kind: str, value: object) -> None:
         """The running trial reports a phase or a step."""
@@ -23,7 +23,7 @@ class Display(Protocol):
         """An attempt failed, and another one follows."""
 
     def finished(self, record: Record) -> None:
-        """A trial ended."""
+        """A trial or a visit ended."""
 
     def interrupted(self) -> None:
         """The user asked to stop; the running trial is finished first."""

@@ -8,6 +8,7 @@ import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.environment import Placement, resolve_device
 from harness.launch.exit_status import is_transient
@@ -15,9 +16,11 @@ from harness.launch.launcher import Attempt, Launcher, WorkerOptions
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
 from harness.record import DISK_FULL, Job, Record
 from harness.results.store import Store
+from harness.runner import visits
 from harness.runner.display import Display
 from harness.runner.identity import lease_id
 from harness.runner.interrupts import Interrupt
+from harness.runner.loss_before import RecordedLosses
 
 STALL_SECONDS = 1800.0
 """A worker that reports nothing for this long within a step hangs."""
@@ -53,16 +56,18 @@ class ExecutionContext:
     placement: Placement | None = None
     """What the job may use of the machine; null: what the launcher gives it."""
     interrupt: Interrupt = field(default_factory=Interrupt)
+    losses_before: RecordedLosses = field(default_factory=RecordedLosses)
+    """Of untrained models, which need not be measured again."""
 
 
 def log_path(store: Store, job: Job, launcher: Launcher, attempt: int = 1) -> Path:
     """Where an attempt's output is kept."""
-    name = lease_id(job, launcher)
+    name = lease_id(job, launcher) + ("" if job.visit is None else f"-visit-{job.visit.block}")
     return store.folder / "logs" / (f"{name}.log" if attempt == 1 else f"{name}.attempt-{attempt}.log")
 
 
 def execute(job: Job, context: ExecutionContext) -> Record:
-    """Run one job and keep its record, with what was predicted for it.
+    """Train by one job and keep its record, with what was predicted for it.
 
     Raises:
         KeyboardInterrupt: interrupted twice.
@@ -76,8 +81,30 @@ def execute(job: Job, context: ExecutionContext) -> Record:
     else:
         record = predictions.with_predictions(_last_attempt(job, context))
     context.store.write(record)
+    context.losses_before.add(record)
     context.display.finished(record)
     return record
+
+
+def visit(job: Job, context: ExecutionContext, wanted: int) -> tuple[Record, dict[str, Any] | None]:
+    """Time steps of a recorded trial by a job with a visit, and add them to it.
+
+    Args:
+        job: the visit.
+        context: what it is executed with.
+        wanted: visits of a trial that should count.
+
+    Returns:
+        The visit's record, and the trial's row; null where the visit failed.
+
+    Raises:
+        KeyboardInterrupt: interrupted twice.
+        OSError: the steps cannot be kept, or the disk was full for the visit.
+    """
+    record = _last_attempt(job, context)
+    row = visits.keep(record, context.store, context.predictions, wanted)
+    context.display.finished(record)
+    return record, row
 
 
 def _last_attempt(job: Job, context: ExecutionContext) -> Record:
@@ -87,6 +114,7 @@ def _last_attempt(job: Job, context: ExecutionContext) -> Record:
         "folder": str(store.folder / "adapters"),
         "trust_remote_code": policy.trust_remote_code,
         "placement": None if context.placement is None else dataclasses.asdict(context.placement),
+        "losses_before": {} if job.visit is not None else context.losses_before.of(job, store, context.launcher),
     }
     number = 1
     while True:

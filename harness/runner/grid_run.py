@@ -14,9 +14,12 @@ from harness.runner.display import Display
 from harness.runner.execution import Policy
 from harness.runner.identity import lease_id, place_in_grid, possible_ids
 from harness.runner.interrupts import interrupts
+from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, timed_trials, with_references
 from harness.runner.workers import GridWorkers
 
 _DEFAULT_POLICY = Policy()
+_MOST_BARREN = 2
+"""Blocks in a row without any visit that counts, after which the machine is taken to stay busy."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Summary:
     """Trials that were not reached."""
     by_others: int = 0
     """Trials that other runners recorded meanwhile."""
+    untimed: tuple[str, ...] = ()
+    """Labels of trials that ended well and have too few timing visits that count."""
+    visits: int = 0
+    """Timing visits that were made and count."""
 
 
 def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Status] = frozenset()) -> list[Trial]:
@@ -55,7 +62,10 @@ def run_grid(
     until: float | None = None,
     predictions: Predictions = NO_PREDICTIONS,
 ) -> Summary:
-    """Run what is pending, as many trials at the same time as the launcher has workers; keep each record as it ends.
+    """Train what is pending, as many trials at the same time as the launcher has workers; keep each record as it ends.
+
+    Speeds are timed apart, in blocks of short visits between the repeats and after them: each block visits every trial
+    once, in random order. Trials whose visits were disturbed are visited again at the end.
 
     Several runners may do so in one folder at once: each trial is run by one of them. An interrupt lets the running
     trials finish; a second one stops them. What was recorded stays.
@@ -80,15 +90,42 @@ def run_grid(
     store.rename({each: place_in_grid(trial) for trial in grid.trials for each in possible_ids(trial, launcher)})
     store.describe(grid.about)
     chosen = trials[:limit]
-    display.begin(len(chosen), len(grid.trials) - len(trials))
+    timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []
+    unknown = {*lacking(timed, grid.timing, store, launcher), *(trial for trial in timed if trial in chosen)}
+    display.begin(len(chosen), len(grid.trials) - len(trials), grid.timing.visits * len(unknown))
+    visits = 0
     workers = GridWorkers(grid, store, launcher, policy, predictions, started)
     with interrupts(display.interrupted) as interrupt:
-        workers.run(chosen, display, interrupt, lambda: interrupt.asked or _is_past(until))
+
+        def is_over() -> bool:
+            return interrupt.asked or _is_past(until)
+
+        def time_block() -> bool:
+            """One more block; false: nothing is due, or the machine was never quiet."""
+            nonlocal visits
+            due = lacking(timed, grid.timing, store, launcher)
+            if not due or is_over():
+                return False
+            counting = workers.time(with_references(due, timed, store, launcher), display, interrupt, is_over)
+            visits += counting
+            return counting > 0
+
+        for repeat in range(1 + max(trial.repeat for trial in grid.trials)):
+            workers.train([t for t in chosen if t.repeat == repeat], display, interrupt, is_over)
+            if repeat < grid.timing.visits:
+                time_block()
+        further = grid.timing.visits + MOST_FURTHER_BLOCKS
+        barren = 0
+        for _ in range(further):
+            barren = 0 if time_block() else barren + 1
+            if barren == _MOST_BARREN:
+                break
     store.compact()
+    untimed = tuple(trial.label for trial in lacking(timed, grid.timing, store, launcher))
     done = {lease_id(record, launcher) for record in workers.records}
     by_others = len(workers.recorded_by_others - done)
     left = len(trials) - len(done) - by_others
-    return Summary(tuple(workers.records), len(grid.trials) - len(trials), left, by_others)
+    return Summary(tuple(workers.records), len(grid.trials) - len(trials), left, by_others, untimed, visits)
 
 
 def _is_past(moment: float | None) -> bool:

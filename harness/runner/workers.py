@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -14,13 +15,15 @@ from harness.environment import DeviceType, Placement, resolve_device
 from harness.grids.grid import Grid, Trial
 from harness.launch.launcher import Launcher
 from harness.predict.prediction import Predictions
-from harness.record import Job, Record
+from harness.record import Job, Record, Visit
 from harness.results.store import Store
 from harness.runner.display import Display
-from harness.runner.execution import ExecutionContext, Policy, execute
+from harness.runner.execution import ExecutionContext, Policy, execute, visit
 from harness.runner.identity import lease_id, place_in_grid, possible_ids
 from harness.runner.interrupts import Interrupt
 from harness.runner.leases import Leases
+from harness.runner.loss_before import RecordedLosses
+from harness.runner.visits import lacking
 
 _LOOK_SECONDS = 0.5
 """How often an idle runner looks whether another one has finished or died."""
@@ -76,58 +79,124 @@ class GridWorkers:
         started: dict[str, dt.datetime],
     ) -> None:
         self.records: list[Record] = []
+        """Of the trials that were trained."""
         self.recorded_by_others: set[str] = set()
         """Ids of trials that other runners recorded meanwhile."""
         self._grid, self._store, self._launcher, self._started = grid, store, launcher, started
         self._policy, self._predictions = policy, predictions
         self._numbers = itertools.count(1)
+        self._block = 0
+        self._losses_before = RecordedLosses()
 
-    def run(self, trials: Sequence[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]) -> None:
-        """Run the trials.
+    def train(
+        self, trials: Sequence[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]
+    ) -> None:
+        """Train by each trial once.
 
         Raises:
             KeyboardInterrupt: interrupted twice.
             OSError: a record cannot be kept.
         """
+
+        def recorded(trial: Trial) -> bool:
+            return any(map(self._recorded_since, possible_ids(trial, self._launcher)))
+
+        def one(job: Job, context: ExecutionContext) -> None:
+            self.records.append(execute(job, context))
+
+        self._run(trials, None, recorded, one, (display, interrupt, is_over))
+
+    def time(self, trials: Sequence[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]) -> int:
+        """One block of timing visits, in random order: one of each trial.
+
+        Returns:
+            How many of them count.
+
+        Raises:
+            KeyboardInterrupt: interrupted twice.
+            OSError: the steps cannot be kept.
+        """
+        timing = self._grid.timing
+        self._block = max(self._block + 1, int(time.time()))
+        order = random.Random(f"{self._grid.name}/{self._block}").sample(list(trials), len(trials))
+
+        def has_enough(trial: Trial) -> bool:
+            # The baseline is in every block: the others are compared with it within the block.
+            is_reference = trial.baseline or trial.twin
+            return not is_reference and not lacking([trial], timing, self._store, self._launcher)
+
+        counting: list[Record] = []
+
+        def one(job: Job, context: ExecutionContext) -> None:
+            record, _ = visit(job, context, timing.visits)
+            if record.status == "ok" and not record.disturbed:
+                counting.append(record)
+
+        self._run(
+            order, Visit(block=self._block, seconds=timing.seconds), has_enough, one, (display, interrupt, is_over)
+        )
+        return len(counting)
+
+    def _run(
+        self,
+        trials: Sequence[Trial],
+        visit: Visit | None,
+        is_done: Callable[[Trial], bool],
+        one: Callable[[Job, ExecutionContext], None],
+        control: tuple[Display, Interrupt, Callable[[], bool]],
+    ) -> None:
+        """Run a job of each trial that is not done by somebody else."""
         if not trials:
             return
+        display, interrupt, is_over = control
 
         def work(own_display: Display, placement: Placement | None, has_failed: Callable[[], bool]) -> None:
             context = ExecutionContext(
-                self._store, self._launcher, own_display, self._policy, self._predictions, placement, interrupt
+                self._store,
+                self._launcher,
+                own_display,
+                self._policy,
+                self._predictions,
+                placement,
+                interrupt,
+                self._losses_before,
             )
-            self._work(trials, context, lambda: has_failed() or is_over())
+            waiting_display = own_display if self._launcher.workers == 1 else None
+            leased = _LeasedTrials(self._store, self._launcher, is_done, waiting_display)
+            # Closed at once, whatever happens: the lease of a stopped trial is given back.
+            with contextlib.closing(leased.take(trials, lambda: has_failed() or is_over())) as turns:
+                try:
+                    for trial in turns:
+                        place = place_in_grid(trial)
+                        job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, visit=visit, **place)
+                        context.display.trial(next(self._numbers), job)
+                        one(job, context)
+                finally:
+                    if visit is None:
+                        self.recorded_by_others |= leased.done_by_others
 
         run_workers(self._launcher, resolve_device(trials[0].spec.device), display, work)
 
-    def _work(self, trials: Sequence[Trial], context: ExecutionContext, is_over: Callable[[], bool]) -> None:
-        display = context.display if self._launcher.workers == 1 else None
-        leased = _LeasedTrials(self._store, self._launcher, self._started, display)
-        # Closed at once, whatever happens: the lease of a stopped trial is given back.
-        with contextlib.closing(leased.take(trials, is_over)) as turns:
-            try:
-                for trial in turns:
-                    job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, **place_in_grid(trial))
-                    context.display.trial(next(self._numbers), job)
-                    self.records.append(execute(job, context))
-            finally:
-                self.recorded_by_others |= leased.recorded_by_others
+    def _recorded_since(self, trial_id: str) -> bool:
+        """Whether a record is there that was not when this run began."""
+        mark = self._store.start_time(trial_id)
+        return mark is not None and mark != self._started.get(trial_id)
 
 
 class _LeasedTrials:
     """The trials that one worker takes, while other workers and other runners take theirs."""
 
     def __init__(
-        self, store: Store, launcher: Launcher, started: dict[str, dt.datetime], display: Display | None
+        self, store: Store, launcher: Launcher, is_done: Callable[[Trial], bool], display: Display | None
     ) -> None:
-        self.recorded_by_others: set[str] = set()
-        self._store, self._launcher, self._started, self._display = store, launcher, started, display
+        self.done_by_others: set[str] = set()
+        self._launcher, self._is_done, self._display = launcher, is_done, display
         self._leases = Leases(store.folder)
 
     def take(self, trials: Sequence[Trial], is_over: Callable[[], bool]) -> Generator[Trial, None, None]:
         """Trials that nobody else runs, one by one, each leased until the next one is asked for.
 
-        Those that others are running come last, in case their runners die. It ends when all are recorded.
+        Those that others are running come last, in case their runners die. It ends when all are done.
         """
         left = list(trials)
         while left:
@@ -141,8 +210,8 @@ class _LeasedTrials:
                     continue
                 with self._leases.held(identity):
                     # Records are written before their leases are given back: one that is not there now is not coming.
-                    if any(map(self._recorded_since, possible_ids(trial, self._launcher))):
-                        self.recorded_by_others.add(identity)
+                    if self._is_done(trial):
+                        self.done_by_others.add(identity)
                     else:
                         yield trial
             if len(busy) == len(left):  # nothing moved
@@ -150,8 +219,3 @@ class _LeasedTrials:
                     self._display.waiting(len(busy))
                 time.sleep(_LOOK_SECONDS)
             left = busy
-
-    def _recorded_since(self, trial_id: str) -> bool:
-        """Whether a record is there that was not when this run began."""
-        mark = self._store.start_time(trial_id)
-        return mark is not None and mark != self._started.get(trial_id)

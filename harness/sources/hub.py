@@ -31,6 +31,13 @@ def read_hub(path: str) -> list[dict[str, Any]]:
         ) from None
 
 
+def downloads(name: str, kind: str) -> Path:
+    """Folder of the local cache for what is downloaded of a `model` or `dataset`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+
+
 def check_hub_or_cache(name: str, kind: str) -> None:
     """Check that the hub can be reached, or that the local cache has something of `name`.
 
@@ -44,8 +51,7 @@ def check_hub_or_cache(name: str, kind: str) -> None:
 
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
-    if folder.is_dir() or (kind == "dataset" and _in_datasets_cache(name)):
+    if downloads(name, kind).is_dir() or (kind == "dataset" and _in_datasets_cache(name)):
         return
     local = "a local file or storyteller (bundled)" if kind == "dataset" else "a local folder, a bundled model"
     if kind == "model":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InputError
+from harness.sources import hub
 from harness.sources.hub import HUB_ID, check_hub_or_cache
 
 BUNDLED = "smollm2-135m-instruct"
@@ -130,6 +131,11 @@ def check(base_model: str, *, weights: bool = True) -> None:
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
         check_hub_or_cache(source.name, "model")
+
+
+def downloads(name: str) -> Path:
+    """Folder of the local cache for what is downloaded of a model of the hub."""
+    return hub.downloads(name, "model")
 
 
 def bundled_file() -> Path:

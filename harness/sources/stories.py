@@ -70,7 +70,7 @@ def general() -> list[tuple[str, str]]:
 
 
 def held_out(wanted: float, distinct: int) -> int:
-    """Number of stories that are held out.
+    """Number of stories that are held out: at least one, unless none is wanted.
 
     Args:
         wanted: `val_set_size` of a spec.
@@ -79,7 +79,7 @@ def held_out(wanted: float, distinct: int) -> int:
     Raises:
         InputError: none is left to train on.
     """
-    count = round(wanted * distinct) if wanted < 1 else int(wanted)
+    count = int(wanted) if wanted >= 1 else max(1, round(wanted * distinct)) if wanted else 0
     if count >= distinct:
         raise InputError(
             f"val_set_size {wanted:g} leaves nothing to train on: there are {distinct} distinct stories; hold out fewer"
@@ -115,9 +115,19 @@ def _story(dataset: DatasetSpec, number: int, row: dict[str, Any]) -> Story:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def file_of(path: str) -> Path | None:
+    """The file that a dataset is read from; null: it is on the hub."""
+    file = _path(path)
+    return file if file.suffix.lower() in SUFFIXES else None
+
+
+def _path(name: str) -> Path:
+    return BUNDLED.get(name) or Path(os.path.expanduser(name))  # Path.expanduser raises for ~nobody
+
+
 def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
     """Column names and rows of a bundled name, a file or a hub id."""
-    file = BUNDLED.get(path) or Path(os.path.expanduser(path))  # Path.expanduser raises for ~nobody
+    file = _path(path)
     if file.suffix.lower() in SUFFIXES:
         if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise InputError(f"dataset {path}: no such file (looked in {Path.cwd()})")

@@ -1,8 +1,9 @@
 """Runs one trial: a measured fine-tuning in this process, or over several.
 
 worker (entry point of a process), trial (its phases in order), processes and distributed (several processes), step (the
-training step), model, checkpoints, saved_adapters, batches, evaluation; memory with live_tensors and out_of_memory,
-clock, card_watch, flops, half_matmul.
+training step), order (which examples a step has), schedule (of a timing visit), waiting (for a processor), model,
+checkpoints, saved_adapters, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops,
+half_matmul.
 """
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "live_tensors",
     "memory",
     "model",
+    "order",
     "saved_adapters",
     "step",
     "trial",

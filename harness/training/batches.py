@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +36,11 @@ class Example:
         return len(self.input_ids)
 
     @property
+    def completion_tokens(self) -> int:
+        """Tokens behind the loss of the completion."""
+        return len(self.input_ids) - self.completion_start
+
+    @property
     def labels(self) -> list[int]:
         """The ids where loss is taken, else `IGNORED`. The first token has nothing to be predicted from."""
         start = 1 if self.supervise_prompt else self.completion_start
@@ -50,37 +54,38 @@ class Data:
     train: tuple[Example, ...]
     """In an order independent of seed and file order."""
     held_out: tuple[Example, ...]
+    """Each with `min_completion_tokens` or more."""
     truncated: int
     dropped: int
+    short: int
+    """Stories that were passed over when those were chosen."""
 
 
 def load(spec: TrialSpec, tokenizer: Any) -> Data:
     """Read, split, render and tokenise the stories of a spec.
 
-    The split is by hash of the text: the same stories are held out for every seed and order of rows.
+    The split is by hash of the text: the same stories are held out for every seed and order of rows. Those with too few
+    completion tokens to be judged are passed over, and trained on.
 
     Raises:
-        InputError: nothing is left to train on, or `excess_length: raise` meets a long example.
+        InputError: nothing is left to train on, no story has enough completion tokens, or `excess_length: raise` meets
+            a long example.
     """
     rows = sorted((s for d in spec.datasets for s in stories.read(d)), key=lambda s: s.id)
     distinct = list({s.id: s for s in rows}.values())
-    count = stories.held_out(spec.val_set_size, len(distinct))
-    held_out_ids = {s.id for s in distinct[:count]}
+    wanted = stories.held_out(spec.val_set_size, len(distinct))
+    held_out = _choose_held_out(distinct, wanted, spec, tokenizer)
+    held_out_ids = {example.story_id for example in held_out.examples}
 
     train = _fit(
         [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in held_out_ids],
         spec.sequence_length,
         spec.excess_length,
     )
-    held_out = _fit(
-        [_tokenise(s, tokenizer, False) for s in distinct[:count]],
-        spec.eval_sequence_length or spec.sequence_length,
-        spec.excess_length,
-    )
     if not train.examples:
         raise InputError(f"sequence_length {spec.sequence_length} leaves no completion token of any training story")
     return Data(
-        train.examples, held_out.examples, train.truncated + held_out.truncated, train.dropped + held_out.dropped
+        train.examples, held_out.examples, train.truncated + held_out.truncated, train.dropped, short=held_out.dropped
     )
 
 
@@ -99,24 +104,83 @@ class _Fitted:
 
 def _fit(examples: list[Example], length: int, excess: str) -> _Fitted:
     """Truncate, drop or refuse examples of more than `length` tokens, as `excess_length` says."""
-    fitted = []
-    truncated = 0
-    for example in examples:
-        if len(example) <= length:
-            fitted.append(example)
-        elif excess == "raise":
-            raise InputError(
-                f"a story has {len(example)} tokens and sequence_length is {length}; "
-                "use excess_length: truncate or drop, or a longer sequence_length"
-            )
-        elif excess == "truncate" and example.completion_start < length:
-            truncated += 1
-            fitted.append(
-                Example(
-                    example.story_id, example.input_ids[:length], example.completion_start, example.supervise_prompt
-                )
-            )
+    fitted = [each for each in (_fit_one(example, length, excess) for example in examples) if each is not None]
+    # An example that is left, of those that were longer, was cut.
+    truncated = sum(len(example) > length for example in examples) - (len(examples) - len(fitted))
     return _Fitted(tuple(fitted), truncated, len(examples) - len(fitted))
+
+
+def _fit_one(example: Example, length: int, excess: str) -> Example | None:
+    """The example within `length` tokens; null where it is to be left out, or no completion token would be left."""
+    if len(example) <= length:
+        return example
+    if excess == "raise":
+        raise InputError(
+            f"a story has {len(example)} tokens and sequence_length is {length}; "
+            "use excess_length: truncate or drop, or a longer sequence_length"
+        )
+    if excess == "drop" or example.completion_start >= length:
+        return None
+    return replace(example, input_ids=example.input_ids[:length])
+
+
+def _choose_held_out(candidates: Sequence[Story], wanted: int, spec: TrialSpec, tokenizer: Any) -> _Fitted:
+    """The first `wanted` stories that can be judged, or all of them where they are fewer; `dropped` are those passed
+    over.
+
+    Raises:
+        InputError: there is none, or not half as many as wanted because `eval_sequence_length` cuts them short.
+    """
+    length = spec.eval_sequence_length or spec.sequence_length
+    chosen: list[Example] = []
+    truncated = passed_over = 0
+    for story in candidates:
+        if len(chosen) == wanted:
+            break
+        whole = _tokenise(story, tokenizer, False)
+        example = _fit_one(whole, length, spec.excess_length)
+        if example is None or example.completion_tokens < spec.min_completion_tokens:
+            passed_over += 1
+            continue
+        truncated += len(example) < len(whole)
+        chosen.append(example)
+    if 2 * len(chosen) < wanted:
+        _refuse_too_few([_tokenise(story, tokenizer, False) for story in candidates], len(chosen), wanted, spec)
+    return _Fitted(tuple(chosen), truncated, passed_over)
+
+
+def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: TrialSpec) -> None:
+    """Refuse an evaluation of `there` stories in place of `wanted`, unless it is all that the stories offer.
+
+    Raises:
+        InputError: it names what would do.
+    """
+    least, length = spec.min_completion_tokens, spec.eval_sequence_length or spec.sequence_length
+
+    def lengths(tokens: int) -> list[int]:
+        """The least `eval_sequence_length` of each story that has so many completion tokens, shortest first."""
+        able = [e for e in examples if e.completion_tokens >= tokens]
+        # Where longer stories are dropped, one counts once all of it fits.
+        return sorted(len(e) if spec.excess_length == "drop" else e.completion_start + tokens for e in able)
+
+    enough = lengths(least)
+    if 0 < there == len(enough):
+        return
+    ways = [f"eval_sequence_length: {enough[min(wanted, len(enough)) - 1]}"] if enough else []
+    fitted = _fit(list(examples), length, spec.excess_length).examples
+    within = sorted((e.completion_tokens for e in fitted), reverse=True)[:wanted]
+    if within and (2 * len(within) >= wanted or len(within) == len(lengths(within[-1]))):
+        ways.append(f"min_completion_tokens: {within[-1]}")
+    longest = max(e.completion_tokens for e in examples)
+    if not ways:
+        ways.append(f"min_completion_tokens: {longest} with eval_sequence_length: {lengths(longest)[-1]}")
+    ways.append(f"val_set_size: {there}" if there else "val_set_size: 0 (no evaluation)")
+    raise InputError(
+        f"val_set_size {spec.val_set_size:g} asks for {wanted} held-out stories with {least} completion tokens or more "
+        f"(min_completion_tokens), and within eval_sequence_length {length} {there or 'none'} of {len(examples)} "
+        f"{'has' if there < 2 else 'have'} that many (the longest completion has {longest}); "
+        f"give {', '.join(ways[:-1])} or {ways[-1]}"
+    )
 
 
 def _tokenise(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
@@ -155,39 +219,6 @@ def render_prompt(story: Story, tokenizer: Any) -> tuple[str, bool]:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
     lead = _PLAIN_SYSTEM.format(**values) if story.system else ""
     return lead + _PLAIN_TURN.format(instruction=instruction), True
-
-
-def total_samples(spec: TrialSpec, available: int) -> int:
-    """Examples that the spec trains on, of `available` distinct ones."""
-    if spec.train_samples is not None:
-        return spec.train_samples
-    if spec.max_steps is not None:
-        return spec.max_steps * spec.effective_batch_size
-    return max(1, round((spec.num_epochs or 1.0) * available))
-
-
-def training_order(examples: Sequence[Example], samples: int, front: int, seed: int) -> list[Example]:
-    """`samples` examples: epochs of a seeded shuffle, the `front` longest moved to the beginning.
-
-    With the longest first, memory peaks at once, and running out of it shows at once. A step's examples depend on the
-    effective batch alone: they are the same for 4x1, 2x2 and 1x4.
-    """
-    generator = random.Random(seed)
-    order: list[Example] = []
-    while len(order) < samples:
-        epoch = list(examples)
-        generator.shuffle(epoch)
-        order += epoch[: samples - len(order)]
-    longest = sorted(range(samples), key=lambda i: len(order[i]), reverse=True)[:front]
-    moved = set(longest)
-    return [order[i] for i in longest] + [e for i, e in enumerate(order) if i not in moved]
-
-
-def optimizer_steps(spec: TrialSpec, examples: Sequence[Example], front: int) -> list[list[Example]]:
-    """The examples of each optimizer step of a spec; the longest in the first `front` steps."""
-    size, samples = spec.effective_batch_size, total_samples(spec, len(examples))
-    order = training_order(examples, samples, front * size, spec.seed)
-    return [order[i : i + size] for i in range(0, samples, size)]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class _Samples:
     temperatures: list[int] = field(default_factory=list)
     throttled: list[bool] = field(default_factory=list)
     millijoules: list[int] = field(default_factory=list)
+    disturbed: list[bool] = field(default_factory=list)
+    """Whether another process used the card, or heat or a failing supply held its clock down. The power limit holds it
+    down too, but that is the work's own doing.
+    """
 
 
 class CardWatch:
@@ -53,6 +57,7 @@ class CardWatch:
         self._device = device
         self._samples = _Samples()
         self._seconds = 0.0
+        self._seen = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
 
@@ -67,6 +72,12 @@ class CardWatch:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def disturbed_since_last(self) -> bool:
+        """Whether a sample since the last call found the card disturbed; the newest one always counts."""
+        samples, seen = self._samples.disturbed, self._seen
+        self._seen = len(samples)
+        return any(samples[min(seen, len(samples) - 1) :]) if samples else False
 
     def metrics(self, tokens: int) -> dict[str, float | int | None]:
         """The figures of a record.
@@ -112,6 +123,7 @@ def _sample(card: Any, samples: _Samples) -> None:
         (samples.millijoules, lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(card)),
         (samples.clock_shares, lambda: pynvml.nvmlDeviceGetClockInfo(card, kind) / _max_clock(card, kind)),
         (samples.temperatures, lambda: pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU)),
+        (samples.disturbed, lambda: _is_disturbed(card)),
         (samples.throttled, lambda: bool(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & slow)),
     )
     for values, query in queries:
@@ -119,6 +131,19 @@ def _sample(card: Any, samples: _Samples) -> None:
             values.append(query())
         except pynvml.NVMLError:  # older and virtual cards do not support all
             continue
+
+
+def _is_disturbed(card: Any) -> bool:
+    import pynvml
+
+    held_down = (
+        pynvml.nvmlClocksThrottleReasonHwSlowdown
+        | pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
+        | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+        | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
+    )
+    others = len(pynvml.nvmlDeviceGetComputeRunningProcesses(card)) > 1
+    return others or bool(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & held_down)
 
 
 def _max_clock(card: Any, kind: int) -> int:

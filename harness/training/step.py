@@ -17,10 +17,6 @@ from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
 
-TRACKED_STEPS = 2
-"""First optimizer steps, whose memory is tracked and which are not timed. Two: the optimizer's state exists from the
-second on."""
-
 
 class Diverged(Exception):
     """A loss or a gradient is not finite."""

@@ -1,14 +1,17 @@
-"""One trial, a measured fine-tuning: load, evaluate, train, evaluate, save."""
+"""One trial, a measured fine-tuning: load, evaluate, train, evaluate, save. And a visit, which times some steps."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import math
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy
@@ -19,15 +22,16 @@ from harness._util.redact import redact
 from harness.environment import Environment
 from harness.errors import is_disk_full
 from harness.metrics import SCORES
-from harness.record import DISK_FULL, Job, Phase, Record, Status, Step, StoryLoss
+from harness.record import DISK_FULL, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
 from harness.sources import models
-from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, distributed, evaluation, model, saved_adapters
+from harness.training import batches, checkpoints, distributed, evaluation, loss_before, model, order, saved_adapters
 from harness.training.card_watch import CardWatch
 from harness.training.clock import DeviceClock
 from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory
-from harness.training.step import TRACKED_STEPS, Diverged, Trainer
+from harness.training.schedule import VisitSchedule
+from harness.training.step import Diverged, StepResult, Trainer
+from harness.training.waiting import Waiting, is_disturbed
 
 OnProgress = Callable[[Literal["phase", "step"], Any], None]
 """Called with each `phase` (its name) and each `step` (done, total)."""
@@ -43,6 +47,7 @@ def run(
     environment: Environment,
     folder: Path | None = None,
     trust_remote_code: bool = False,
+    losses_before: Mapping[str, Any] = MappingProxyType({}),
     on_progress: OnProgress = lambda kind, value: None,
 ) -> Record:
     """Execute a job in this process and measure it. Every error ends in a record too.
@@ -52,9 +57,13 @@ def run(
         environment: of this process; its device is the trial's.
         folder: for the adapter, if the spec asks to save it.
         trust_remote_code: let a model from the hub run its own code.
+        losses_before: recorded losses of the same untrained model, fields of a `LossesBefore` by environment id. They
+            are taken over if they are of this trial's texts and base, and measured anew if not.
         on_progress: called as the trial proceeds.
     """
-    trial = _Trial(job.spec, torch.device(environment.device_type), folder, trust_remote_code, on_progress)
+    there = losses_before.get(environment.id)
+    recorded = None if there is None else LossesBefore.model_validate(there)
+    trial = _Trial(job, torch.device(environment.device_type), folder, trust_remote_code, recorded, on_progress)
     return Record.of(job, environment=environment, **trial.run())
 
 
@@ -63,24 +72,29 @@ class _Trial:
 
     def __init__(
         self,
-        spec: TrialSpec,
+        job: Job,
         device: torch.device,
         folder: Path | None,
         trust_remote_code: bool,
+        recorded: LossesBefore | None,
         on_progress: OnProgress,
     ) -> None:
-        self.spec = spec
+        self.spec = job.spec
+        self.visit = job.visit
         self.device = device
         self.clock = DeviceClock(device)
         self.folder = folder
         self.trust_remote_code = trust_remote_code
+        self.recorded = recorded
         self.on_progress = on_progress
         self.phase: Phase = "start"
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
         self.stories: list[StoryLoss] = []
         self.general: Sequence[batches.Example] = ()
+        self.evaluation_peaks: dict[str, int] = {}
         self.adapter_id: str | None = None
+        self.disturbed = False
         self.pretrained = models.resolve(self.spec.base_model).pretrained
 
     def run(self) -> dict[str, Any]:
@@ -113,6 +127,7 @@ class _Trial:
             "steps": tuple(self.steps),
             "stories": tuple(self.stories),
             "adapter_id": self.adapter_id,
+            "disturbed": self.disturbed,
         }
 
     def _execute(self, meter: MemoryMeter) -> None:
@@ -121,8 +136,15 @@ class _Trial:
         tokenizer = checkpoints.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
         self.pad_id = checkpoints.pad_id(tokenizer)
         stories = batches.load(self.spec, tokenizer)
-        self.metrics |= {"truncated_examples": stories.truncated, "dropped_examples": stories.dropped}
+        self.metrics |= {
+            "truncated_examples": stories.truncated,
+            "dropped_examples": stories.dropped,
+            "short_stories": stories.short,
+        }
         network = self._load(meter)
+        if self.visit is not None:
+            self._time(network, stories, meter, self.visit)
+            return
         self.general = batches.general(tokenizer) if self.spec.measure_forgetting and self.pretrained else []
         self._evaluate(network, stories, meter, "before")
         self._train(network, stories, meter)
@@ -166,6 +188,7 @@ class _Trial:
                 "eval_loss": loss,
                 "eval_perplexity": math.exp(loss),
                 "evaluated_stories": len(stories.held_out),
+                "judged_tokens": sum(example.completion_tokens for example in stories.held_out),
             }
         if general is not None:
             self.metrics["forgetting"] = general - self.metrics["general_loss_before"]  # type: ignore[operator]  # set above
@@ -182,9 +205,13 @@ class _Trial:
         if not texts:
             return None
         self._enter("evaluate")
-        with meter.phase(breakdown=False):
-            losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device)
-        self.metrics["peak_evaluate_bytes"] = max(meter.peak(), self.metrics.get("peak_evaluate_bytes") or 0)
+        losses = loss_before.reusable(self.recorded, self.spec, texts, kind) if when == "before" else None
+        if losses is None:
+            with meter.phase(breakdown=False):
+                losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device)
+            # That of the evaluation after training, once there is one: not every trial measures before.
+            self.evaluation_peaks[when] = max(meter.peak(), self.evaluation_peaks.get(when, 0))
+            self.metrics["peak_evaluate_bytes"] = self.evaluation_peaks[when]
         if not self.pretrained:
             return None  # the loss of random weights is meaningless
         loss = evaluation.token_mean(losses)
@@ -196,52 +223,47 @@ class _Trial:
     # -------------------------------------------------------------------------------- train
 
     def _train(self, network: Any, stories: batches.Data, meter: MemoryMeter) -> None:
-        groups = batches.optimizer_steps(self.spec, stories.train, TRACKED_STEPS)
+        steps = order.optimizer_steps(self.spec, stories.train)
         if not model.trainable(network):
             raise DidNotTrain("the model has no trainable parameter")
-        trainer = Trainer(network, self.spec, self.device, len(groups), self._enter)
+        trainer = Trainer(network, self.spec, self.device, len(steps), self._enter)
         if distributed.rank() > 0:  # ranks drop out different neurons
             torch.manual_seed(self.spec.seed + distributed.rank())
         before = _weight_norms(network)
         meter.tracker.flops = 0
         meter.restart()
-        peak, breakdown = 0, {}
-        for number, group in enumerate(groups[:TRACKED_STEPS], start=1):
-            with meter.phase(breakdown=True):
-                self._step(trainer, group, number, len(groups), meter)
+        # On CUDA the allocator sees every step, and the tracker adds the components of the peak.
+        tracked = order.heaviest_steps(steps, self.spec) if self.device.type == "cuda" else range(len(steps))
+        peak, breakdown = 0, dict[str, int]()
+        for number, step in enumerate(steps):
+            with meter.phase(breakdown=True) if number in tracked else contextlib.nullcontext():
+                self._step(trainer, step, number + 1, len(steps), meter if number in tracked else None)
             if meter.peak() >= peak:
                 peak = meter.peak()
-                breakdown = meter.breakdown(peak)
-        meter.restart()
-        with CardWatch(self.device) as card:
-            for number, group in enumerate(groups[TRACKED_STEPS:], start=TRACKED_STEPS + 1):
-                self._step(trainer, group, number, len(groups), None)
-        self.metrics |= card.metrics(sum(step.tokens for step in self.steps if not step.tracked))
-        if self.device.type == "cuda":  # the allocator counts the timed steps too
-            peak = max(peak, meter.peak())
+                breakdown = meter.breakdown(peak) if number in tracked else breakdown
         self.metrics |= {"peak_memory_bytes": peak, **breakdown, "peak_reserved_bytes": meter.reserved()}
         self._check_trained(before, _weight_norms(network))
         self._summarise(int(distributed.all_reduce_sum(torch.tensor(meter.tracker.flops, device=self.device))))
 
     def _step(
-        self, trainer: Trainer, group: list[batches.Example], number: int, of: int, meter: MemoryMeter | None
+        self, trainer: Trainer, examples: list[batches.Example], number: int, of: int, meter: MemoryMeter | None
     ) -> None:
         started = self.clock.now()
-        micro_batches = list(batches.micro_batches(group, self.spec.micro_batch_size, self.pad_id, self.device))
+        micro_batches = self._micro_batches(examples)
         result = trainer.step(micro_batches) if meter is None else trainer.tracked_step(micro_batches, meter.tracker)
-        self.steps.append(
-            Step(
-                step=number,
-                tracked=meter is not None,
-                seconds=self.clock.seconds_since(started),
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=result.learning_rate,
-                **self._counts(micro_batches),
-                peak_memory_bytes=meter.peak() if meter is not None else None,
-            )
-        )
+        seconds = self.clock.seconds_since(started)
+        peak = meter.peak() if meter is not None else None
+        self._record_step(number, micro_batches, result, seconds, tracked=meter is not None, peak_memory_bytes=peak)
         self.on_progress("step", (number, of))
+
+    def _micro_batches(self, examples: list[batches.Example]) -> list[batches.Batch]:
+        return list(batches.micro_batches(examples, self.spec.micro_batch_size, self.pad_id, self.device))
+
+    def _record_step(
+        self, number: int, micro_batches: list[batches.Batch], result: StepResult, seconds: float, **fields: Any
+    ) -> None:
+        counts = self._counts(micro_batches)
+        self.steps.append(Step(step=number, seconds=seconds, **dataclasses.asdict(result), **counts, **fields))
 
     def _counts(self, batches: list[batches.Batch]) -> dict[str, int]:
         """Samples and tokens of a step, over all ranks."""
@@ -259,27 +281,50 @@ class _Trial:
             raise DidNotTrain("no trained weight changed; the learning rate may be below the format's resolution")
 
     def _summarise(self, flops: int) -> None:
-        timed = [s for s in self.steps if not s.tracked]
         tracked = [s for s in self.steps if s.tracked]
         self.metrics |= {
             "optimizer_steps": len(self.steps),
-            "timed_steps": len(timed),
             "trained_tokens": sum(s.tokens for s in self.steps),
             "flops_per_token": flops / sum(s.tokens for s in tracked),
         }
-        if not timed:
-            return
-        seconds = sum(s.seconds for s in timed)
-        speed = sum(s.tokens for s in timed) / seconds
-        self.metrics |= {
-            "tokens_per_second": speed,
-            "supervised_tokens_per_second": sum(s.supervised_tokens for s in timed) / seconds,
-            "padded_tokens_per_second": sum(s.padded_tokens for s in timed) / seconds,
-            "samples_per_second": sum(s.samples for s in timed) / seconds,
-            "step_seconds_median": float(numpy.median([s.seconds for s in timed])),
-            "step_seconds_p95": float(numpy.percentile([s.seconds for s in timed], 95)),
-            "flops_per_second": self.metrics["flops_per_token"] * speed,  # type: ignore[operator]  # set above
-        }
+
+    # -------------------------------------------------------------------------------- time
+
+    def _time(self, network: Any, stories: batches.Data, meter: MemoryMeter, visit: Visit) -> None:
+        """Repeat a few steps until enough undisturbed ones are timed; give up where the machine does not get quiet."""
+        planned = len(order.optimizer_steps(self.spec, stories.train))
+        trainer = Trainer(network, self.spec, self.device, planned, self._enter)
+        steps = [self._micro_batches(examples) for examples in order.timed_steps(self.spec, stories.train)]
+        widest = max(steps, key=lambda step: max(batch.padded_tokens for batch in step))
+        with meter.phase(breakdown=False):  # what is done once is done here; the budget holds for these steps too
+            trainer.tracked_step(widest, meter.tracker)
+        self.metrics["peak_timed_bytes"] = meter.peak()
+        schedule = VisitSchedule(len(steps), visit.seconds)
+        with CardWatch(self.device) as card:
+            waiting = Waiting()
+            for step in schedule:
+                started = self.clock.now()
+                result = trainer.step(steps[step])
+                seconds = self.clock.seconds_since(started)
+                waited = waiting.since_last()
+                disturbed = self._any_rank(is_disturbed(waited, seconds) or card.disturbed_since_last())
+                self._record_step(
+                    len(self.steps) + 1, steps[step], result, seconds, tracked=False, peak_memory_bytes=None,
+                    block=visit.block, waited_seconds=waited, disturbed=disturbed,
+                )  # fmt: skip
+                schedule.record(step, self._mean_over_ranks(seconds), disturbed=disturbed)
+                self.on_progress("step", (len(self.steps), max(len(self.steps), len(steps))))
+        self.disturbed = not schedule.is_complete
+        self.metrics |= card.metrics(sum(step.tokens for step in self.steps))
+        if self.device.type == "cuda":  # the allocator counts all of them
+            self.metrics["peak_timed_bytes"] = meter.peak()
+
+    def _any_rank(self, value: bool) -> bool:
+        """Whether it holds in any process: all go through the same steps."""
+        return bool(distributed.all_reduce_sum(torch.tensor(int(value), device=self.device)))
+
+    def _mean_over_ranks(self, value: float) -> float:
+        return float(distributed.all_reduce_sum(torch.tensor(value, device=self.device))) / distributed.world_size()
 
     # -------------------------------------------------------------------------------- save
 

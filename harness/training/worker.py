@@ -26,7 +26,7 @@ def main(job: str, options: Mapping[str, Any], connection: Connection) -> None:
 
     Args:
         job: a `Job` as JSON.
-        options: `folder` for adapters, `trust_remote_code`, and `placement`: fields of a `Placement`, or null.
+        options: `launch.launcher.WorkerOptions`.
         connection: receives `[kind, value]` in JSON: phases, steps, and the record last.
     """
     # The runner alone handles interrupts: it decides whether this trial is finished or stopped.
@@ -48,6 +48,7 @@ def main(job: str, options: Mapping[str, Any], connection: Connection) -> None:
         "environment": _place(options["placement"], device_type),
         "folder": Path(options["folder"]),
         "trust_remote_code": options["trust_remote_code"],
+        "losses_before": options.get("losses_before", {}),
         "on_progress": send,
     }
     if parsed.spec.num_processes == 1:

@@ -27,13 +27,14 @@ from harness.metrics import METRICS, show_bytes
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
 from harness.predict.predictor import Predictor
 from harness.predict.roofline import Rates
-from harness.record import Job, trial_id
+from harness.record import Job, Visit, trial_id
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner.display import Display
-from harness.runner.execution import ExecutionContext, Policy, execute
+from harness.runner.execution import ExecutionContext, Policy, execute, visit
 from harness.runner.grid_run import run_grid
 from harness.runner.interrupts import interrupts
+from harness.runner.loss_before import RecordedLosses
 from harness.runner.workers import run_workers
 from harness.spec import TrialSpec
 from harness.tuning.finalists import finalists
@@ -43,6 +44,8 @@ from harness.tuning.warm_start import WarmStart
 
 _LEAST_INFEASIBLE = 12
 """Trials after which a search without any feasible one is given up."""
+_MOST_VISITS = 3
+"""Timing visits of a trial of the search, of which one should be undisturbed."""
 _MOST_KNOWN = 50
 """Proposals in a row that were already measured, after which the space counts as exhausted."""
 
@@ -127,6 +130,7 @@ class _StudyProcess:
         self.here = launcher.environments(resolve_device(search.base.device))[0]
         self.started = time.monotonic()
         self.numbers = itertools.count(1)
+        self.losses_before = RecordedLosses()
         self.lock = threading.RLock()
         """Held by a worker while it uses the study or the predictor."""
         self.known_in_a_row = 0
@@ -191,7 +195,13 @@ class _StudyProcess:
                     return
                 trial = self.study.ask()
             context = ExecutionContext(
-                self.store, self.launcher, display, self.options.policy, placement=placement, interrupt=self.interrupt
+                self.store,
+                self.launcher,
+                display,
+                self.options.policy,
+                placement=placement,
+                interrupt=self.interrupt,
+                losses_before=self.losses_before,
             )
             self._run_proposal(trial, next(self.numbers), context)
 
@@ -256,7 +266,7 @@ class _StudyProcess:
             at_rung = self.search.at_rung(spec, rung)
             whole = rung == self.search.rungs[-1]
             row = self._measure(trial, label if whole else f"{label} (rung {rung})", at_rung, number, context)
-            trial.set_user_attr("status", row["status"])
+            trial.set_user_attr("status", "disturbed" if row.get("disturbed") else row["status"])
             trial.set_user_attr("trial_id", row["trial_id"])
             score = self.search.score(row["status"], {name: row.get(name) for name in METRICS})
             if score is None or not score.feasible or whole:
@@ -291,9 +301,23 @@ class _StudyProcess:
             study_trial=trial.number,
         )
         context.display.trial(number, job)
-        record = execute(job, dataclasses.replace(context, predictions=self._predictions([spec])))
+        context = dataclasses.replace(context, predictions=self._predictions([spec]))
+        record = execute(job, context)
         row = {"trial_id": record.trial_id, "status": record.status, "study": record.study, **record.metrics}
+        if record.status == "ok" and self.search.timing.visits:
+            row |= self._time(job, context)
         self.recorded[record.trial_id] = row
+        return row
+
+    def _time(self, job: Job, context: ExecutionContext) -> Mapping[str, Any]:
+        """The row of a trial after a timing visit; a disturbed one is repeated."""
+        row: Mapping[str, Any] = {}
+        for _ in range(_MOST_VISITS):
+            timing = Visit(block=int(time.time()), seconds=self.search.timing.seconds)
+            record, changed = visit(job.model_copy(update={"visit": timing}), context, wanted=1)
+            row = changed or row
+            if not record.disturbed:
+                break
         return row
 
     def _predictions(self, specs: Sequence[TrialSpec]) -> Predictions:
@@ -333,7 +357,8 @@ class _StudyProcess:
             chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"]))
         # Repeat 0 was recorded by the search, except for the baseline's second run.
         trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
-        grid = Grid(search.name, search.title, "list", tuple(interleave(trials, search.name)), tune=search.given)
+        ordered = tuple(interleave(trials, search.name))
+        grid = Grid(search.name, search.title, "list", ordered, tune=search.given, timing=search.timing)
         summary = run_grid(
             grid,
             self.store,

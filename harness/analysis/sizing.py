@@ -1,0 +1,264 @@
+"""How much of a grid to run in a given time: the visits, repeats and held-out stories that decide most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+
+from harness.analysis import forecast, pilot
+from harness.analysis.forecast import Plan
+from harness.analysis.measurements import Measurements
+from harness.analysis.pilot import Variances
+from harness.grids.grid import Trial
+from harness.predict.prediction import Predictions
+from harness.predict.roofline import predicted_seconds
+from harness.spec import TrialSpec
+
+LEAST_VISITS, LEAST_STORIES = 3, 32
+_MOST_VISITS, _MOST_REPEATS = 100, 50
+_STEPS_OF_VISIT = 3
+"""Different steps that a visit repeats."""
+_GENERAL_PASSAGES = 64
+"""Whose loss is measured where forgetting is."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trial takes, in seconds."""
+
+    start: float
+    """Its process, its stories and the base model."""
+    step: float
+    """An optimizer step."""
+    steps: float
+    """How many of them are trained."""
+    story: float
+    """One held-out story, evaluated once."""
+    general: float = 0.0
+    """Evaluation of the general passages."""
+
+    def of_visit(self, seconds: float) -> float:
+        """A visit: a warm-up step, and whole rounds of its steps for at least so many seconds."""
+        rounds = max(1, math.ceil(seconds / (_STEPS_OF_VISIT * self.step))) if self.step else 1
+        return self.start + self.step * (1 + _STEPS_OF_VISIT * rounds)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the trials of one repeat take, and how they depend on the size."""
+
+    each_repeat: float
+    """Seconds of a repeat without its held-out stories."""
+    each_story: float
+    """Seconds of a held-out story in all trials of a repeat."""
+    each_story_before: float
+    """The same before training, once for each untrained model."""
+    each_visit: float
+    """Seconds of a block of visits."""
+    once: float = 0.0
+    """Seconds of the general passages before training, once for each untrained model."""
+    each_baseline: float = 0.0
+    """Seconds of a repeat of the baseline alone, and of its stories."""
+    each_baseline_story: float = 0.0
+    baseline_repeats: int = 1
+
+    def seconds(self, visits: float, repeats: float, stories: float) -> float:
+        """How long a grid of this size takes. Numbers or arrays."""
+        alone = numpy.maximum(self.baseline_repeats - numpy.asarray(repeats), 0)
+        seconds: float = (
+            self.once
+            + repeats * (self.each_repeat + stories * self.each_story)
+            + stories * self.each_story_before
+            + alone * (self.each_baseline + stories * self.each_baseline_story)
+            + visits * self.each_visit
+        )
+        return seconds
+
+
+def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: float) -> Work:
+    """The work of a grid.
+
+    Args:
+        trials: of the grid.
+        costs: by `cost_key`.
+        visit_seconds: least undisturbed seconds of a visit.
+    """
+    first = [trial for trial in trials if trial.repeat == 0]
+    of = [costs[cost_key(trial.spec)] for trial in first]
+    untrained = {trial.spec.untrained_key: cost for trial, cost in zip(first, of, strict=True)}
+    baselines = [trial for trial in trials if trial.baseline]
+    alone = costs[cost_key(baselines[0].spec)] if baselines else Cost(0, 0, 0, 0)
+
+    def training(cost: Cost) -> float:
+        return cost.start + cost.steps * cost.step + cost.general
+
+    return Work(
+        each_repeat=sum(training(cost) for cost in of),
+        each_story=sum(cost.story for cost in of),
+        each_story_before=sum(cost.story for cost in untrained.values()),
+        each_visit=sum(cost.of_visit(visit_seconds) for cost in of),
+        once=sum(cost.general for cost in untrained.values()),
+        each_baseline=training(alone),
+        each_baseline_story=alone.story,
+        baseline_repeats=1 + max((trial.repeat for trial in baselines), default=0),
+    )
+
+
+# ------------------------------------------------------------------------------------ costs
+
+
+def cost_key(spec: TrialSpec) -> str:
+    """Equal for specs that take equally long but for the number of held-out stories."""
+    return spec.model_copy(update={"seed": 0, "val_set_size": 0.0}).id
+
+
+def recorded_costs(m: Measurements) -> dict[str, Cost]:
+    """Costs of the recorded trials that ended well and were timed, by `cost_key`; the latest of each.
+
+    What loading and steps leave of a trial's time is taken for its stories, evaluated once.
+    """
+    costs: dict[str, Cost] = {}
+    ended = m.trials[(m.trials["status"] == "ok") & m.trials["step_seconds_median"].notna()]
+    for row in ended.sort_values("started_at").to_dict("records"):
+        load, step, steps = (float(row[name]) for name in ("load_seconds", "step_seconds_median", "optimizer_steps"))
+        rest = max(float(row["trial_seconds"]) - load - steps * step, 0.0)
+        stories = row["evaluated_stories"]
+        known = isinstance(stories, int | float) and stories > 0
+        start = pilot.START_SECONDS + load + (0.0 if known else rest)
+        costs[cost_key(m.spec(int(row["config"])))] = Cost(start, step, steps, rest / stories if known else 0.0)
+    return costs
+
+
+def predicted_costs(specs: Iterable[TrialSpec], predictions: Predictions, stories: int) -> dict[str, Cost]:
+    """Costs from predicted steps, by `cost_key`, where there is a prediction.
+
+    A story is evaluated by a forward pass, which costs this share of a step: of full fine-tuning a third (forward 2,
+    backward 4 operations for each weight and token); of LoRA, whose frozen weights have no gradients, a half (2 and 2);
+    with checkpointing, which repeats the forward pass, a quarter and a third.
+
+    Args:
+        specs: of the trials.
+        predictions: with the device's rates.
+        stories: distinct ones that can be trained on.
+    """
+    costs: dict[str, Cost] = {}
+    for spec in specs:
+        prediction = predictions.by_spec.get(spec.id)
+        if prediction is None or predictions.rates is None:
+            continue
+        step = predicted_seconds(prediction.work, predictions.rates)
+        passes = 2 + (2 if spec.adapter == "lora" else 4) + 2 * spec.gradient_checkpointing
+        position = step / prediction.positions
+        story = 2 / passes * position * (spec.eval_sequence_length or spec.sequence_length)
+        steps = math.ceil(spec.samples(stories) / spec.effective_batch_size)
+        general = _GENERAL_PASSAGES * story if spec.measure_forgetting else 0.0
+        costs[cost_key(spec)] = Cost(pilot.START_SECONDS + pilot.LOAD_SECONDS, step, steps, story, general)
+    return costs
+
+
+def completed(costs: Mapping[str, Cost], specs: Iterable[TrialSpec]) -> dict[str, Cost] | None:
+    """Costs of all specs: where one is unknown, the mean of the others; null where none is known."""
+    keys = {cost_key(spec) for spec in specs}
+    known = [costs[key] for key in keys & costs.keys()]
+    if not known:
+        return None
+    names = ("start", "step", "steps", "story", "general")
+    mean = Cost(*(sum(getattr(cost, name) for cost in known) / len(known) for name in names))
+    return {key: costs.get(key, mean) for key in keys}
+
+
+# ------------------------------------------------------------------------------------ choice
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of a grid."""
+
+    visits: int
+    repeats: int
+    stories: int
+    seconds: float
+    """That it takes."""
+    speed: float
+    """Smallest detectable difference, as a share; nan: no speed is measured."""
+    loss: float
+    """The same in nats; nan: no loss is measured."""
+
+    def describe(self, budget: float) -> str:
+        """30 min: 4 visits, 2 repeats, 64 stories: speed 2.1%, loss 0.03 nats; about 27 min."""
+        counts = [(self.visits, "visit", "visits"), (self.repeats, "repeat", "repeats")]
+        counts.append((self.stories, "story", "stories"))
+        amounts = ", ".join(f"{n} {one if n == 1 else several}" for n, one, several in counts if n)
+        speed = [] if math.isnan(self.speed) else [f"speed {forecast.show_share(self.speed)}"]
+        loss = [] if math.isnan(self.loss) else [f"loss {forecast.show_nats(self.loss)}"]
+        return f"{show_time(budget)}: {amounts}: {', '.join(speed + loss)}; about {show_time(self.seconds)}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Sizes to choose from."""
+
+    stories: Sequence[int]
+    """Numbers of held-out stories; 0 where no losses are measured."""
+    visits: Sequence[int] = field(default_factory=lambda: range(LEAST_VISITS, _MOST_VISITS + 1))
+    repeats: Sequence[int] = field(default_factory=lambda: range(1, _MOST_REPEATS + 1))
+
+
+def story_counts(least: int, most: int) -> list[int]:
+    """Numbers of held-out stories to choose from, about a half apart; the least alone where no more are left."""
+    counts = sorted(n << shift for shift in range(20) for n in (32, 48))
+    return [least, *(n for n in counts if least < n < most), *([most] if most > least else [])]
+
+
+def choose(budget: float, plan: Plan, variances: Variances, work: Work, choices: Choices) -> tuple[Size, bool]:
+    """The size that shows most within a time, and whether it fits: if none does, the smallest.
+
+    Most is shown where the larger of the smallest detectable differences, each divided by its negligible size, is
+    least; among those that show as much, the cheapest.
+
+    Args:
+        budget: seconds.
+        plan: what the grid measures.
+        variances: of its measurements.
+        work: what it takes.
+        choices: sizes.
+    """
+    visits, repeats, stories = numpy.meshgrid(
+        *(numpy.asarray(each, float) for each in (choices.visits, choices.repeats, choices.stories)), indexing="ij"
+    )
+    seconds = numpy.asarray(work.seconds(visits, repeats, stories))
+    unknown = numpy.full(seconds.shape, numpy.nan)
+    compared = plan.configurations > 1
+    speed = loss = unknown
+    if plan.visits and compared:
+        of_visits = forecast.smallest_speed_difference(plan, variances.reading, visits[:, :1, :1])
+        speed = numpy.broadcast_to(of_visits, seconds.shape)
+    if plan.stories and compared:
+        of_losses = forecast.smallest_loss_difference(plan, variances, stories[:1], repeats[:1])
+        loss = numpy.broadcast_to(of_losses, seconds.shape)
+    score = forecast.ratio_to_negligible(speed, loss)
+    fits = seconds <= budget
+    score = numpy.where(fits, score, numpy.inf)
+    best = numpy.lexsort((seconds.ravel(), score.ravel().round(9)))[0]
+    index = numpy.unravel_index(best, seconds.shape)
+    size = Size(
+        visits=int(visits[index]),
+        repeats=int(repeats[index]),
+        stories=int(stories[index]),
+        seconds=float(seconds[index]),
+        speed=float(speed[index]),
+        loss=float(loss[index]),
+    )
+    return size, bool(fits[index])
+
+
+def show_time(seconds: float) -> str:
+    """90 s, 27 min, 1.5 h: rounded up, as it takes at least so long."""
+    if seconds <= 99:
+        return f"{math.ceil(seconds)} s"
+    if seconds <= 99 * 60:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{math.ceil(seconds / 360) / 10:g} h"

@@ -1,0 +1,75 @@
+"""Effects on speeds: paired within blocks of timing visits, with the noise of all of them."""
+
+from __future__ import annotations
+
+import numpy
+import pandas
+
+from harness.analysis import stats
+
+
+def effects(
+    pairs: pandas.DataFrame,
+    metric: str,
+    readings: pandas.DataFrame,
+    rates: pandas.DataFrame,
+    configs: pandas.Series,
+) -> pandas.DataFrame:
+    """Table of effects (see `stats`) of each comparison on a figure of timed steps, with a column `basis`.
+
+    Only blocks in which both sides were timed count: speeds that were taken hours apart are never compared.
+
+    Args:
+        pairs: columns comparison, reference, config.
+        metric: one of `TIMED_FIGURES`.
+        readings: see `Measurements.readings`.
+        rates: see `Measurements.rates`.
+        configs: by trial, the configuration that it stands for.
+    """
+    known = readings[["trial", "block", "visit"]].assign(
+        config=readings["trial"].map(configs), value=numpy.log(readings[metric])
+    )
+    others = known.rename(columns={"config": "reference", "trial": "other", "value": "reference_value"})
+    matched = pairs.merge(known, on="config").merge(others.drop(columns="visit"), on=["reference", "block"])
+    matched["difference"] = matched["value"] - matched["reference_value"]
+    # Both runs of a baseline, and several pairs of a comparison, average to one figure per block.
+    by_block = matched.groupby(["comparison", "block"], sort=False)["difference"].mean().reset_index()
+    effects = stats.paired(by_block["difference"], by_block["comparison"])
+    visited = matched.groupby("comparison")["visit"].all().reindex(effects.index)
+    effects["basis"] = numpy.where(visited, "visits", "repeats")
+    if known["block"].nunique() > 1:
+        noise = stats.noise(known["value"], known["config"], known["block"])
+        return effects if noise is None else stats.in_blocks(effects, squared_weights(matched, _SIDES, "block"), noise)
+    return _by_steps(effects, matched, rates) if metric == "tokens_per_second" else effects
+
+
+_SIDES = ["other", "trial"]
+
+
+def _by_steps(effects: pandas.DataFrame, matched: pandas.DataFrame, rates: pandas.DataFrame) -> pandas.DataFrame:
+    """`effects` of single trials from before there were visits, with intervals over the timed steps of the two."""
+    single = matched.drop_duplicates("comparison")
+    ours, theirs = (rates.reindex(single[side]).set_axis(single["comparison"]) for side in ("trial", "other"))
+    by_steps = stats.welch(ours, theirs).dropna(subset=["effect"]).assign(basis="steps")
+    # The effect stays the ratio of the recorded figures; the steps give the width of the interval.
+    effect = effects.loc[by_steps.index, "effect"]
+    return pandas.concat([effects.drop(by_steps.index), stats.with_intervals(by_steps.assign(effect=effect))])
+
+
+def squared_weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") -> pandas.Series:
+    """By comparison, Σ w² with w the weights in its mean difference of what varies independently.
+
+    Args:
+        matched: see `Measurements._matched`.
+        sides: columns of what is subtracted and of what remains: trials, or configurations, which repeat under seeds.
+        block: column of the repeat, or the block, within which pairs are formed.
+    """
+    blocks = matched.groupby("comparison")[block].transform("nunique")
+    weight = 1.0 / (blocks * matched.groupby(["comparison", block])["trial"].transform("size"))
+    keys = ["comparison", block, "independent"]
+    tables = [
+        matched[["comparison", block]].assign(independent=matched[side], weight=sign * weight)
+        for side, sign in zip(sides, (-1.0, 1.0), strict=True)
+    ]
+    by_unit = pandas.concat(tables).groupby(keys)["weight"].sum() ** 2
+    return by_unit.groupby("comparison").sum()

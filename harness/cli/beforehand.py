@@ -1,0 +1,191 @@
+"""What a run will be able to show, and the size that shows most in a given time; printed before anything starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from harness.cli.console import out
+from harness.cli.predictions import predict_trials
+from harness.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.analysis.measurements import Measurements
+    from harness.analysis.sizing import Choices, Size, Work
+    from harness.environment import Environment
+    from harness.grids.grid import Grid
+    from harness.launch.launcher import Launcher
+    from harness.results.store import Store
+    from harness.spec import TrialSpec
+
+_LEAD = "can show: "
+_UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a time like 90s, 30min, 1.5h.
+
+    Raises:
+        InputError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", text.strip())
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not seconds:
+        raise InputError(f"--size {text!r} is no time; give one like 90s, 30min or 1.5h")
+    return seconds
+
+
+def environments_of(grid: Grid, launcher: Launcher) -> tuple[Environment, ...]:
+    """Where a grid's trials may run."""
+    return tuple(e for device_type in grid.device_types for e in launcher.environments(device_type))
+
+
+def print_forecast(grid: Grid, store: Store, here: Sequence[Environment]) -> None:
+    """What each figure will be able to show; nothing for figures that are not measured."""
+    from harness.analysis import forecast
+
+    plan = forecast.Plan.of(grid, _held_out(grid))
+    if plan.configurations < 2 or not (plan.visits or plan.stories):
+        return
+    lines = forecast.describe(plan, forecast.variances_of(recorded(store, here)))
+    indent = " " * len(_LEAD)
+    for number, line in enumerate(lines):
+        whole = (indent if number else _LEAD) + line
+        folded = whole if len(whole) <= out.width else whole.replace("; ", f";\n{indent}  ")
+        out.print(folded, style="dim", highlight=False)
+
+
+def recorded(store: Store, here: Sequence[Environment]) -> Measurements | None:
+    """The recorded trials of the newest version of a grid in one of these environments; null where there are none."""
+    from harness.analysis import loading
+
+    for environment in here:
+        try:
+            return loading.load(store.folder, environment.id)
+        except InputError:
+            continue
+    return None
+
+
+def _held_out(grid: Grid) -> int:
+    """Held-out stories of the baseline, or of the first trial; 0 where no loss is measured."""
+    spec = _typical(grid)
+    if not spec.val_set_size or spec.base_model.startswith("random:"):
+        return 0
+    if spec.val_set_size >= 1:
+        return int(spec.val_set_size)
+    from harness.sources import stories
+
+    try:
+        return stories.held_out(spec.val_set_size, _distinct(spec))
+    except InputError:  # the run itself says what is wrong with the data
+        return 0
+
+
+def _typical(grid: Grid) -> TrialSpec:
+    return next((trial.spec for trial in grid.trials if trial.baseline), grid.trials[0].spec)
+
+
+def _distinct(spec: TrialSpec) -> int:
+    """Distinct stories of a spec's datasets."""
+    from harness.sources import stories
+
+    return len({story.id for dataset in spec.datasets for story in stories.read(dataset)})
+
+
+# ------------------------------------------------------------------------------------ --size
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What is asked with `--size`."""
+
+    budget: float
+    """Seconds."""
+    trust_remote_code: bool
+    predict: bool
+    """Whether steps of trials without a record may be predicted."""
+    most_trials: int
+
+
+def sized(
+    grid_of: Callable[[int | None, int | None], Grid],
+    store: Store,
+    here: Sequence[Environment],
+    sizing: Sizing,
+) -> Grid:
+    """The grid at the size that shows most within the time, which is printed.
+
+    Args:
+        grid_of: the grid with so many repeats and held-out stories; null: the file's.
+        store: of its results.
+        here: where it will run.
+        sizing: what is asked.
+
+    Raises:
+        InputError: not even the smallest size fits, there is nothing to choose, or it is not known how long trials
+            take.
+    """
+    from harness.analysis import forecast
+    from harness.analysis import sizing as sizes
+
+    grid = grid_of(1, None)
+    plan = forecast.Plan.of(grid, _held_out(grid))
+    if plan.configurations < 2 or not (plan.visits or plan.stories):
+        raise InputError(f"--size: {grid.name} compares neither speeds nor losses, so its size decides nothing")
+    measurements = recorded(store, here)
+    work = _work(grid, measurements, sizing)
+    variances = forecast.variances_of(measurements).variances
+    size, fits = sizes.choose(sizing.budget, plan, variances, work, _choices(grid, sizing))
+    if not fits:
+        raise InputError(
+            f"--size {sizes.show_time(sizing.budget)} is too short for {grid.name}: "
+            f"its smallest size takes about {sizes.show_time(size.seconds)}"
+        )
+    out.print(size.describe(sizing.budget), highlight=False, soft_wrap=True)
+    return _at(size, grid_of)
+
+
+def _at(size: Size, grid_of: Callable[[int | None, int | None], Grid]) -> Grid:
+    grid = grid_of(size.repeats, size.stories or None)
+    return replace(grid, timing=replace(grid.timing, visits=size.visits))
+
+
+def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work:
+    """What the grid takes: by recorded trials, else by predicted steps."""
+    from harness.analysis import sizing as sizes
+
+    specs = [trial.spec for trial in grid.trials if trial.repeat == 0]
+    costs = {} if measurements is None else sizes.recorded_costs(measurements)
+    unknown = [spec for spec in specs if sizes.cost_key(spec) not in costs]
+    if unknown and sizing.predict:
+        predictions = predict_trials(unknown, sizing.trust_remote_code, with_rates=True)
+        costs |= sizes.predicted_costs(unknown, predictions, _distinct(specs[0]) - _held_out(grid))
+    every = sizes.completed(costs, specs)
+    if every is None:
+        raise InputError(f"--size: it is not known how long a trial of {grid.name} takes; run it once without --size")
+    return sizes.work_of(grid.trials, every, grid.timing.seconds)
+
+
+def _choices(grid: Grid, sizing: Sizing) -> Choices:
+    """Sizes that the data and the limit of trials allow."""
+    from harness.analysis import sizing as sizes
+
+    specs = [trial.spec for trial in grid.trials]
+    held_out = _held_out(grid)
+    stories = [held_out]
+    # A number of epochs is one of the stories that are left: it would train on others.
+    if held_out and all(spec.train_samples is not None or spec.max_steps is not None for spec in specs):
+        distinct = _distinct(_typical(grid))
+        kept = max(min(spec.samples(distinct), distinct - held_out) for spec in specs)
+        if distinct - kept >= sizes.LEAST_STORIES:
+            stories = sizes.story_counts(sizes.LEAST_STORIES, distinct - kept)
+    repeats = range(1, max(1, sizing.most_trials // len(specs)) + 1)
+    choices = sizes.Choices(stories)
+    return replace(
+        choices,
+        visits=choices.visits if grid.timing.visits else [0],
+        repeats=[n for n in choices.repeats if n in repeats],
+    )

@@ -1,0 +1,69 @@
+"""Recorded losses of untrained models, so that they are measured once for each base, format and data."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pyarrow.compute as pc
+
+from harness.environment import resolve_device
+from harness.launch.launcher import Launcher
+from harness.record import Job, LossesBefore, Record, StoryLoss
+from harness.results.schema import parse_spec
+from harness.results.store import Store
+from harness.spec import TrialSpec
+
+_Key = tuple[str, str]
+"""Environment id and `untrained_key`."""
+_LOSSES = ("eval_loss_before", "general_loss_before")
+_COLUMNS = ["trial_id", "environment_id", "status", "started_at", *_LOSSES, *TrialSpec.model_fields]
+
+
+class RecordedLosses:
+    """Losses before training of trials that ended well: the latest of each untrained model in each environment.
+
+    The store is read once, when first asked; `add` what is recorded after that. Workers may share it.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[_Key, LossesBefore] | None = None
+        self._lock = threading.Lock()
+
+    def of(self, job: Job, store: Store, launcher: Launcher) -> dict[str, dict[str, Any]]:
+        """Those of the job's untrained model as `launch.launcher.WorkerOptions` holds them: plain JSON, by the id of
+        each environment that the launcher may run it in.
+        """
+        environments = launcher.environments(resolve_device(job.spec.device))
+        with self._lock:
+            if self._latest is None:
+                self._latest = _read(store)
+            known = {each.id: self._latest.get((each.id, job.spec.untrained_key)) for each in environments}
+        return {name: losses.model_dump(mode="json") for name, losses in known.items() if losses is not None}
+
+    def add(self, record: Record) -> None:
+        """Take over the losses of a trial that was recorded just now."""
+        before = tuple(story for story in record.stories if story.when == "before")
+        with self._lock:
+            if self._latest is not None and record.status == "ok" and before:
+                key = (record.environment.id, record.spec.untrained_key)
+                self._latest[key] = LossesBefore(started_at=record.started_at, stories=before)
+
+
+def _read(store: Store) -> dict[_Key, LossesBefore]:
+    measured = pc.field(_LOSSES[0]).is_valid() | pc.field(_LOSSES[1]).is_valid()
+    rows = store.read("trials", _COLUMNS).filter((pc.field("status") == "ok") & measured).to_pylist()
+    trials: dict[_Key, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["started_at"]):
+        spec = parse_spec({name: row[name] for name in TrialSpec.model_fields})
+        trials[row["environment_id"], spec.untrained_key] = row
+    if not trials:
+        return {}
+    stories: dict[str, list[StoryLoss]] = {row["trial_id"]: [] for row in trials.values()}
+    wanted = pc.field("trial_id").isin([*stories]) & (pc.field("when") == "before")
+    for story in store.read("stories").filter(wanted).to_pylist():
+        stories[story.pop("trial_id")].append(StoryLoss(**story))
+    return {
+        key: LossesBefore(started_at=row["started_at"], stories=tuple(stories[row["trial_id"]]))
+        for key, row in trials.items()
+    }

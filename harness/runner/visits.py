@@ -1,0 +1,89 @@
+"""Timing visits: which trials lack some, and what their row becomes by one more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+
+from harness.grids.document import DEFAULT_TIMING, Timing
+from harness.grids.grid import Grid, Trial
+from harness.launch.launcher import Launcher
+from harness.metrics import METRICS
+from harness.predict.prediction import Predictions
+from harness.record import TIMED_FIGURES, Record, Step
+from harness.results.store import Store
+from harness.results.timing import row_figures
+from harness.runner.identity import possible_ids
+
+MOST_FURTHER_BLOCKS = 3
+"""Blocks that a run adds at its end for trials whose visits were disturbed."""
+_OF_CARD = ("joules_per_token", "card_clock_share", "card_temperature", "throttled_share")
+
+
+def lacking(trials: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher) -> list[Trial]:
+    """The trials that ended well and have fewer visits that count than a grid wants."""
+    rows = store.read("trials", columns=["trial_id", "status", "timed_visits"]).filter(pc.field("status") == "ok")
+    counts = dict(zip(rows["trial_id"].to_pylist(), rows["timed_visits"].to_pylist(), strict=True))
+
+    def lacks(trial: Trial) -> bool:
+        known = [counts[each] or 0 for each in possible_ids(trial, launcher) if each in counts]
+        return bool(known) and max(known) < timing.visits
+
+    return [trial for trial in trials if lacks(trial)]
+
+
+def with_references(due: Sequence[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:
+    """The trials that are due, and the baseline with its second run: the others are compared with it within a block."""
+    ended_well = lacking(timed, Timing(visits=2**31), store, launcher)
+    return [*due, *(t for t in ended_well if (t.baseline or t.twin) and t not in due)]
+
+
+def timed_trials(grid: Grid) -> list[Trial]:
+    """The trials whose speed is measured: those of the first repeat. A seed does not change the speed."""
+    return [trial for trial in grid.trials if trial.repeat == 0]
+
+
+def keep(record: Record, store: Store, predictions: Predictions, wanted: int) -> dict[str, Any] | None:
+    """Add a visit to its trial, which gets its speeds; returns the trial's row. A visit that failed adds nothing.
+
+    A trial that has had as many visits as are wanted, of which fewer count than a grid makes by default, is disturbed:
+    it has no speeds.
+
+    Raises:
+        OSError: it cannot be kept.
+    """
+    if record.status != "ok":
+        return None
+
+    def figures(row: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+        of_steps = row_figures(steps)
+        made, count = len({step.block for step in steps} - {None}), int(of_steps["timed_visits"] or 0)
+        disturbed = count < min(wanted, DEFAULT_TIMING.visits) and wanted <= made
+        if disturbed:
+            of_steps |= dict.fromkeys(TIMED_FIGURES)
+        speed, flops = of_steps["tokens_per_second"], row["flops_per_token"]
+        changes = of_steps | {
+            "flops_per_second": flops * speed if flops is not None and speed is not None else None,
+            "peak_timed_bytes": max(row["peak_timed_bytes"] or 0, record.metrics.get("peak_timed_bytes") or 0) or None,
+            "disturbed": disturbed,
+            **_of_card(row, record, count),
+        }
+        return changes | predictions.of_timing(record.spec, steps, changes["padded_tokens_per_second"])
+
+    return store.add_visit(record, figures)
+
+
+def _of_card(row: Mapping[str, Any], record: Record, visits: int) -> dict[str, Any]:
+    """Figures of a card: their mean over the visits so far, the highest temperature."""
+    changes: dict[str, Any] = {}
+    for name in _OF_CARD:
+        before, now = row[name], record.metrics.get(name)
+        if now is None or record.disturbed:
+            continue
+        if before is None or name == "card_temperature":
+            changes[name] = max(before or 0, now) if METRICS[name].type == "int" else now
+        else:
+            changes[name] = before + (now - before) / max(visits, 1)
+    return changes

@@ -1,0 +1,143 @@
+"""Which examples each optimizer step has, and which steps hold most memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.spec import TrialSpec
+from harness.training.batches import Example
+
+FRONT_STEPS = 2
+"""First optimizer steps, which have the longest examples. Two: the optimizer's state exists from the second on."""
+
+TIMED_STEPS = 3
+"""Different steps that a timing visit repeats."""
+
+
+def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples of each optimizer step of a spec, in the order of its micro-batches.
+
+    Memory peaks in the second step, and running out of it shows there: the first two steps have the longest examples,
+    and the last micro-batch of the second one, which finds gradients and optimizer state in memory, has the longest of
+    them, padded wherever any example is shorter. Which examples a step has depends on the effective batch alone: they
+    are the same for 4x1, 2x2 and 1x4.
+    """
+    size, samples = spec.effective_batch_size, spec.samples(len(examples))
+    order = training_order(examples, samples, size, spec.seed)
+    steps = [order[i : i + size] for i in range(0, samples, size)]
+    if len(steps) > 1:
+        steps[1] = _widest_last(steps[1], spec)
+    return steps
+
+
+def training_order(examples: Sequence[Example], samples: int, size: int, seed: int) -> list[Example]:
+    """`samples` examples: epochs of a seeded shuffle, the longest moved into the first `FRONT_STEPS` steps.
+
+    The longest of all lengths but one stand there too where the longest have all the same: a micro-batch of examples
+    of one length is not padded, and a padded one holds more.
+
+    Args:
+        examples: the distinct ones.
+        samples: how many are trained on.
+        size: examples of an optimizer step.
+        seed: of the shuffle.
+    """
+    generator = random.Random(seed)
+    order: list[Example] = []
+    while len(order) < samples:
+        epoch = list(examples)
+        generator.shuffle(epoch)
+        order += epoch[: samples - len(order)]
+    by_length = sorted(range(samples), key=lambda i: len(order[i]), reverse=True)
+    front = by_length[: FRONT_STEPS * size]
+    shorter = next((i for i in by_length if len(order[i]) < len(order[front[0]])), None)
+    if size > 1 and shorter is not None and shorter not in front:
+        front[-1] = shorter
+    moved = set(front)
+    return [order[i] for i in front] + [e for i, e in enumerate(order) if i not in moved]
+
+
+def _widest_last(examples: list[Example], spec: TrialSpec) -> list[Example]:
+    """A step's examples with the longest and the shortest in the last micro-batch of the first process."""
+    count, size = len(examples), spec.micro_batch_size
+    micro_batches = -(-count // size)
+    last = (-(-micro_batches // spec.num_processes) - 1) * spec.num_processes
+    width = min(size, count - last * size)
+    longest_first = sorted(examples, key=len, reverse=True)
+    wide = longest_first[: width - 1] + longest_first[-1:] if width > 1 else longest_first[:1]
+    rest = longest_first[width - 1 : -1] if width > 1 else longest_first[1:]
+    return rest[: last * size] + wide + rest[last * size :]
+
+
+@dataclass(frozen=True)
+class MicroBatchKind:
+    """What the memory of a forward and backward pass depends on."""
+
+    examples: int
+    width: int
+    """Tokens of its longest example."""
+    padded: bool
+    """Whether the lengths differ: attention then needs a mask."""
+    later: bool
+    """Whether the gradients of an earlier micro-batch of the step are held meanwhile."""
+
+    def holds_at_least(self, other: MicroBatchKind) -> bool:
+        """Whether it surely holds as much as the other, which is no larger in anything."""
+        return (
+            self.padded == other.padded
+            and self.examples >= other.examples
+            and self.width >= other.width
+            and self.later >= other.later
+        )
+
+
+def timed_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Example]]:
+    """The steps that a timing visit repeats: their examples stand for all lengths that are trained on.
+
+    Speeds of two specs are compared: with the same lengths in the timed steps of both, accumulation, micro-batch and
+    sequence length are not confounded with how long the timed examples happen to be. Together the steps have the
+    (k + 1/2) / n quantiles of the lengths, k = 0 … n − 1, each step an equal spread of them.
+    """
+    size = spec.effective_batch_size
+    trained = training_order(examples, spec.samples(len(examples)), size, spec.seed)
+    by_length = sorted(trained, key=len)
+    steps = []
+    for number in range(TIMED_STEPS):
+        quantiles = [(i + (number + 0.5) / TIMED_STEPS) / size for i in range(size)]
+        step = [by_length[int(quantile * len(by_length))] for quantile in quantiles]
+        random.Random(number).shuffle(step)  # micro-batches of sorted examples would have hardly any padding
+        steps.append(step)
+    return steps
+
+
+def kinds(step: Sequence[Example], spec: TrialSpec) -> list[MicroBatchKind]:
+    """The kind of each micro-batch of a step, over all processes."""
+    step_kinds = []
+    for number, start in enumerate(range(0, len(step), spec.micro_batch_size)):
+        lengths = [len(example) for example in step[start : start + spec.micro_batch_size]]
+        padded = min(lengths) < max(lengths)
+        step_kinds.append(MicroBatchKind(len(lengths), max(lengths), padded, number >= spec.num_processes))
+    return step_kinds
+
+
+def heaviest(occurring: Iterable[MicroBatchKind]) -> list[MicroBatchKind]:
+    """The kinds of which no other surely holds as much: one of them holds most."""
+    largest: list[MicroBatchKind] = []
+    for kind in dict.fromkeys(occurring):
+        if not any(each.holds_at_least(kind) for each in largest):
+            largest = [each for each in largest if not kind.holds_at_least(each)] + [kind]
+    return largest
+
+
+def heaviest_steps(steps: Sequence[Sequence[Example]], spec: TrialSpec) -> list[int]:
+    """Numbers, from 0, of steps of which one holds most memory: the first, the second, and one for each heaviest kind
+    of micro-batch that neither the second nor an earlier one of these has.
+    """
+    of_step = [kinds(step, spec) for step in steps]
+    chosen = list(range(min(FRONT_STEPS, len(steps))))
+    for kind in heaviest(kind for each in of_step[1:] for kind in each):
+        if not any(kind in of_step[number] for number in chosen[1:]):
+            chosen.append(next(n for n, each in enumerate(of_step) if n > 0 and kind in each))
+    return sorted(chosen)

@@ -1,0 +1,260 @@
+"""Timing visits: enough undisturbed steps, in blocks that every trial is in, and nothing else in a speed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from conftest import Quiet
+from test_launch import Watch
+
+from harness.analysis import comparison, loading
+from harness.grids import grid as grids
+from harness.grids.document import NO_TIMING, Timing
+from harness.launch.local import LocalLauncher
+from harness.record import Record, Step
+from harness.report import document
+from harness.results.store import Store
+from harness.results.timing import row_figures
+from harness.runner import visits
+from harness.runner.grid_run import Summary, run_grid
+from harness.training import batches, checkpoints, order, waiting
+from harness.training.schedule import VisitSchedule
+
+GRID = """
+name: g
+base: {base_model: random:tiny, datasets: [{path: storyteller-openings}], sequence_length: 256, precision: fp32,
+  micro_batch_size: 2, gradient_accumulation_steps: 2, train_samples: 8, val_set_size: 0, lora_r: 4}
+vary:
+  gradient_checkpointing: [true]
+visits: 2
+visit_seconds: 0.05
+"""
+
+
+def timed(number: int, seconds: float, tokens: int, *, block: int | None = 1, disturbed: bool = False) -> Step:
+    return Step(step=number, tracked=block is None, seconds=seconds, loss=1.0, grad_norm=1.0, learning_rate=1e-4,
+                samples=1, tokens=tokens, supervised_tokens=tokens, padded_tokens=tokens, peak_memory_bytes=None,
+                block=block, disturbed=disturbed)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ which steps, and how many
+
+
+def taken(disturbed: Callable[[int], bool], seconds: float = 1.0, least: float = 4.0) -> tuple[list[int], bool]:
+    """Steps that a visit takes, where each lasts so long and the n-th is disturbed or not."""
+    schedule, steps = VisitSchedule(3, least), list[int]()
+    for step in schedule:
+        steps.append(step)
+        schedule.record(step, seconds, disturbed=disturbed(len(steps)))
+    return steps, schedule.is_complete
+
+
+def test_quiet_visits_take_whole_rounds_until_the_time_is_up() -> None:
+    assert taken(lambda n: False) == ([0, 1, 2] * 2, True)
+    assert taken(lambda n: False, seconds=10.0) == ([0, 1, 2], True), "slow steps: each once"
+
+
+def test_disturbed_steps_are_taken_again() -> None:
+    steps, complete = taken(lambda n: n in (2, 3))
+    assert complete
+    assert steps[:5] == [0, 1, 2, 1, 2]
+    assert sorted(steps[3:]) == sorted([1, 2, 0, 1, 2]), "each is undisturbed equally often"
+
+
+def test_visits_give_up_on_a_machine_that_stays_busy() -> None:
+    steps, complete = taken(lambda n: True)
+    assert not complete
+    assert 6 <= len(steps) <= 20
+
+
+def test_all_levels_are_timed_on_the_same_lengths(small: Any) -> None:
+    """Accumulation and micro-batch must not be confounded with how long the timed examples are."""
+    spec = small(sequence_length=8192, val_set_size=0)
+    examples = batches.load(spec, checkpoints.load_tokenizer(spec)).train
+    trained = sorted(map(len, examples))
+    means = {}
+    for micro, accumulated in ((1, 4), (2, 2), (4, 1), (2, 1), (2, 3), (1, 1)):
+        spec = small(sequence_length=8192, micro_batch_size=micro, gradient_accumulation_steps=accumulated,
+                     train_samples=len(examples))  # fmt: skip
+        steps = order.timed_steps(spec, examples)
+        assert [len(step) for step in steps] == [micro * accumulated] * 3
+        lengths = [len(example) for step in steps for example in step]
+        means[micro, accumulated] = sum(lengths) / len(lengths)
+    assert means[1, 4] == means[2, 2] == means[4, 1]
+    overall = sum(trained) / len(trained)
+    assert all(abs(mean / overall - 1) < 0.05 for mean in means.values()), means
+
+
+# ------------------------------------------------------------------------------------ what waited
+
+
+def test_waiting_is_seen_when_another_process_has_the_core() -> None:
+    """Two processes on one core: each waits half of the time."""
+    code = (
+        "import os, time\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from harness.training.waiting import Waiting, is_disturbed\n"
+        "waiting = Waiting()\n"
+        "def spin(s):\n"
+        "    end = time.perf_counter() + s\n"
+        "    while time.perf_counter() < end: pass\n"
+        "if os.fork() == 0:\n"
+        "    spin(0.5); os._exit(0)\n"
+        "spin(0.4)\n"
+        "waited = waiting.since_last()\n"
+        "print(waited, is_disturbed(waited, 0.4))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    waited, disturbed = run.stdout.split()
+    if waited == "None":
+        pytest.skip("this kernel has no schedstat")
+    assert float(waited) > 0.1
+    assert disturbed == "True"
+
+
+def test_a_little_waiting_and_unknown_waiting_disturb_nothing() -> None:
+    assert not waiting.is_disturbed(None, 1.0)
+    assert not waiting.is_disturbed(0.001, 0.01)
+    assert not waiting.is_disturbed(0.03, 1.0)
+    assert waiting.is_disturbed(0.05, 1.0)
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def test_speeds_are_of_undisturbed_steps_of_whole_visits() -> None:
+    steps = [timed(n, 9.0, 50, block=None) for n in (1, 2)]  # of training
+    steps += [timed(1, 1.0, 100), timed(2, 2.0, 300), timed(3, 3.0, 200), timed(4, 60.0, 100, disturbed=True)]
+    steps += [timed(1, 50.0, 100, block=2), timed(2, 50.0, 100, block=2)]  # a visit that found too few
+    figures = row_figures(steps)
+    assert figures["tokens_per_second"] == pytest.approx(600 / 6)
+    assert (figures["timed_steps"], figures["timed_visits"], figures["disturbed_steps"]) == (3, 1, 1)
+    again = row_figures([*steps, timed(5, 1.0, 100), timed(6, 1.0, 100)])
+    assert again["tokens_per_second"] == pytest.approx(600 / 6), "how often a step was taken does not count"
+
+
+def test_without_undisturbed_steps_there_is_no_speed() -> None:
+    figures = row_figures([timed(n, 1.0, 10, disturbed=True) for n in range(1, 9)])
+    assert figures["tokens_per_second"] is None
+    assert figures["disturbed_steps"] == 8
+
+
+# ------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[LocalLauncher]:
+    with LocalLauncher() as started:
+        yield started
+
+
+def loaded(folder: Path, text: str = GRID) -> grids.Grid:
+    (folder / "g.yml").write_text(text)
+    return grids.load(folder / "g.yml")
+
+
+def go(grid: grids.Grid, folder: Path, launcher: LocalLauncher, **options: Any) -> Summary:
+    return run_grid(grid, Store(folder / "r"), launcher, Watch(), **options)
+
+
+def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:
+    quiet()
+    summary = go(loaded(tmp_path), tmp_path, launcher)
+    assert (len(summary.records), summary.left, summary.untimed) == (3, 0, ())
+    rows = Store(tmp_path / "r").read("trials").to_pandas().set_index("label")
+    steps = Store(tmp_path / "r").read("steps").to_pandas()
+    of_visits = steps[steps["block"].notna()]
+    assert of_visits.groupby("trial_id")["block"].nunique().tolist() == [2, 2, 2]
+    assert of_visits["block"].nunique() == 2, "all of them in the same blocks"
+    assert rows["tokens_per_second"].notna().all()
+    assert (rows["timed_visits"] == 2).all()
+    assert (rows["timed_steps"] >= 6).all()
+    assert not rows["disturbed"].any()
+    assert not of_visits["tracked"].any()
+    assert steps[steps["block"].isna()].groupby("trial_id").size().tolist() == [2, 2, 2], "steps of training"
+
+    m = loading.load(tmp_path / "r")
+    estimate = comparison.compare(m).estimates["tokens_per_second"]
+    assert [(e.n, e.basis) for e in estimate.values()] == [(2, "visits")]
+    assert m.floor is not None
+
+    summary = go(loaded(tmp_path), tmp_path, launcher)
+    assert (len(summary.records), summary.untimed) == (0, ())
+    assert len(Store(tmp_path / "r").read("steps")) == len(steps), "nothing is timed again"
+    more = loaded(tmp_path, GRID.replace("visits: 2", "visits: 3"))
+    go(more, tmp_path, launcher)
+    assert (Store(tmp_path / "r").read("trials").to_pandas()["timed_visits"] == 3).all(), "a third one was added"
+
+
+def test_disturbed_visits_are_made_again_and_enter_no_speed(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
+) -> None:
+    seen: list[str] = []
+
+    def first_of_checkpointing(record: Record) -> bool:
+        seen.append(record.label)
+        return record.label.startswith("gradient") and seen.count(record.label) == 1
+
+    quiet(first_of_checkpointing)
+    summary = go(loaded(tmp_path), tmp_path, launcher)
+    assert summary.untimed == ()
+    assert seen.count("gradient_checkpointing=true") == 3, "one more, at the end"
+    assert seen.count("baseline") == 3, "in every block"
+    row = Store(tmp_path / "r").read("trials").to_pandas().set_index("label").loc["gradient_checkpointing=true"]
+    assert row["timed_visits"] == 2
+    assert row["disturbed_steps"] >= 3
+    assert not row["disturbed"]
+
+
+def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
+) -> None:
+    quiet(lambda record: record.label.startswith("gradient"))
+    summary = go(loaded(tmp_path), tmp_path, launcher)
+    assert summary.untimed == ("gradient_checkpointing=true",)
+    rows = Store(tmp_path / "r").read("trials").to_pandas().set_index("label")
+    assert rows["disturbed"].to_dict() == {
+        "baseline": False,
+        "baseline again": False,
+        "gradient_checkpointing=true": True,
+    }
+    assert pandas.isna(rows.loc["gradient_checkpointing=true", "tokens_per_second"])
+    m = loading.load(tmp_path / "r")
+    assert comparison.compare(m).estimates["tokens_per_second"] == {}
+    text = " ".join(document.document(m, tmp_path / "r").caveats)
+    assert "gradient_checkpointing=true" in text
+    assert "enter no comparison" in text
+
+
+def test_failed_trials_are_not_timed(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:
+    quiet()
+    text = GRID.replace("gradient_checkpointing: [true]", "memory_budget: [1MiB]")
+    go(loaded(tmp_path, text), tmp_path, launcher)
+    rows = Store(tmp_path / "r").read("trials").to_pandas().set_index("label")
+    assert rows.loc["baseline", "timed_visits"] == 2
+    failed = rows[rows["status"] == "oom"].iloc[0]
+    assert pandas.isna(failed["timed_visits"])
+
+
+def test_visits_can_be_left_out(tmp_path: Path) -> None:
+    assert loaded(tmp_path, GRID.replace("visits: 2", "visits: 0")).timing.visits == NO_TIMING.visits
+    assert loaded(tmp_path).timing == Timing(2, 0.05)
+
+
+@pytest.mark.parametrize("given", ["visits: -1", "visits: true", "visits: 1.5", "visit_seconds: 0", "visit_seconds: x"])
+def test_impossible_timings_are_refused(tmp_path: Path, given: str) -> None:
+    key = given.split(":")[0]
+    text = "\n".join(line for line in GRID.splitlines() if not line.startswith(f"{key}:")) + f"\n{given}\n"
+    with pytest.raises(grids.InputError, match=key):
+        loaded(tmp_path, text)
+
+
+def test_only_trained_trials_lack_visits(tmp_path: Path, launcher: LocalLauncher) -> None:
+    grid = loaded(tmp_path)
+    assert visits.lacking(grid.trials, grid.timing, Store(tmp_path / "r"), launcher) == []
