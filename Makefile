@@ -41,6 +41,8 @@ report: $(INSTALLED) ## Write the report of results/techniques again
 
 bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (40 min)
 	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/peaks.py
+	$(BIN)/python benchmarks/neighbours.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/report_scale.py

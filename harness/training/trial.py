@@ -303,6 +303,7 @@ class _Trial:
         with CardWatch(self.device) as card:
             waiting = Waiting()
             for step in schedule:
+                waiting.since_last()  # what comes between steps is not theirs
                 started = self.clock.now()
                 result = trainer.step(steps[step])
                 seconds = self.clock.seconds_since(started)
