@@ -87,6 +87,8 @@ def test_all_levels_are_timed_on_the_same_lengths(small: Any) -> None:
         lengths = [len(example) for step in steps for example in step]
         means[micro, accumulated] = sum(lengths) / len(lengths)
     assert means[1, 4] == means[2, 2] == means[4, 1]
+    few = small(sequence_length=8192, micro_batch_size=8, gradient_accumulation_steps=2, train_samples=3)
+    assert [len(step) for step in order.timed_steps(few, examples)] == [3] * 3, "no larger than the one that is trained"
     overall = sum(trained) / len(trained)
     assert all(abs(mean / overall - 1) < 0.05 for mean in means.values()), means
 

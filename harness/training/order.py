@@ -100,8 +100,9 @@ def timed_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Examp
     sequence length are not confounded with how long the timed examples happen to be. Together the steps have the
     (k + 1/2) / n quantiles of the lengths, k = 0 … n − 1, each step an equal spread of them.
     """
-    size = spec.effective_batch_size
-    trained = training_order(examples, spec.samples(len(examples)), size, spec.seed)
+    samples = spec.samples(len(examples))
+    size = min(spec.effective_batch_size, samples)  # no larger than the steps that are trained
+    trained = training_order(examples, samples, size, spec.seed)
     by_length = sorted(trained, key=len)
     steps = []
     for number in range(TIMED_STEPS):
