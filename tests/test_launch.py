@@ -22,9 +22,11 @@ import pytest
 from harness import environment
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
+from harness.launch import exit_status
 from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
 from harness.launch.logs import MOST_BYTES
+from harness.launch.watchdog import Watchdog
 from harness.record import Job, Record, trial_id
 from harness.results.store import Store
 from harness.runner.execution import Policy
@@ -233,6 +235,29 @@ def test_a_server_that_dies_while_it_starts_a_worker(
     monkeypatch.setattr(BaseProcess, "start", failing)
     (record,) = go(grid_of(one=small()), Store(tmp_path), launcher, policy=Policy(retries=2)).records
     assert (record.status, record.attempt) == ("ok", 3)
+
+
+def test_a_worker_that_takes_long_to_die_died_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts the kill at once; the process looks alive until it has given its memory back."""
+    clock, killed = [0.0], [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(exit_status, "oom_kills", lambda: (killed[0],))
+
+    def ended_after(seconds: float) -> str:
+        clock[0], killed[0] = 0.0, 0
+        watchdog = Watchdog(None, None)
+        watchdog.begin(os.getpid())
+        for _ in range(100):
+            clock[0] += 1
+            watchdog.look()
+        killed[0] += 1
+        for _ in range(int(seconds)):
+            clock[0] += 1
+            watchdog.look()
+        return exit_status.classify_exit(-signal.SIGKILL, watchdog.oom_kills_before, tmp_path / "log").status
+
+    assert (ended_after(0), ended_after(3)) == ("oom", "oom")
+    assert ended_after(60) == "killed", "a minute earlier it was another process"
 
 
 def test_a_kill_by_the_kernel_is_out_of_memory(small: Small, tmp_path: Path, launcher: Launcher) -> None:

@@ -66,7 +66,7 @@ def classify_exit(code: int | None, kills_before: tuple[int, ...], log: Path) ->
 
     Args:
         code: its exit code; below zero: the signal; null: it never began.
-        kills_before: `oom_kills` when it was last seen alive.
+        kills_before: `oom_kills` when it was certainly alive.
         log: what it printed.
     """
     if code is None:

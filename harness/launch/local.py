@@ -84,7 +84,7 @@ class LocalLauncher:
             record, code = self._watched(attempt, output, watchdog, on_event)
         if record is not None:
             return record
-        outcome = watchdog.expired() or exit_status.classify_exit(code, watchdog.oom_kills, attempt.log)
+        outcome = watchdog.expired() or exit_status.classify_exit(code, watchdog.oom_kills_before, attempt.log)
         seconds = (dt.datetime.now(dt.UTC) - started_at).total_seconds()
         return Record.of(
             attempt.job,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import cast
 
 from harness.launch import exit_status
@@ -12,6 +13,8 @@ from harness.record import Phase
 
 LOOK_SECONDS = 0.25
 """How often a worker without events is looked at."""
+_DYING_SECONDS = 5.0
+"""How long a worker that the kernel has ended may still look alive: it gives its memory back first."""
 _STEP_PHASES: frozenset[Phase] = frozenset({"forward", "backward", "optimizer"})
 
 
@@ -26,8 +29,7 @@ class Watchdog:
     def __init__(self, timeout: float | None, stall: float | None) -> None:
         self.phase: Phase = "start"
         self.peak_process_bytes: int | None = None
-        self.oom_kills = exit_status.oom_kills()
-        """By the kernel, when the worker was last seen alive."""
+        self._oom_kills = deque([(-math.inf, exit_status.oom_kills())])
         self._timeout, self._stall = timeout, stall
         self._pid = 0
         self._began = self._last_event = self._last_look = math.inf
@@ -45,10 +47,18 @@ class Watchdog:
 
     def look(self) -> None:
         """Read its memory and the kernel's count of killed processes: a later kill may be this worker's."""
-        if time.monotonic() - self._last_look >= LOOK_SECONDS:
-            self._last_look = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_look >= LOOK_SECONDS:
+            self._last_look = now
             self.peak_process_bytes = exit_status.peak_process_bytes(self._pid) or self.peak_process_bytes
-            self.oom_kills = exit_status.oom_kills()
+            self._oom_kills.append((now, exit_status.oom_kills()))
+            while self._oom_kills[1][0] <= now - _DYING_SECONDS:
+                self._oom_kills.popleft()
+
+    @property
+    def oom_kills_before(self) -> tuple[int, ...]:
+        """By the kernel, when the worker was certainly alive: some seconds before it was last looked at."""
+        return self._oom_kills[0][1]
 
     def expired(self) -> Outcome | None:
         """The outcome, where its time is up."""
