@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -14,10 +16,11 @@ from conftest import Quiet
 from test_launch import Watch
 
 from harness.analysis import comparison, loading
+from harness.cli.progress import Pace
 from harness.grids import grid as grids
 from harness.grids.document import NO_TIMING, Timing
 from harness.launch.local import LocalLauncher
-from harness.record import Record, Step
+from harness.record import Record, Step, Visit
 from harness.report import document
 from harness.results.store import Store
 from harness.results.timing import row_figures
@@ -232,6 +235,20 @@ def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
     text = " ".join(document.document(m, tmp_path / "r").caveats)
     assert "gradient_checkpointing=true" in text
     assert "enter no comparison" in text
+
+
+def test_the_time_left_knows_that_visits_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    trial, visit = SimpleNamespace(visit=None), SimpleNamespace(visit=Visit(block=1, seconds=1.0))
+    pace = Pace(trials=2, visits=4)
+    left = [pace.seconds_left]
+    for each, seconds in ((trial, 60), (visit, 10), (trial, 60), (visit, 10), (visit, 10), (visit, 10), (visit, 10)):
+        clock[0] += seconds
+        pace.finished(each)  # type: ignore[arg-type]  # a record's visit alone
+        left.append(pace.seconds_left)
+    assert left == [None, 60 + 4 * 60, 60 + 3 * 10, 3 * 10, 2 * 10, 10, 0, 0]
+    assert (pace.done, pace.total) == (7, 7), "a disturbed visit was made again"
 
 
 def test_failed_trials_are_not_timed(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:

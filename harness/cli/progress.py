@@ -14,7 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -82,14 +82,55 @@ def _failed_attempt(record: Record) -> str:
     return f"attempt {record.attempt} failed in {record.phase}: {record.error}"
 
 
-def _progress(console: Console) -> Progress:
+class Pace:
+    """The time left of a run, from how long its trials and its visits took so far.
+
+    Args:
+        trials, visits: how many there are to do.
+    """
+
+    def __init__(self, trials: int, visits: int) -> None:
+        self._left = {"trials": trials, "visits": visits}
+        self._done = dict.fromkeys(self._left, 0)
+        self._seconds = dict.fromkeys(self._left, 0.0)
+        self._last = time.monotonic()
+
+    @property
+    def done(self) -> int:
+        """Trials and visits."""
+        return sum(self._done.values())
+
+    @property
+    def total(self) -> int:
+        """With those that came on top: disturbed visits are repeated."""
+        return self.done + sum(self._left.values())
+
+    def finished(self, record: Record) -> None:
+        """A trial or a visit has ended."""
+        kind = "trials" if record.visit is None else "visits"
+        now = time.monotonic()
+        self._seconds[kind] += now - self._last
+        self._last = now
+        self._done[kind] += 1
+        self._left[kind] = max(0, self._left[kind] - 1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far, of trials and of visits; null before the first."""
+        if not self.done:
+            return None
+        of_both = sum(self._seconds.values()) / self.done
+        paces = {kind: self._seconds[kind] / done if done else of_both for kind, done in self._done.items()}
+        return sum(left * paces[kind] for kind, left in self._left.items())
+
+
+def _progress(console: Console, *time_left: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *time_left,
         console=console,
         refresh_per_second=_REFRESHES,
     )
@@ -98,11 +139,15 @@ def _progress(console: Console) -> Progress:
 @contextlib.contextmanager
 def bar(console: Console, first: str) -> Iterator[Callable[[tuple[int, int, str]], None]]:
     """A bar that disappears when the work is done. Yields its callback, which takes (done, total, what is next)."""
-    progress = _progress(console)
+    progress = _progress(console, TextColumn("left"), TimeRemainingColumn())
     progress.live.transient = True
     task = progress.add_task(first, total=None)
     with progress:
         yield lambda at: progress.update(task, completed=at[0], total=at[1], description=plain(at[2]))
+
+
+def _minutes(pace: Pace) -> str:
+    return f"{(pace.seconds_left or 0.0) / 60:.0f} min"
 
 
 class LiveDisplay:
@@ -110,9 +155,13 @@ class LiveDisplay:
 
     def __init__(self, console: Console, parent: LiveDisplay | None = None) -> None:
         self.console = console
-        self._progress: Progress = _progress(console) if parent is None else parent._progress
-        self._bar: TaskID = self._progress.add_task("trials", total=None) if parent is None else parent._bar
-        self._now = self._progress.add_task("", total=None, visible=False)
+        if parent is None:
+            self._progress = _progress(console, TextColumn("{task.fields[left]}"))
+            self._bar = self._progress.add_task("trials", total=None, left="")
+            self._pace = Pace(0, 0)
+        else:
+            self._progress, self._bar, self._pace = parent._progress, parent._bar, parent._pace
+        self._now = self._progress.add_task("", total=None, visible=False, left="")
         self._label = ""
         self._doing = ""
         self._phase = ""
@@ -126,6 +175,7 @@ class LiveDisplay:
 
     def begin(self, total: int, skipped: int, visits: int = 0) -> None:
         """Set the bar."""
+        self._pace = Pace(total, visits)
         self._progress.reset(self._bar, total=total + visits)
         if skipped:
             self.console.print(f"[dim]{skipped} trials are recorded already[/]")
@@ -155,7 +205,9 @@ class LiveDisplay:
             f"[{colour}]{_outcome(record):>8}[/] {took}  {plain(record.label):32} {plain(summarize(record))}"
         )
         self._progress.update(self._now, visible=False)
-        self._progress.advance(self._bar)
+        self._pace.finished(record)
+        left = f"left {_minutes(self._pace)}"
+        self._progress.update(self._bar, completed=self._pace.done, total=self._pace.total, left=left)
 
     def retried(self, record: Record) -> None:
         """Say why."""
@@ -180,10 +232,8 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._total = 0
-        self._number = 0
+        self._pace = Pace(0, 0)
         self._is_waiting = False
-        self._began = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -196,8 +246,7 @@ class PlainDisplay:
 
     def begin(self, total: int, skipped: int, visits: int = 0) -> None:
         """Say how much there is to do."""
-        self._total, self._number = total + visits, 0
-        self._began = time.monotonic()
+        self._pace = Pace(total, visits)
         recorded = f", {skipped} recorded already" if skipped else ""
         self._print(f"{total} trials to run{recorded}" + (f"; {visits} visits to time them" if visits else ""))
 
@@ -209,14 +258,11 @@ class PlainDisplay:
 
     def finished(self, record: Record) -> None:
         """One line with the figures, and the time left at this pace."""
-        self._number += 1
-        self._total = max(self._total, self._number)  # disturbed visits are repeated
-        elapsed = time.monotonic() - self._began
-        left = elapsed / self._number * (self._total - self._number)
+        self._pace.finished(record)
         seconds = record.metrics.get("trial_seconds") or 0.0
         self._print(
-            f"[{self._number}/{self._total}] {_outcome(record)} {record.label}: {summarize(record)} "
-            f"({seconds:.1f} s, about {left / 60:.0f} min left)"
+            f"[{self._pace.done}/{self._pace.total}] {_outcome(record)} {record.label}: {summarize(record)} "
+            f"({seconds:.1f} s, about {_minutes(self._pace)} left)"
         )
 
     def retried(self, record: Record) -> None:

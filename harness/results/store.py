@@ -161,13 +161,13 @@ class Store:
         rows = self.read("trials", columns=["trial_id", "started_at"])
         return dict(zip(rows["trial_id"].to_pylist(), rows["started_at"].to_pylist(), strict=True))
 
-    def start_time(self, trial_id: str) -> dt.datetime | None:
-        """As `start_times`, of one trial; null where it is not recorded."""
-        row = self.recent_row(trial_id)
-        if row is not None:
-            return row["started_at"]  # type: ignore[no-any-return]  # rows are untyped
-        is_compacted = any(part.name.startswith("all-") for part in self._parts("trials"))
-        return self.start_times().get(trial_id) if is_compacted else None
+    def row(self, trial_id: str, columns: Sequence[str]) -> dict[str, Any] | None:
+        """At least these columns of a trial's row; null where it is not recorded."""
+        recent = self.recent_row(trial_id)
+        if recent is not None or not any(part.name.startswith("all-") for part in self._parts("trials")):
+            return recent
+        rows = self.read("trials", columns=["trial_id", *columns]).filter(pc.field("trial_id") == trial_id)
+        return next(iter(rows.to_pylist()), None)
 
     def rename(self, names: Mapping[str, Mapping[str, Any]]) -> None:
         """Update the place of recorded trials in the grid, which may have been edited since.

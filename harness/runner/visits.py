@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
-
 from harness.grids.document import DEFAULT_TIMING, Timing
 from harness.grids.grid import Grid, Trial
 from harness.launch.launcher import Launcher
@@ -24,14 +22,22 @@ _OF_CARD = ("joules_per_token", "card_clock_share", "card_temperature", "throttl
 
 def lacking(trials: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher) -> list[Trial]:
     """The trials that ended well and have fewer visits that count than a grid wants."""
-    rows = store.read("trials", columns=["trial_id", "status", "timed_visits"]).filter(pc.field("status") == "ok")
-    counts = dict(zip(rows["trial_id"].to_pylist(), rows["timed_visits"].to_pylist(), strict=True))
+    rows = store.read("trials", columns=["trial_id", *_COUNTED]).to_pylist()
+    known = {row["trial_id"]: row for row in rows}
+    return [t for t in trials if _lacks([known.get(each) for each in possible_ids(t, launcher)], timing)]
 
-    def lacks(trial: Trial) -> bool:
-        known = [counts[each] or 0 for each in possible_ids(trial, launcher) if each in counts]
-        return bool(known) and max(known) < timing.visits
 
-    return [trial for trial in trials if lacks(trial)]
+def lacks(trial: Trial, timing: Timing, store: Store, launcher: Launcher) -> bool:
+    """`lacking` of one trial, for which not all rows are read."""
+    return _lacks([store.row(each, _COUNTED) for each in possible_ids(trial, launcher)], timing)
+
+
+_COUNTED = ["status", "timed_visits"]
+
+
+def _lacks(rows: Sequence[Mapping[str, Any] | None], timing: Timing) -> bool:
+    counts = [row["timed_visits"] or 0 for row in rows if row is not None and row["status"] == "ok"]
+    return bool(counts) and max(counts) < timing.visits
 
 
 def with_references(due: Sequence[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:

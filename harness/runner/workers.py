@@ -23,7 +23,7 @@ from harness.runner.identity import lease_id, place_in_grid, possible_ids
 from harness.runner.interrupts import Interrupt
 from harness.runner.leases import Leases
 from harness.runner.loss_before import RecordedLosses
-from harness.runner.visits import lacking
+from harness.runner.visits import lacks
 
 _LOOK_SECONDS = 0.5
 """How often an idle runner looks whether another one has finished or died."""
@@ -123,7 +123,7 @@ class GridWorkers:
         def has_enough(trial: Trial) -> bool:
             # The baseline is in every block: the others are compared with it within the block.
             is_reference = trial.baseline or trial.twin
-            return not is_reference and not lacking([trial], timing, self._store, self._launcher)
+            return not is_reference and not lacks(trial, timing, self._store, self._launcher)
 
         counting: list[Record] = []
 
@@ -179,8 +179,8 @@ class GridWorkers:
 
     def _recorded_since(self, trial_id: str) -> bool:
         """Whether a record is there that was not when this run began."""
-        mark = self._store.start_time(trial_id)
-        return mark is not None and mark != self._started.get(trial_id)
+        row = self._store.row(trial_id, ["started_at"])
+        return row is not None and row["started_at"] != self._started.get(trial_id)
 
 
 class _LeasedTrials:
