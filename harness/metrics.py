@@ -229,13 +229,13 @@ _TABLE = (
     ),
     Metric(
         "roofline_share",
-        "share of the roofline",
+        "speed over that at measured rates",
         "float",
         "",
         "higher",
         "speed",
-        "Least seconds that the operations of a position need at the device's measured matrix rate and bandwidth, "
-        "each bound by the slower of the two, times padded_tokens_per_second: 1 is all that the device can do.",
+        "Seconds that the operations of a position take at the device's measured matrix rate and bandwidth, each at "
+        "the slower of both, times padded_tokens_per_second. No limit: above 1, steps ran faster than those rates.",
         show_share,
     ),
     Metric(

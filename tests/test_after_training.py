@@ -353,7 +353,7 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
         row = store.read("trials").filter(pc.field("label") == label).to_pylist()[0]
         store.write_inference(row | {"adapter_id": "old" if label == "trained again" else "new"}, inference)
     loaded = loading.load(tmp_path, baseline_ids=None)
-    judged = {v.claim.id: v for v in verdicts.judge(loaded)}
+    judged = {v.claim.id: v for v in verdicts.judge(comparison.compare(loaded))}
     assert judged["merging-weights"].word == "supported"
     assert judged["merging-weights"].pairs == "2 repeats, exact"
     assert judged["merging-faster"].pairs == "2 trials", "what rounds of a trial have in common counts once"

@@ -43,7 +43,8 @@ def test_speeds_of_the_forecast_size_show_four_times_in_five(visits: int, twin: 
         drift = random.normal(0, 0.2, visits)[readings["block"]]
         noise = random.normal(0, VARIANCES.reading.sigma, len(readings))
         known = readings.assign(tokens_per_second=numpy.exp(of_config + drift + noise))
-        p += timed.effects(pairs, "tokens_per_second", known, pandas.DataFrame(), stands_for)["p"].tolist()
+        effects = timed.effects(pairs, "tokens_per_second", known, pandas.DataFrame(), stands_for)
+        p += effects.table["p"].tolist()
     assert numpy.mean(numpy.asarray(p) < stats.ALPHA) == pytest.approx(0.8, abs=0.05)
 
 

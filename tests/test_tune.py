@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -338,16 +339,13 @@ def test_the_winner_is_compared_in_fresh_repeats(launcher: LocalLauncher, tmp_pa
     m = loading.load(store.folder)
     read = search_results.read(m, store.folder)
     assert read is not None
-    winner = read.points.loc[read.winner]
-    feasible = read.points[read.points["feasible"]]
-    assert winner["eval_loss"] == feasible["eval_loss"].min()
     assert set(read.fresh.trials["repeat"]) == {1, 2}
+    fresh = read.fresh.trials.groupby("config")["eval_loss"].mean()
+    assert fresh[read.winner] == fresh.reindex(read.confirmed.index).min(), "by the fresh repeats alone"
     assert set(read.rivals) == {"the baseline", "the runner-up"}
+    assert read.repeats == 2
     for rival in read.rivals.values():
-        estimate, repeats = read.against(rival, "eval_loss")
-        assert repeats == 2
-        assert estimate is not None
-        assert estimate.value == pytest.approx(winner["eval_loss"] - read.points.loc[rival, "eval_loss"])
+        assert read.estimates["eval_loss"][rival].value == pytest.approx(fresh[read.winner] - fresh[rival])
     sentences = reporting.summarize(m, store.folder).sentences  # type: ignore[union-attr]
     assert any("Against the runner-up" in s and "in 2 fresh repeats" in s for s in sentences)
 
@@ -358,6 +356,35 @@ def test_an_unconfirmed_winner_is_reported_as_such(launcher: LocalLauncher, tmp_
     summary = reporting.summarize(loading.load(store.folder), store.folder)
     assert summary is not None
     assert any("not confirmed in fresh repeats" in sentence for sentence in summary.sentences)
+    assert any("Nothing is confirmed" in sentence for sentence in summary.sentences)
+
+
+def test_a_search_from_before_a_key_existed_is_still_reported() -> None:
+    folder = Path(__file__).parent.parent / "results/tune"
+    summary = reporting.summarize(loading.load(folder, "e345ecc4"), folder)
+    assert summary is not None
+    assert any(sentence.startswith("Take #") for sentence in summary.sentences)
+    assert len(summary.tables[0].rows) == 3
+
+
+def test_fresh_repeats_choose_the_winner(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """The best of the search is worse in each fresh repeat: it is not taken, and its figures are not shown."""
+    store = Store(tmp_path / "t")
+    tune(made(trials=10, confirm=2), store, launcher, Watch())
+    m = loading.load(store.folder)
+    before = search_results.read(m, store.folder)
+    assert before is not None
+    worse = (m.trials["config"] == before.winner) & (m.trials["repeat"] > 0)
+    trials = m.trials.assign(eval_loss=m.trials["eval_loss"] + 0.5 * worse)
+    of_worse = m.stories["trial"].isin(trials.index[worse])
+    changed = dataclasses.replace(m, trials=trials, stories=m.stories.assign(loss=m.stories["loss"] + 0.5 * of_worse))
+    after = search_results.read(changed, store.folder)
+    assert after is not None
+    assert before.winner == before.ranked.index[0] == after.ranked.index[0]
+    assert after.winner == before.rivals["the runner-up"]
+    taken = next(s for s in reporting.summarize(changed, store.folder).sentences if s.startswith("Take "))  # type: ignore[union-attr]
+    fresh = trials[(trials["config"] == after.winner) & (trials["repeat"] > 0)]["eval_loss"].mean()
+    assert f"eval loss {fresh:.4f}" in taken
 
 
 def test_importances(launcher: LocalLauncher, tmp_path: Path) -> None:

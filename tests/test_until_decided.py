@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import SMALL
 from rows import keep
 
-from harness.analysis import loading
+from harness.analysis import loading, sequential
 from harness.analysis.measurements import Estimate
 from harness.analysis.sequential import until_decided
 from harness.grids import grid
 from harness.grids.grid import Grid
 from harness.results.store import Store
 
-Open = dict[str, dict[str, Estimate]]
 SPEED, LOSS = "tokens_per_second", "eval_loss"
 
 
@@ -32,13 +32,20 @@ def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[s
     remaining = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
     alphas: list[float] = []
 
-    class Measured:
-        def undecided(self, alpha: float) -> Open:
-            alphas.append(alpha)
-            now = next(remaining)
-            return {m: {label: estimate(m, unit) for label, unit in now.get(m, {}).items()} for m in (SPEED, LOSS)}
+    class Compared:
+        """Its configurations are named by their labels."""
 
-    monkeypatch.setattr(loading, "load", lambda *_, **__: Measured())
+        measurements = SimpleNamespace(labels=list)
+
+        def __init__(self, _: object, alpha: float) -> None:
+            alphas.append(alpha)
+            self.now = next(remaining)
+
+        def undecided(self, metric: str) -> dict[str, Estimate]:
+            return {label: estimate(metric, unit) for label, unit in self.now.get(metric, {}).items()}
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: None)
+    monkeypatch.setattr(sequential, "compare", Compared)
     return alphas
 
 

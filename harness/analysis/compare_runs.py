@@ -54,7 +54,7 @@ def compare_runs(first: Measurements, second: Measurements, *, across_environmen
         raise InputError(f"{first.name} and {second.name} have no measured configuration in common")
     with_speed = not differences or across_environments
     metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
-    estimates = {metric: both.compare(pairs, metric) for metric in metrics}
+    estimates = {metric: both.estimates(both.effects(pairs, metric), metric) for metric in metrics}
     ok = both.trials[both.trials["status"] == "ok"]
     means = figures(ok, "config")
     return RunComparison(

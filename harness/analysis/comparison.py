@@ -1,16 +1,19 @@
-"""Every configuration against the baseline."""
+"""The comparisons of a report: every configuration against the baseline, the lesson's rows, and the claims."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pandas
 
+from harness.analysis import stats
+from harness.analysis.judgement import Judgement
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.words import NOT_MEASURED
-from harness.grids.claims import Contrast
+from harness.grids.claims import Claim, Contrast, LessonTable, Row, lesson
 from harness.metrics import COMPONENTS, HEADLINE, METRICS, show_bytes
 
 MICRO_BATCH = Contrast(
@@ -29,14 +32,17 @@ EFFECTIVE_BATCH = Contrast(compare=dict.fromkeys(BATCH_FACTORS, (None, None)))
 
 @dataclass(frozen=True)
 class Comparison:
-    """The estimates of every configuration against the baseline."""
+    """The estimates of every configuration against the baseline, and those of everything else that is compared."""
 
     measurements: Measurements
+    judgement: Judgement
+    claims: tuple[Claim, ...]
+    """Those that are judged."""
     estimates: dict[str, dict[int, Estimate]]
-    """By metric, then configuration."""
+    """Against the baseline, by metric, then configuration."""
     means: pandas.DataFrame
-    """By configuration, the mean of each figure over its repeats, the highest of exact memory (see `figures`); a
-    baseline's second run is included."""
+    """By configuration, the mean of each figure over its repeats, the highest of exact memory (see `figures`). A
+    baseline's second run has its own."""
 
     def of(self, metric: str, config: int) -> Estimate | None:
         """The estimate, or null where it was not measured."""
@@ -62,15 +68,44 @@ class Comparison:
         return {int(config): row for config, row in zip(self.means.index, self.means.to_dict("records"), strict=True)}  # type: ignore[misc]
 
 
-def compare(measurements: Measurements) -> Comparison:
-    """Compare every configuration with the baseline in memory, speed and loss; each figure is one family."""
-    pairs = measurements.against_baseline()
-    ok = measurements.trials[measurements.trials["status"] == "ok"]
-    return Comparison(
-        measurements,
-        {metric: measurements.compare(pairs, metric) for metric in HEADLINE},
-        figures(ok, "stands_for").combine_first(figures(ok, "config")),
-    )
+def row_name(table: LessonTable, row: Row) -> str:
+    """The contrast of a row of the lesson's tables in `Judgement`."""
+    return f"{table.id}: {row.name}"
+
+
+def claim_name(claim: Claim) -> str:
+    """The contrast of a claim in `Judgement`."""
+    return f"claim {claim.id}"
+
+
+def compare(m: Measurements, claims: Sequence[Claim] | None = None, alpha: float = stats.ALPHA) -> Comparison:
+    """Judge every comparison of a report; those of a figure are one family.
+
+    Args:
+        m: what was measured.
+        claims: null: the grid's own and the lesson's.
+        alpha: error rate of each family.
+    """
+    judged = (*m.claims, *lesson().claims) if claims is None else tuple(claims)
+    against = m.against_baseline()
+    contrasts: dict[str, tuple[pandas.DataFrame, Sequence[str]]] = {
+        row_name(table, row): (m.pairs(row), HEADLINE) for table in lesson().tables for row in table.rows
+    }
+    contrasts |= {
+        claim_name(claim): (m.pairs(claim), (claim.metric,))
+        for claim in judged
+        if claim.compare and not claim.is_about_inference
+    }
+    judgement = Judgement(m, against, contrasts, alpha)
+    estimates = {
+        metric: {
+            config: estimate
+            for config in map(int, against["config"])
+            if (estimate := judgement.pair(metric, int(m.baseline or 0), config)) is not None
+        }
+        for metric in HEADLINE
+    }
+    return Comparison(m, judgement, judged, estimates, figures(m.trials[m.trials["status"] == "ok"], "config"))
 
 
 def figures(trials: pandas.DataFrame, by: str) -> pandas.DataFrame:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pandas
 
 from harness.analysis import stats
+from harness.analysis.family import NO_ERRORS, Effects
 from harness.analysis.stats import Noise, with_intervals
 
 
@@ -48,30 +50,52 @@ def seed_noise(losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
     return SeedNoise(mean, left.sigma**2 if left is not None else 0.0)
 
 
-def crossed(
-    losses: pandas.DataFrame, noise: SeedNoise | None = None, squared_weights: pandas.Series | None = None
-) -> pandas.DataFrame:
-    """Effect of each comparison (see `stats`): the mean over seeds of the mean over texts, weighted by tokens.
+def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: pandas.Series | None = None) -> Effects:
+    """Effect of each comparison: the mean over seeds of the mean over texts, weighted by tokens.
 
     Args:
         losses: columns comparison, repeat, story, tokens and loss (a difference or a change, nats per token); a text
             counts where every repeat of its comparison has it.
         noise: for comparisons of one seed; null: unknown.
-        squared_weights: by comparison, Σ w² over the trials of its mean; null: 1.
+        weights: see `timed.weights`, of the trials in each mean; null: each comparison has a trial of its own.
     """
     shared = _shared(losses)
     counts = shared.groupby("comparison")["repeat"].agg(["nunique", "size"])
-    effects = []
+    tables, errors = [of_tables(numpy.empty((0, 1, 1)), numpy.empty((0, 1)))], [NO_ERRORS]
     for shape in counts.drop_duplicates().itertuples(index=False, name=None):
         repeats, rows = (int(count) for count in shape)
         comparisons = counts.index[(counts["nunique"] == repeats) & (counts["size"] == rows)]
         values = shared[shared["comparison"].isin(comparisons)]
         table, tokens = (values[x].to_numpy(float).reshape(-1, repeats, rows // repeats) for x in ("loss", "tokens"))
-        weights = numpy.ones(len(table)) if squared_weights is None else squared_weights.reindex(comparisons).to_numpy()
-        known = (noise.mean.sigma**2 * weights, noise.left * weights, noise.mean.df) if noise is not None else None
-        of_shape = of_tables(table, tokens.mean(axis=1), known)
-        effects.append(of_shape.set_index(comparisons))
-    return pandas.concat(effects) if effects else of_tables(numpy.empty((0, 1, 1)), numpy.empty((0, 1)))
+        known = None
+        if noise is not None:
+            squares = numpy.ones(len(table)) if weights is None else _squares(weights, comparisons)
+            known = (noise.mean.sigma**2 * squares, noise.left * squares, noise.mean.df)
+        parts = _parts(table, tokens.mean(axis=1), known)
+        tables.append(_effects(parts).set_index(comparisons))
+        keys = values.assign(text=parts.text_errors.repeat(repeats, axis=0).ravel())
+        errors += _errors(keys, parts)
+        if repeats == 1 and noise is not None and weights is not None:
+            of_trials = weights[weights.index.isin(comparisons, level="comparison")]
+            errors.append(noise.mean.sigma * of_trials)
+    return Effects(pandas.concat(tables[1:] or tables), pandas.concat(errors[1:] or errors))
+
+
+def _squares(weights: pandas.Series, comparisons: pandas.Index) -> Any:
+    return (weights**2).groupby("comparison").sum().reindex(comparisons).to_numpy()
+
+
+def _errors(keys: pandas.DataFrame, parts: _Parts) -> list[pandas.Series]:
+    """Errors of the texts, and of several seeds."""
+    once = keys.drop_duplicates(["comparison", "story"])
+    of_texts = once.assign(source="text", unit=once["story"].astype(str)).set_index(["comparison", "source", "unit"])[
+        "text"
+    ]
+    if parts.seeds == 1:
+        return [of_texts]
+    seeds = keys.drop_duplicates(["comparison", "repeat"])
+    seeds = seeds.assign(source="seed", unit=seeds["repeat"].astype(str), error=parts.seed_errors.ravel())
+    return [of_texts, seeds.set_index(["comparison", "source", "unit"])["error"]]
 
 
 def of_tables(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None = None) -> pandas.DataFrame:
@@ -92,6 +116,26 @@ def of_tables(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None = Non
         known: for those of one seed, by comparison the variance of its mean and, within it, of one text's loss, and the
             degrees of freedom behind the first (see `SeedNoise`); null: unknown.
     """
+    return _effects(_parts(losses, tokens, known))
+
+
+class _Parts(NamedTuple):
+    """A mean and the parts of its variance, by comparison."""
+
+    mean: Any
+    texts: int
+    seeds: int
+    variance: Any
+    between_seeds: Any
+    seed_df: int
+    text_df: Any
+    text_errors: Any
+    """By comparison and text; their squares add up to the part of the texts."""
+    seed_errors: Any
+    """By comparison and seed."""
+
+
+def _parts(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None) -> _Parts:
     seeds, texts = losses.shape[1:]
     weights = tokens / tokens.sum(axis=1, keepdims=True)
     of_seeds = numpy.einsum("crs,cs->cr", losses, weights)
@@ -111,17 +155,34 @@ def of_tables(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None = Non
         nothing = numpy.zeros(len(losses))
         between_seeds, of_text, seed_df = known or (nothing, nothing, 0)
         left = of_text / effective
-    variance = between_seeds + numpy.maximum(between_texts - left, 0.0)
+    of_texts_alone = numpy.maximum(between_texts - left, 0.0)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        kept = numpy.where(between_texts > 0, of_texts_alone / between_texts, 0.0)
+    return _Parts(
+        mean=of_seeds.mean(axis=1),
+        texts=texts,
+        seeds=seeds,
+        variance=between_seeds + of_texts_alone,
+        between_seeds=between_seeds,
+        seed_df=seed_df,
+        text_df=effective - 1,
+        text_errors=weights * of_texts * numpy.sqrt(correction * kept)[:, None],
+        seed_errors=(of_seeds - of_seeds.mean(axis=1, keepdims=True)) / math.sqrt(max(1, seeds * (seeds - 1))),
+    )
+
+
+def _effects(parts: _Parts) -> pandas.DataFrame:
     columns = {
-        "effect": of_seeds.mean(axis=1),
-        "n": texts,
-        "seeds": float(seeds),
-        "se": numpy.sqrt(variance),
-        "df": effective - 1,
-        "seed_share": between_seeds / numpy.where(variance > 0, variance, 1.0),
-        "seed_df": float(seed_df),
+        "effect": parts.mean,
+        "n": parts.texts,
+        "seeds": float(parts.seeds),
+        "se": numpy.sqrt(parts.variance),
+        "df": parts.text_df,
+        "seed_share": parts.between_seeds / numpy.where(parts.variance > 0, parts.variance, 1.0),
+        "seed_df": float(parts.seed_df),
+        "pooled": "seeds" if parts.seeds == 1 else "none",
     }
-    return with_intervals(pandas.DataFrame(columns, index=range(len(losses))))
+    return with_intervals(pandas.DataFrame(columns, index=range(len(parts.mean))))
 
 
 def _shared(losses: pandas.DataFrame) -> pandas.DataFrame:

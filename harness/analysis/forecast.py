@@ -117,7 +117,7 @@ def deviations_between_stories(m: Measurements) -> pandas.Series:
 
     Configurations that learn the same to the bit have none.
     """
-    effects = m.effects(m.against_baseline(), "eval_loss")
+    effects = m.effects(m.against_baseline(), "eval_loss").table
     deviations: pandas.Series = effects["se"] * numpy.sqrt((1 - effects["seed_share"]) * effects["n"])
     return deviations[deviations > 1e-6]
 

@@ -9,7 +9,8 @@ import pandas
 
 from harness.analysis import stats
 from harness.analysis.crossed import crossed
-from harness.analysis.measurements import Measurements
+from harness.analysis.family import NO_ERRORS, Effects
+from harness.analysis.measurements import Estimate, Measurements
 from harness.metrics import INFERENCE
 from harness.record import Model
 
@@ -34,7 +35,7 @@ def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pan
         return stats.exact(differences, _one_comparison(differences)).assign(basis="exact")
     if metric == "story_loss":
         tokens = wide["tokens", reference].reindex(differences.index)
-        effect = crossed(_losses(differences, tokens))
+        effect = crossed(_losses(differences, tokens)).table
         # Models of the same trial are compared: no seed is between an adapter and its merged self.
         return effect.assign(basis="stories", seeds=numpy.nan)
     basis = "rounds"
@@ -43,6 +44,12 @@ def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pan
     elif differences.index.get_level_values("trial").nunique() > 1:  # rounds of one trial are not independent
         basis, differences = "trials", differences.groupby("trial").mean()
     return stats.paired(differences, _one_comparison(differences)).assign(basis=basis)
+
+
+def estimates(m: Measurements, rows: Mapping[int, pandas.DataFrame], metric: str) -> dict[int, Estimate]:
+    """Estimates from the effects of several comparisons on a figure, which are one family, by their numbers."""
+    known = [row.set_axis([number]) for number, row in rows.items() if len(row)]
+    return m.estimates(Effects(pandas.concat(known), NO_ERRORS), metric) if known else {}
 
 
 def _losses(differences: pandas.Series, tokens: pandas.Series) -> pandas.DataFrame:
@@ -133,7 +140,7 @@ def merging_effect(losses: Mapping[str, Sequence[float]], tokens: Sequence[int])
     """
     differences = pandas.Series(losses["merged"]) - pandas.Series(losses["unmerged"])
     table = pandas.DataFrame({"loss": differences, "tokens": tokens, "story": differences.index})
-    effect = crossed(table.assign(comparison=0, repeat=0)).loc[0]
+    effect = crossed(table.assign(comparison=0, repeat=0)).table.loc[0]
     return (
         f"merged − unmerged: {effect['effect']:+.5f} nats ({effect['low']:+.5f} to {effect['high']:+.5f}) "
         f"over {len(differences)} held-out stories, weighted by tokens"

@@ -185,14 +185,15 @@ def _visited_steps(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
 
 def _readings(visited: pandas.DataFrame, trials: pandas.DataFrame) -> pandas.DataFrame:
     """Speeds of each trial in each block of timing visits; of rows from before there were visits, those of the trial,
-    whose block is its repeat.
+    whose block is its repeat. The trials of a search ran one after another over hours: each is a block of its own.
     """
     of_visits = speeds(counting_steps(visited, ["trial", "block"]), ["trial", "block"]).reset_index()
     of_visits["flops_per_second"] = of_visits["tokens_per_second"] * of_visits["trial"].map(trials["flops_per_token"])
     of_visits = of_visits[~of_visits["trial"].map(trials["disturbed"].fillna(False).astype(bool))]
     before = trials[~trials.index.isin(visited["trial"]) & (trials["status"] == "ok")]
     columns = [*TIMED_FIGURES, "flops_per_second"]
-    of_rows = before[columns].assign(trial=before.index, block=before["repeat"])
+    blocks = before["repeat"].where(before["study"].isna(), -1 - before.index.to_series())
+    of_rows = before[columns].assign(trial=before.index, block=blocks)
     both: pandas.DataFrame = pandas.concat(
         [of_visits.assign(visit=True), of_rows.assign(visit=False)], ignore_index=True
     )

@@ -14,6 +14,7 @@ import pandas
 
 from harness.analysis import stats, timed
 from harness.analysis.crossed import SeedNoise, crossed, seed_noise
+from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.stats import Verdict
 from harness.analysis.undecided import Unit, with_power
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast
@@ -31,21 +32,30 @@ _BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages"}
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of the pairs of a comparison, and the keys by whose values it differs from the others."""
+
+    context: str
+    """precision=bf16"""
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
 class Estimate:
     """One comparison of one figure, on the scale that people read."""
 
     metric: str
     value: float
-    """Ratio to the reference, or difference from it in nats."""
+    """Ratio to the reference, or difference from it in nats; of several pairs their mean."""
     low: float | None
     high: float | None
-    """95 % interval; null where the pairs give none."""
+    """Interval that holds with those of all comparisons of its family, at 95 %; null where the pairs give none."""
     n: int
     """Pairs (repeats; stories for losses)."""
     basis: Basis
     """What the interval is over."""
     p: float | None
-    """Adjusted over the family (Holm)."""
+    """Adjusted over the family."""
     verdict: Verdict
     seeds: int | None = None
     """Seeds under which the texts were seen; null where the figure is of no texts."""
@@ -55,6 +65,21 @@ class Estimate:
     needed: int | None = None
     """How many of `unit` would decide it; null where it is decided."""
     unit: Unit | None = None
+    members: tuple[Member, ...] = ()
+    """Of several pairs, each for itself."""
+
+    @property
+    def reversed(self) -> Estimate:
+        """The reference compared with the other."""
+        swapped: dict[str, Verdict] = {"better": "worse", "worse": "better", "lower": "higher", "higher": "lower"}
+        ratio = FIGURES[self.metric].scale == "ratio"
+
+        def turned(value: float | None) -> float | None:
+            return None if value is None else 1 / value if ratio else -value
+
+        value = 1 / self.value if ratio else -self.value
+        verdict = swapped.get(self.verdict, self.verdict)
+        return replace(self, value=value, low=turned(self.high), high=turned(self.low), verdict=verdict)
 
     @property
     def within(self) -> str:
@@ -152,10 +177,11 @@ class Measurements:
 
     def differing_keys(self, configs: Sequence[int]) -> list[dict[str, Any]]:
         """The keys in which each configuration differs from the baseline, with its values; without one, all keys."""
-        base = {} if self.baseline is None else self._keys([self.baseline])[0]
-        return [{k: v for k, v in row.items() if k not in base or v != base[k]} for row in self._keys(configs)]
+        base = {} if self.baseline is None else self.keys_of([self.baseline])[0]
+        return [{k: v for k, v in row.items() if k not in base or v != base[k]} for row in self.keys_of(configs)]
 
-    def _keys(self, configs: Sequence[int]) -> list[dict[str, Any]]:
+    def keys_of(self, configs: Sequence[int]) -> list[dict[str, Any]]:
+        """The spec of each configuration, by key; without the seed."""
         rows = self.configs.loc[list(configs), list(SPEC_KEYS)].to_dict("records")
         return [{str(key): None if _null(value) else value for key, value in row.items()} for row in rows]
 
@@ -183,6 +209,16 @@ class Measurements:
 
         Where further keys are free, each group gives one pair, the one that differs in the fewest keys.
         """
+        asked = repr((contrast.compare, contrast.free, contrast.hold, contrast.where))
+        if asked not in self._pairs:  # rows of the lesson and claims ask for the same ones
+            self._pairs[asked] = self._find_pairs(contrast)
+        return self._pairs[asked]
+
+    @cached_property
+    def _pairs(self) -> dict[str, pandas.DataFrame]:
+        return {}
+
+    def _find_pairs(self, contrast: Contrast) -> pandas.DataFrame:
         eligible: pandas.DataFrame = self.configs[
             self._mask(contrast.where) & self.configs["measured"] & ~self.configs["twin"]
         ]
@@ -192,6 +228,8 @@ class Measurements:
             values = eligible[key]
             from_mask, to_mask = (_is_level(values, level, rest) for level in (from_level, to_level))
             before, after = before & from_mask, after & to_mask & ~from_mask
+        if not before.any() or not after.any():
+            return pandas.DataFrame({"reference": [], "config": []}, dtype="int64")
         sides = []
         for name, mask in (("reference", before), ("config", after)):
             side = pandas.DataFrame({name: eligible.index[mask], "rest": rest[mask].to_numpy()})
@@ -231,11 +269,11 @@ class Measurements:
 
     # -------------------------------------------------------------------------------- effects
 
-    def effects(self, pairs: pandas.DataFrame, metric: str) -> pandas.DataFrame:
-        """Table of effects (see `stats`) of each comparison on a metric, with a column `basis`.
+    def effects(self, pairs: pandas.DataFrame, metric: str) -> Effects:
+        """Effects of each comparison on a metric.
 
         Args:
-            pairs: columns comparison, reference, config; several pairs may belong to one comparison.
+            pairs: columns comparison, reference, config; a pair for each comparison.
             metric: compared as the logarithm of the ratio, or as a difference.
         """
         if metric in self.readings:
@@ -247,23 +285,19 @@ class Measurements:
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
             differences = _text_differences(matched, losses)
             of_seeds = self.between_seeds(losses, paired=True) if _has_one_seed(differences) else None
-            weights = timed.squared_weights(matched, ["reference", "config"])
-            return crossed(differences, of_seeds, weights).assign(basis=_BY_TEXT[metric])
+            effects = crossed(differences, of_seeds, timed.weights(matched, ["reference", "config"]))
+            return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
-        # Both runs of a baseline, and several pairs of a comparison, average to one figure per repeat.
+        # Both runs of a baseline average to one figure per repeat.
         by_repeat = known.groupby(["comparison", "repeat"], sort=False)["difference"].mean().reset_index()
         if METRICS[metric].exact:
             highest = self._highest(known, metric) if METRICS[metric].group == "memory" else None
-            effects = stats.exact(known["difference"], known["comparison"], highest).assign(basis="exact")
-            return effects.assign(n=by_repeat.groupby("comparison").size())
-        effects = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
+            table = stats.exact(known["difference"], known["comparison"], highest).assign(basis="exact")
+            return Effects(table.assign(n=by_repeat.groupby("comparison").size()), NO_ERRORS)
+        table = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
         noise = self._noises.get(metric)
-        return (
-            effects
-            if noise is None
-            else stats.in_blocks(effects, timed.squared_weights(known, ["other", "trial"]), noise)
-        )
+        return Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise)
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
@@ -304,25 +338,20 @@ class Measurements:
             losses.join(ok.rename(columns={"stands_for": "config"}), on="trial", how="inner"), paired=paired
         )
 
-    def compare(self, pairs: pandas.DataFrame, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
-        """Estimates by comparison; the comparisons are one family.
+    def estimates(self, effects: Effects, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
+        """Estimates by comparison from effects on a metric, which are one family.
 
         Args:
-            pairs: see `effects`.
+            effects: on the metric.
             metric: what is compared.
-            alpha: family-wise error rate.
+            alpha: error rate of the family.
         """
-        return self.estimates(self.effects(pairs, metric), metric, alpha)
-
-    def estimates(self, effects: pandas.DataFrame, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
-        """Estimates from effects on a metric, which are one family."""
         declared = FIGURES[metric]
         ratio = declared.scale == "ratio"
         floor = self.floor if metric in METRICS and declared.group == "speed" else None
         negligible = math.log1p(declared.negligible) if ratio else declared.negligible
-        judged = stats.verdicts(effects, declared.better, negligible, floor, alpha)
-        judged = with_power(judged, declared, floor, alpha)
-        names = ("effect", "low", "high", "detectable", "n", "basis", "p_holm", "verdict", "seeds", "needed", "unit")
+        judged = with_power(judge(effects, declared.better, negligible, floor, alpha), declared, floor)
+        names = ("effect", "low", "high", "detectable", "n", "basis", "p_family", "verdict", "seeds", "needed", "unit")
         columns = {name: judged[name] for name in names}
         if ratio:
             columns |= {name: numpy.exp(judged[name]) for name in ("effect", "low", "high")}
@@ -349,21 +378,7 @@ class Measurements:
         changes = self.changes[metric].join(of_trial, on="trial", how="inner")
         noise = self.between_seeds(self.changes[metric], paired=False) if _has_one_seed(changes) else None
         effects = crossed(changes, noise)
-        return self.estimates(effects.assign(basis=_BY_TEXT[metric]), metric)
-
-    def undecided(self, alpha: float = stats.ALPHA) -> dict[str, dict[str, Estimate]]:
-        """Speeds and losses that are not distinguishable from the baseline's, by metric and label.
-
-        Args:
-            alpha: see `compare`; divided by the number of looks where there are several.
-        """
-        pairs = self.against_baseline()
-        undecided = {}
-        for metric in ("tokens_per_second", "eval_loss"):
-            estimates = self.compare(pairs, metric, alpha)
-            configs = [config for config, e in estimates.items() if e.verdict == "not distinguishable"]
-            undecided[metric] = {label: estimates[c] for label, c in zip(self.labels(configs), configs, strict=True)}
-        return undecided
+        return self.estimates(Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors), metric)
 
 
 def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pandas.DataFrame:

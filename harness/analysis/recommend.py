@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pandas
 
-from harness.analysis import words
-from harness.analysis.measurements import Measurements
+from harness.analysis import stats, words
+from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.pareto import pareto_front
 from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
@@ -31,9 +32,11 @@ class Recommendation:
 def recommend(
     m: Measurements, *, memory: int | None = None, max_loss: float | None = None, min_speed: float | None = None
 ) -> Recommendation:
-    """The configuration with the lowest loss; among equals the fastest, and among these the smallest.
+    """The configuration with the lowest loss; among those as good the fastest, and among these the smallest.
 
-    Configurations that are not distinguishable are equals.
+    The lowest measured loss is taken, whatever its interval. Another one is as good where it is worse by no more than
+    the negligible difference of the figure at 95 % (non-inferiority): not knowing is not being equal. How sure the
+    choice is, is said: by how much another one may be better, at 95 % over all of them.
 
     Args:
         m: the candidates.
@@ -55,12 +58,13 @@ def recommend(
     if within.empty:
         raise InputError(_nothing_fits(m, figures, memory, max_loss, min_speed))
     best = _choose(m, within)
+    first = "eval_loss" if within["eval_loss"].notna().any() else "tokens_per_second"
     front = within[pareto_front(_to_minimise(within))]
     choices = pandas.concat([within.loc[[best]], front.drop(index=best, errors="ignore").sort_values("memory")])
     return Recommendation(
         best,
         str(m.configs.at[best, "label"]),
-        tuple(_sentences(m, figures, within, best, memory)),
+        (*_sentences(m, figures, within, best, memory), *_how_sure(m, within, best, first)),
         spec_to_yaml(m.spec(best)),
         choices.assign(label=m.configs["label"].reindex(choices.index)),
     )
@@ -98,17 +102,61 @@ def _extreme(values: pandas.Series, *, lowest: bool) -> int:
 
 
 def _as_good(m: Measurements, figures: pandas.DataFrame, best: int, metric: str) -> list[int]:
-    """The best, and those that are not worse at 95 %, or worse within the noise floor.
+    """The best, and those that are worse by no more than is negligible, at 95 % each."""
+    worse = _worse(m, [c for c in figures.index if c != best], best, metric, stats.ALPHA)
+    return [best, *worse.index[worse["most"] <= _negligible(metric)]]
 
-    Intervals are not adjusted over the comparisons: adjusted ones widen with every further candidate, until none of
-    them could be ruled out.
+
+def _worse(m: Measurements, others: list[int], reference: int, metric: str, alpha: float) -> pandas.DataFrame:
+    """By configuration, by how much it is worse than a reference (`estimate`) and at most (`most`, one-sided).
+
+    On the scale of the effects. The noise floor is the least half width, as everywhere; without an interval the most is
+    infinite.
     """
-    others = [c for c in figures.index if c != best]
-    effects = m.effects(pandas.DataFrame({"comparison": others, "config": others, "reference": best}), metric)
-    lower = METRICS[metric].better == "lower"
-    worse_by, at_least = (effects["effect"], effects["low"]) if lower else (-effects["effect"], -effects["high"])
-    noise = (m.floor or 0.0) if METRICS[metric].group == "speed" else 0.0
-    return [best, *effects.index[(at_least <= 0) | (worse_by <= noise)]]
+    pairs = pandas.DataFrame({"comparison": others, "config": others, "reference": reference}, dtype="int64")
+    table = m.effects(pairs, metric).table
+    half = numpy.maximum(stats.critical(table, 2 * alpha) * table["se"], _floor(m, metric))
+    worse = table["effect"] if METRICS[metric].better == "lower" else -table["effect"]
+    return pandas.DataFrame({"estimate": worse, "most": (worse + half).fillna(math.inf)})
+
+
+def _floor(m: Measurements, metric: str) -> float:
+    return (m.floor or 0.0) if METRICS[metric].group == "speed" else 0.0
+
+
+def _negligible(metric: str) -> float:
+    negligible = METRICS[metric].negligible
+    return math.log1p(negligible) if METRICS[metric].scale == "ratio" else negligible
+
+
+def largest_regret(m: Measurements, within: pandas.DataFrame, best: int, metric: str) -> float:
+    """By how much the best of the configurations may be better than the chosen one at most, at 95 % over all of them.
+
+    The chosen one is worse than each other by no more than this: the truly best is among them, whichever it is
+    (Bonferroni over the others; Hsu 1984, Ann. Statist. 12:1136, has the idea). On the scale of the effects.
+    """
+    others = [int(config) for config in within[metric].dropna().index if config != best]
+    if not others:
+        return 0.0
+    worse = _worse(m, others, best, metric, stats.ALPHA / len(others))
+    half = worse["most"] - worse["estimate"]
+    return max(0.0, float((half - worse["estimate"]).max())) if len(worse) == len(others) else math.inf
+
+
+def _how_sure(m: Measurements, within: pandas.DataFrame, best: int, metric: str) -> list[str]:
+    """By how much another one may be better, and what passes as as good."""
+    count = int(within[metric].notna().sum())
+    if count < 2:
+        return []
+    declared = METRICS[metric]
+    ratio = declared.scale == "ratio"
+    margin = f"{declared.negligible:.0%}" if ratio else f"{declared.negligible:g} nats"
+    regret = largest_regret(m, within, best, metric)
+    shown = f"{math.expm1(regret):.1%}" if ratio else f"{regret:.2g} nats"
+    sure = f"none within the limits is better in {declared.group} by more than {shown}, at 95% over all {count}"
+    if math.isinf(regret):
+        sure = f"not known, as the {declared.group} of some has no interval"
+    return [f"How sure: {sure}. As good counts what is worse by no more than {margin}, at 95%."]
 
 
 def _sentences(
@@ -124,6 +172,9 @@ def _sentences(
         parts.append(f"trains {speed.show(row[speed.name])} {speed.label}")
     if not math.isnan(row["eval_loss"]):
         parts.append(f"ends at {words.figure('eval_loss', row['eval_loss'])} nats")
+    others = [config for config in within.index if config != best]
+    pairs = pandas.DataFrame({"comparison": others, "config": others, "reference": best}, dtype="int64")
+    estimates = {metric: m.estimates(m.effects(pairs, metric), metric) for metric in HEADLINE} if others else {}
     counts = f"{len(within)} of {len(figures)} configurations are within the limits"
     sentences = [f"Take {label[best]}: it {', '.join(parts)} ({counts})."]
     for metric, lowest, what in (
@@ -135,19 +186,14 @@ def _sentences(
             continue
         other = _extreme(within[metric], lowest=lowest)
         if other != best and within.at[other, metric] != row[metric]:
-            sentences.append(f"For {what} take {label[other]}: {_trade_off(m, other, best)}.")
+            sentences.append(f"For {what} take {label[other]}: {_trade_off(estimates, other)}.")
     return sentences
 
 
-def _trade_off(m: Measurements, other: int, best: int) -> str:
+def _trade_off(estimates: dict[str, dict[int, Estimate]], other: int) -> str:
     """Memory, speed and loss of another configuration against the recommended one."""
-    pair = pandas.DataFrame({"comparison": [0], "config": [other], "reference": [best]})
-    effects = []
-    for metric in HEADLINE:
-        estimate = m.compare(pair, metric).get(0)
-        if estimate is not None:
-            effects.append(f"{METRICS[metric].group} {words.effect_and_word(estimate)}")
-    return ", ".join(effects)
+    known = ((METRICS[metric].group, of_metric.get(other)) for metric, of_metric in estimates.items())
+    return ", ".join(f"{group} {words.effect_and_word(estimate)}" for group, estimate in known if estimate is not None)
 
 
 def _nothing_fits(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.analysis import loading, stats
+from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Estimate
 from harness.environment import Environment
 from harness.grids.grid import Grid
@@ -47,7 +48,7 @@ def until_decided(
     versions = [first]
     while versions and all(run(version) for version in versions):
         measurements = loading.load(folder, baseline_ids={t.baseline_id for t in grid.trials}, here=here)
-        undecided = measurements.undecided(stats.ALPHA / looks)
+        undecided = _undecided(compare(measurements, alpha=stats.ALPHA / looks))
         versions = []
         of_speed = _labels(undecided, lambda e: e.basis == "visits")
         if of_speed and 0 < visits < most:
@@ -60,6 +61,15 @@ def until_decided(
             grid = grid_of(repeats)
             versions.append(grid.only(of_loss))
     return undecided
+
+
+def _undecided(comparison: Comparison) -> Undecided:
+    """Speeds and losses that are not distinguishable from the baseline's."""
+    labels = comparison.measurements.labels
+    return {
+        metric: {labels([config])[0]: estimate for config, estimate in comparison.undecided(metric).items()}
+        for metric in ("tokens_per_second", "eval_loss")
+    }
 
 
 def _labels(undecided: Undecided, chosen: Callable[[Estimate], bool]) -> set[str]:

@@ -1,15 +1,19 @@
-"""Effects of paired comparisons, their intervals, and the verdicts that follow from them.
+"""Effects of paired comparisons, their standard errors, and the interval of each for itself.
 
 Functions work on whole columns. A table of effects has one row per comparison, on the scale of the
 estimate (logarithm for ratios, nats for losses), with these columns:
 
 effect, low, high
-    The mean over the pairs and its 95 % interval; null bounds where the pairs give none.
+    The mean over the pairs and the 95 % interval of this comparison alone; null bounds where the pairs give none. What
+    is shown are the intervals of a family (see `family.judge`).
 se, df
     Standard error and degrees of freedom of Student's t behind the interval; `se` is 0 for exact figures.
 seeds, seed_share, seed_df
     Of losses: the number of seeds, the part of the variance (`se`²) that is due to them, and the degrees of freedom
     behind that part; `df` is then that of the texts' part. Elsewhere null, 0 and null.
+pooled
+    Which part of the variance is an estimate that all comparisons have in common: `all`, that of the `seeds`, or
+    `none`.
 n
     Pairs; texts for losses.
 p
@@ -27,11 +31,12 @@ import pandas
 from scipy import special
 
 ALPHA = 0.05
-"""Family-wise error rate: the chance that a family without any true difference shows one."""
+"""Error rate of a family: the chance that one without any true difference shows one."""
 _MOST_SWEEPS, _SETTLED = 50, 1e-9
 _HALVINGS = 40
 """Of the logarithm of a p-value between 1e-30 and 1: exact to ten digits."""
-Verdict = Literal["better", "worse", "lower", "higher", "same", "not distinguishable"]
+Verdict = Literal["better", "worse", "lower", "higher", "same", "not distinguishable", "depends"]
+"""`depends`: of several pairs, some say one thing and some another."""
 
 
 def paired(differences: pandas.Series, by: pandas.Series) -> pandas.DataFrame:
@@ -67,7 +72,7 @@ def exact(differences: pandas.Series, by: pandas.Series, effect: pandas.Series |
     effects["high"] = numpy.maximum(groups.max(), effects["effect"])
     effects = effects[effects["n"] > 0]
     effects["se"], effects["df"] = 0.0, math.inf
-    effects["seeds"], effects["seed_share"], effects["seed_df"] = numpy.nan, 0.0, numpy.nan
+    effects["seeds"], effects["seed_share"], effects["seed_df"], effects["pooled"] = numpy.nan, 0.0, numpy.nan, "none"
     effects["p"] = numpy.where(effects["effect"] == 0, 1.0, 0.0)
     return effects
 
@@ -135,7 +140,7 @@ def in_blocks(effects: pandas.DataFrame, weights: pandas.Series, noise: Noise) -
         weights: by comparison, the sum of squares of the weights with which trials enter its effect.
         noise: of one trial.
     """
-    return with_intervals(effects.assign(se=noise.sigma * numpy.sqrt(weights), df=float(noise.df)))
+    return with_intervals(effects.assign(se=noise.sigma * numpy.sqrt(weights), df=float(noise.df), pooled="all"))
 
 
 def with_intervals(effects: pandas.DataFrame) -> pandas.DataFrame:
@@ -144,6 +149,7 @@ def with_intervals(effects: pandas.DataFrame) -> pandas.DataFrame:
         seeds=effects.get("seeds", numpy.nan),
         seed_share=effects.get("seed_share", 0.0),
         seed_df=effects.get("seed_df", numpy.nan),
+        pooled=effects.get("pooled", "none"),
     )
     effect = effects["effect"].to_numpy(float)
     half = critical(effects, ALPHA) * effects["se"].to_numpy(float)
@@ -211,13 +217,6 @@ def two_sided(effects: pandas.DataFrame, distance: Any) -> Any:
     return p
 
 
-def holm(p: pandas.Series) -> pandas.Series:
-    """P-values adjusted over one family (Holm 1979), which bounds the family-wise error rate. Nulls stay null."""
-    known = p.dropna().sort_values()
-    scaled = known * numpy.arange(len(known), 0, -1)
-    return scaled.cummax().clip(upper=1.0).reindex(p.index)
-
-
 def noise_floor(twins: pandas.Series) -> float | None:
     """The effect below which nothing is called a difference, from a baseline run twice (A/A).
 
@@ -234,31 +233,3 @@ def noise_floor(twins: pandas.Series) -> float | None:
     if not len(values):
         return None
     return float((2 if len(values) == 1 else 1) * math.sqrt(numpy.mean(values**2)) / math.sqrt(len(values)))
-
-
-def verdicts(
-    effects: pandas.DataFrame,
-    better: Literal["lower", "higher", None],
-    negligible: float,
-    floor: float | None = None,
-    alpha: float = ALPHA,
-) -> pandas.DataFrame:
-    """`effects` with `p_holm`, adjusted over its rows, and `verdict`.
-
-    Args:
-        effects: one family of comparisons.
-        better: which direction is better; null: neither, and the verdicts are `lower` and `higher`.
-        negligible: an interval within ± this value is `same`, unless it comes from one seed.
-        floor: effects up to this size are noise, whatever their interval; null: unknown.
-        alpha: family-wise error rate.
-    """
-    effect, low, high = effects["effect"], effects["low"], effects["high"]
-    adjusted = holm(effects["p"])
-    noise = floor or 0.0
-    # One seed cannot say that others would agree.
-    several = ~(effects["seeds"] == 1)
-    differs = (adjusted < alpha) & (effect.abs() > noise) & ((low > 0) | (high < 0))
-    same = (low >= -negligible) & (high <= negligible) & (noise <= negligible) & several
-    up, down = {"higher": ("better", "worse"), "lower": ("worse", "better"), None: ("higher", "lower")}[better]
-    words = numpy.select([same, differs & (effect > 0), differs], ["same", up, down], "not distinguishable")
-    return effects.assign(p_holm=adjusted, verdict=words)

@@ -6,6 +6,7 @@ import numpy
 import pandas
 
 from harness.analysis import stats
+from harness.analysis.family import NO_ERRORS, Effects
 
 
 def effects(
@@ -14,8 +15,8 @@ def effects(
     readings: pandas.DataFrame,
     rates: pandas.DataFrame,
     configs: pandas.Series,
-) -> pandas.DataFrame:
-    """Table of effects (see `stats`) of each comparison on a figure of timed steps, with a column `basis`.
+) -> Effects:
+    """Effects of each comparison on a figure of timed steps.
 
     Only blocks in which both sides were timed count: speeds that were taken hours apart are never compared.
 
@@ -39,11 +40,15 @@ def effects(
     effects["basis"] = numpy.where(visited, "visits", "repeats")
     if known["block"].nunique() > 1:
         noise = stats.noise(known["value"], known["config"], known["block"])
-        return effects if noise is None else stats.in_blocks(effects, squared_weights(matched, _SIDES, "block"), noise)
-    return _by_steps(effects, matched, rates) if metric == "tokens_per_second" else effects
+        return Effects(effects, NO_ERRORS) if noise is None else in_blocks(effects, matched, "block", noise)
+    return Effects(_by_steps(effects, matched, rates) if metric == "tokens_per_second" else effects, NO_ERRORS)
 
 
-_SIDES = ["other", "trial"]
+def in_blocks(effects: pandas.DataFrame, matched: pandas.DataFrame, block: str, noise: stats.Noise) -> Effects:
+    """`effects` with errors from the noise of all trials: a trial varies in each block for itself."""
+    of_trials = weights(matched, ["other", "trial"], block)
+    squares = (of_trials**2).groupby("comparison").sum()
+    return Effects(stats.in_blocks(effects, squares, noise), noise.sigma * of_trials)
 
 
 def _by_steps(effects: pandas.DataFrame, matched: pandas.DataFrame, rates: pandas.DataFrame) -> pandas.DataFrame:
@@ -56,8 +61,8 @@ def _by_steps(effects: pandas.DataFrame, matched: pandas.DataFrame, rates: panda
     return pandas.concat([effects.drop(by_steps.index), stats.with_intervals(by_steps.assign(effect=effect))])
 
 
-def squared_weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") -> pandas.Series:
-    """By comparison, Σ w² with w the weights in its mean difference of what varies independently.
+def weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") -> pandas.Series:
+    """By comparison, source (the block) and unit, the weight in its mean difference of what varies independently.
 
     Args:
         matched: see `Measurements._matched`.
@@ -66,10 +71,11 @@ def squared_weights(matched: pandas.DataFrame, sides: list[str], block: str = "r
     """
     blocks = matched.groupby("comparison")[block].transform("nunique")
     weight = 1.0 / (blocks * matched.groupby(["comparison", block])["trial"].transform("size"))
-    keys = ["comparison", block, "independent"]
+    source = f"{block} " + matched[block].astype(str)
     tables = [
-        matched[["comparison", block]].assign(independent=matched[side], weight=sign * weight)
+        pandas.DataFrame({
+            "comparison": matched["comparison"], "source": source, "unit": matched[side].astype(str), "w": sign * weight
+        })
         for side, sign in zip(sides, (-1.0, 1.0), strict=True)
-    ]
-    by_unit = pandas.concat(tables).groupby(keys)["weight"].sum() ** 2
-    return by_unit.groupby("comparison").sum()
+    ]  # fmt: skip
+    return pandas.concat(tables).groupby(["comparison", "source", "unit"])["w"].sum()

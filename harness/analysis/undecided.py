@@ -8,26 +8,25 @@ from typing import Any, Literal
 import numpy
 import pandas
 
-from harness.analysis import power
+from harness.analysis import power, stats
 from harness.metrics import Metric
 
 Unit = Literal["stories", "seeds", "times", "visits"]
 """What more of would decide a comparison; times: of both stories and seeds, so many times as many."""
 
 
-def with_power(judged: pandas.DataFrame, metric: Metric, floor: float | None, alpha: float) -> pandas.DataFrame:
+def with_power(judged: pandas.DataFrame, metric: Metric, floor: float | None) -> pandas.DataFrame:
     """`judged` with the columns detectable, needed and unit, on the scale of the effects; null where there is none.
 
     A comparison that is not distinguishable would be decided by so many stories, seeds or visits, if its true size were
     the measured one (at least the negligible one).
 
     Args:
-        judged: one family of effects (see `stats.verdicts`), with a column `basis`.
+        judged: one family of effects (see `family.judge`).
         metric: what was compared.
         floor: smallest effect that is called a difference; null: unknown.
-        alpha: family-wise error rate.
     """
-    level = alpha / max(1, int(judged["p"].notna().sum()))  # at which the first of a family is called a difference
+    level = judged["level"].max() if len(judged) else stats.ALPHA
     noisy = judged[(judged["basis"] != "exact") & (judged["se"] > 0)]
     se, df, fraction, seed_df = (noisy[name].to_numpy(float) for name in ("se", "df", "seed_share", "seed_df"))
     detectable = numpy.maximum(power.smallest_difference(se, df, fraction, seed_df, level), floor or 0.0)

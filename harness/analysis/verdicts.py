@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy
-import pandas
 
-from harness.analysis import inference, stats, words
-from harness.analysis.comparison import describe_pairs, figures
+from harness.analysis import inference, words
+from harness.analysis.comparison import Comparison, claim_name, describe_pairs, figures
 from harness.analysis.measurements import Estimate, Measurements
-from harness.grids.claims import MODEL, Claim, lesson
-from harness.metrics import FIGURES, METRICS
+from harness.grids.claims import MODEL, Claim
+from harness.metrics import FIGURES
 
-Word = Literal["supported", "contradicted", "not distinguishable", "not measured here"]
+Word = Literal["supported", "contradicted", "depends", "not distinguishable", "not measured here"]
 
 
 @dataclass(frozen=True)
@@ -33,105 +30,85 @@ class ClaimVerdict:
     """Labels of the compared configurations."""
 
 
-def judge(measurements: Measurements, claims: Sequence[Claim] | None = None) -> list[ClaimVerdict]:
-    """The verdict on each claim; the measured ones are one family (Holm).
+def judge(comparison: Comparison) -> list[ClaimVerdict]:
+    """The verdict on each claim, from the estimates that the whole report shows.
 
-    Args:
-        measurements: the evidence.
-        claims: null: the grid's own and the lesson's.
+    *Supported* and *contradicted* say that the interval lies within the expected region or outside of it. A claim that
+    there is an effect needs one that is more than negligible, and is contradicted by none. What is true of some of the
+    compared pairs and false of others depends.
     """
-    if claims is None:
-        claims = (*measurements.claims, *lesson().claims)
-    evidence = _evidence(claims, measurements) | _inference_evidence(claims, measurements)
-    adjusted = stats.holm(pandas.Series({number: each.p for number, each in evidence.items()}, dtype=float))
+    of_inference = _inference_estimates(comparison)
     return [
-        _verdict(claim, evidence.get(number), adjusted.get(number)) if claim.compare else _levels(claim, measurements)
-        for number, claim in enumerate(claims)
+        _levels(claim, comparison.measurements) if not claim.compare else _compared(claim, comparison, of_inference)
+        for claim in comparison.claims
     ]
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """Evidence for or against a claim."""
-
-    estimate: Estimate
-    inside: bool
-    """Whether the measured effect lies in the expected region."""
-    p: float
-    """Of the null hypothesis that the true effect lies on the region's border."""
-    rests_on: str
-
-
-def _evidence(claims: Sequence[Claim], m: Measurements) -> dict[int, _Evidence]:
-    """Evidence on each claim that compares two conditions, by its number."""
-    pairs = {n: m.pairs(claim) for n, claim in enumerate(claims) if claim.compare and not claim.is_about_inference}
-    evidence: dict[int, _Evidence] = {}
-    for metric in dict.fromkeys(claims[number].metric for number in pairs):
-        of_metric = [pairs[number].assign(comparison=number) for number in pairs if claims[number].metric == metric]
-        effects = m.effects(pandas.concat(of_metric), metric)
-        for number, estimate in m.estimates(effects, metric).items():
-            inside, p = _side(claims[number], effects.loc[number], m)
-            evidence[number] = _Evidence(estimate, inside, p, describe_pairs(m, pairs[number]))
-    return evidence
-
-
-def _inference_evidence(claims: Sequence[Claim], m: Measurements) -> dict[int, _Evidence]:
-    """Evidence on each claim about trained models, by its number."""
-    evidence: dict[int, _Evidence] = {}
-    for number, claim in enumerate(claims):
-        if not claim.is_about_inference:
-            continue
-        reference, model = claim.compare[MODEL]
-        comparable = inference.of_equal_precision(m, reference, model)
-        effects = inference.effects(comparable, reference, model, claim.metric)
-        for comparison, estimate in m.estimates(effects, claim.metric).items() if len(effects) else ():
-            inside, p = _side(claim, effects.loc[comparison], m)
-            benchmarked = m.labels(inference.benchmarked_configs(comparable))
-            rests_on = f"{reference} → {model} of {', '.join(benchmarked)}"
-            evidence[number] = _Evidence(estimate, inside, p, rests_on)
-    return evidence
-
-
-def _verdict(claim: Claim, evidence: _Evidence | None, p: float | None) -> ClaimVerdict:
-    if evidence is None or p is None:
+def _compared(claim: Claim, comparison: Comparison, of_inference: dict[str, tuple[Estimate, str]]) -> ClaimVerdict:
+    m, judgement = comparison.measurements, comparison.judgement
+    if claim.is_about_inference:
+        estimate, rests_on = of_inference.get(claim.id, (None, words.MISSING))
+    else:
+        name = claim_name(claim)
+        estimate, rests_on = judgement.contrast(claim.metric, name), describe_pairs(m, judgement.pairs[name])
+    if estimate is None:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
-    sure = not math.isnan(p) and p < stats.ALPHA
-    word: Word = "not distinguishable" if not sure else "supported" if evidence.inside else "contradicted"
-    size, pairs = words.effect(evidence.estimate), words.pairs(evidence.estimate)
-    return ClaimVerdict(claim, word, size, pairs, evidence.rests_on)
+    word = _word(claim, estimate)
+    size = words.of_members(estimate) if word == "depends" else words.effect(estimate)
+    return ClaimVerdict(claim, word, size, words.pairs(estimate), rests_on)
 
 
-def _region(claim: Claim) -> tuple[float, float]:
-    """The expected region on the scale of the effects."""
+def _word(claim: Claim, estimate: Estimate) -> Word:
+    """That of its pairs where they agree, or else of their mean where no pair differs from it."""
+    of_members = {_of_one(claim, member.estimate) for member in estimate.members}
+    if {"supported", "contradicted"} <= of_members:
+        return "depends"
+    if estimate.verdict != "depends":
+        return _of_one(claim, estimate)
+    return of_members.pop() if len(of_members) == 1 else "not distinguishable"
+
+
+def _of_one(claim: Claim, estimate: Estimate) -> Word:
     expected, metric = claim.expectation, FIGURES[claim.metric]
-    if metric.scale == "difference":
-        tolerance = metric.negligible if expected.same else 0.0
-        return expected.low - tolerance, expected.high + tolerance
-    tolerance = math.log1p(metric.negligible) if expected.same else 0.0
-    low = math.log(expected.low) if expected.low > 0 else -math.inf
-    high = -math.inf if expected.high <= 0 else math.log(expected.high) if expected.high < math.inf else math.inf
-    return low - tolerance, high + tolerance
+    low, high = (estimate.value if end is None and metric.exact else end for end in (estimate.low, estimate.high))
+    if low is None or high is None:
+        return "not distinguishable"
+    ratio = metric.scale == "ratio"
+    least, most = (
+        (1 / (1 + metric.negligible), 1 + metric.negligible) if ratio else (-metric.negligible, metric.negligible)
+    )
+    if expected.same:
+        if estimate.verdict == "same":
+            return "supported"
+        return "contradicted" if high < least or low > most else "not distinguishable"
+    if expected.is_direction(1.0 if ratio else 0.0):
+        if estimate.verdict == "same":
+            return "contradicted"
+        if estimate.verdict == "not distinguishable" or least <= estimate.value <= most:
+            return "not distinguishable"
+        return "supported" if expected.low <= estimate.value <= expected.high else "contradicted"
+    if expected.low <= low and high <= expected.high:
+        return "supported"
+    return "contradicted" if high < expected.low or low > expected.high else "not distinguishable"
 
 
-def _side(claim: Claim, row: Any, m: Measurements) -> tuple[bool, float]:
-    """Whether the effect lies in the expected region, and a two-sided p-value for its distance from the border.
-
-    The p-value is nan within the noise floor of a border, and for exact figures whose pairs lie on both sides.
-    """
-    low, high = _region(claim)
-    if FIGURES[claim.metric].exact:
-        sides = {bool(low <= x <= high) for x in (float(row["low"]), float(row["high"]))}
-        return sides == {True}, 0.0 if len(sides) == 1 else math.nan
-    effect = float(row["effect"])
-    inside = low <= effect <= high
-    # The nearest border decides, on either side of it.
-    distance = min(abs(effect - bound) for bound in (low, high) if math.isfinite(bound))
-    # The noise floor is known for training speeds only.
-    noise = (m.floor or 0.0) if claim.metric in METRICS and METRICS[claim.metric].group == "speed" else 0.0
-    # One seed cannot say that others would agree.
-    if distance <= noise or (claim.expectation.same and inside and row["seeds"] == 1):
-        return inside, math.nan
-    return inside, float(stats.two_sided(row.to_frame().T, numpy.array([distance]))[0])
+def _inference_estimates(comparison: Comparison) -> dict[str, tuple[Estimate, str]]:
+    """By the id of a claim about trained models, its estimate and what it rests on; each figure is one family."""
+    m = comparison.measurements
+    estimates: dict[str, tuple[Estimate, str]] = {}
+    of_models = [claim for claim in comparison.claims if claim.is_about_inference]
+    for metric in dict.fromkeys(claim.metric for claim in of_models):
+        claims = [claim for claim in of_models if claim.metric == metric]
+        comparable = [inference.of_equal_precision(m, *claim.compare[MODEL]) for claim in claims]
+        rows = {
+            number: inference.effects(measured, *claim.compare[MODEL], metric)
+            for number, (claim, measured) in enumerate(zip(claims, comparable, strict=True))
+        }
+        for number, estimate in inference.estimates(m, rows, metric).items():
+            claim = claims[number]
+            labels = m.labels(inference.benchmarked_configs(comparable[number]))
+            estimates[claim.id] = estimate, f"{' → '.join(claim.compare[MODEL])} of {', '.join(labels)}"
+    return estimates
 
 
 def _levels(claim: Claim, m: Measurements) -> ClaimVerdict:
@@ -155,7 +132,7 @@ def _levels(claim: Claim, m: Measurements) -> ClaimVerdict:
         size = _range(claim, values)
     if not agrees:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
-    word: Word = "supported" if all(agrees) else "not distinguishable" if any(agrees) else "contradicted"
+    word: Word = "supported" if all(agrees) else "depends" if any(agrees) else "contradicted"
     labels = m.labels(configs.index)
     shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
     counted = f"{len(labels)} configuration" + "s" * (len(labels) != 1)

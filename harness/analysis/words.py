@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from harness.analysis.measurements import Estimate
 from harness.metrics import FIGURES
 
 MISSING = "–"
 NOT_MEASURED = "not measured"
+_MOST_SHOWN = 6
+"""Pairs of one comparison."""
 _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
     "memory": (
         (0.5, "very high savings"),
@@ -42,7 +45,7 @@ _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
 
 def word(estimate: Estimate) -> str:
     """The word for an estimate: the size of a significant difference, else the verdict."""
-    if estimate.verdict in ("not distinguishable", "same"):
+    if estimate.verdict in ("not distinguishable", "same", "depends"):
         return estimate.text
     return next(word for bound, word in _BANDS[FIGURES[estimate.metric].group] if estimate.value <= bound)
 
@@ -70,12 +73,24 @@ def effect(estimate: Estimate | None) -> str:
     """Size and interval: ×0.75; ×0.63 (0.60–0.66); +0.014 (−0.020 to +0.048)."""
     if estimate is None:
         return MISSING
+    if estimate.verdict == "depends":  # no average of what is not the same
+        return of_members(estimate)
     if FIGURES[estimate.metric].scale == "ratio":
         interval = _interval(estimate, "–", lambda x: f"{x:.2f}" if x < 100 else f"{x:.3g}")
         return (
             f"×{estimate.value:.3f}{interval}" if 0.99 < estimate.value < 1.01 else f"×{estimate.value:.2f}{interval}"
         )
     return _signed(estimate.value) + _interval(estimate, " to ", _signed)
+
+
+def of_members(estimate: Estimate) -> str:
+    """The size of each pair, with what it differs in: ×0.61 (precision=bf16); ×1.06 (precision=fp32)."""
+    return _joined([f"{effect(member.estimate)} ({member.context})" for member in estimate.members])
+
+
+def _joined(members: list[str], between: str = "; ") -> str:
+    more = len(members) - _MOST_SHOWN
+    return between.join(members[:_MOST_SHOWN]) + (f"{between}and {more} more" if more > 0 else "")
 
 
 def _interval(estimate: Estimate, between: str, show: object) -> str:
@@ -91,8 +106,14 @@ def _signed(value: float) -> str:
 
 
 def effect_and_word(estimate: Estimate | None) -> str:
-    """Size, interval and word, for one cell."""
-    return MISSING if estimate is None else f"{effect(estimate)} {word(estimate)}"
+    """Size, interval and word, for one cell; of several pairs, those of each too."""
+    if estimate is None:
+        return MISSING
+    if estimate.verdict == "depends":
+        members = [f"{effect(m.estimate)} {word(m.estimate)} ({m.context})" for m in estimate.members]
+        return f"depends: {_joined(members)}"
+    each = _joined([effect(replace(m.estimate, low=None, high=None)) for m in estimate.members], ", ")
+    return f"{effect(estimate)} {word(estimate)}" + (f" (mean of {each})" if each else "")
 
 
 def pairs(estimate: Estimate) -> str:

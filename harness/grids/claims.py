@@ -48,6 +48,12 @@ class Expectation(BaseModel):
     """The region is that of no effect."""
     status: str | None = None
 
+    def is_direction(self, no_effect: float) -> bool:
+        """Whether it says that there is an effect, and on which side, but not how large: `ratio < 1`."""
+        below = self.low == -math.inf and self.high == math.nextafter(no_effect, -math.inf)
+        above = self.high == math.inf and self.low == math.nextafter(no_effect, math.inf)
+        return below or above
+
     @classmethod
     def parse(cls, text: str) -> Expectation:
         """Parse `ratio <= 0.75`, `difference < 0`, `value between 8 and 12`, `ratio = 1` or `status oom`.

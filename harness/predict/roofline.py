@@ -49,7 +49,8 @@ class Rates(_Frozen):
 
 
 def roofline_seconds(work: Sequence[Work], rates: Rates) -> float:
-    """Lower bound of a step's time: each operation at the device's full rate.
+    """A step's time with each operation at the device's rate: a lower bound where the rates are a data sheet's; where
+    they are measured, other shapes may run faster.
 
     A type without a rate (the device has no product of it) computes at the fastest rate of all types.
     """

@@ -80,7 +80,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
         folder: where they were read from.
     """
     comparison = compare(measurements)
-    judged = tuple(verdicts.judge(measurements))
+    judged = tuple(verdicts.judge(comparison))
     search = tuning.summarize(measurements, folder)
     stories = tuple(inference_tables.stories(measurements))
     first, *rest = tables.all_tables(comparison)
@@ -150,7 +150,9 @@ def _summary(comparison: Comparison, steps: pandas.DataFrame, judged: tuple[verd
     lines += _reproducibility(m, steps)
     lines += _prediction_errors(m)
     tally = Counter(verdict.word for verdict in judged)
-    order: tuple[verdicts.Word, ...] = ("supported", "contradicted", "not distinguishable", "not measured here")
+    order: tuple[verdicts.Word, ...] = (
+        "supported", "contradicted", "depends", "not distinguishable", "not measured here"
+    )  # fmt: skip
     lines.append(f"Of {len(judged)} claims: " + ", ".join(f"{tally[w]} {w}" for w in order if tally[w]) + ".")
     return lines
 
@@ -186,7 +188,8 @@ def _prediction_errors(m: Measurements) -> list[str]:
         return []
     roofline = ok["roofline_share"].dropna()
     reached = (
-        f" Timed steps reach {roofline.min():.0%} to {roofline.max():.0%} of the device's roofline."
+        f" Timed steps ran at ×{roofline.min():.2f} to ×{roofline.max():.2f} of their speed at measured rates, which "
+        "are no limit."
         if len(roofline)
         else ""
     )

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-import pandas
-
-from harness.analysis.inference import effects, means_by_trial
+from harness.analysis.inference import effects, estimates, means_by_trial
 from harness.analysis.measurements import Estimate, Measurements
 from harness.metrics import INFERENCE
 from harness.record import Model
@@ -40,9 +38,9 @@ def models(m: Measurements) -> Table:
     """Size, speed and loss of base, unmerged and merged model."""
     rows = []
     for label, of_trial in _by_trial(m):
-        estimates = _against_unmerged(of_trial)
+        of_models = _against_unmerged(of_trial)
         benchmarked = set(of_trial.inference_results["models"]["model"])
-        rows += [_model_row(of_trial, label, name, estimates) for name in get_args(Model) if name in benchmarked]
+        rows += [_model_row(of_trial, label, name, of_models) for name in get_args(Model) if name in benchmarked]
     headings = ("Trial", "Model", "Weights in", *(INFERENCE[x].heading for x in _FIGURES), *_COMPARED.values())
     note = (
         "One request at a time, without autocast, as the saved model would answer. In each round every model is "
@@ -55,7 +53,7 @@ def models(m: Measurements) -> Table:
 
 
 def _model_row(
-    m: Measurements, label: str, model: Model, estimates: dict[tuple[str, Model], Estimate]
+    m: Measurements, label: str, model: Model, of_models: dict[tuple[str, Model], Estimate]
 ) -> tuple[Cell, ...]:
     precision = m.inference_results["models"].set_index("model").at[model, "precision"]
     return (
@@ -63,21 +61,19 @@ def _model_row(
         Cell(model),
         Cell(str(precision)),
         *(figure_cell(metric, next(iter(means_by_trial(m, model, metric)), None)) for metric in _FIGURES),
-        *(effect_cell(estimates.get((metric, model))) for metric in _COMPARED),
+        *(effect_cell(of_models.get((metric, model))) for metric in _COMPARED),
     )
 
 
 def _against_unmerged(m: Measurements) -> dict[tuple[str, Model], Estimate]:
     """Base and merged against unmerged; each figure is one family."""
-    estimates: dict[tuple[str, Model], Estimate] = {}
+    by_model: dict[tuple[str, Model], Estimate] = {}
     others: list[Model] = ["base", "merged"]
     for metric in _COMPARED:
-        rows = [effects(m, "unmerged", model, metric) for model in others]
-        numbered = [row.set_axis([i]) for i, row in enumerate(rows) if len(row)]
-        if numbered:
-            family = m.estimates(pandas.concat(numbered), metric)
-            estimates |= {(metric, others[i]): estimate for i, estimate in family.items()}
-    return estimates
+        rows = {number: effects(m, "unmerged", model, metric) for number, model in enumerate(others)}
+        of_metric = estimates(m, rows, metric)
+        by_model |= {(metric, others[number]): estimate for number, estimate in of_metric.items()}
+    return by_model
 
 
 def generated_stories(m: Measurements) -> Table:

@@ -195,7 +195,12 @@ def effects(comparison: Comparison) -> Chart | None:
     if not panels:
         return None
     chart = altair.hconcat(*panels, title="Effect of each technique against the baseline").resolve_scale(color="shared")
-    return Chart("effects", "Effects with their intervals", "Dots are estimates, lines their 95 % intervals.", chart)
+    return Chart(
+        "effects",
+        "Effects with their intervals",
+        "Dots are estimates, lines intervals that hold all at once at 95 %.",
+        chart,
+    )
 
 
 def _effect_panel(data: pandas.DataFrame, metric: Metric, described: pandas.DataFrame, *, first: bool) -> Any:

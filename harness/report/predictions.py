@@ -108,9 +108,7 @@ class Plan:
         if self.device_type == "cuda" and self.capacities.keys() & CARDS.keys():
             notes.append("A card's capacity excludes the CUDA context (0.5 GiB).")
         if self.rates is not None:
-            notes.append(
-                f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at the device's roofline."
-            )
+            notes.append(f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at these rates.")
         return notes
 
 

@@ -19,8 +19,9 @@ from harness.analysis.comparison import (
     describe_pairs,
     failure,
     order,
+    row_name,
 )
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.measurements import Estimate
 from harness.analysis.words import MISSING, NOT_MEASURED, effect_and_word, figure
 from harness.grids.claims import Contrast, LessonTable, lesson
 from harness.metrics import COMPONENTS, HEADLINE, METRICS
@@ -54,7 +55,9 @@ def figure_cell(metric: str, value: float | None) -> Cell:
 
 def effect_cell(estimate: Estimate | None, missing: str = MISSING) -> Cell:
     """An effect with its interval and word."""
-    return Cell(missing) if estimate is None else Cell(effect_and_word(estimate), estimate.value)
+    if estimate is None:
+        return Cell(missing)
+    return Cell(effect_and_word(estimate), None if estimate.verdict == "depends" else estimate.value)
 
 
 def headings_of(metrics: Iterable[str]) -> tuple[str, ...]:
@@ -64,12 +67,11 @@ def headings_of(metrics: Iterable[str]) -> tuple[str, ...]:
 
 def all_tables(comparison: Comparison) -> list[Table]:
     """All tables of the comparison, in the order of the page."""
-    m = comparison.measurements
     return [
         techniques(comparison),
         components(comparison),
         bytes_per_parameter(comparison),
-        *(_lesson_table(table, m) for table in lesson().tables),
+        *(_lesson_table(table, comparison) for table in lesson().tables),
         batch_and_sequence(comparison),
         effective_batch(comparison),
         learnt(comparison),
@@ -103,8 +105,9 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
         "Techniques against the baseline",
         ("Technique", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
         tuple(rows),
-        "Ratios and differences are to the baseline of the same repeat, with their 95 % intervals. Memory is exact: of "
-        "several repeats the highest, with the range of its ratio where they differ.",
+        "Ratios and differences are to the baseline of the same repeat, whose two runs are averaged. Intervals hold "
+        "all at once at 95 %, over all comparisons of the figure on this page. Memory is exact: of several repeats the "
+        "highest, with the range of its ratio where they differ.",
         tuple(configs),
     )
 
@@ -170,15 +173,14 @@ def bytes_per_parameter(comparison: Comparison) -> Table:
     return Table("bytes-per-parameter", "What full fine-tuning holds", headings, tuple(rows), note)
 
 
-def _lesson_table(table: LessonTable, m: Measurements) -> Table:
-    """Each row's effect on memory, speed and loss, with the lesson's word for it; each figure is one family."""
-    pairs = [m.pairs(row) for row in table.rows]
-    family = pandas.concat([of_row.assign(comparison=number) for number, of_row in enumerate(pairs)])
-    estimates = {metric: m.compare(family, metric) for metric in HEADLINE}
+def _lesson_table(table: LessonTable, comparison: Comparison) -> Table:
+    """Each row's effect on memory, speed and loss, with the lesson's word for it."""
+    judgement = comparison.judgement
     rows = []
-    for number, row in enumerate(table.rows):
-        cells = [Cell(row.name), Cell(describe_pairs(m, pairs[number]))]
-        of_row = [estimates[metric].get(number) for metric in HEADLINE]
+    for row in table.rows:
+        name = row_name(table, row)
+        cells = [Cell(row.name), Cell(describe_pairs(comparison.measurements, judgement.pairs[name]))]
+        of_row = [judgement.contrast(metric, name) for metric in HEADLINE]
         for estimate, lesson_word in zip(of_row, (row.memory, row.speed, row.loss), strict=True):
             cells.append(effect_cell(estimate, NOT_MEASURED))
             cells.append(Cell(lesson_word or MISSING))
@@ -261,8 +263,8 @@ def learnt(comparison: Comparison) -> Table:
     headings = ("Technique", "Held-out stories, before", "Change", "over", "General text, before", "Forgetting", "over",
                 *headings_of(sizes))  # fmt: skip
     note = (
-        "Nats per token, each of which counts once, with 95 % intervals over texts and seeds. Forgetting is measured "
-        "where measure_forgetting is true."
+        "Nats per token, each of which counts once, with intervals over texts and seeds that hold all at once at 95 %. "
+        "Forgetting is measured where measure_forgetting is true."
     )
     return Table("learnt", "What was learnt and what was forgotten", headings, tuple(rows), note, tuple(configs))
 

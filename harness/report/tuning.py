@@ -77,20 +77,39 @@ def _counts(results: SearchResults) -> str:
 
 
 def _winner(results: SearchResults) -> str:
+    fresh = results.confirmed
+    figures = []
+    for metric in HEADLINE:
+        value = (results.fresh_figures(metric) if len(fresh) else _of_search(results, metric)).get(results.winner)
+        if value is not None and not math.isnan(value):
+            figures.append(f"{METRICS[metric].label} {words.figure(metric, value)}")
+    text = f"Take {results.label(results.winner)}: {', '.join(figures)}"
+    if fresh.empty:
+        return f"{text}. Nothing is confirmed: figures that something was chosen by are too good."
+    return f"{text}, over figures that had no part in choosing the finalists. {_how_sure(results)}"
+
+
+def _how_sure(results: SearchResults) -> str:
+    first = METRICS[results.search.objectives[0].metric]
+    if len(results.confirmed) < 2:
+        return "No other finalist was within the bounds."
+    if math.isinf(results.regret):
+        return f"How much better another finalist may be is not known: their {first.label} have no interval."
+    shown = f"{math.expm1(results.regret):.1%}" if first.scale == "ratio" else f"{results.regret:.2g} {first.unit}"
+    return f"No other finalist is better in {first.label} by more than {shown}, at 95%."
+
+
+def _of_search(results: SearchResults, metric: str) -> Any:
+    """A figure by configuration, of the trials of the search itself."""
     trials = results.measurements.trials
-    means = trials.loc[trials["config"] == results.winner, list(HEADLINE)].mean()
-    figures = ", ".join(
-        f"{METRICS[metric].label} {words.figure(metric, means[metric])}"
-        for metric in HEADLINE
-        if not math.isnan(means[metric])
-    )
-    return f"Take {results.label(results.winner)}: {figures}."
+    return trials[(trials["repeat"] == 0) & ~trials["twin"]].groupby("config")[metric].mean()
 
 
 def _against_rival(results: SearchResults, name: str, rival: int) -> str:
     """The winner against a rival in the first objective, and its effect on the other headline figures."""
     first = results.search.objectives[0].metric
-    estimate, repeats = results.against(rival, first)
+    estimate = results.estimates[first].get(rival)
+    repeats = results.repeats
     where = (
         f"in {repeats} fresh repeat{'s' * (repeats != 1)}"
         if repeats
@@ -102,7 +121,7 @@ def _against_rival(results: SearchResults, name: str, rival: int) -> str:
     effects = [f"{METRICS[first].label} {words.effect(estimate)} {estimate.text}"]
     others = []
     for metric in HEADLINE:
-        other = results.against(rival, metric)[0]
+        other = results.estimates[metric].get(rival)
         if metric != first and other is not None:
             others.append(f"{METRICS[metric].label} {words.effect_and_word(other)}")
     effects += [", ".join(others)] if others else []
@@ -145,30 +164,33 @@ def _confirmation(results: SearchResults) -> Table:
     rows = []
     for name, rival in results.rivals.items():
         cells = [Cell(name), Cell(results.label(rival))]
-        repeats = 0
         for metric in HEADLINE:
-            estimate, repeats = results.against(rival, metric)
+            estimate = results.estimates[metric].get(rival)
             cells.append(Cell(words.effect_and_word(estimate), estimate.value if estimate else None))
-        rows.append((*cells, Cell(str(repeats), float(repeats))))
+        rows.append((*cells, Cell(str(results.repeats), float(results.repeats))))
     headings = ("Against", "Configuration", *headings_of(HEADLINE), "Fresh repeats")
     note = (
-        f"The winner is {results.label(results.winner)}. It was chosen by its figures, so it is compared in repeats "
-        "under seeds that had no part in the choice; the held-out stories are the ones that it was chosen by."
+        f"The winner is {results.label(results.winner)}. The search's own figures chose the finalists and are too good "
+        "for that; the winner is the best of them in repeats under fresh seeds (speeds: in visits of all of them "
+        "together). The held-out stories are those of the search."
     )
     return Table("tuning", "The winner and its rivals", headings, tuple(rows), note)
 
 
 def _front(results: SearchResults) -> Table:
     """The Pareto front of the objectives."""
-    means = results.measurements.trials.groupby("config")[list(HEADLINE)].mean()
+    of_search = {metric: _of_search(results, metric) for metric in HEADLINE}
     rows = []
     row: Any
     for config, row in results.front.iterrows():
-        figures: Any = means.loc[config]  # type: ignore[call-overload]  # the index holds configurations
+        figures = {metric: float(values.get(config, math.nan)) for metric, values in of_search.items()}
         cells = [Cell(str(row["label"]))]
         cells += [Cell(words.figure(x, figures[x]), None if math.isnan(figures[x]) else figures[x]) for x in HEADLINE]
         rows.append((*cells, Cell("yes" if row["before"] else "no")))
     headings = ("Configuration", *headings_of(HEADLINE), "Measured before")
     wanted = " and ".join(f"{METRICS[o.metric].label} ({o.direction})" for o in results.search.objectives)
-    note = f"Within the bounds, no other configuration tried is better in {wanted} together."
+    note = (
+        f"Within the bounds, no other configuration tried is better in {wanted} together. These are figures of the "
+        "search itself: the best of many are better than they will be again."
+    )
     return Table("tuning-front", "The front", headings, tuple(rows), note, tuple(int(c) for c in results.front.index))

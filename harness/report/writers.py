@@ -123,8 +123,10 @@ def markdown(document: Document) -> str:
 
 
 _READING = """
-- *not distinguishable*: the interval, adjusted over all comparisons of the same figure (Holm), contains "no effect",
-  or a speed differs by less than two runs of the baseline do
+- *not distinguishable*: the interval, which holds with those of all comparisons of the figure, contains "no effect";
+  that of a speed is at least as wide as two runs of the baseline differ
+- *depends*: of several pairs some are better and others worse, or they differ by more than their noise; there is no
+  average
 - *same within x*: the whole interval lies within x of no effect; losses of a single seed are never called the same
 - *not measured*: no two trials that differ in this alone were run"""
 _APPENDIX = """## Appendix: recompute it
@@ -199,7 +201,7 @@ def comparisons_csv(document: Document) -> str:
     m = comparison.measurements
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    effect = ("effect", "low", "high", "n", "seeds", "basis", "p_holm", "verdict", "detectable", "needed", "unit")
+    effect = ("effect", "low", "high", "n", "seeds", "basis", "p_family", "verdict", "detectable", "needed", "unit")
     writer.writerow(("technique", "metric", "figure", *effect))
     labels = m.configs["label"].astype(str).to_dict()
     for metric, estimates in comparison.estimates.items():

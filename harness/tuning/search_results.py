@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,17 +10,22 @@ from pathlib import Path
 
 import pandas
 
+from harness.analysis.comparison import figures
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.pareto import pareto_front
+from harness.analysis.recommend import largest_regret
 from harness.errors import InputError
 from harness.grids.search import BEFORE, Search
 from harness.grids.search_file import parse
-from harness.metrics import METRICS
+from harness.metrics import FITS, HEADLINE, METRICS
+from harness.record import TIMED_FIGURES
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec import FACTS, TrialSpec
 
 _LEAST_FOR_IMPORTANCE = 8
 """Trials without which importances are not estimated."""
+_ABSENT = {name: facts.absent for name, facts in FACTS.items() if facts.absent is not ...}
+"""Keys of a base that was recorded before they existed."""
 _LEAST_BEST = 10
 """Trials that importances take for the best, where there are enough."""
 
@@ -51,17 +57,60 @@ class SearchResults:
         )
         return self.ranked[pareto_front(to_minimise)]
 
+    @cached_property
+    def confirmed(self) -> pandas.DataFrame:
+        """The ranked configurations with figures that had no part in the choice, within the bounds by these too: each
+        objective as `fresh_figures` has it. The best by the first objective first; empty where nothing was confirmed.
+        """
+        first = self.search.objectives[0]
+        fresh = pandas.DataFrame({o.metric: self.fresh_figures(o.metric) for o in self.search.objectives})
+        known = fresh[fresh.index.isin(self.ranked.index)].dropna(subset=[first.metric])
+        feasible = [config for config in known.index if self._is_feasible(int(config))]
+        return known.loc[feasible].sort_values(first.metric, ascending=first.direction == "minimize", kind="stable")
+
+    def fresh_figures(self, metric: str) -> pandas.Series:
+        """A figure by configuration, over the repeats under fresh seeds that all finalists have; of speeds, over the
+        blocks of visits in which all of them were timed. Exact memory is the highest.
+        """
+        if metric in TIMED_FIGURES:
+            return self._of_shared_blocks(metric)
+        ok = self.fresh.trials[self.fresh.trials["status"] == "ok"]
+        shared = ok[ok["repeat"].isin(_shared(ok["repeat"], ok["stands_for"]))]
+        return figures(shared, "stands_for")[metric] if len(shared) else pandas.Series(dtype=float)
+
+    def _of_shared_blocks(self, metric: str) -> pandas.Series:
+        readings = self.measurements.readings
+        readings = readings.assign(config=readings["trial"].map(self.measurements.trials["stands_for"]))
+        together = readings[readings.groupby("block")["config"].transform("nunique") > 1]
+        shared = together[together["block"].isin(_shared(together["block"], together["config"]))]
+        means: pandas.Series = shared.groupby("config")[metric].mean()
+        return means
+
+    def _is_feasible(self, config: int) -> bool:
+        """Whether the fresh repeats all ended well, within the bounds."""
+        trials = self.measurements.trials
+        fresh = self.fresh.trials
+        if (fresh.loc[fresh["config"] == config, "status"] != "ok").any():
+            return False
+        of_search = trials[(trials["config"] == config) & (trials["repeat"] == 0)].iloc[0]
+        bounded = [FITS, (o.metric for o in self.search.objectives), (c.metric for c in self.search.constraints)]
+        names = dict.fromkeys(itertools.chain(*bounded))
+        values = {name: self.fresh_figures(name).get(config, of_search[name]) for name in names}
+        score = self.search.score("ok", {name: None if pandas.isna(v) else v for name, v in values.items()})
+        return score is not None and score.feasible
+
     @property
     def winner(self) -> int:
-        """The configuration that is best by the first objective."""
-        return int(self.ranked.index[0])
+        """The configuration that is best by the first objective in fresh figures; without any, in the search."""
+        return int((self.ranked if self.confirmed.empty else self.confirmed).index[0])
 
     @property
     def rivals(self) -> dict[str, int]:
         """The configurations that the winner is compared with, by their role."""
-        m, others = self.measurements, self.ranked.index[1:]
+        m, ranked = self.measurements, self.ranked if self.confirmed.empty else self.confirmed
         rivals = {} if m.baseline in (None, self.winner) else {"the baseline": int(m.baseline or 0)}
-        if len(others):
+        others = [config for config in ranked.index if config not in (self.winner, m.baseline)]
+        if others:
             rivals["the runner-up"] = int(others[0])
         before = self.ranked.index[self.ranked["before"]]
         if len(before) and before[0] != self.winner:
@@ -82,13 +131,39 @@ class SearchResults:
         trials = self.measurements.trials
         return replace(self.measurements, trials=trials[trials["repeat"] > 0])
 
-    def against(self, rival: int, metric: str) -> tuple[Estimate | None, int]:
-        """The winner against a rival, over fresh repeats if there are any, and their number."""
-        pair = pandas.DataFrame({"comparison": [0], "config": [self.winner], "reference": [rival]})
+    @cached_property
+    def repeats(self) -> int:
+        """Fresh repeats that the winner shares with all its rivals."""
         ok = self.fresh.trials[self.fresh.trials["status"] == "ok"]
-        repeats = [set(ok.loc[ok["stands_for"] == config, "repeat"]) for config in (self.winner, rival)]
-        shared = len(repeats[0] & repeats[1])
-        return (self.fresh if shared else self.measurements).compare(pair, metric).get(0), shared
+        compared = ok[ok["stands_for"].isin([self.winner, *self.rivals.values()])]
+        return len(_shared(compared["repeat"], compared["stands_for"]))
+
+    @cached_property
+    def estimates(self) -> dict[str, dict[int, Estimate]]:
+        """The winner against each rival by metric, then rival: over fresh repeats if there are any, speeds over shared
+        blocks of visits. Those of a figure are one family.
+        """
+        rivals = list(dict.fromkeys(self.rivals.values()))
+        pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": self.winner}, dtype="int64")
+        estimates = {}
+        for metric in dict.fromkeys((self.search.objectives[0].metric, *HEADLINE)):
+            m = self.fresh if self.repeats and metric not in TIMED_FIGURES else self.measurements
+            estimates[metric] = m.estimates(m.effects(pairs, metric), metric)
+        return estimates
+
+    @cached_property
+    def regret(self) -> float:
+        """See `recommend.largest_regret`, among the finalists; 0 without a second one."""
+        metric = self.search.objectives[0].metric
+        m = self.measurements if metric in TIMED_FIGURES else self.fresh
+        return largest_regret(m, self.confirmed, self.winner, metric)
+
+
+def _shared(values: pandas.Series, configs: pandas.Series) -> list[int]:
+    """The repeats or blocks that every configuration has."""
+    counts = configs.groupby(values).nunique()
+    shared: list[int] = counts.index[counts == configs.nunique()].tolist()
+    return shared
 
 
 def read(m: Measurements, folder: Path) -> SearchResults | None:
@@ -102,7 +177,7 @@ def read(m: Measurements, folder: Path) -> SearchResults | None:
     if about is None or proposed.empty:
         return None
     try:
-        search = parse(m.name, m.title, about["base"], about["tune"])
+        search = parse(m.name, m.title, {**_ABSENT, **about["base"]}, about["tune"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'grid.json'}: its search is not readable ({error})") from None
     newest = proposed.sort_values("started_at")["study"].iloc[-1]
@@ -110,8 +185,8 @@ def read(m: Measurements, folder: Path) -> SearchResults | None:
     rows = []
     for row in study.to_dict("records"):
         params = search.place(m.spec(row["config"]).model_copy(update={"seed": search.base.seed}))
-        figures = {name: None if pandas.isna(row[name]) else row[name] for name in METRICS}
-        score = search.score(row["status"], figures)
+        known = {name: None if pandas.isna(row[name]) else row[name] for name in METRICS}
+        score = search.score(row["status"], known)
         values = score.values if score else (None,) * len(search.objectives)
         rows.append(
             {

@@ -1,0 +1,206 @@
+"""Comparisons that are judged together: one family, in which a difference that does not exist is rare anywhere.
+
+The errors of comparisons with one baseline, over the same stories and blocks, are correlated. What a family needs
+follows from that correlation (the single-step min-P procedure; Westfall and Young 1993, Resampling-Based Multiple
+Testing, ch. 2): at which level each comparison is to be judged so that any of them exceeds its bound with probability
+`ALPHA` if no effect exists. The intervals at that level hold all at the same time, and say what the verdicts say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy
+import pandas
+from scipy import special
+
+from harness.analysis import stats
+
+_DRAWS = 10_000
+_LEVELS = numpy.logspace(0, -5, 26)
+_MOST_JOINT = 500
+"""Comparisons whose correlation is taken into account; more are judged as if they were independent, which is stricter
+(Šidák 1967, J. Am. Stat. Assoc. 62:626)."""
+_SOURCE = ["source", "unit"]
+NO_ERRORS = pandas.Series(
+    index=pandas.MultiIndex.from_arrays([[], [], []], names=["comparison", *_SOURCE]), dtype=float
+)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of comparisons on one figure, and what their errors have in common."""
+
+    table: pandas.DataFrame
+    """See `stats`; with a column `basis`."""
+    errors: pandas.Series
+    """By comparison and independent source of error (a trial in a block, a text, a seed): by how much the effect moves
+    with one standard deviation of it. Their squares add up to `se`². A comparison without any has errors of its own."""
+
+    def combined(self, mixtures: Sequence[Mapping[int, float]], first: int) -> Effects:
+        """With weighted sums of these effects, which are not exact, as further comparisons, numbered from `first`.
+
+        Args:
+            mixtures: of each, the weights by comparison.
+            first: number of the first.
+        """
+        if not mixtures:
+            return self
+        rows = [(first + i, c, weight) for i, mixture in enumerate(mixtures) for c, weight in mixture.items()]
+        of = pandas.DataFrame(rows, columns=["mixture", "comparison", "weight"])
+        parts = of.merge(self.table, left_on="comparison", right_index=True)
+        by = parts.groupby("mixture", sort=False)
+        table = by[["n", "df", "seeds", "seed_df", "basis", "pooled"]].agg(
+            {"n": "min", "df": "min", "seeds": "min", "seed_df": "min", "basis": "first", "pooled": "first"}
+        )
+        table["seed_share"] = by["seed_share"].max()
+        table["effect"] = (parts["effect"] * parts["weight"]).groupby(parts["mixture"]).sum()
+        known = self.errors.rename("error").reset_index().merge(of, on="comparison")
+        known["error"] *= known["weight"]
+        errors = known.groupby(["mixture", *_SOURCE])["error"].sum().rename_axis(["comparison", *_SOURCE])
+        own = (parts["se"] * parts["weight"]) ** 2
+        alone = own.where(~parts["comparison"].isin(self.errors.index.unique("comparison")), 0.0)
+        alone = alone.groupby(parts["mixture"]).sum().where(by["se"].count() == by["se"].size())
+        joint = (errors**2).groupby("comparison").sum().reindex(table.index, fill_value=0.0)
+        table["se"] = numpy.sqrt(joint + alone)
+        table = stats.with_intervals(table)
+        return Effects(pandas.concat([self.table, table]), pandas.concat([self.errors, errors]))
+
+
+class Family:
+    """What comparisons need that are judged together.
+
+    Args:
+        effects: all of them. Exact ones and those without an interval need nothing.
+    """
+
+    def __init__(self, effects: Effects) -> None:
+        self._tested = effects.table[(effects.table["se"] > 0) & effects.table["p"].notna()]
+        self._errors = effects.errors
+
+    def level(self, alpha: float = stats.ALPHA) -> float:
+        """The error rate of each comparison with which that of the family is `alpha`."""
+        count = len(self._tested)
+        if count <= 1:
+            return alpha
+        if count > _MOST_JOINT:
+            return -math.expm1(math.log1p(-alpha) / count)
+        return float(numpy.quantile(self._smallest, alpha, method="lower"))
+
+    def adjusted(self, p: pandas.Series) -> pandas.Series:
+        """P-values of comparisons as those of the family: how often any of its effects would seem so large."""
+        count = len(self._tested)
+        if count <= 1:
+            return p
+        if count > _MOST_JOINT:
+            return p.map(lambda each: -math.expm1(count * math.log1p(-min(each, 1 - 1e-16))), na_action="ignore")
+        smaller = numpy.searchsorted(self._smallest, p.to_numpy(float), side="right") / _DRAWS
+        # The sum over the comparisons bounds it (Bonferroni); draws say nothing of what is rarer than they are many.
+        bound = count * p
+        return pandas.Series(numpy.where(smaller > 0, smaller, bound), p.index).clip(upper=bound).where(p.notna())
+
+    @cached_property
+    def _smallest(self) -> Any:
+        """Draws of the smallest p-value of a family without effects, in order.
+
+        What is estimated once for all comparisons is drawn once: where it comes out too small, it does for all of them
+        together, which errors that are independent would not do.
+        """
+        generator = numpy.random.default_rng(0)
+        t = numpy.abs(self._errors_drawn(generator))
+        own, seeds, of_seeds = (self._tested[name].to_numpy(float) for name in ("df", "seed_df", "seed_share"))
+        pooled = self._tested["pooled"].to_numpy()
+        variance = (1 - of_seeds) * _scaled_chi_square(own, pooled == "all", generator)
+        with_seeds = of_seeds > 0
+        if with_seeds.any():
+            part = of_seeds * _scaled_chi_square(seeds, pooled == "seeds", generator)
+            variance = variance + part
+            t /= numpy.sqrt(variance)
+            fraction = (part / variance)[:, with_seeds]
+            p = numpy.ones(t.shape)
+            p[:, with_seeds] = _p_values(t[:, with_seeds], own[with_seeds], fraction, seeds[with_seeds])
+            p[:, ~with_seeds] = 2 * special.stdtr(own[~with_seeds], -t[:, ~with_seeds])
+        else:
+            p = 2 * special.stdtr(own, -t / numpy.sqrt(variance))
+        return numpy.sort(p.min(axis=1))
+
+    def _errors_drawn(self, generator: numpy.random.Generator) -> Any:
+        """Draws of the errors, each with variance 1."""
+        index = self._tested.index
+        known = self._errors[self._errors.index.isin(index, level="comparison")]
+        wide: Any = known.unstack(_SOURCE) if len(known) else pandas.DataFrame(index=index)
+        table = wide.reindex(index).fillna(0.0).to_numpy(float)
+        lengths = numpy.sqrt((table**2).sum(axis=1))
+        alone = numpy.eye(len(table))[:, lengths == 0]
+        joint = numpy.hstack([table / numpy.where(lengths > 0, lengths, 1.0)[:, None], alone])
+        if joint.shape[1] > len(joint):  # as many sources as comparisons will do
+            values, vectors = numpy.linalg.eigh(joint @ joint.T)
+            joint = vectors * numpy.sqrt(numpy.clip(values, 0.0, None))
+        return generator.standard_normal((_DRAWS, joint.shape[1])) @ joint.T
+
+
+def _p_values(t: Any, df: Any, seed_share: Any, seed_df: Any) -> Any:
+    """`stats.two_sided` of many draws: between levels, by the logarithm of the level."""
+    p = numpy.ones(t.shape)
+    lower = numpy.zeros(t.shape)
+    for level, before in zip(_LEVELS[1:], _LEVELS, strict=False):
+        upper = stats.quantile(1 - level / 2, df, seed_share, seed_df)
+        reached = t >= upper
+        inside = (t >= lower) & ~reached
+        fraction = (t[inside] - lower[inside]) / (upper[inside] - lower[inside])
+        p[inside] = before * (level / before) ** fraction
+        p[reached] = level
+        if not reached.any():
+            break
+        lower = upper
+    return p
+
+
+def _scaled_chi_square(df: Any, common: Any, generator: numpy.random.Generator) -> Any:
+    """Draws of χ² ÷ df by comparison; those with a common estimate and equal degrees of freedom have the same."""
+    drawn = numpy.ones((_DRAWS, len(df)))
+    for value in numpy.unique(df[numpy.isfinite(df) & (df > 0)]):
+        columns = df == value
+        for of, number in ((columns & common, 1), (columns & ~common, int((columns & ~common).sum()))):
+            if of.any():
+                drawn[:, of] = 2 * generator.standard_gamma(value / 2, (_DRAWS, number)) / value
+    return drawn
+
+
+def judge(
+    effects: Effects,
+    better: Literal["lower", "higher", None],
+    negligible: float,
+    floor: float | None = None,
+    alpha: float = stats.ALPHA,
+) -> pandas.DataFrame:
+    """The table of one family with `low` and `high` that hold for all of its rows at the same time, `p_family`,
+    `level` (the error rate of a row), and `verdict`.
+
+    An interval without 0 is a difference, and no other is: where the noise floor is wider than an interval, the
+    interval is as wide as the floor.
+
+    Args:
+        effects: one family.
+        better: which direction is better; null: neither, and the verdicts are `lower` and `higher`.
+        negligible: an interval within ± this value is `same`, unless it comes from one seed.
+        floor: effects up to this size are noise, whatever their interval; null: unknown.
+        alpha: error rate of the family.
+    """
+    table, family, noise = effects.table, Family(effects), floor or 0.0
+    level = family.level(alpha)
+    effect, exact = table["effect"], (table["basis"] == "exact").to_numpy()
+    half = numpy.maximum(stats.critical(table, level) * table["se"], noise)
+    low, high = (table[end].where(exact, effect + sign * half) for end, sign in (("low", -1), ("high", 1)))
+    p = family.adjusted(table["p"]).where(exact | (effect.abs() > noise) | table["p"].isna(), 1.0)
+    # One seed cannot say that others would agree.
+    several = ~(table["seeds"] == 1)
+    differs = ((low > 0) | (high < 0)) & (~exact | (effect != 0))
+    same = (low >= -negligible) & (high <= negligible) & several
+    up, down = {"higher": ("better", "worse"), "lower": ("worse", "better"), None: ("higher", "lower")}[better]
+    words = numpy.select([same, differs & (effect > 0), differs], ["same", up, down], "not distinguishable")
+    return table.assign(low=low, high=high, p_family=p, level=level, verdict=words)

@@ -1,0 +1,221 @@
+"""Each pair is judged once: what a page says of it in one place it says in all, and pairs that disagree say so."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from rows import keep
+
+from harness.analysis import comparison, loading, recommend, verdicts
+from harness.analysis.measurements import Estimate, Measurements
+from harness.grids.claims import Claim
+from harness.metrics import HEADLINE, METRICS
+from harness.report import document, tables
+from harness.report.document import Document
+from harness.results.store import Store
+from harness.spec import TrialSpec
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import verdicts as simulated
+
+Small = Callable[..., TrialSpec]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "lora_r=64": {"lora_r": 64},
+    "precision=bf16": {"precision": "bf16"},
+    "full": {"adapter": "none", "learning_rate": 1e-5},
+    "full in bf16": {"adapter": "none", "learning_rate": 1e-5, "precision": "bf16"},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+def measured(
+    small: Small, folder: Path, effects: dict[str, tuple[float, float, float]], *, noise: float = 0.002, seed: int = 0
+) -> Measurements:
+    """Three repeats of CONFIGS, the baseline twice, with effects on memory, speed (both factors) and loss."""
+    generator = numpy.random.default_rng(seed)
+    store = Store(folder)
+    of_story = generator.normal(3.0, 0.3, 12)
+    for repeat in range(3):
+        drift = generator.normal(0, 0.1)
+        for label, changes in CONFIGS.items():
+            memory, speed, loss = effects.get(label, (1.0, 1.0, 0.0))
+            stories = of_story + loss + generator.normal(0, noise, 12)
+            for twin in (False, True) if label == "baseline" else (False,):
+                keep(
+                    store, small(seed=repeat, **changes), f"{label} again" if twin else label, stories.tolist(),
+                    twin=twin, peak_memory_bytes=int(1000 * memory), eval_loss=float(stories.mean()),
+                    tokens_per_second=100 * speed * math.exp(drift + generator.normal(0, noise)),
+                    **({"factor": None} if twin else {}),
+                )  # fmt: skip
+    return loading.load(folder)
+
+
+def of_row(m: Measurements, table: str, name: str) -> list[Estimate | None]:
+    """Memory, speed and loss of a row of the lesson's tables."""
+    judgement = comparison.compare(m).judgement
+    return [judgement.contrast(metric, f"{table}: {name}") for metric in HEADLINE]
+
+
+def cells(m: Measurements, table: str, name: str) -> list[str]:
+    (of_id,) = [t for t in tables.all_tables(comparison.compare(m)) if t.id == table]
+    (row,) = [[cell.text for cell in row] for row in of_id.rows if row[0].text == name]
+    return row
+
+
+# ------------------------------------------------------------------------------------ several pairs
+
+
+def test_pairs_that_disagree_make_it_depend_and_have_no_average(small: Small, tmp_path: Path) -> None:
+    effects = {"full": (2.0, 0.8, 0.1), "precision=bf16": (0.5, 1.5, 0.0), "full in bf16": (1.5, 2.0, -0.1)}
+    m = measured(small, tmp_path, effects)
+    memory, speed, loss = of_row(m, "methods", "LoRA")
+    assert speed is not None
+    assert (speed.verdict, loss.verdict if loss else None) == ("depends", "depends")
+    shown = cells(m, "methods", "LoRA")
+    assert re.fullmatch(
+        r"depends: ×1\.25 \(.*\) faster \(precision=fp32\); ×0\.75 \(.*\) slower \(precision=bf16\)", shown[4]
+    )
+    assert "−0.100" in shown[6]
+    assert "moderate loss (precision=bf16)" in shown[6]
+    assert memory is not None
+    assert memory.verdict == "depends", "less in both, but not by the same"
+    claim = {"id": "c", "says": "so", "compare": {"adapter": ["none", "lora"]}, "free": ["learning_rate"],
+             "metric": "tokens_per_second"}  # fmt: skip
+    judged = verdicts.judge(comparison.compare(m, [Claim.model_validate(claim | {"expect": "ratio > 1"})]))[0]
+    assert judged.word == "depends"
+    assert judged.size.count("precision=") == 2
+    both = Claim.model_validate(claim | {"expect": "ratio > 0.5"})
+    assert verdicts.judge(comparison.compare(m, [both]))[0].word == "supported", "true of all its pairs"
+
+
+def test_pairs_that_agree_count_the_same_whatever_runs_twice(small: Small, tmp_path: Path) -> None:
+    """The baseline runs twice: the pair that it is in must not count twice."""
+    effects = {"precision=bf16": (0.5, 1.5, 0.0), "full": (1.0, 1.0, 0.02), "full in bf16": (0.5, 1.506, 0.024)}
+    m = measured(small, tmp_path, effects)
+    _, speed, loss = of_row(m, "methods", "16-bit precision")
+    assert speed is not None
+    assert loss is not None
+    assert speed.value == pytest.approx(math.sqrt(1.5 * 1.506), rel=0.003)
+    assert loss.value == pytest.approx(0.002, abs=0.0015)
+    assert ["adapter=lora" in member.context for member in speed.members] == [True, False]
+    assert "(mean of ×1.5" in cells(m, "methods", "16-bit precision")[4]
+
+
+def test_both_runs_of_the_baseline_are_shown_as_they_were(small: Small, tmp_path: Path) -> None:
+    m = measured(small, tmp_path, {}, noise=0.02)
+    rows = {row[0].text: row for row in tables.techniques(comparison.compare(m)).rows}
+    for label in ("baseline", "baseline again"):
+        mean = m.trials.loc[m.trials["label"] == label, "tokens_per_second"].mean()
+        assert rows[label][3].text == METRICS["tokens_per_second"].show(mean)
+    assert rows["baseline"][3].value != rows["baseline again"][3].value
+
+
+# ------------------------------------------------------------------------------------ one page
+
+
+def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
+    """Over random measurements: the same pair, the same interval and word everywhere; and both agree."""
+    generator = numpy.random.default_rng(5)
+    for number in range(3):
+        effects = {
+            label: (1.0, math.exp(generator.normal(0, 0.05)), generator.normal(0, 0.03)) for label in [*CONFIGS][1:]
+        }
+        folder = tmp_path / str(number)
+        m = measured(small, folder, effects, noise=0.04, seed=number)
+        report = document.document(m, folder)
+        techniques = {row[0].text: row for row in report.tables[0].rows}
+        of_table = {"checkpointing": cells(m, "methods", "Gradient checkpointing")}
+        for label, row in of_table.items():
+            assert [row[i] for i in (2, 4, 6)] == [techniques[label][i].text for i in (2, 4, 6)]
+        slower = next(v for v in report.verdicts if v.claim.id == "checkpointing-slower")
+        assert techniques["checkpointing"][4].text.startswith(slower.size)
+        for interval, word in intervals(report):
+            no_effect = interval[0] <= 0 <= interval[1]
+            assert no_effect == (word == "not distinguishable") or word.startswith("same"), (interval, word)
+
+
+def intervals(report: Document) -> list[tuple[tuple[float, float], str]]:
+    """Each interval of speed or loss in the tables, as logarithms of ratios and in nats, with its word."""
+    shown = []
+    number = r"[+−]?\d+\.\d+"
+    text = " | ".join(cell.text for table in report.tables for row in table.rows for cell in row)
+    for low, between, high, word in re.findall(rf"\(({number})(–| to )({number})\) ([a-z][^;(|]*)", text):
+        ends = [float(end.replace("−", "-")) for end in (low, high)]
+        if between == "–":
+            # Rounded to two digits, an end that is 1.00 may lie on either side.
+            ends = [math.log(end) if end != 1.0 else 0.0 for end in ends]
+        if 0.0 not in ends:
+            shown.append(((ends[0], ends[1]), word.strip()))
+    assert shown
+    return shown
+
+
+def test_whole_reports_of_nothing_rarely_claim_a_difference() -> None:
+    """`benchmarks/verdicts.py` is the long version: 1,000 reports."""
+    false = [simulated.null_report(seed) for seed in range(4)]
+    assert sum(map(bool, false)) <= 1
+    assert simulated.seen(100)[0], "a tenth of the speed is noticed"
+
+
+# ------------------------------------------------------------------------------------ claims
+
+
+@pytest.mark.parametrize(
+    ("loss", "expect", "word"),
+    [
+        (-0.0005, "difference < 0", "contradicted"),
+        (-0.1, "difference < 0", "supported"),
+        (-0.1, "difference > 0", "contradicted"),
+        (0.0, "difference = 0", "supported"),
+        (0.1, "difference = 0", "contradicted"),
+        (0.1, "difference between 0.05 and 0.15", "supported"),
+        (0.1, "difference >= 0.2", "contradicted"),
+    ],
+)
+def test_a_claim_of_an_effect_needs_more_than_a_negligible_one(
+    small: Small, tmp_path: Path, loss: float, expect: str, word: str
+) -> None:
+    m = measured(small, tmp_path, {"checkpointing": (1.0, 1.0, loss)}, noise=0.0005)
+    compare = {"gradient_checkpointing": [False, True]}
+    claim = {"id": "c", "says": "so", "compare": compare, "metric": "eval_loss", "expect": expect}
+    assert verdicts.judge(comparison.compare(m, [Claim.model_validate(claim)]))[0].word == word
+
+
+# ------------------------------------------------------------------------------------ recommendations
+
+
+def test_the_recommended_one_is_no_worse_than_the_best_by_more_than_the_stated_margin(
+    small: Small, tmp_path: Path
+) -> None:
+    """Truth: losses a little apart, measured with as much noise. The stated margin holds but for one in twenty."""
+    generator = numpy.random.default_rng(8)
+    held, runs = 0, 8
+    for number in range(runs):
+        truth = {label: generator.normal(0, 0.01) for label in CONFIGS}
+        effects = {label: (1.0, 1.0, loss) for label, loss in truth.items()}
+        m = measured(small, tmp_path / str(number), effects, noise=0.04, seed=100 + number)
+        best = recommend.recommend(m)
+        (sentence,) = [s for s in best.sentences if s.startswith("How sure")]
+        margin = float(re.findall(r"by more than (\S+) nats", sentence)[0])
+        held += truth[best.label] - min(truth.values()) <= margin
+    assert held >= runs - 1
+
+
+def test_not_knowing_is_not_being_equal(small: Small, tmp_path: Path) -> None:
+    """0.19 nats worse with an interval that holds no effect was once as good, and chosen for being smaller."""
+    effects = dict.fromkeys(CONFIGS, (1.0, 1.0, 0.15)) | {
+        "lora_r=64": (0.5, 1.0, 0.19),
+        "checkpointing": (0.9, 0.9, 0.0),
+    }
+    m = measured(small, tmp_path, effects, noise=0.3)
+    losses = m.trials.groupby("label")["eval_loss"].mean()
+    best = recommend.recommend(m)
+    assert best.label == losses.drop("baseline again").idxmin()
