@@ -39,12 +39,13 @@ check: $(INSTALLED) ## Lint, formatting, types, and the coverage that CI=1 make 
 report: $(INSTALLED) ## Write the report of results/techniques again
 	$(BIN)/harness report results/techniques
 
-bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (40 min)
+bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (1 h)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/peaks.py
 	$(BIN)/python benchmarks/neighbours.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python benchmarks/report_scale.py
 	$(BIN)/python benchmarks/tune_front.py
 	$(BIN)/python benchmarks/tune_cost.py

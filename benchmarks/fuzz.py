@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from harness import record
-from harness.analysis import verdicts
+from harness.analysis import comparison
 from harness.cli import app
 from harness.environment import current
 from harness.errors import InputError
@@ -836,7 +836,7 @@ def _a_part_of_the_lesson() -> contextlib.AbstractContextManager[Any]:
     whole = claims.lesson()
     part = whole.model_copy(update={"tables": whole.tables[:1], "claims": whole.claims[:4]})
     stack = contextlib.ExitStack()
-    for module in (report_tables, verdicts):
+    for module in (report_tables, comparison):
         stack.enter_context(mock.patch.object(module, "lesson", return_value=part))
     return stack
 

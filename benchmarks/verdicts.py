@@ -7,12 +7,17 @@ written as a report, and its page is read: a word for a difference in any cell, 
 or a sentence that names a fastest or best configuration, is false. Then one configuration is made 0.1 nats better and
 a tenth slower, and counted is how often its row says so.
 
+Last, configurations have losses a little apart, and one is chosen: by `harness recommend`, and by a search that takes
+its two best and the first one into fresh repeats. Counted is how often the truly best is better than the chosen one by
+no more than is stated.
+
     python benchmarks/verdicts.py [--reports 1000] [--processes 2]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime as dt
 import functools
 import math
@@ -20,24 +25,27 @@ import multiprocessing
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.analysis import loading
+from harness.analysis import loading, recommend
 from harness.environment import current
 from harness.grids.grid import Grid, load
+from harness.grids.search_file import parse
 from harness.metrics import FIGURES
 from harness.record import Job, Record, Step, StoryLoss
 from harness.report import document as documents
 from harness.report import writers
 from harness.results.schema import SCHEMAS, Table
 from harness.results.store import Store
+from harness.tuning.search_results import SearchResults
 
 ROOT = Path(__file__).parent.parent
 BETTER = "lora_r=64"
@@ -45,6 +53,16 @@ BETTER = "lora_r=64"
 BETTER_BY, SLOWER_BY = -0.1, 0.9
 MOST_FALSE = 0.05
 STORIES, BLOCKS, STEPS = 32, 3, 3
+APART = 0.02
+"""Standard deviation between the true losses of configurations of which one is chosen, in nats."""
+CHOICES = """
+name: choices
+base: {base_model: smollm2-135m-instruct, datasets: [{path: storyteller}], lora_r: 8}
+vary: {lora_r: [2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13]}
+repeats: 4
+"""
+_FIGURES = {"tokens_per_second": "speed", "eval_loss": "loss"}
+"""Each figure is a family of its own: the time of a step is none of these."""
 SPEED_WORDS, LOSS_WORDS = re.compile("slower|faster"), re.compile("better|loss")
 
 
@@ -81,9 +99,9 @@ class Template:
 
 
 @functools.cache
-def template() -> Template:
-    """Rows of the grid, made once in each process."""
-    grid: Grid = load(ROOT / "grids/techniques.yml")
+def template(file: Path = ROOT / "grids/techniques.yml") -> Template:
+    """Rows of a grid, made once in each process."""
+    grid: Grid = load(file)
     with tempfile.TemporaryDirectory() as name:
         store = Store(Path(name))
         for trial in grid.trials:
@@ -118,18 +136,40 @@ def _step(number: int, block: int | None, seconds: float) -> Step:
     )  # fmt: skip
 
 
-def fill(folder: Path, seed: int, spread: Spread, *, one_differs: bool) -> None:
-    """Write rows of one measurement of the grid."""
-    made, generator = template(), numpy.random.default_rng(seed)
+@functools.cache
+def choices() -> Template:
+    """Rows of a grid of twelve configurations, each under four seeds."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "choices.yml"
+        file.write_text(CHOICES)
+        return template(file)
+
+
+def one_differs(made: Template, *, differs: bool) -> tuple[Any, Any]:
+    """By row, factor on the speed and nats more of loss: those of `BETTER`, if it differs."""
+    rows = numpy.array([label == BETTER for label in made.trials["label"].to_pylist()]) & differs
+    return numpy.where(rows, SLOWER_BY, 1.0), BETTER_BY * rows
+
+
+def fill(folder: Path, seed: int, made: Template, speeds: Any, more_loss: Any, spread: Spread = Spread()) -> None:
+    """Write rows of one measurement of a grid.
+
+    Args:
+        folder: of the results.
+        seed: of what varies.
+        made: the grid's rows.
+        speeds: factor on the speed of each row.
+        more_loss: nats more in each row.
+        spread: how much varies.
+    """
+    generator = numpy.random.default_rng(seed)
     ids = made.trials["trial_id"].to_pylist()
     index = {trial: number for number, trial in enumerate(ids)}
     count, configs = len(ids), made.configs
-    differs = numpy.array([label == BETTER for label in made.trials["label"].to_pylist()]) & one_differs
-
     of_steps = numpy.array([index[trial] for trial in made.steps["trial_id"].to_pylist()])
     blocks = numpy.array([block or 0 for block in made.steps["block"].to_pylist()])
     slow = generator.normal(0, spread.drift, BLOCKS + 1) + generator.normal(0, spread.visit, (count, BLOCKS + 1))
-    slow -= numpy.log(SLOWER_BY) * differs[:, None]
+    slow -= numpy.log(speeds)[:, None]
     seconds = numpy.exp(slow[of_steps, blocks] + generator.normal(0, spread.step, len(blocks)))
 
     loadings = generator.normal(0, math.sqrt(0.5), configs.max() + 1)
@@ -142,7 +182,7 @@ def fill(folder: Path, seed: int, spread: Spread, *, one_differs: bool) -> None:
         + of_config[configs]
         + (generator.normal(0, spread.seed, made.repeats.max() + 1) + of_trial)[configs, made.repeats][:, None]
         + generator.normal(0, spread.left, (*of_trial.shape, STORIES))[configs, made.repeats]
-        + BETTER_BY * differs[:, None]
+        + more_loss[:, None]
     )
     of_stories = numpy.array([index[trial] for trial in made.stories["trial_id"].to_pylist()])
     number = numpy.array([int(story[1:]) for story in made.stories["story_id"].to_pylist()])
@@ -184,7 +224,7 @@ def false_differences(made: documents.Document, page: str) -> set[str]:
         holds = claim.expectation.same or claim.expectation.low <= no_effect <= claim.expectation.high
         wrong = verdict.word == "depends" or verdict.word == ("contradicted" if holds else "supported")
         if wrong:
-            false.add(FIGURES[claim.metric].group)
+            false.add(_FIGURES.get(claim.metric, claim.metric))
     false |= {"speed"} if any(line.startswith("Fastest") for line in made.summary) else set()
     return false | ({"loss"} if any(line.startswith("Lowest loss") for line in made.summary) else set())
 
@@ -192,19 +232,49 @@ def false_differences(made: documents.Document, page: str) -> set[str]:
 def null_report(seed: int) -> set[str]:
     """What a report of rows without any difference claims."""
     with tempfile.TemporaryDirectory() as name:
-        fill(Path(name), seed, Spread(), one_differs=False)
+        fill(Path(name), seed, template(), *one_differs(template(), differs=False))
         return false_differences(*report(Path(name)))
 
 
 def seen(seed: int) -> tuple[bool, bool]:
     """Whether a report notices the one configuration that is slower, and that has a lower loss."""
     with tempfile.TemporaryDirectory() as name:
-        fill(Path(name), seed, Spread(), one_differs=True)
+        fill(Path(name), seed, template(), *one_differs(template(), differs=True))
         comparison = report(Path(name))[0].comparison
     configs = comparison.measurements.configs
     config = int(configs.index[configs["label"] == BETTER][0])
     speed, loss = (comparison.of(metric, config) for metric in ("tokens_per_second", "eval_loss"))
     return speed is not None and speed.verdict == "worse", loss is not None and loss.verdict == "better"
+
+
+def regrets(seed: int) -> tuple[bool, bool]:
+    """Whether what `recommend` and what a search chooses is worse than the truly best by no more than is stated."""
+    made = choices()
+    truth = numpy.random.default_rng(seed).normal(0, APART, made.configs.max() + 1)
+    with tempfile.TemporaryDirectory() as name:
+        fill(Path(name), seed, made, numpy.ones(len(made.configs)), truth[made.configs])
+        m = loading.load(Path(name))
+    of_label = dict(zip(made.trials["label"].to_pylist(), truth[made.configs].tolist(), strict=True))
+    losses = {int(config): of_label[label] for config, label in m.configs["label"].items()}
+    first = m.trials[(m.trials["repeat"] == 0) & ~m.trials["twin"]].set_index("config")["eval_loss"].sort_values()
+    taken = recommend.recommend(m)
+    all_configs = pandas.DataFrame({"eval_loss": first})
+    margin = recommend.largest_regret(m, all_configs, taken.config, "eval_loss")
+    recommended = losses[taken.config] - min(losses.values()) <= margin
+
+    finalists = [*first.index[:2], m.baseline]
+    kept = m.trials[(m.trials["repeat"] == 0) | m.trials["stands_for"].isin(finalists)]
+    points = pandas.DataFrame({"eval_loss": first, "number": range(len(first)), "whole": True, "feasible": True,
+                               "before": False, "label": "", "status": "ok"})  # fmt: skip
+    search = parse(
+        "choices",
+        "",
+        {"base_model": "smollm2-135m-instruct", "datasets": [{"path": "storyteller"}]},
+        {"space": {"lora_r": [4, 8]}, "confirm": 3},
+    )
+    results = SearchResults(search, dataclasses.replace(m, trials=kept), points)
+    best_finalist = min(losses[int(config)] for config in results.confirmed.index)
+    return recommended, losses[results.winner] - best_finalist <= results.regret
 
 
 def main() -> int:
@@ -213,20 +283,36 @@ def main() -> int:
     parser.add_argument("--reports", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
+    failed, first = False, 0
     with multiprocessing.Pool(given.processes) as pool:
-        false = list(pool.imap_unordered(null_report, range(given.reports)))
-        noticed = list(pool.imap_unordered(seen, range(given.reports, given.reports + given.reports // 5)))
-    print(f"{given.reports:,} reports of rows without any difference")
-    failed = False
-    for group in ("speed", "loss"):
-        rate = sum(group in each for each in false) / len(false)
-        error = math.sqrt(rate * (1 - rate) / len(false))
-        failed |= rate > MOST_FALSE
-        print(f"  a false difference in {group}: {rate:.1%} ± {error:.1%} (at most {MOST_FALSE:.0%} is promised)")
-    for name, each in zip(_described(), zip(*noticed, strict=True), strict=True):
-        rate = sum(each) / len(noticed)
-        print(f"  power for {name}: {rate:.0%} ± {math.sqrt(rate * (1 - rate) / len(noticed)):.0%}")
+
+        def results(measure: Callable[[int], Any], count: int) -> list[Any]:
+            nonlocal first
+            seeds, first = range(first, first + count), first + count
+            return list(pool.imap_unordered(measure, seeds))
+
+        false = results(null_report, given.reports)
+        print(f"{given.reports:,} reports of rows without any difference")
+        for group in ("speed", "loss"):
+            rate, shown = _rate(group in each for each in false)
+            failed |= rate > MOST_FALSE
+            print(f"  a false difference in {group}: {shown} (at most {MOST_FALSE:.0%} is promised)", flush=True)
+        held = results(regrets, given.reports // 2)
+        for name, each in zip(("harness recommend", "a search"), zip(*held, strict=True), strict=True):
+            rate, shown = _rate(each)
+            failed |= rate < 1 - MOST_FALSE
+            print(f"  {name} chooses what is worse by no more than is stated: {shown} of {len(held)}", flush=True)
+        noticed = results(seen, given.reports // 5)
+        for name, each in zip(_described(), zip(*noticed, strict=True), strict=True):
+            print(f"  power for {name}: {_rate(each)[1]} of {len(noticed)}", flush=True)
     return int(failed)
+
+
+def _rate(outcomes: Iterable[bool]) -> tuple[float, str]:
+    """The rate of an outcome, and the same in words with its standard error."""
+    known = list(outcomes)
+    rate = sum(known) / len(known)
+    return rate, f"{rate:.1%} ± {math.sqrt(rate * (1 - rate) / len(known)):.1%}"
 
 
 def _described() -> Iterator[str]:

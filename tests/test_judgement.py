@@ -13,7 +13,7 @@ import numpy
 import pytest
 from rows import keep
 
-from harness.analysis import comparison, loading, recommend, verdicts
+from harness.analysis import comparison, loading, recommend, stats, verdicts
 from harness.analysis.measurements import Estimate, Measurements
 from harness.grids.claims import Claim
 from harness.metrics import HEADLINE, METRICS
@@ -163,6 +163,15 @@ def test_whole_reports_of_nothing_rarely_claim_a_difference() -> None:
     false = [simulated.null_report(seed) for seed in range(4)]
     assert sum(map(bool, false)) <= 1
     assert simulated.seen(100)[0], "a tenth of the speed is noticed"
+
+
+def test_the_pages_promise_what_the_benchmark_holds() -> None:
+    figures = (Path(__file__).parent.parent / "docs/figures.md").read_text()
+    assert simulated.MOST_FALSE == stats.ALPHA
+    assert re.search(
+        rf"is\s+claimed\s+in\s+at\s+most {100 * stats.ALPHA:g} % of\s+reports, for speed and for loss", figures
+    )
+    assert re.search(rf"worse by\s+no more than {METRICS['eval_loss'].negligible:g} nats, or 2 % of the speed", figures)
 
 
 # ------------------------------------------------------------------------------------ claims

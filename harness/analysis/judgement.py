@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -45,10 +46,11 @@ class Judgement:
         """By the name of the contrast."""
         metrics = dict.fromkeys((*HEADLINE, *(metric for _, names in contrasts.values() for metric in names)))
         self._families: dict[str, _Family] = {}
+        named = functools.cache(lambda pairs: contexts(measurements, pairs))  # the same for each metric
         for metric in metrics:
             alone = [[pair] for pair in _as_pairs(single)] if metric in HEADLINE else []
             several = [_as_pairs(pairs) for pairs, names in contrasts.values() if metric in names]
-            self._families[metric] = _Family(measurements, metric, [*alone, *several], alpha)
+            self._families[metric] = _Family(measurements, metric, [*alone, *several], alpha, named)
 
     def pair(self, metric: str, reference: int, config: int) -> Estimate | None:
         """The estimate of one pair; null where it was not measured, or is in no contrast."""
@@ -64,8 +66,16 @@ class Judgement:
 class _Family:
     """All comparisons of one figure."""
 
-    def __init__(self, m: Measurements, metric: str, contrasts: Iterable[Sequence[Pair]], alpha: float) -> None:
-        self._m, self._exact, self._negligible = m, FIGURES[metric].exact, FIGURES[metric].negligible
+    def __init__(
+        self,
+        m: Measurements,
+        metric: str,
+        contrasts: Iterable[Sequence[Pair]],
+        alpha: float,
+        contexts_of: Callable[[tuple[Pair, ...]], list[str]],
+    ) -> None:
+        self._contexts_of = contexts_of
+        self._exact, self._negligible = FIGURES[metric].exact, FIGURES[metric].negligible
         self._numbers: dict[Pair, int] = {}
         several = []
         for pairs in contrasts:
@@ -104,7 +114,7 @@ class _Family:
         if len(measured) < 2:
             return self._single(measured[0]) if measured else None
         members = [self._single(pair) for pair in measured]
-        named = tuple(map(Member, contexts(self._m, measured), members))
+        named = tuple(map(Member, self._contexts_of(tuple(measured)), members))
         estimate = self._exact_mean(members) if self._exact else self._estimates[self._means[tuple(measured)]]
         sides = {member.verdict for member in members}
         if {"better", "worse"} <= sides or {"lower", "higher"} <= sides or self._members_differ(measured, members):
@@ -142,7 +152,8 @@ def contexts(m: Measurements, pairs: Sequence[Pair]) -> list[str]:
     labels = [" → ".join(m.labels(pair)) for pair in pairs]
     if len(pairs) > _MOST_MEMBERS:
         return labels
-    sides = [m.keys_of(pair) for pair in pairs]
+    keys_of_all = m.keys_of([config for pair in pairs for config in pair])
+    sides = list(zip(keys_of_all[::2], keys_of_all[1::2], strict=True))
     shared = [{k: v for k, v in one.items() if other[k] == v} for one, other in sides]
     keys = [key for key in sides[0][0] if len({str(of.get(key)) for of in shared}) > 1]
     own = [", ".join(f"{key}={_shown(of[key])}" for key in keys if key in of) for of in shared]

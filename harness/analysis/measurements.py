@@ -185,6 +185,18 @@ class Measurements:
         rows = self.configs.loc[list(configs), list(SPEC_KEYS)].to_dict("records")
         return [{str(key): None if _null(value) else value for key, value in row.items()} for row in rows]
 
+    @property
+    def unselected(self) -> Measurements:
+        """Without the trials that a search chose its finalists by, where these were repeated under fresh seeds: the
+        best of many are better than they will be again.
+        """
+        of_search = self.trials["study"].notna() & (self.trials["repeat"] == 0)
+        repeated = self.trials.loc[self.trials["repeat"] > 0, "config"].unique()
+        chosen = of_search & self.trials["config"].isin(repeated) & (self.trials["config"] != self.baseline)
+        counts = self.trials.loc[chosen, "config"].value_counts().reindex(self.configs.index, fill_value=0)
+        configs = self.configs.assign(repeats=self.configs["repeats"] - counts)
+        return replace(self, trials=self.trials[~chosen], configs=configs) if chosen.any() else self
+
     def with_inference_results(self, trials: Iterable[int]) -> Measurements:
         """The same with the inference results of these trials only."""
         kept = set(trials)

@@ -129,16 +129,26 @@ def _negligible(metric: str) -> float:
     return math.log1p(negligible) if METRICS[metric].scale == "ratio" else negligible
 
 
-def largest_regret(m: Measurements, within: pandas.DataFrame, best: int, metric: str) -> float:
+def largest_regret(
+    m: Measurements, within: pandas.DataFrame, best: int, metric: str, candidates: int | None = None
+) -> float:
     """By how much the best of the configurations may be better than the chosen one at most, at 95 % over all of them.
 
     The chosen one is worse than each other by no more than this: the truly best is among them, whichever it is
-    (Bonferroni over the others; Hsu 1984, Ann. Statist. 12:1136, has the idea). On the scale of the effects.
+    (Bonferroni over what might have been chosen; Hsu 1984, Ann. Statist. 12:1136, has the idea). On the scale of the
+    effects.
+
+    Args:
+        m: the measurements.
+        within: the configurations, with the metric as a column.
+        best: the chosen one.
+        metric: by which it was chosen.
+        candidates: how many might have been chosen, where `within` are the best of more by the same texts; null: those.
     """
     others = [int(config) for config in within[metric].dropna().index if config != best]
     if not others:
         return 0.0
-    worse = _worse(m, others, best, metric, stats.ALPHA / len(others))
+    worse = _worse(m, others, best, metric, stats.ALPHA / max(len(others), (candidates or 1) - 1))
     half = worse["most"] - worse["estimate"]
     return max(0.0, float((half - worse["estimate"]).max())) if len(worse) == len(others) else math.inf
 

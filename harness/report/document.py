@@ -79,7 +79,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
         measurements: of one environment and one version of the grid.
         folder: where they were read from.
     """
-    comparison = compare(measurements)
+    comparison = compare(measurements.unselected)
     judged = tuple(verdicts.judge(comparison))
     search = tuning.summarize(measurements, folder)
     stories = tuple(inference_tables.stories(measurements))
@@ -313,9 +313,14 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
     ids = sorted({i for i in m.trials["baseline_id"] if isinstance(i, str)})
     kept = f"environment_id == {m.environment_id!r} and status == 'ok' and baseline_id in {ids}"
     trials, texts = (redact_home(str(folder / table)) for table in ("trials", "stories"))
+    unselected = (
+        "fresh = t.label.isin(t[t.repeat > 0].label) & (t.spec_id != t.baseline_id)\n"
+        "t = t[~(t.study.notna() & (t.repeat == 0) & fresh)]  # what the search chose its finalists by\n"
+    )
     prepare = (
         f"t = pandas.read_parquet({trials!r}).query({kept!r})\n"
-        'b = t[~t.twin].merge(t, left_on=["baseline_id", "repeat"], right_on=["spec_id", "repeat"], '
+        + unselected * bool(m.trials["study"].notna().any())
+        + 'b = t[~t.twin].merge(t, left_on=["baseline_id", "repeat"], right_on=["spec_id", "repeat"], '
         'suffixes=("", "_base"))\n'
     )
     highest = 'result = b.groupby("label").{0}.max() / b.groupby("label").{0}_base.max()'
@@ -336,6 +341,8 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
     codes = {"peak_memory_bytes": highest.format("peak_memory_bytes"), "tokens_per_second": visits}
     if not m.readings["visit"].any():  # rows from before there were visits
         codes["tokens_per_second"] = ratio.format("tokens_per_second")
+        if m.trials["study"].notna().any():  # whose trials were hours apart
+            del codes["tokens_per_second"]
     snippets = [
         Snippet(f"{METRICS[metric].heading} against the baseline", prepare + code, _example(comparison, metric))
         for metric, code in codes.items()

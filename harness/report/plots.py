@@ -226,7 +226,9 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, described: pandas.Data
         x=altair.X("value:Q", title=title, scale=x_scale, axis=x_axis),
         shape=altair.Shape("verdict:N", scale=shapes, title=None, legend=altair.Legend(orient="top")),
     )
-    return (line + bars + dots).properties(width=240)
+    # An axis of nothing but nulls has no extent.
+    layers = line + bars + dots if data["low"].notna().any() else line + dots
+    return layers.properties(width=240)
 
 
 def _ratio_ticks(data: pandas.DataFrame) -> list[float]:
@@ -355,7 +357,9 @@ def forgetting(comparison: Comparison) -> Chart | None:
     chart = (no_change + across + upright + points + names).properties(
         width=_WIDTH, height=360, title="Learnt and forgotten"
     )
-    caption = "Further left is learnt better, further up forgotten more; lines are 95 % intervals over the texts."
+    caption = (
+        "Further left is learnt better, further up forgotten more; lines are intervals that hold all at once at 95 %."
+    )
     return Chart("forgetting", "Learnt and forgotten", caption, chart)
 
 

@@ -218,7 +218,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "moved_bytes": float(sum(w.moved_bytes * w.calls for w in p.work)) if p else None,
                 "positions": p.positions if p else None,
                 "step_seconds": plan.step_seconds(p) if p else None,
-                "least_step_seconds": roofline_seconds(p.work, plan.rates) if p and plan.rates else None,
+                "step_seconds_at_rates": roofline_seconds(p.work, plan.rates) if p and plan.rates else None,
                 **{
                     f"fits {name}": fits(plan.peak(p), _capacity(plan, line, name), plan.margin) if p else None
                     for name in plan.capacities

@@ -153,10 +153,12 @@ class SearchResults:
 
     @cached_property
     def regret(self) -> float:
-        """See `recommend.largest_regret`, among the finalists; 0 without a second one."""
+        """See `recommend.largest_regret`, among the finalists; 0 without a second one. The held-out stories are those
+        that chose the finalists among all.
+        """
         metric = self.search.objectives[0].metric
         m = self.measurements if metric in TIMED_FIGURES else self.fresh
-        return largest_regret(m, self.confirmed, self.winner, metric)
+        return largest_regret(m, self.confirmed, self.winner, metric, candidates=len(self.ranked))
 
 
 def _shared(values: pandas.Series, configs: pandas.Series) -> list[int]:
