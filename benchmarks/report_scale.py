@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from harness.environment import current
 from harness.record import Job, Record
-from harness.results.schema import SCHEMAS, Table, trial_row
+from harness.results.schema import SCHEMAS, Table, absent_value, trial_row
 from harness.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,9 @@ def fill(folder: Path, rows: int) -> None:
 
 def _keep(folder: Path, table: Table, columns: dict[str, object]) -> None:
     schema = SCHEMAS[table]
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    count = len(columns["trial_id"])  # type: ignore[arg-type]  # any sequence
+    missing = {field.name: [absent_value(table, field.name)] * count for field in schema}  # as in rows of before
+    arrays = [pa.array((missing | columns)[field.name], field.type) for field in schema]
     (folder / table).mkdir(parents=True)
     pq.write_table(pa.table(arrays, schema=schema), folder / table / "all-synthetic.parquet")
 
