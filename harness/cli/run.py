@@ -11,6 +11,7 @@ import typer
 from harness._util.terminal import plain
 from harness.cli import beforehand, options
 from harness.cli.console import out
+from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import predict_trials
 from harness.errors import InputError
@@ -121,6 +122,7 @@ def run(
     from harness.grids.grid import MAX_TRIALS, labels_like, load
     from harness.launch.local import LocalLauncher
     from harness.results.store import Store
+    from harness.runner import grid_run
 
     given = {"base_model": model, "memory_budget": memory, "device": device}
     overrides = {key: value for key, value in given.items() if value is not None}
@@ -158,13 +160,13 @@ def run(
         _print_trials(loaded, store, planned, statuses)
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
+    inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code)
     store.set_aside()
 
     from harness.analysis import comparison, loading, sequential
     from harness.cli.progress import display
     from harness.predict.prediction import NO_PREDICTIONS
     from harness.report import writers
-    from harness.runner import grid_run
     from harness.runner.execution import Policy
 
     policy = Policy(timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible)

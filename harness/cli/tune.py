@@ -12,6 +12,7 @@ import typer
 from harness._util.terminal import plain
 from harness.cli import options
 from harness.cli.console import out
+from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import device_rates
 from harness.errors import InputError
@@ -96,6 +97,7 @@ def tune(
     bases = [search.base.model_copy(update={"num_processes": n}) for n in sorted(search.processes)]
     base = Grid(search.name, search.title, "list", tuple(Trial(spec, "tune", None, None) for spec in bases))
     preflight.preflight(base, remote=where.remote)
+    inspect_trials(base.trials, trust_remote_code)
     for folder in source or []:
         if not (folder / "trials").is_dir():
             raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")

@@ -2,7 +2,7 @@
 
 worker (entry point of a process), trial (its phases in order), processes and distributed (several processes), step (the
 training step), order (which examples a step has), schedule (of a timing visit), waiting (for a processor), model,
-checkpoints, saved_adapters, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops,
+checkpoints, saved_adapters, batches, evaluation; inspection (before a run); memory with live_tensors and out_of_memory, clock, card_watch, flops,
 half_matmul.
 """
 
@@ -12,6 +12,7 @@ __all__ = [
     "distributed",
     "evaluation",
     "half_matmul",
+    "inspection",
     "live_tensors",
     "memory",
     "model",
