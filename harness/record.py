@@ -45,6 +45,8 @@ class Step(Row):
     """Wall time, including the tracker's overhead in tracked steps."""
     loss: float
     """Nats per supervised token before this step's update."""
+    auxiliary_loss: float | None = None
+    """Of the model's own, at its weight, which is added to the loss; null where it has none."""
     grad_norm: float | None
     """Before clipping; null where the loss scaler skipped a fp16 step."""
     learning_rate: float

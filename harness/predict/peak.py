@@ -247,9 +247,9 @@ def _fake_batch(batch: Batch) -> Batch:
 
 
 def _without_update(trainer: Trainer) -> Any:
-    def update(loss: float) -> StepResult:
+    def update(loss: float, auxiliary_loss: float | None = None) -> StepResult:
         trainer.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, None, 0.0)
+        return StepResult(loss, auxiliary_loss, None, 0.0)
 
     return update
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from harness.spec import TrialSpec
 from harness.training import distributed
 from harness.training.batches import IGNORED, Example, collate
+from harness.training.loss import summed_cross_entropy
 from harness.training.model import autocast
 
 
@@ -42,12 +42,11 @@ def _batch_losses(
     labels = batch.inputs.pop("labels")
     with autocast(spec, device):
         logits = model(**batch.inputs).logits
-    # Position t predicts token t + 1. One story at a time keeps the fp32 copy of the logits small.
+    # One story at a time keeps the fp32 copy of the logits small.
     losses = []
-    for example, row, target in zip(group, logits[:, :-1], labels[:, 1:], strict=True):
-        supervised = target != IGNORED
-        loss = F.cross_entropy(row[supervised].float(), target[supervised], reduction="sum")
-        tokens = int(supervised.sum())
+    for example, row, target in zip(group, logits, labels, strict=True):
+        tokens = int((target != IGNORED).sum())
+        loss = summed_cross_entropy(row[None], target[None])
         losses.append((example.story_id, float(loss) / tokens, tokens))
     return losses
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 
 from harness.record import Phase
 from harness.spec import TrialSpec
-from harness.training import distributed
+from harness.training import distributed, loss
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
@@ -28,6 +30,8 @@ class StepResult:
 
     loss: float
     """Nats per supervised token of the effective batch, before the update."""
+    auxiliary_loss: float | None
+    """Of the model's own, at its weight, which is added to it; null where it has none."""
     grad_norm: float | None
     """Before clipping; null where the loss scaler skipped the update."""
     learning_rate: float
@@ -70,32 +74,50 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of one effective batch, or this rank's slice of them.
 
-        The loss is the sum over all supervised tokens divided by their number, so that the
-        micro-batching changes nothing but memory and time.
+        What is minimised is the cross entropy of all supervised tokens divided by their number, and the mean by tokens
+        of a model's auxiliary loss, so that the micro-batching changes nothing but memory and time.
 
         Raises:
             Diverged: loss or gradient is not finite.
         """
-        own = sum(batch.supervised_tokens for batch in batches)
-        supervised = distributed.all_reduce_sum(torch.tensor(own, device=self.device))
+        counts = [(batch.supervised_tokens, batch.tokens) for batch in batches]
+        own = torch.tensor([sum(column) for column in zip(*counts, strict=True)], device=self.device)
+        supervised, tokens = distributed.all_reduce_sum(own)
         losses = []
         for batch in batches:
             with distributed.gradient_sync(self.model, last=batch is batches[-1]):
                 self.on_phase("forward")
-                with autocast(self.spec, self.device):
-                    loss = self.model(**batch.inputs, num_items_in_batch=supervised).loss
+                terms = self._terms(batch, supervised, tokens)
+                total = functools.reduce(operator.add, terms)
                 self.on_phase("backward")
                 # DDP and FSDP average gradients over ranks; the loss is a sum.
-                summed = loss * distributed.world_size() if distributed.world_size() > 1 else loss
+                summed = total * distributed.world_size() if distributed.world_size() > 1 else total
                 (summed if self.scaler is None else self.scaler.scale(summed)).backward()
-                losses.append(loss.detach())
-                del loss, summed  # frees the graph now, not when the next micro-batch's loss replaces it
-        total = self._read(distributed.all_reduce_sum(torch.stack(losses).sum()))
-        if not math.isfinite(total):
+                losses.append([term.detach() for term in terms])
+                del terms, total, summed  # frees the graph now, not when the next micro-batch's loss replaces it
+        values = [
+            self._read(distributed.all_reduce_sum(torch.stack(column).sum())) for column in zip(*losses, strict=True)
+        ]
+        if not math.isfinite(sum(values)):
             self.on_phase("forward")  # where it arose
-            raise Diverged(f"loss is {total}")
+            raise Diverged(f"loss is {sum(values)}")
         self.on_phase("optimizer")
-        return self.update(total)
+        return self.update(*values)
+
+    def _terms(self, batch: Batch, supervised: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """A micro-batch's part of the loss, and of the auxiliary loss where the model has one.
+
+        Args:
+            batch: the micro-batch.
+            supervised: supervised tokens of the effective batch.
+            tokens: its non-padding tokens.
+        """
+        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
+        with autocast(self.spec, self.device), loss.auxiliary_by_example(self._module):
+            outputs = self.model(**inputs)
+            terms = [loss.summed_cross_entropy(outputs.logits, batch.inputs["labels"]) / supervised]
+            auxiliary = loss.auxiliary(self._module, outputs)
+        return terms if auxiliary is None else [*terms, auxiliary * batch.tokens / tokens]
 
     def tracked_step(self, batches: Sequence[Batch], tracker: LiveTensors) -> StepResult:
         """A step under the tracker, with the component of each storage.
@@ -130,7 +152,7 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
 
-    def update(self, loss: float) -> StepResult:
+    def update(self, loss: float, auxiliary_loss: float | None = None) -> StepResult:
         """Clip the gradients, step the optimizer, and free the gradients.
 
         Raises:
@@ -154,7 +176,7 @@ class Trainer:
             self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, rate)
+        return StepResult(loss, auxiliary_loss, norm, rate)
 
 
 def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
