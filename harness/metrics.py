@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 MIB = 2**20
 GIB = 2**30
@@ -131,6 +131,10 @@ def _seconds(name: str, label: str, definition: str) -> Metric:
 
 def _count(name: str, label: str, definition: str) -> Metric:
     return Metric(name, label, "int", "", None, "size", definition, show_count, exact=True)
+
+
+def _fraction(name: str, label: str, group: Literal["speed", "size"], definition: str, **more: Any) -> Metric:
+    return Metric(name, label, "float", "", None, group, definition, show_share, **more)
 
 
 def _nats(name: str, label: str, definition: str) -> Metric:
@@ -271,15 +275,11 @@ _TABLE = (
         show_rate,
         across_processes="sum",
     ),
-    Metric(
+    _fraction(
         "card_clock_share",
         "card clock",
-        "float",
-        "",
-        None,
         "speed",
         "Median clock of the card's multiprocessors over the timed steps, divided by their highest.",
-        show_share,
     ),
     Metric(
         "card_temperature",
@@ -292,15 +292,11 @@ _TABLE = (
         show_count,
         across_processes="highest",
     ),
-    Metric(
+    _fraction(
         "throttled_share",
         "time throttled",
-        "float",
-        "",
-        None,
         "speed",
         "Share of the timed steps' looks at the card (five a second) that found its clock held down by heat or power.",
-        show_share,
         across_processes="highest",
     ),
     _nats(
@@ -326,6 +322,12 @@ _TABLE = (
     Metric("eval_perplexity", "eval perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
     _count("trainable_parameters", "trainable parameters", "Parameters that the optimizer changes."),
     _count("total_parameters", "total parameters", "Parameters of base and adapters, as if unquantised."),
+    _fraction(
+        "weights_in_format",
+        "linear weights in format",
+        "size",
+        "Weights of the base's linear layers and experts that are in the format of `precision`, as a part of all.",
+    ),
     _bytes("adapter_bytes", "adapter", "Bytes of the adapter's weights as they are saved."),
     Metric(
         "adapter_share",

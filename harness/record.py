@@ -224,6 +224,10 @@ class Record(Job):
     """Losses of held-out stories and general passages."""
     adapter_id: str | None = None
     """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
+    attention_kernel: str | None = None
+    """Attention kernel that the model used."""
+    base_formats: dict[str, float] | None = None
+    """Part of the base weights' bytes in each format: a quantiser skips layers."""
     attempt: Annotated[int, Facts(absent=1)] = 1
     """From 1. The workers of earlier attempts were lost."""
     node: str | None = None

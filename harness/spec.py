@@ -219,8 +219,8 @@ class TrialSpec(_Frozen):
     """Quantise the scales of nf4 and fp4 too."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where available."""
     memory_budget: Annotated[int | None, _NO_MEMORY] = None

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import _meta_registrations
 
 from harness.environment import DeviceType
 from harness.metrics import MIB
@@ -29,7 +31,8 @@ _PAGED_ABOVE = 100_000
 def emulate_device(device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
     """Within, a step on the CPU holds what it would hold on the device."""
     if device_type == "cpu":
-        yield
+        with _grouped_products_of_any_type():
+            yield
         return
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
@@ -37,8 +40,20 @@ def emulate_device(device_type: DeviceType, optimizer: torch.optim.Optimizer, tr
     # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, and autocast treats
     # layer norms differently. Not needed once fake tensors of the device `cuda` work without a CUDA build of torch.
     functions = mock.patch.multiple(torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm)
-    with functions, _paged_state_uncounted(optimizer, tracker):
+    with functions, _paged_state_uncounted(optimizer, tracker), _grouped_products_of_any_type():
         yield
+
+
+def _grouped_products_of_any_type() -> AbstractContextManager[Any]:
+    """Within, products with a group of experts have shapes in every type, as they have values.
+
+    Patches torch (2.13), whose shapes of them are for bf16 alone; a CPU multiplies them in any type.
+    """
+
+    def shape(mat_a: Any, mat_b: Any, offs: Any = None, out_dtype: Any = None, **others: Any) -> Any:
+        return _meta_registrations._create_grouped_mm_output_tensor(mat_a, mat_b, offs, out_dtype)
+
+    return mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", shape)
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import HEADLINE, METRICS
+from harness.metrics import HEADLINE, METRICS, show_share
 from harness.report import inference_tables, plots, tables, tuning
 from harness.results.store import Store
 
@@ -259,11 +260,26 @@ def _caveats(comparison: Comparison) -> list[str]:
             f"The GPU was throttled by heat or power for over {_THROTTLED:.0%} of the time in {len(throttled)} "
             f"trials ({_names(throttled)}): their speeds may be too low."
         )
+    lines += _format_caveats(m)
     if m.environment["half_matmul"] == "fp32-blocks":
         lines.append("This CPU has no 16-bit matrix products; they are computed in blocks of fp32, at fp32 speed.")
     if len(m.configs) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(m.configs):,} configurations are shown; the CSV has them all.")
     return lines
+
+
+_MOSTLY_IN_FORMAT = 0.9
+"""Trials with less of their linear weights in the format of their precision are named."""
+
+
+def _format_caveats(m: Measurements) -> list[str]:
+    """Where a quantiser skipped layers: the label says more than was done."""
+    partly = m.trials[m.trials["weights_in_format"] < _MOSTLY_IN_FORMAT].drop_duplicates("label")
+    return [
+        f"{row.label}: {show_share(row.weights_in_format)} of the linear weights are in {row.precision}; of the bytes "
+        f"of the base {', '.join(f'{show_share(part)} {name}' for name, part in json.loads(row.base_formats).items())}."
+        for row in partly.sort_values("label").itertuples()
+    ]
 
 
 def _timing_caveats(m: Measurements) -> list[str]:

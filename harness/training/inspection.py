@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from harness.errors import InputError
+from harness.metrics import show_share
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, model
+from harness.training import batches, checkpoints, formats, model
 
 _DATA_KEYS = (
     "base_model",
@@ -76,13 +76,22 @@ def _look_at_data(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
     return []
 
 
+_MOSTLY = 0.9
+"""A label holds for at least this fraction of the linear weights, or a warning says for how much."""
+
+
 def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
-    network: Any
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except Exception:  # a model's own code may need values; the trial itself shows whether it runs
         return []
-    del network
-    return []
+    name = model.format_of_linear_weights(spec)
+    fraction = formats.fraction_in(network, name)
+    if fraction is None or fraction >= _MOSTLY:
+        return []
+    return [
+        f"precision {name} holds for {show_share(fraction)} of the linear weights of {spec.base_model}: the others, "
+        "such as experts, are of no kind that its quantiser takes, and stay as they are"
+    ]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from harness._util.messages import first_line, one_line
+from harness.errors import InputError
 from harness.sources import models
 from harness.spec import QUANTISED, TrialSpec
 from harness.training.checkpoints import checkpoint_folder
@@ -50,7 +52,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     """The base model of a spec at its precision.
 
     Raises:
-        InputError: the model is not available.
+        InputError: the model is not available, or its weights are stored in another format than the spec's.
         OSError: its files are not safetensors, or are damaged.
     """
     from transformers import AutoModelForCausalLM
@@ -60,16 +62,17 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     torch.backends.cudnn.allow_tf32 = spec.tf32
+    stored = _stored_format(spec, _config(spec, trust_remote_code))
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(spec.base_model),
         dtype=_WEIGHTS[spec.precision],
         device_map={"": str(device)},
-        attn_implementation=spec.attention,
+        attn_implementation=_attention(spec),
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
-        **_quantisation(spec),
+        **({} if stored else _quantisation(spec)),
     )
-    _disable_inference_layout(model)
+    _set_up_4bit(model, spec)
     return model
 
 
@@ -79,43 +82,117 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     The weights of quantised layers have their unquantised shapes.
 
     Raises:
-        InputError: the model's config is not available.
+        InputError: the model's config is not available, or no such model can be trained as the spec says.
         NotImplementedError: peft needs the weights' values to attach such adapters.
     """
     from transformers import AutoModelForCausalLM
 
+    config = _config(spec, trust_remote_code)
+    stored = _stored_format(spec, config)
     if spec.use_dora and spec.precision in QUANTISED:
         raise NotImplementedError(f"DoRA over {spec.precision} weights starts from their norms, which need values")
-    config = _config(spec.base_model, trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=_WEIGHTS[spec.precision],
-            attn_implementation=spec.attention,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=_WEIGHTS[spec.precision],
+                attn_implementation=_attention(spec),
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise _refused(spec, error) from None
+    _keep_fp32(model, _WEIGHTS[spec.precision])
     if spec.precision in QUANTISED:
         # Internal functions of transformers (5.23), whose `from_pretrained` quantises only while it loads weights. A
         # public way to replace the layers of a model on `meta` would let them go.
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.base import HfQuantizer
 
         quantisation = _quantisation(spec)["quantization_config"]
-        model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantisation)
+        skipped = HfQuantizer.get_modules_to_not_convert(
+            model, stored.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
+        )
+        model = replace_with_bnb_linear(model, skipped, quantisation)
         # peft (0.21) reads these attributes of the model.
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantisation.load_in_8bit, quantisation.load_in_4bit
     return _prepared(model, spec)
 
 
-def _config(base_model: str, trust_remote_code: bool) -> Any:
+def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    source = models.resolve(base_model)
-    if source.kind == "random":
-        return AutoConfig.for_model(**models.random_config(source.name))
+    source = models.resolve(spec.base_model)
     if source.kind == "bundled":
         return AutoConfig.for_model(**models.ARCHITECTURES[models.BUNDLED_SHAPE])
-    return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
+    try:
+        if source.kind == "random":
+            return AutoConfig.for_model(**models.random_config(source.name))
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise _refused(spec, error) from None
+
+
+def _refused(spec: TrialSpec, error: Exception) -> InputError:
+    """What transformers says of a config that it cannot make a causal language model of."""
+    text = first_line(error)
+    if "trust_remote_code" in str(error):
+        text = "it has code of its own; give --trust-remote-code to run it"
+    elif "attention" in text or isinstance(error, ImportError):
+        text = f"attention {spec.attention} is not to be had ({text}); use attention: auto"
+    elif "Unrecognized configuration class" in text:
+        text = f"{text.split('<')[-1].split('>')[0]} is not of a causal language model; give one that generates text"
+    return InputError(one_line(f"base_model {spec.base_model}: {text}"))
+
+
+def _attention(spec: TrialSpec) -> str | None:
+    """What transformers is asked for: null where it shall choose, sdpa where the model has it, else eager."""
+    return None if spec.attention == "auto" else spec.attention
+
+
+def _stored_format(spec: TrialSpec, config: Any) -> dict[str, Any]:
+    """How the checkpoint says that its weights are quantised already; empty where they are not.
+
+    Raises:
+        InputError: they are in another format than the spec's.
+    """
+    given = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if given is None:
+        return {}
+    stored: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    double = False
+    if stored.get("load_in_4bit"):
+        name, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
+    elif stored.get("load_in_8bit"):
+        name = "int8"
+    else:
+        bits = stored.get("bits") or stored.get("w_bit")
+        how = f"{stored.get('quant_method', 'an unknown format')}{f', {bits} bit' if bits else ''}"
+        raise InputError(
+            f"the weights of base_model {spec.base_model} are quantised already ({how}), which is none of the formats "
+            f"of precision ({', '.join(_WEIGHTS)}); give the checkpoint that it was made from"
+        )
+    if (spec.precision, spec.double_quantization) != (name, double):
+        asked = spec.precision + " with double_quantization" * spec.double_quantization
+        own = name + " with double_quantization: true" * double
+        raise InputError(
+            f"precision {asked}: the weights of base_model {spec.base_model} are quantised already; use their own, "
+            f"precision: {own}, or give the checkpoint that it was made from"
+        )
+    return stored
+
+
+def _keep_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Make the weights fp32 that transformers keeps so when it loads a checkpoint in 16 bit."""
+    # Undocumented parts of transformers (5.23): its plan of types, by patterns of names, and how it matches them.
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation([*plan])
+    for name, parameter in model.named_parameters():
+        if pattern.search(name):
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _prepared(model: Any, spec: TrialSpec) -> Any:
@@ -147,15 +224,17 @@ def _quantisation(spec: TrialSpec) -> dict[str, Any]:
     }
 
 
-def _disable_inference_layout(model: Any) -> None:
-    """Keep 4-bit weights in the layout that has gradients.
+def _set_up_4bit(model: Any, spec: TrialSpec) -> None:
+    """Keep 4-bit weights in the layout that has gradients, and compute in the type of `precision`.
 
     On a CPU with bf16 instructions, bitsandbytes (0.50) converts a layer's weights in its first evaluation, for good,
-    to a layout whose product has no gradient. The patch can go once it converts them back for training.
+    to a layout whose product has no gradient. The patch can go once it converts them back for training. A checkpoint
+    that is stored in 4 bit brings a type to compute in, whatever the spec says.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = _COMPUTE[spec.precision]
 
 
 def _with_adapters(model: Any, spec: TrialSpec) -> Any:
@@ -189,6 +268,11 @@ def weights_format(spec: TrialSpec) -> str:
     return spec.precision
 
 
+def format_of_linear_weights(spec: TrialSpec) -> str:
+    """Format that the base's linear weights are in where none was skipped: `precision`, without its arithmetic."""
+    return "fp32" if spec.precision.endswith("-mixed") else spec.precision
+
+
 def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
     """Type of autocast; null: none, for fp32 and for full fine-tuning in 16 bit."""
     if spec.adapter == "none" and spec.precision in ("bf16", "fp16"):
@@ -215,8 +299,8 @@ def adapters(model: Any, spec: TrialSpec) -> list[torch.nn.Parameter]:
 def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
     """`trainable_parameters`, `total_parameters`, `adapter_bytes` and `adapter_share`, as metrics."""
     if spec.adapter == "none":
-        count = model.num_parameters()
-        return {"trainable_parameters": count, "total_parameters": count}
+        trained = sum(p.numel() for p in trainable(model))
+        return {"trainable_parameters": trained, "total_parameters": model.num_parameters()}
     from peft import get_peft_model_state_dict
 
     trained, total = model.get_nb_trainable_parameters()

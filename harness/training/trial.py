@@ -24,7 +24,17 @@ from harness.errors import is_disk_full
 from harness.metrics import SCORES
 from harness.record import DISK_FULL, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
 from harness.sources import models
-from harness.training import batches, checkpoints, distributed, evaluation, loss_before, model, order, saved_adapters
+from harness.training import (
+    batches,
+    checkpoints,
+    distributed,
+    evaluation,
+    formats,
+    loss_before,
+    model,
+    order,
+    saved_adapters,
+)
 from harness.training.card_watch import CardWatch
 from harness.training.clock import DeviceClock
 from harness.training.memory import MemoryMeter
@@ -94,6 +104,8 @@ class _Trial:
         self.general: Sequence[batches.Example] = ()
         self.evaluation_peaks: dict[str, int] = {}
         self.adapter_id: str | None = None
+        self.attention_kernel: str | None = None
+        self.base_formats: dict[str, float] | None = None
         self.disturbed = False
         self.pretrained = models.resolve(self.spec.base_model).pretrained
 
@@ -127,6 +139,8 @@ class _Trial:
             "steps": tuple(self.steps),
             "stories": tuple(self.stories),
             "adapter_id": self.adapter_id,
+            "attention_kernel": self.attention_kernel,
+            "base_formats": self.base_formats,
             "disturbed": self.disturbed,
         }
 
@@ -170,7 +184,10 @@ class _Trial:
             "load_seconds": time.perf_counter() - started,
             "peak_load_bytes": meter.peak(),
             **model.sizes(network, self.spec),
+            "weights_in_format": formats.fraction_in(network, model.format_of_linear_weights(self.spec)),
         }
+        self.attention_kernel = network.config._attn_implementation
+        self.base_formats = formats.byte_fractions(network)
         return network
 
     # -------------------------------------------------------------------------------- evaluate

@@ -1,0 +1,50 @@
+"""The formats that a model's weights are held in: quantisers skip layers, whatever a label says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+
+
+def byte_fractions(network: Any) -> dict[str, float]:
+    """The part of the base weights' bytes in each format, largest first. Adapters do not count; tied weights once."""
+    sizes: Counter[str] = Counter()
+    for _, parameter, name, _ in _weights(network):
+        sizes[name] += parameter.numel() * parameter.element_size()
+    total = sizes.total()
+    return {name: size / total for name, size in sizes.most_common()}
+
+
+def fraction_in(network: Any, name: str) -> float | None:
+    """The part of the linear weights that is in a format, by count: matrices and stacks of them (experts), but for
+    embeddings and the head, which no quantiser changes. Null where there is none.
+    """
+    head = network.get_output_embeddings()
+    counts: Counter[bool] = Counter()
+    for module, parameter, own, count in _weights(network):
+        if parameter.dim() >= 2 and not isinstance(module, torch.nn.Embedding) and module is not head:
+            counts[own == name] += count
+    return counts[True] / counts.total() if counts else None
+
+
+def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
+    """Each base weight once: its module, itself, its format, and how many numbers it stands for."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    seen = set()
+    for path, module in network.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if "lora_" in path or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            quantised = key == "weight" and isinstance(module, Linear4bit | Linear8bitLt)
+            count = module.in_features * module.out_features if quantised else parameter.numel()
+            name = module.weight.quant_type if isinstance(module, Linear4bit) and quantised else None
+            if isinstance(module, Linear8bitLt) and quantised:
+                name = "int8"
+            yield module, parameter, name or _NAMES.get(parameter.dtype, str(parameter.dtype)), count
