@@ -365,7 +365,8 @@ class TrialSpec(_Frozen):
             for name, value in self.model_dump(mode="json").items()
             if FACTS[name].measured and value != FACTS[name].absent
         }
-        # An omitted key equals the value that it stands for.
+        # An omitted key equals the value that it stands for; sdpa where a model has none is refused.
+        values["attention"] = {"auto": "sdpa"}.get(self.attention, self.attention)
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0

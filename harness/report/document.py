@@ -275,11 +275,14 @@ _MOSTLY_IN_FORMAT = 0.9
 def _format_caveats(m: Measurements) -> list[str]:
     """Where a quantiser skipped layers: the label says more than was done."""
     partly = m.trials[m.trials["weights_in_format"] < _MOSTLY_IN_FORMAT].drop_duplicates("label")
-    return [
-        f"{row.label}: {show_share(row.weights_in_format)} of the linear weights are in the format of its precision; "
-        f"of the bytes of the base {', '.join(f'{show_share(part)} {name}' for name, part in json.loads(row.base_formats).items())}."
-        for row in partly.sort_values("label").itertuples()
-    ]
+    lines = []
+    for row in partly.sort_values("label").itertuples():
+        of_bytes = ", ".join(f"{name} {show_share(part)}" for name, part in json.loads(row.base_formats).items())
+        lines.append(
+            f"{row.label}: {show_share(row.weights_in_format)} of the linear weights are in the format of its "
+            f"precision; the bytes of the base are {of_bytes}."
+        )
+    return lines
 
 
 def _timing_caveats(m: Measurements) -> list[str]:
