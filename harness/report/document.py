@@ -276,10 +276,10 @@ def _format_caveats(m: Measurements) -> list[str]:
     """Where a quantiser skipped layers: the label says more than was done."""
     partly = m.trials[m.trials["weights_in_format"] < _MOSTLY_IN_FORMAT].drop_duplicates("label")
     lines = []
-    for row in partly.sort_values("label").itertuples():
-        of_bytes = ", ".join(f"{name} {show_share(part)}" for name, part in json.loads(row.base_formats).items())
+    for _, row in partly.sort_values("label").iterrows():
+        of_bytes = ", ".join(f"{name} {show_share(part)}" for name, part in json.loads(row["base_formats"]).items())
         lines.append(
-            f"{row.label}: {show_share(row.weights_in_format)} of the linear weights are in the format of its "
+            f"{row['label']}: {show_share(row['weights_in_format'])} of the linear weights are in the format of its "
             f"precision; the bytes of the base are {of_bytes}."
         )
     return lines

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def byte_fractions(network: Any) -> dict[str, float]:
@@ -34,17 +34,19 @@ def fraction_in(network: Any, name: str) -> float | None:
 
 def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
     """Each base weight once: its module, itself, its format, and how many numbers it stands for."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
     seen = set()
     for path, module in network.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if "lora_" in path or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            quantised = key == "weight" and isinstance(module, Linear4bit | Linear8bitLt)
-            count = module.in_features * module.out_features if quantised else parameter.numel()
-            name = module.weight.quant_type if isinstance(module, Linear4bit) and quantised else None
-            if isinstance(module, Linear8bitLt) and quantised:
-                name = "int8"
-            yield module, parameter, name or _NAMES.get(parameter.dtype, str(parameter.dtype)), count
+            if "lora_" not in path and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module, parameter, *_format(module, key, parameter)
+
+
+def _format(module: Any, key: str, parameter: torch.Tensor) -> tuple[str, int]:
+    """Format of a module's parameter, and how many numbers it stands for."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    if key == "weight" and isinstance(module, Linear4bit | Linear8bitLt):
+        name = module.weight.quant_type if isinstance(module, Linear4bit) else "int8"
+        return name, module.in_features * module.out_features
+    return _NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.numel()

@@ -88,7 +88,8 @@ def _by_example(of_batch: Callable[..., Any]) -> Callable[..., Any]:
 
     def mean(*positional: Any, **named: Any) -> Any:
         arguments = signature.bind(*positional, **named).arguments
-        gates, mask = arguments.get("gate_logits"), arguments.get("attention_mask")
+        gates: Any = arguments.get("gate_logits")
+        mask = arguments.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or not _is_flat(gates, mask):
             return of_batch(**arguments)
         of_examples = zip(*(gate.view(*mask.shape, -1) for gate in gates), strict=True)
