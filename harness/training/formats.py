@@ -44,9 +44,8 @@ def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
 
 def _format(module: Any, key: str, parameter: torch.Tensor) -> tuple[str, int]:
     """Format of a module's parameter, and how many numbers it stands for."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     if key == "weight" and isinstance(module, Linear4bit | Linear8bitLt):
-        name = module.weight.quant_type if isinstance(module, Linear4bit) else "int8"
-        return name, module.in_features * module.out_features
+        return getattr(parameter, "quant_type", "int8"), module.in_features * module.out_features
     return _NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.numel()
