@@ -61,7 +61,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     warnings: dict[str, None] = {}
     for label, spec in trials:
         try:
-            for keys, look in ((_DATA_KEYS, _look_at_data), (_MODEL_KEYS, _look_at_model)):
+            for keys, look in ((_MODEL_KEYS, _look_at_model), (_DATA_KEYS, _look_at_data)):
                 key = json.dumps(spec.model_dump(mode="json", include={*keys}), sort_keys=True)
                 if key not in looked_at:
                     looked_at.add(key)

@@ -1,0 +1,218 @@
+"""Models of many kinds: one loss however a batch is cut, predictions, attention, and weights in the format of a label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from harness.environment import current
+from harness.errors import InputError
+from harness.predict import peak
+from harness.record import Job, Record
+from harness.spec import TrialSpec
+from harness.training import inspection, loss, trial
+
+MakeSpec = Callable[..., TrialSpec]
+
+
+@pytest.fixture
+def spec(small: MakeSpec, tmp_path: Path) -> MakeSpec:
+    """Makes a spec of a tiny model folder, of which `config` are further keys."""
+
+    def make(architecture: str, config: dict[str, Any] | None = None, **overrides: Any) -> TrialSpec:
+        folder = tiny_model(tmp_path / architecture, architecture, config=config)
+        return small(base_model=folder, sequence_length=320, **overrides)
+
+    return make
+
+
+def run(spec: TrialSpec) -> Record:
+    """A trial that ended well."""
+    record = trial.run(
+        Job(grid="test", spec=spec, label="test"), environment=current("cpu"), trust_remote_code=True
+    )  # fmt: skip
+    assert record.status == "ok", record.error
+    return record
+
+
+# ------------------------------------------------------------------------------------ one loss
+
+AUXILIARY = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("llama", None), ("qwen3_moe", AUXILIARY), ("mixtral", AUXILIARY), ("own_code", None)]
+)
+def test_what_is_minimised_does_not_depend_on_how_a_batch_is_cut(
+    spec: MakeSpec, architecture: str, config: dict[str, Any] | None
+) -> None:
+    cuts = [(4, 1), (2, 2), (1, 4)]
+    records = [
+        run(spec(architecture, config, micro_batch_size=size, gradient_accumulation_steps=times, learning_rate=1e-2))
+        for size, times in cuts
+    ]
+    for whole, *others in zip(*(record.steps for record in records), strict=True):
+        for other in others:
+            assert other.loss == pytest.approx(whole.loss, rel=1e-5)
+            assert other.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)
+            assert other.auxiliary_loss == (
+                None if config is None else pytest.approx(whole.auxiliary_loss, rel=1e-5)
+            )  # fmt: skip
+    for record in records:
+        assert record.metrics["eval_loss"] == pytest.approx(records[0].metrics["eval_loss"], rel=1e-5)
+
+
+def test_an_auxiliary_loss_counts_at_the_models_own_weight(spec: MakeSpec) -> None:
+    """For one example at a time it is what the model itself adds to its loss."""
+    folder = spec("mixtral", AUXILIARY).base_model
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(5, 69)[None]
+    own = network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    without = network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, output_router_logits=False)
+
+    with loss.auxiliary_by_example(network):
+        outputs = network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert float(loss.auxiliary(network, outputs)) == pytest.approx(float(own.loss - without.loss), rel=1e-4)
+    assert float(loss.summed_cross_entropy(outputs.logits, ids)) / 63 == pytest.approx(float(without.loss), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------ predictions
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("llama", "bf16"),
+        ("qwen2", "fp32"),
+        ("qwen3_moe", "fp32"),
+        ("mixtral", "bf16"),
+        ("gpt_oss", "nf4"),
+        ("gemma2", "bf16"),
+        ("gpt2", "int8"),
+        ("gptj", "fp32"),
+        ("gpt_neox", "bf16"),
+        ("bloom", "fp32"),
+        ("phi3", "bf16"),
+        ("own_code", "fp32"),
+    ],
+)
+def test_predicted_peaks_of_other_architectures_are_the_measured_ones(
+    spec: MakeSpec, architecture: str, precision: str
+) -> None:
+    small = spec(architecture, precision=precision, train_samples=8, val_set_size=1.0)
+    predicted = peak.predict(small, "cpu", trust_remote_code=True).peak_memory_bytes
+    assert predicted == pytest.approx(run(small).metrics["peak_memory_bytes"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def test_attention_is_what_the_model_has_and_is_recorded(spec: MakeSpec) -> None:
+    assert run(spec("llama")).attention_kernel == "sdpa"
+    assert run(spec("gemma2")).attention_kernel == "eager"
+    with pytest.raises(InputError, match=r"^x: .*attention sdpa .*use attention: auto$"):
+        inspection.inspect([("x", spec("gemma2", attention="sdpa"))])
+
+
+def test_auto_is_the_same_trial_as_the_kernel_that_it_stands_for(small: MakeSpec) -> None:
+    assert small().id == small(attention="sdpa").id != small(attention="eager").id
+
+
+# ------------------------------------------------------------------------------------ formats
+
+
+def quantised(spec: TrialSpec, tmp_path: Path, **how: Any) -> TrialSpec:
+    """The spec with its model stored in bitsandbytes' format."""
+    network = AutoModelForCausalLM.from_pretrained(
+        spec.base_model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**how)
+    )
+    folder = tmp_path / "quantised"
+    network.save_pretrained(folder)
+    for file in Path(spec.base_model).glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return spec.model_copy(update={"base_model": str(folder)})
+
+
+def test_a_checkpoint_in_4_bit_is_trained_in_its_own_format_alone(spec: MakeSpec, tmp_path: Path) -> None:
+    stored = quantised(
+        spec("llama", precision="nf4"),
+        tmp_path,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    record = run(stored)
+    assert record.metrics["weights_in_format"] == 1
+    assert record.base_formats is not None
+    assert set(record.base_formats) == {"nf4", "bf16"}
+    predicted = peak.predict(stored, "cpu").peak_memory_bytes
+    assert predicted == pytest.approx(record.metrics["peak_memory_bytes"], rel=1e-3)
+    for precision in ("fp32", "bf16", "int8", "fp4"):
+        with pytest.raises(InputError, match=r"quantised already; use their own, precision: nf4"):
+            inspection.inspect([("x", stored.model_copy(update={"precision": precision}))])
+    with pytest.raises(InputError, match=r"precision nf4 with double_quantization"):
+        inspection.inspect([("x", stored.model_copy(update={"double_quantization": True}))])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "mxfp4"},
+    ],
+    ids=lambda stored: stored["quant_method"],
+)
+def test_a_checkpoint_in_a_format_without_a_name_is_refused(spec: MakeSpec, stored: dict[str, Any]) -> None:
+    asked = spec("llama", precision="nf4")
+    file = Path(asked.base_model) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(InputError, match=rf"quantised already \({stored['quant_method']}.*give the checkpoint"):
+        inspection.inspect([("x", asked)])
+
+
+def test_layers_that_a_quantiser_skips_are_told_apart(spec: MakeSpec) -> None:
+    asked = spec("qwen3_moe", precision="nf4", micro_batch_size=1)
+    record = run(asked)
+    assert record.metrics["weights_in_format"] < 0.5
+    assert record.base_formats is not None
+    assert record.base_formats["bf16"] > record.base_formats["nf4"] > 0
+    assert sum(record.base_formats.values()) == pytest.approx(1)
+    (warning,) = inspection.inspect([("x", asked)]).warnings
+    assert "precision nf4 holds for" in warning
+    assert not inspection.inspect([("x", spec("llama", precision="nf4"))]).warnings
+
+
+# ------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "t5"}, "not of a causal language model"),
+        ({"model_type": "no_such_architecture"}, "model type"),
+    ],
+    ids=["no language model", "unknown"],
+)
+def test_what_is_no_language_model_is_refused(spec: MakeSpec, config: dict[str, Any], expected: str) -> None:
+    asked = spec("llama")
+    (Path(asked.base_model) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=expected):
+        inspection.inspect([("x", asked)])
+
+
+def test_code_of_a_model_runs_only_where_it_may(spec: MakeSpec) -> None:
+    asked = spec("llama")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (Path(asked.base_model) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        inspection.inspect([("x", asked)])
