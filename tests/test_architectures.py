@@ -1,4 +1,4 @@
-"""Models of many kinds: one loss however a batch is cut, predictions, attention, and weights in the format of a label."""
+"""Models of many kinds: one loss however a batch is cut, predictions, attention, formats of weights."""
 
 from __future__ import annotations
 
