@@ -2,8 +2,8 @@
 
 worker (entry point of a process), trial (its phases in order), processes and distributed (several processes), step (the
 training step), order (which examples a step has), schedule (of a timing visit), waiting (for a processor), model,
-checkpoints, saved_adapters, batches, evaluation; inspection (before a run); memory with live_tensors and out_of_memory, clock, card_watch, flops,
-half_matmul.
+checkpoints, saved_adapters, prompts, batches, evaluation; inspection (before a run) and limits (of a model); memory
+with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [
@@ -13,10 +13,12 @@ __all__ = [
     "evaluation",
     "half_matmul",
     "inspection",
+    "limits",
     "live_tensors",
     "memory",
     "model",
     "order",
+    "prompts",
     "saved_adapters",
     "step",
     "trial",

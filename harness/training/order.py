@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from harness.errors import InputError
 from harness.spec import TrialSpec
 from harness.training.batches import Example
 
@@ -30,6 +31,25 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
     if len(steps) > 1:
         steps[1] = _widest_last(steps[1], spec)
     return steps
+
+
+def check_rates(spec: TrialSpec, examples: int) -> None:
+    """Check that some optimizer step of a spec has a learning rate: warm-up begins at 0.
+
+    Args:
+        spec: what to train.
+        examples: the distinct ones.
+
+    Raises:
+        InputError: there is one step, and it is the warm-up's first.
+    """
+    samples = spec.samples(examples)
+    if samples <= spec.effective_batch_size and spec.warmup_ratio and spec.lr_scheduler != "constant":
+        raise InputError(
+            f"warmup_ratio {spec.warmup_ratio:g} with one optimizer step ({samples} examples in effective batches of "
+            f"{spec.effective_batch_size}): its learning rate is 0; use warmup_ratio: 0, or train_samples: "
+            f"{spec.effective_batch_size + 1} or more"
+        )
 
 
 def training_order(examples: Sequence[Example], samples: int, size: int, seed: int) -> list[Example]:

@@ -24,7 +24,17 @@ from harness.errors import is_disk_full
 from harness.metrics import SCORES
 from harness.record import DISK_FULL, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
 from harness.sources import models
-from harness.training import batches, checkpoints, distributed, evaluation, loss_before, model, order, saved_adapters
+from harness.training import (
+    batches,
+    checkpoints,
+    distributed,
+    evaluation,
+    limits,
+    loss_before,
+    model,
+    order,
+    saved_adapters,
+)
 from harness.training.card_watch import CardWatch
 from harness.training.clock import DeviceClock
 from harness.training.memory import MemoryMeter
@@ -91,7 +101,6 @@ class _Trial:
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
         self.stories: list[StoryLoss] = []
-        self.general: Sequence[batches.Example] = ()
         self.evaluation_peaks: dict[str, int] = {}
         self.adapter_id: str | None = None
         self.disturbed = False
@@ -134,18 +143,16 @@ class _Trial:
         _seed(self.spec.seed)
         self._enter("load")
         tokenizer = checkpoints.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
-        self.pad_id = checkpoints.pad_id(tokenizer)
         stories = batches.load(self.spec, tokenizer)
-        self.metrics |= {
-            "truncated_examples": stories.truncated,
-            "dropped_examples": stories.dropped,
-            "short_stories": stories.short,
-        }
+        self.metrics |= stories.metrics
+        order.check_rates(self.spec, len(stories.train))
         network = self._load(meter)
+        model_limits = limits.of_model(network)
+        limits.check(self.spec, limits.of_texts(stories, tokenizer), model_limits)
+        self.pad_id = checkpoints.pad_id(tokenizer, model_limits.embeddings)
         if self.visit is not None:
             self._time(network, stories, meter, self.visit)
             return
-        self.general = batches.general(tokenizer) if self.spec.measure_forgetting and self.pretrained else []
         self._evaluate(network, stories, meter, "before")
         self._train(network, stories, meter)
         self._evaluate(network, stories, meter, "after")
@@ -179,7 +186,7 @@ class _Trial:
         self, network: Any, stories: batches.Data, meter: MemoryMeter, when: Literal["before", "after"]
     ) -> None:
         loss = self._mean_loss(network, stories.held_out, meter, when, "held-out")
-        general = self._mean_loss(network, self.general, meter, when, "general")
+        general = self._mean_loss(network, stories.general, meter, when, "general")
         if when == "before":
             self.metrics |= {"eval_loss_before": loss, "general_loss_before": general}
             return
