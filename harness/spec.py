@@ -71,6 +71,9 @@ Scheduler = Literal[
     "inverse_sqrt",
 ]
 
+_POLYNOMIAL_END = 1e-7
+"""Last learning rate of `polynomial` in transformers."""
+
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*$", re.IGNORECASE)
 
 
@@ -333,6 +336,11 @@ class TrialSpec(_Frozen):
             raise ValueError(
                 f"lora_bias {self.lora_bias} with precision fp16: the loss scaler cannot unscale gradients of fp16 "
                 "biases; use lora_bias: none, or precision: fp16-mixed or bf16"
+            )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+            raise ValueError(
+                f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "
+                "use a higher one, or lr_scheduler: linear"
             )
         if self.sharding != "none":
             self._refuse_sharding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,21 +35,27 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
 
 
 def check_rates(spec: TrialSpec, examples: int) -> None:
-    """Check that some optimizer step of a spec has a learning rate: warm-up begins at 0.
+    """Check that the schedule of a spec has learning rates: warm-up begins at 0.
 
     Args:
         spec: what to train.
         examples: the distinct ones.
 
     Raises:
-        InputError: there is one step, and it is the warm-up's first.
+        InputError: there is one step, and it is the warm-up's first; or `polynomial` has no step left after warm-up.
     """
     samples = spec.samples(examples)
-    if samples <= spec.effective_batch_size and spec.warmup_ratio and spec.lr_scheduler != "constant":
+    steps = math.ceil(samples / spec.effective_batch_size)
+    if not spec.warmup_ratio or spec.lr_scheduler == "constant":
+        return
+    given = f"warmup_ratio {spec.warmup_ratio:g} of {steps} optimizer step{'s' * (steps > 1)}"
+    if spec.lr_scheduler == "polynomial" and math.ceil(spec.warmup_ratio * steps) == steps:
+        most = math.floor(100 * (steps - 1) / steps) / 100
+        raise InputError(f"{given} leaves none to lr_scheduler polynomial; use warmup_ratio: {most:g} at most")
+    if steps == 1:
         raise InputError(
-            f"warmup_ratio {spec.warmup_ratio:g} with one optimizer step ({samples} examples in effective batches of "
-            f"{spec.effective_batch_size}): its learning rate is 0; use warmup_ratio: 0, or train_samples: "
-            f"{spec.effective_batch_size + 1} or more"
+            f"{given} ({samples} examples in effective batches of {spec.effective_batch_size}): its learning rate is "
+            f"0; use warmup_ratio: 0, or train_samples: {spec.effective_batch_size + 1} or more"
         )
 
 
