@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +43,14 @@ class Texts:
 def of_model(network: Any) -> Limits:
     """The limits of a model, with or without adapters, on any device."""
     try:
-        table = network.get_input_embeddings().weight
+        embeddings = network.get_input_embeddings()
+        rows = embeddings.weight.shape[0]
     except (AttributeError, NotImplementedError):  # a model's own code need not show them
         return Limits(None, None, None)
     made_for = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    positions = None if made_for is None else _positions(network, table, made_for)
-    return Limits(table.shape[0], positions, made_for)
+    if made_for is None or made_for < 1:
+        return Limits(rows, None, None)
+    return Limits(rows, _positions(network, embeddings, made_for), made_for)
 
 
 def of_texts(data: Data, tokenizer: Any) -> Texts:
@@ -105,26 +106,24 @@ def check_generation(network: Any, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
-def _positions(network: Any, embeddings: torch.Tensor, made_for: int) -> int | None:
+def _positions(network: torch.nn.Module, embeddings: torch.nn.Module, made_for: int) -> int | None:
     """Rows of the model's table of positions; null where it has none.
 
-    It is a second embedding as long as the config says, or a buffer of that length that is named after positions.
+    It is a second embedding as long as the config says, or a buffer of that length that is named after positions. Only
+    the part of the model that embeds tokens is looked at: one that sees images has positions of its own.
     """
+    text_model = next(m for m in network.modules() if any(child is embeddings for child in m.children()))
     lengths = [
         # Where padding has a row, as in RoBERTa, positions begin after it.
         made_for if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
-        for module in network.modules()
+        for module in text_model.modules()
         if isinstance(module, torch.nn.Embedding)
-        and module.weight is not embeddings
+        and module.weight is not embeddings.weight
         and made_for <= module.num_embeddings <= made_for + _OFFSET
     ]
     lengths += [
         made_for
-        for name, table in network.named_buffers()
-        if _is_position_table(name.rpartition(".")[2], table.shape, made_for)
+        for name, table in text_model.named_buffers()
+        if "pos" in name.rpartition(".")[2] and table.dim() == 2 and table.shape[0] == made_for
     ]
     return min(lengths, default=None)
-
-
-def _is_position_table(name: str, shape: Sequence[int], made_for: int) -> bool:
-    return "pos" in name and len(shape) == 2 and shape[0] == made_for
