@@ -527,7 +527,7 @@ def fuzz_datasets(count: int, seed: int, keep: Path) -> Tally:
             file.write_bytes(content)
             began = time.process_time()
             try:
-                read = stories.read(DatasetSpec(path=str(file)))
+                read = stories.read(DatasetSpec(path=str(file))).stories
                 for story in read:
                     "".join((story.id, story.instruction, story.completion, story.system or "")).encode()
                 tally.ends["read" if read else "read as nothing"] += 1

@@ -344,15 +344,16 @@ _TABLE = (
     _count("timed_steps", "timed steps", "Optimizer steps behind the speeds."),
     _count("timed_visits", "timed visits", "Timing visits behind the speeds."),
     _count("disturbed_steps", "disturbed steps", "Timed steps during which the machine worked for others."),
+    _count("training_stories", "training stories", "Stories that there were to train on."),
     _count("trained_tokens", "trained tokens", "Non-padding tokens trained on."),
     _count("truncated_examples", "truncated examples", "Training and held-out examples cut to the sequence length."),
-    _count("dropped_examples", "dropped examples", "Examples too long, or without a completion token after the cut."),
+    _count("truncated_held_out", "truncated held-out examples", "Those of them that are held out."),
     _count(
-        "short_stories",
-        "short stories",
-        "Stories passed over when choosing the held-out ones: fewer than min_completion_tokens completion tokens "
-        "within eval_sequence_length, or too long where excess_length is drop. They are trained on like any other.",
+        "dropped_examples", "dropped examples", "Training examples too long, or without a completion token once cut."
     ),
+    _count("held_out_copies", "copies of held-out stories", "Rows of a held-out story beyond the first: left out."),
+    _count("skipped_rows", "empty rows", "Rows without text that skip_empty_rows passed over."),
+    _count("folded_prompts", "folded prompts", "Prompts with the system text in the user's turn, for want of its own."),
     _count(
         "short_stories",
         "short stories",

@@ -71,6 +71,9 @@ Scheduler = Literal[
     "inverse_sqrt",
 ]
 
+_POLYNOMIAL_END = 1e-7
+"""Last learning rate of `polynomial` in transformers."""
+
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*$", re.IGNORECASE)
 
 
@@ -206,6 +209,8 @@ class TrialSpec(_Frozen):
     """The same for held-out stories; null: `sequence_length`. Fix it where sequence lengths are compared."""
     excess_length: Literal["truncate", "drop", "raise"] = "truncate"
     """What happens to a longer example; the count is recorded."""
+    skip_empty_rows: Annotated[StrictBool, Facts(absent=False)] = False
+    """Pass over rows without an instruction or a completion, and count them; false: such a row is refused."""
     train_on_inputs: Annotated[StrictBool, _TRAINING] = False
     """Take the loss on the prompt too."""
     val_set_size: Annotated[float, Field(strict=True, ge=0)] = 32
@@ -327,6 +332,16 @@ class TrialSpec(_Frozen):
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
             raise ValueError(f"lora_bias {self.lora_bias} with precision {self.precision}: use lora_bias: none")
+        if self.precision == "fp16" and self.adapter == "lora" and self.lora_bias != "none":
+            raise ValueError(
+                f"lora_bias {self.lora_bias} with precision fp16: the loss scaler cannot unscale gradients of fp16 "
+                "biases; use lora_bias: none, or precision: fp16-mixed or bf16"
+            )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+            raise ValueError(
+                f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "
+                "use a higher one, or lr_scheduler: linear"
+            )
         if self.sharding != "none":
             self._refuse_sharding()
 
@@ -336,10 +351,10 @@ class TrialSpec(_Frozen):
             raise ValueError(f"{given} num_processes 1: there are no processes to shard over; use sharding: none")
         if self.precision in QUANTISED:
             raise ValueError(f"{given} precision {self.precision}: quantised weights are not sharded; use bf16")
-        if self.lora_bias != "none" and self.adapter == "lora" and self.precision in {"bf16", "fp16"}:
+        if self.lora_bias != "none" and self.adapter == "lora" and self.precision == "bf16":
             raise ValueError(
-                f"{given} lora_bias {self.lora_bias} and precision {self.precision}: trained weights of several "
-                f"formats are not sharded; use lora_bias: none, or precision: {self.precision}-mixed"
+                f"{given} lora_bias {self.lora_bias} and precision bf16: trained weights of several formats are not "
+                "sharded; use lora_bias: none, or precision: bf16-mixed"
             )
         if self.optimizer not in SHARDED_OPTIMIZERS:
             raise ValueError(f"{given} optimizer {self.optimizer}: use one of {', '.join(sorted(SHARDED_OPTIMIZERS))}")

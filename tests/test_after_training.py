@@ -289,7 +289,7 @@ def test_three_models_are_measured(results: Path, inference: InferenceRecord) ->
         assert answers == pytest.approx(known.to_dict(), abs=1e-4)
     generated = [a for a in inference.answers if a.story is not None]
     assert [a.model for a in generated] == ["base", "merged"]
-    assert generated[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+    assert generated[0].synopsis in {s.instruction for s in stories.read(DatasetSpec(path="storyteller")).stories}
 
 
 def test_a_quantised_model_is_counted_with_its_scales_and_merged_in_16_bit(results: Path) -> None:
@@ -407,7 +407,7 @@ def test_stories_are_shown_as_they_come(results: Path) -> None:
     warm = story("merged")
     assert warm != merged
     generate(["merged"], synopsis=None, temperature=1.5)
-    assert pieces[0][1] in {s.instruction for s in stories.read(DatasetSpec(path="storyteller"))}
+    assert pieces[0][1] in {s.instruction for s in stories.read(DatasetSpec(path="storyteller")).stories}
 
 
 def test_side_by_side_in_a_terminal() -> None:

@@ -15,7 +15,8 @@ from harness.errors import InputError
 from harness.sources import stories
 from harness.sources.stories import Story
 from harness.spec import DatasetSpec, PromptSpec, TrialSpec
-from harness.training import batches, checkpoints, order
+from harness.training import batches, checkpoints, order, prompts
+from harness.training.prompts import Prompt
 
 Small = Callable[..., TrialSpec]
 CPU = torch.device("cpu")
@@ -52,8 +53,8 @@ def test_loss_is_taken_on_the_story_and_its_end_alone(small: Small, tokenizer: A
 
 
 def test_bundled_texts() -> None:
-    whole = {s.instruction: s.completion for s in stories.read(DatasetSpec(path="storyteller"))}
-    openings = stories.read(DatasetSpec(path="storyteller-openings"))
+    whole = {s.instruction: s.completion for s in stories.read(DatasetSpec(path="storyteller")).stories}
+    openings = stories.read(DatasetSpec(path="storyteller-openings")).stories
     assert (len(whole), len(openings)) == (240, 60)
     assert all(whole[s.instruction].startswith(s.completion) for s in openings)
     passages = stories.general()
@@ -216,12 +217,11 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
     lesson = PromptSpec(
         system_prompt="Tell.", format="<|user|>\n {instruction} </s>", no_input_format="<|user|> {instruction} </s>"
     )
-    assert batches.render_prompt(story(lesson, system="Tell."), tokenizer) == ("Tell.\n<|user|> a dog </s>", True)
-    with_input = batches.render_prompt(story(lesson, input="brown"), tokenizer)
-    assert with_input == ("<|user|>\n a dog </s>", True)
+    assert prompts.render(story(lesson, system="Tell."), tokenizer).text == "Tell.\n<|user|> a dog </s>"
+    assert prompts.render(story(lesson, input="brown"), tokenizer).text == "<|user|>\n a dog </s>"
     placed = PromptSpec(format="[{system}] {instruction}")
-    assert batches.render_prompt(story(placed, system="Tell."), tokenizer)[0] == "[Tell.] a dog"
-    plain, _ = batches.render_prompt(story(system="Tell."), tokenizer)
+    assert prompts.render(story(placed, system="Tell."), tokenizer).text == "[Tell.] a dog"
+    plain = prompts.render(story(system="Tell."), tokenizer).text
     assert plain.startswith("Tell.\n")
     assert "a dog" in plain
 
@@ -232,5 +232,5 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
             assert options == {"tokenize": False, "add_generation_prompt": True}
             return "|".join(f"{t['role']}:{t['content']}" for t in turns)
 
-    assert batches.render_prompt(story(system="Tell."), Chat()) == ("system:Tell.|user:a dog", False)
-    assert batches.render_prompt(story(), Chat()) == ("user:a dog", False)
+    assert prompts.render(story(system="Tell."), Chat()) == Prompt("system:Tell.|user:a dog")
+    assert prompts.render(story(), Chat()) == Prompt("user:a dog")

@@ -609,6 +609,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "sequence_length": 64,
         "eval_sequence_length": 64,
         "excess_length": "drop",
+        "skip_empty_rows": True,
         "train_on_inputs": True,
         "measure_forgetting": True,
         "val_set_size": 8.0,

@@ -107,7 +107,7 @@ def test_any_dataset_is_read_or_refused_in_a_line(suffix: str, content: bytes, t
     file.write_bytes(content)
     message = ""
     try:
-        assert stories.read(DatasetSpec(path=str(file)))
+        assert stories.read(DatasetSpec(path=str(file))).stories
     except InputError as error:
         message = str(error)
     assert message.isprintable()

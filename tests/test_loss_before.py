@@ -58,7 +58,7 @@ def _losses(spec: TrialSpec) -> list[tuple[str, float, int]]:
     torch.manual_seed(spec.seed)
     tokenizer = checkpoints.load_tokenizer(spec)
     held_out = batches.load(spec, tokenizer).held_out
-    return evaluation.story_losses(model.load(spec, CPU), held_out, spec, checkpoints.pad_id(tokenizer), CPU)
+    return evaluation.story_losses(model.load(spec, CPU), held_out, spec, checkpoints.pad_id(tokenizer, None), CPU)
 
 
 TRAINING: dict[str, dict[str, Any]] = {

@@ -54,14 +54,14 @@ def test_published_peaks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 _steps = peak._steps
 
 
-def _padded(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
+def _padded(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> list[list[Example]]:
     """Examples of different lengths, as in any batch of real questions: the attention gets a mask."""
-    steps, pad_id = _steps(spec, full_length, trust_remote_code)
+    steps = _steps(spec, full_length, trust_remote_code)
 
     def cut(step: Sequence[Example]) -> list[Example]:
         return [replace(e, input_ids=e.input_ids[: len(e) - 7 * i]) for i, e in enumerate(step)]
 
-    return [cut(step) for step in steps], pad_id
+    return [cut(step) for step in steps]
 
 
 def test_the_stated_margin_is_modest() -> None:

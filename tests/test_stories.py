@@ -56,7 +56,7 @@ def _write_indexed_parquet(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def read(path: Path | str, **prompt: Any) -> list[Story]:
-    return stories.read(DatasetSpec(path=str(path), type=PromptSpec(**prompt)))
+    return list(stories.read(DatasetSpec(path=str(path), type=PromptSpec(**prompt))).stories)
 
 
 # ------------------------------------------------------------------------------------ read

@@ -10,7 +10,7 @@ import torch
 from harness.adapters.session import AdapterSession
 from harness.errors import InputError
 from harness.sources.stories import Story
-from harness.training import batches
+from harness.training import limits, prompts
 
 
 def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Sequence[int]]:
@@ -21,7 +21,8 @@ def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Seque
     """
     if synopsis is not None:
         prompt = session.spec.datasets[0].type
-        return synopsis, batches.prompt_ids(Story(synopsis, "", prompt.system_prompt, None, prompt), session.tokenizer)
+        rendered = prompts.render(Story(synopsis, "", prompt.system_prompt, None, prompt), session.tokenizer)
+        return synopsis, prompts.token_ids(rendered.text, session.tokenizer)
     if not session.held_out:
         raise InputError("the trial held out no stories; give a --synopsis")
     first = session.held_out[0]
@@ -48,6 +49,9 @@ def generate_story(
         most_tokens: after which the story is cut.
         temperature: 0: the most likely token each time.
         seed: of sampling, above temperature 0.
+
+    Raises:
+        InputError: the model has no positions for so many tokens.
     """
     from transformers import GenerationConfig, TextStreamer
 
@@ -56,11 +60,15 @@ def generate_story(
             if text:
                 on_text(text)
 
+    limits.check_generation(network, len(prompt), most_tokens)
     tokenizer = session.tokenizer
     # Not the model's own settings: they may penalise repetition, or sample.
     settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     network.generation_config = GenerationConfig(
-        max_new_tokens=most_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=session.pad_id, **settings
+        max_new_tokens=most_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=session.pad_id(network),
+        **settings,
     )
     inputs = torch.tensor([list(prompt)], device=session.device)
     torch.manual_seed(seed)

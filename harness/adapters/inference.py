@@ -16,7 +16,7 @@ from harness.adapters.story_metrics import StoryMetrics
 from harness.errors import InputError
 from harness.record import Answer, InferenceRecord, Model, ModelFootprint, Request
 from harness.spec import TrialSpec
-from harness.training import model
+from harness.training import limits, model
 from harness.training.batches import Example
 from harness.training.memory import MemoryMeter
 
@@ -87,6 +87,8 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
     with meter.phase(breakdown=True):
         network, at = session.make(name)
     meter.adopt_model(network, [])
+    longest = max(example.completion_start for example in session.held_out[:_PROMPTS])
+    limits.check_generation(network, longest, _NEW_TOKENS)
     loaded = meter.tracker.total
     with meter.phase(breakdown=False):
         for _ in _tokens(network, session.held_out[0], session.device, _NEW_TOKENS):

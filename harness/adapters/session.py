@@ -14,7 +14,7 @@ from harness.record import Model
 from harness.sources import models, stories
 from harness.sources.stories import Story
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, evaluation, half_matmul, model, saved_adapters
+from harness.training import batches, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
 from harness.training.batches import Example
 
 MODELS: tuple[Model, ...] = get_args(Model)
@@ -40,7 +40,6 @@ class AdapterSession:
         self.device = torch.device(environment.resolve_device(spec.device))
         self.pretrained = models.resolve(spec.base_model).pretrained
         self.tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-        self.pad_id = checkpoints.pad_id(self.tokenizer)
         self._adapter = adapter
         self._trust_remote_code = trust_remote_code
 
@@ -52,7 +51,7 @@ class AdapterSession:
     @functools.cached_property
     def texts(self) -> dict[str, Story]:
         """All stories by their ids."""
-        return {story.id: story for dataset in self.spec.datasets for story in stories.read(dataset)}
+        return {story.id: story for story in stories.read_all(self.spec).stories}
 
     def make(self, name: Model) -> tuple[Any, TrialSpec]:
         """One of the models, ready to answer, and its spec: a quantised base is merged in 16 bit.
@@ -70,18 +69,22 @@ class AdapterSession:
         network.config.use_cache = True
         return network.eval(), at
 
+    def pad_id(self, network: Any) -> int:
+        """Id for padding of one of the models."""
+        return checkpoints.pad_id(self.tokenizer, limits.of_model(network).embeddings)
+
     def losses(self, network: Any, at: TrialSpec) -> list[tuple[str, float, int]]:
         """Held-out stories as `evaluation.story_losses` gives them; none where the weights are random."""
         if not self.pretrained:
             return []
-        return evaluation.story_losses(network, self.held_out, at, self.pad_id, self.device)
+        return evaluation.story_losses(network, self.held_out, at, self.pad_id(network), self.device)
 
     @torch.no_grad()
     def logits(self, network: Any, at: TrialSpec) -> torch.Tensor:
         """Logits at the completions of some held-out stories, fp32 of shape (positions, vocabulary)."""
-        logits = []
+        logits, pad_id = [], self.pad_id(network)
         for example in self.held_out[:_COMPARED]:
-            batch = batches.collate([example], self.pad_id, self.device)
+            batch = batches.collate([example], pad_id, self.device)
             labels = batch.inputs.pop("labels")[0]
             with model.autocast(at, self.device):
                 output = network(**batch.inputs).logits[0]

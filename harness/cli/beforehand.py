@@ -92,7 +92,7 @@ def _distinct(spec: TrialSpec) -> int:
     """Distinct stories of a spec's datasets."""
     from harness.sources import stories
 
-    return len({story.id for dataset in spec.datasets for story in stories.read(dataset)})
+    return len({story.id for story in stories.read_all(spec).stories})
 
 
 # ------------------------------------------------------------------------------------ --size

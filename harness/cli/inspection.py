@@ -24,6 +24,8 @@ def inspect_trials(trials: Iterable[Trial], trust_remote_code: bool) -> None:
     if not looked_at:
         return
     inspection = run_isolated(_inspect, list(looked_at.values()), trust_remote_code)
+    for line in inspection["data"]:
+        out.print(plain(line), highlight=False, soft_wrap=True)
     for warning in inspection["warnings"]:
         out.print(f"[yellow]{plain(warning)}[/]", highlight=False, soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from harness.environment import cards, current, resolve_device
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
@@ -30,9 +32,12 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
     if runs_locally:
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
-    ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}
-    for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
-        stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))
+    distinct: dict[Any, int] = {}
+    for spec in (t.spec for t in grid.trials):
+        data = (spec.datasets, spec.skip_empty_rows)
+        if data not in distinct:
+            distinct[data] = len({story.id for story in stories.read_all(spec).stories})
+        stories.held_out(spec.val_set_size, distinct[data])
     for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
         models.check(name, weights=not to_plan)
 

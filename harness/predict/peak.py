@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
-from harness.errors import InputError
 from harness.predict import fake_weights
 from harness.predict.emulation import WORKSPACE, emulate_device
 from harness.predict.prediction import Prediction
@@ -38,6 +37,8 @@ from harness.training.step import StepResult, Trainer
 _CPU = torch.device("cpu")
 _ANY_STORY = 16_384
 """Tokens that no story exceeds."""
+_ANY_ID = 0
+"""Padding, whose value nothing reads."""
 
 
 class Unpredictable(Exception):
@@ -60,11 +61,11 @@ def predict(
         Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
     """
     started = time.perf_counter()
-    steps, pad_id = _steps(spec, full_length, trust_remote_code)
+    steps = _steps(spec, full_length, trust_remote_code)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
         with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
-            prediction = _StepReplay(network, spec, device_type, pad_id).run(steps)
+            prediction = _StepReplay(network, spec, device_type).run(steps)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
@@ -72,21 +73,18 @@ def predict(
     return prediction.model_copy(update={"seconds": time.perf_counter() - started})
 
 
-def _steps(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> tuple[list[list[Example]], int]:
+def _steps(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> list[list[Example]]:
     try:
         tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
-    except (OSError, ValueError):  # a folder without a tokenizer: examples in bytes are longer, if anything
+    except checkpoints.NoTokenizer:  # examples in bytes are longer, if anything
         tokenizer = checkpoints.byte_tokenizer()
-    pad_id = checkpoints.pad_id(tokenizer)
     if full_length:  # stories are read whole: a short sequence would leave no completion of them
         whole = {"sequence_length": _ANY_STORY, "eval_sequence_length": _ANY_STORY}
         train = batches.load(spec.model_copy(update=whole), tokenizer).train
         train = tuple(_filled(example, spec.sequence_length) for example in train)
     else:
         train = batches.load(spec, tokenizer).train
-    return order.optimizer_steps(spec, train), pad_id
+    return order.optimizer_steps(spec, train)
 
 
 def _filled(example: Example, length: int) -> Example:
@@ -97,8 +95,8 @@ def _filled(example: Example, length: int) -> Example:
 class _StepReplay:
     """Takes steps of a spec, or parts of them, with a model on `meta`."""
 
-    def __init__(self, network: Any, spec: TrialSpec, device_type: DeviceType, pad_id: int) -> None:
-        self.network, self.spec, self.device_type, self.pad_id = network, spec, device_type, pad_id
+    def __init__(self, network: Any, spec: TrialSpec, device_type: DeviceType) -> None:
+        self.network, self.spec, self.device_type = network, spec, device_type
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Replay(device_type, self.fake)
         self.peak, self.breakdown = 0, dict(self.tracker.live)
@@ -231,7 +229,7 @@ class _StepReplay:
             self.peak, self.breakdown = self.tracker.peak, dict(self.tracker.peak_breakdown)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
-        return list(batches.micro_batches(step, self.spec.micro_batch_size, self.pad_id, _CPU))
+        return list(batches.micro_batches(step, self.spec.micro_batch_size, _ANY_ID, _CPU))
 
     def _accumulate(self) -> None:
         """Gradients as a backward pass leaves them."""

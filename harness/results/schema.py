@@ -143,9 +143,9 @@ def spec_of(row: Mapping[str, Any]) -> TrialSpec:
 
 
 def parse_spec(values: Mapping[str, Any]) -> TrialSpec:
-    """A spec of plain values, its datasets as JSON.
+    """A spec of plain values, its datasets as JSON. What was recorded stays readable, though it be refused by now.
 
     Raises:
         ValueError: they are not those of a spec.
     """
-    return TrialSpec.model_validate({**values, "datasets": json.loads(values["datasets"])})
+    return TrialSpec.model_validate({**values, "datasets": json.loads(values["datasets"])}, context="keys alone")

@@ -14,7 +14,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources.files import SUFFIXES, UNREADABLE, brief, read_file
 from harness.sources.hub import HUB_ID, read_hub
-from harness.spec import DatasetSpec, PromptSpec
+from harness.spec import DatasetSpec, PromptSpec, TrialSpec
 
 _DATA = Path(__file__).parent / "data"
 BUNDLED: dict[str, Path] = {
@@ -42,8 +42,32 @@ class Story:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read(dataset: DatasetSpec) -> list[Story]:
-    """All rows of a dataset, in file order.
+@dataclass(frozen=True)
+class Rows:
+    """What the datasets of a spec hold."""
+
+    stories: tuple[Story, ...]
+    """In the order of datasets and files."""
+    skipped: int
+    """Rows without text that were passed over."""
+
+
+def read_all(spec: TrialSpec) -> Rows:
+    """All rows of a spec's datasets.
+
+    Raises:
+        InputError: as `read`.
+    """
+    read_rows = [read(dataset, skip_empty=spec.skip_empty_rows) for dataset in spec.datasets]
+    return Rows(tuple(s for rows in read_rows for s in rows.stories), sum(rows.skipped for rows in read_rows))
+
+
+def read(dataset: DatasetSpec, *, skip_empty: bool = False) -> Rows:
+    """All rows of a dataset.
+
+    Args:
+        dataset: where they come from.
+        skip_empty: pass over rows without an instruction or a completion.
 
     Raises:
         InputError: no such file or column, no rows, a value that is not text, or the hub cannot be reached.
@@ -60,7 +84,13 @@ def read(dataset: DatasetSpec) -> list[Story]:
                 f"dataset {dataset.path} has no column {column!r}; it has {there} "
                 "(set field_instruction, field_input and field_output under datasets: type:)"
             )
-    return [_story(dataset, number, row) for number, row in enumerate(rows, start=1)]
+    numbered = list(enumerate(rows, start=1))
+    if skip_empty:
+        texts = (prompt.field_instruction, prompt.field_output)
+        numbered = [(number, row) for number, row in numbered if not any(_is_empty(row.get(c)) for c in texts)]
+        if not numbered:
+            raise InputError(f"dataset {dataset.path}: each of its {len(rows)} rows has an empty {' or '.join(texts)}")
+    return Rows(tuple(_story(dataset, number, row) for number, row in numbered), len(rows) - len(numbered))
 
 
 def general() -> list[tuple[str, str]]:
@@ -93,14 +123,14 @@ def _story(dataset: DatasetSpec, number: int, row: dict[str, Any]) -> Story:
     def text(column: str) -> str:
         value = row.get(column)
         if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
-            raise InputError(f"dataset {dataset.path}, row {number}: {column!r} is {brief(value)}; it must be text")
+            way = ", or skip_empty_rows: true passes over such rows" if _is_empty(value) else ""
+            raise InputError(
+                f"dataset {dataset.path}, row {number}: {column!r} is {brief(value)}; it must be text{way}"
+            )
         return value
 
     def optional(column: str | None) -> str | None:
-        value = row.get(column) if column else None
-        # Tables have NaN in empty cells.
-        missing = value is None or value != value or (isinstance(value, str) and not value.strip())
-        return None if column is None or missing else text(column)
+        return None if column is None or _is_empty(row.get(column)) else text(column)
 
     return Story(
         instruction=text(prompt.field_instruction),
@@ -109,6 +139,11 @@ def _story(dataset: DatasetSpec, number: int, row: dict[str, Any]) -> Story:
         input=optional(prompt.field_input),
         prompt=prompt,
     )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing; tables have NaN in empty ones."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 # A lone surrogate: JSON can hold it, tokenizers cannot.

@@ -1,9 +1,10 @@
 """Runs one trial: a measured fine-tuning in this process, or over several.
 
-worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run), processes
-and distributed (several processes), step (the training step), order (which examples a step has), schedule (of a timing
-visit), waiting (for a processor), model, formats (of its weights), loss, checkpoints, saved_adapters, batches,
-evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
+worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run) with limits
+(of a model), processes and distributed (several processes), step (the training step), order (which examples a step
+has), schedule (of a timing visit), waiting (for a processor), model, formats (of its weights), loss, checkpoints,
+saved_adapters, prompts, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops,
+half_matmul.
 """
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "evaluation",
     "half_matmul",
     "inspection",
+    "limits",
     "live_tensors",
     "memory",
     "model",
     "order",
+    "prompts",
     "saved_adapters",
     "step",
     "trial",

@@ -1,4 +1,4 @@
-"""Turns stories into examples (split, rendered, tokenised) and examples into batches."""
+"""Turns stories into examples (split, tokenised, fitted) and examples into batches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from harness.errors import InputError
-from harness.sources import stories
+from harness.sources import models, stories
 from harness.sources.stories import Story
 from harness.spec import TrialSpec
-from harness.training import distributed
+from harness.training import distributed, prompts
 
 IGNORED = -100
 """Label of a position that carries no loss."""
-_PLAIN_SYSTEM = "{system}\n\n"
-_PLAIN_TURN = "### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Example:
     """Index of the first completion token."""
     supervise_prompt: bool = False
     """Whether the prompt carries loss too."""
+    system_folded: bool = False
+    """Whether the system text stands in the user's turn."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -49,16 +49,63 @@ class Example:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train and to evaluate on."""
+    """Examples to train and to evaluate on, and what became of the other rows."""
 
     train: tuple[Example, ...]
     """In an order independent of seed and file order."""
     held_out: tuple[Example, ...]
     """Each with `min_completion_tokens` or more."""
+    general: tuple[Example, ...]
+    """The bundled general text, where forgetting is measured."""
+    wanted: int
+    """Stories that were to be held out."""
+    skipped: int
+    """Rows without text."""
+    copies: int
+    """Rows of held-out stories beyond the first of each, which are not trained on."""
     truncated: int
+    """Training stories that were cut."""
+    truncated_held_out: int
     dropped: int
+    """Training stories that were left out."""
     short: int
-    """Stories that were passed over when those were chosen."""
+    """Stories that were passed over when those held out were chosen."""
+
+    @property
+    def folded(self) -> int:
+        """Examples whose system text stands in the user's turn."""
+        return sum(example.system_folded for example in (*self.train, *self.held_out))
+
+    @property
+    def metrics(self) -> dict[str, int]:
+        """The counts by the names of their metrics."""
+        return {
+            "training_stories": len(self.train),
+            "skipped_rows": self.skipped,
+            "truncated_examples": self.truncated + self.truncated_held_out,
+            "truncated_held_out": self.truncated_held_out,
+            "dropped_examples": self.dropped,
+            "held_out_copies": self.copies,
+            "short_stories": self.short,
+            "folded_prompts": self.folded,
+        }
+
+    def describe(self, spec: TrialSpec) -> str:
+        """What is trained on, what is held out, and what became of the other rows: one line."""
+        length = spec.sequence_length
+        too_long = "longer than" if spec.excess_length == "drop" else "no completion token within"
+        reasons = {
+            f"cut to {length} tokens": self.truncated,
+            f"of those held out cut to {evaluated_length(spec)} tokens": self.truncated_held_out,
+            f"left out ({too_long} {length} tokens)": self.dropped,
+            "left out (copies of held-out ones)": self.copies,
+            "skipped (empty)": self.skipped,
+        }
+        rows = len(self.train) + len(self.held_out) + self.dropped + self.copies + self.skipped
+        fewer = f" of {self.wanted} asked for" if len(self.held_out) < self.wanted else ""
+        kept = f"{rows} stories: {len(self.held_out)} held out{fewer}, {len(self.train)} to train on"
+        lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        return f"{kept}; {lost}" if lost else kept
 
 
 def load(spec: TrialSpec, tokenizer: Any) -> Data:
@@ -68,25 +115,46 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     completion tokens to be judged are passed over, and trained on.
 
     Raises:
-        InputError: nothing is left to train on, no story has enough completion tokens, or `excess_length: raise` meets
-            a long example.
+        InputError: nothing is left to train on, no story has enough completion tokens, `excess_length: raise` meets a
+            long example, or the model's chat template refuses a prompt.
     """
-    rows = sorted((s for d in spec.datasets for s in stories.read(d)), key=lambda s: s.id)
+    read = stories.read_all(spec)
+    rows = sorted(read.stories, key=lambda s: s.id)
     distinct = list({s.id: s for s in rows}.values())
     wanted = stories.held_out(spec.val_set_size, len(distinct))
     held_out = _choose_held_out(distinct, wanted, spec, tokenizer)
     held_out_ids = {example.story_id for example in held_out.examples}
 
-    train = _fit(
-        [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in held_out_ids],
-        spec.sequence_length,
-        spec.excess_length,
-    )
+    whole = [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in held_out_ids]
+    train = _fit(whole, spec.sequence_length, spec.excess_length)
     if not train.examples:
-        raise InputError(f"sequence_length {spec.sequence_length} leaves no completion token of any training story")
+        raise _nothing_to_train_on(whole, spec)
+    measured = spec.measure_forgetting and models.resolve(spec.base_model).pretrained
     return Data(
-        train.examples, held_out.examples, train.truncated + held_out.truncated, train.dropped, short=held_out.dropped
+        train.examples,
+        held_out.examples,
+        general=tuple(general(tokenizer)) if measured else (),
+        wanted=wanted,
+        skipped=read.skipped,
+        copies=len(rows) - len(whole) - len(held_out_ids),
+        truncated=train.truncated,
+        truncated_held_out=held_out.truncated,
+        dropped=train.dropped,
+        short=held_out.dropped,
     )
+
+
+def _nothing_to_train_on(examples: Sequence[Example], spec: TrialSpec) -> InputError:
+    if spec.excess_length == "drop":
+        kept, least = "no training story, since excess_length is drop", min(map(len, examples))
+    else:
+        kept, least = "no completion token of any training story", min(e.completion_start for e in examples) + 1
+    return InputError(f"sequence_length {spec.sequence_length} leaves {kept}; use sequence_length: {least} or more")
+
+
+def evaluated_length(spec: TrialSpec) -> int:
+    """Longest held-out example in tokens."""
+    return spec.eval_sequence_length or spec.sequence_length
 
 
 def general(tokenizer: Any) -> list[Example]:
@@ -131,7 +199,7 @@ def _choose_held_out(candidates: Sequence[Story], wanted: int, spec: TrialSpec, 
     Raises:
         InputError: there is none, or not half as many as wanted because `eval_sequence_length` cuts them short.
     """
-    length = spec.eval_sequence_length or spec.sequence_length
+    length = evaluated_length(spec)
     chosen: list[Example] = []
     truncated = passed_over = 0
     for story in candidates:
@@ -155,7 +223,7 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
     Raises:
         InputError: it names what would do.
     """
-    least, length = spec.min_completion_tokens, spec.eval_sequence_length or spec.sequence_length
+    least, length = spec.min_completion_tokens, evaluated_length(spec)
 
     def lengths(tokens: int) -> list[int]:
         """The least `eval_sequence_length` of each story that has so many completion tokens, shortest first."""
@@ -185,40 +253,11 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
 
 def _tokenise(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
     """Prompt and completion are tokenised separately, so that the border is exact with any tokenizer."""
-    head = prompt_ids(story, tokenizer)
+    prompt = prompts.render(story, tokenizer)
+    head = prompts.token_ids(prompt.text, tokenizer)
     tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Example(story.id, (*head, *tail, *end), max(1, len(head)), supervise_prompt)
-
-
-def prompt_ids(story: Story, tokenizer: Any) -> list[int]:
-    """Tokens of a story's prompt."""
-    prompt, special = render_prompt(story, tokenizer)
-    head: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    # Some tokenizers end every text with their end token.
-    return head[:-1] if special and head and head[-1] == tokenizer.eos_token_id else head
-
-
-def render_prompt(story: Story, tokenizer: Any) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer should add its special tokens.
-
-    The template is the dataset's `format` (`no_input_format` where the row has no input), else the model's chat
-    template, else a plain one.
-    """
-    prompt = story.prompt
-    template = prompt.format if story.input is not None else prompt.no_input_format or prompt.format
-    values = {"instruction": story.instruction, "input": story.input or "", "system": story.system or ""}
-    if template is not None:
-        names_system = "{system}" in template
-        lead = f"{story.system}\n" if story.system and not names_system else ""
-        return lead + template.format(**values), True
-    instruction = story.instruction if story.input is None else f"{story.instruction}\n\n{story.input}"
-    if tokenizer.chat_template:
-        turns = [{"role": "system", "content": story.system}] if story.system else []
-        turns.append({"role": "user", "content": instruction})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
-    lead = _PLAIN_SYSTEM.format(**values) if story.system else ""
-    return lead + _PLAIN_TURN.format(instruction=instruction), True
+    return Example(story.id, (*head, *tail, *end), max(1, len(head)), supervise_prompt, prompt.system_folded)
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,46 @@ import torch
 from filelock import FileLock
 
 from harness._util.files import folder_aside
+from harness._util.messages import first_line, one_line
+from harness.errors import InputError
 from harness.sources import models
 from harness.spec import TrialSpec
 
 
+class NoTokenizer(InputError):
+    """A base model has no tokenizer that can be loaded."""
+
+
 def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
-    """The base model's tokenizer; for random weights `byte_tokenizer`."""
+    """The base model's tokenizer; for random weights `byte_tokenizer`.
+
+    Raises:
+        NoTokenizer: there is none, or it needs its own code.
+    """
     if models.resolve(spec.base_model).kind == "random":
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint_folder(spec.base_model), trust_remote_code=trust_remote_code)
+    folder = checkpoint_folder(spec.base_model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = one_line(first_line(error)).rstrip(":")
+        raise NoTokenizer(
+            f"base_model {spec.base_model} has no tokenizer that can be loaded ({reason}); put tokenizer.json and "
+            "tokenizer_config.json next to its weights"
+        ) from None
 
 
-def pad_id(tokenizer: Any) -> int:
-    """Id for padding; without a padding token any id will do, since the mask marks padding."""
-    pad_token_id: int | None = tokenizer.pad_token_id
-    return pad_token_id if pad_token_id is not None else tokenizer.eos_token_id or 0
+def pad_id(tokenizer: Any, embeddings: int | None) -> int:
+    """Id for padding: that of the tokenizer where it has an embedding. Any id will do, since the mask marks padding.
+
+    Args:
+        tokenizer: of the model.
+        embeddings: ids of the model, those below; null: not known.
+    """
+    candidates: tuple[int | None, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in candidates if i is not None and (embeddings is None or i < embeddings)), 0)
 
 
 def byte_tokenizer() -> Any:

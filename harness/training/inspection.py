@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from harness.errors import InputError
 from harness.metrics import show_share
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, formats, model
+from harness.training import batches, checkpoints, formats, limits, model, order
 
 _DATA_KEYS = (
     "base_model",
@@ -18,9 +20,11 @@ _DATA_KEYS = (
     "sequence_length",
     "eval_sequence_length",
     "excess_length",
+    "skip_empty_rows",
     "train_on_inputs",
     "val_set_size",
     "min_completion_tokens",
+    "measure_forgetting",
 )
 """Spec keys that `batches.load` depends on."""
 _MODEL_KEYS = (
@@ -36,6 +40,10 @@ _MODEL_KEYS = (
     "use_dora",
 )
 """Spec keys that decide whether a model can be built, and of what."""
+_MOST_OUTCOMES = 4
+"""Outcomes of the data that are said in full."""
+_MOSTLY = 0.9
+"""A label holds for at least this fraction of the linear weights, or a warning says for how much."""
 
 
 class Inspection(BaseModel):
@@ -43,8 +51,28 @@ class Inspection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    data: tuple[str, ...] = ()
+    """What is trained on and what is left out, a line for each distinct outcome."""
     warnings: tuple[str, ...] = ()
     """What is unlike what a label says, one line each."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What was seen of the data of some trials."""
+
+    outcome: str
+    texts: limits.Texts
+    training_stories: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What was seen of the model of some trials."""
+
+    limits: limits.Limits
+    warnings: tuple[str, ...] = ()
 
 
 def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool = False) -> Inspection:
@@ -57,36 +85,75 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     Raises:
         InputError: a trial cannot run; it is named.
     """
-    looked_at: set[str] = set()
+    data: dict[str, _Data] = {}
+    networks: dict[str, _Model] = {}
+    outcomes: dict[str, str] = {}
     warnings: dict[str, None] = {}
     for label, spec in trials:
+        data_key, model_key = _key(spec, _DATA_KEYS), _key(spec, _MODEL_KEYS)
         try:
-            for keys, look in ((_MODEL_KEYS, _look_at_model), (_DATA_KEYS, _look_at_data)):
-                key = json.dumps(spec.model_dump(mode="json", include={*keys}), sort_keys=True)
-                if key not in looked_at:
-                    looked_at.add(key)
-                    warnings |= dict.fromkeys(look(spec, trust_remote_code))
+            if model_key not in networks:
+                networks[model_key] = _look_at_model(spec, trust_remote_code)
+            if data_key not in data:
+                data[data_key] = _look_at_data(spec, trust_remote_code)
+            seen, network = data[data_key], networks[model_key]
+            order.check_rates(spec, seen.training_stories)
+            limits.check(spec, seen.texts, network.limits)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None
-    return Inspection(warnings=tuple(warnings))
+        outcomes.setdefault(seen.outcome, label)
+        warnings |= dict.fromkeys((*seen.warnings, *network.warnings, *_long_texts(spec, seen.texts, network.limits)))
+    return Inspection(data=_lines(outcomes), warnings=tuple(warnings))
 
 
-def _look_at_data(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
-    batches.load(spec, checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code))
-    return []
+def _key(spec: TrialSpec, names: tuple[str, ...]) -> str:
+    return json.dumps(spec.model_dump(mode="json", include={*names}), sort_keys=True)
 
 
-_MOSTLY = 0.9
-"""A label holds for at least this fraction of the linear weights, or a warning says for how much."""
+def _lines(outcomes: dict[str, str]) -> tuple[str, ...]:
+    """Each outcome, with the first label that has it where there are several, and how many there are beyond a few."""
+    if len(outcomes) == 1:
+        return tuple(f"data: {outcome}" for outcome in outcomes)
+    lines = [f"data of {label}: {outcome}" for outcome, label in outcomes.items()]
+    further = len(lines) - _MOST_OUTCOMES
+    if further > 0:
+        lines[_MOST_OUTCOMES:] = [f"data of {further} more differ; harness show tells the counts of each trial"]
+    return tuple(lines)
 
 
-def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
+def _look_at_data(spec: TrialSpec, trust_remote_code: bool) -> _Data:
+    tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    data = batches.load(spec, tokenizer)
+    warnings = []
+    if data.folded:
+        warnings.append(
+            f"base_model {spec.base_model}: its chat template has no system turn; the system text of {data.folded} "
+            "prompts begins the user's turn"
+        )
+    return _Data(data.describe(spec), limits.of_texts(data, tokenizer), len(data.train), tuple(warnings))
+
+
+def _long_texts(spec: TrialSpec, texts: limits.Texts, of_model: limits.Limits) -> list[str]:
+    longest = max(texts.training, texts.held_out)
+    if of_model.made_for is None or longest <= of_model.made_for:
+        return []
+    return [
+        f"base_model {spec.base_model}: an example has {longest} tokens, and the model was made for "
+        f"{of_model.made_for} (max_position_embeddings)"
+    ]
+
+
+def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> _Model:
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except Exception:  # a model's own code may need values; the trial itself shows whether it runs
-        return []
+        return _Model(limits.Limits(None, None, None))
+    return _Model(limits.of_model(network), tuple(_skipped_layers(network, spec)))
+
+
+def _skipped_layers(network: Any, spec: TrialSpec) -> list[str]:
     name = model.format_of_linear_weights(spec)
     fraction = formats.fraction_in(network, name)
     if fraction is None or fraction >= _MOSTLY:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from harness.errors import InputError
 from harness.spec import TrialSpec
 from harness.training.batches import Example
 
@@ -30,6 +32,31 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
     if len(steps) > 1:
         steps[1] = _widest_last(steps[1], spec)
     return steps
+
+
+def check_rates(spec: TrialSpec, examples: int) -> None:
+    """Check that the schedule of a spec has learning rates: warm-up begins at 0.
+
+    Args:
+        spec: what to train.
+        examples: the distinct ones.
+
+    Raises:
+        InputError: there is one step, and it is the warm-up's first; or `polynomial` has no step left after warm-up.
+    """
+    samples = spec.samples(examples)
+    steps = math.ceil(samples / spec.effective_batch_size)
+    if not spec.warmup_ratio or spec.lr_scheduler == "constant":
+        return
+    given = f"warmup_ratio {spec.warmup_ratio:g} of {steps} optimizer step{'s' * (steps > 1)}"
+    if spec.lr_scheduler == "polynomial" and math.ceil(spec.warmup_ratio * steps) == steps:
+        most = math.floor(100 * (steps - 1) / steps) / 100
+        raise InputError(f"{given} leaves none to lr_scheduler polynomial; use warmup_ratio: {most:g} at most")
+    if steps == 1:
+        raise InputError(
+            f"{given} ({samples} examples in effective batches of {spec.effective_batch_size}): its learning rate is "
+            f"0; use warmup_ratio: 0, or train_samples: {spec.effective_batch_size + 1} or more"
+        )
 
 
 def training_order(examples: Sequence[Example], samples: int, size: int, seed: int) -> list[Example]:

@@ -30,6 +30,7 @@ from harness.training import (
     distributed,
     evaluation,
     formats,
+    limits,
     loss_before,
     model,
     order,
@@ -101,7 +102,6 @@ class _Trial:
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
         self.stories: list[StoryLoss] = []
-        self.general: Sequence[batches.Example] = ()
         self.evaluation_peaks: dict[str, int] = {}
         self.adapter_id: str | None = None
         self.attention_kernel: str | None = None
@@ -148,18 +148,16 @@ class _Trial:
         _seed(self.spec.seed)
         self._enter("load")
         tokenizer = checkpoints.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
-        self.pad_id = checkpoints.pad_id(tokenizer)
         stories = batches.load(self.spec, tokenizer)
-        self.metrics |= {
-            "truncated_examples": stories.truncated,
-            "dropped_examples": stories.dropped,
-            "short_stories": stories.short,
-        }
+        self.metrics |= stories.metrics
+        order.check_rates(self.spec, len(stories.train))
         network = self._load(meter)
+        model_limits = limits.of_model(network)
+        limits.check(self.spec, limits.of_texts(stories, tokenizer), model_limits)
+        self.pad_id = checkpoints.pad_id(tokenizer, model_limits.embeddings)
         if self.visit is not None:
             self._time(network, stories, meter, self.visit)
             return
-        self.general = batches.general(tokenizer) if self.spec.measure_forgetting and self.pretrained else []
         self._evaluate(network, stories, meter, "before")
         self._train(network, stories, meter)
         self._evaluate(network, stories, meter, "after")
@@ -196,7 +194,7 @@ class _Trial:
         self, network: Any, stories: batches.Data, meter: MemoryMeter, when: Literal["before", "after"]
     ) -> None:
         loss = self._mean_loss(network, stories.held_out, meter, when, "held-out")
-        general = self._mean_loss(network, self.general, meter, when, "general")
+        general = self._mean_loss(network, stories.general, meter, when, "general")
         if when == "before":
             self.metrics |= {"eval_loss_before": loss, "general_loss_before": general}
             return
