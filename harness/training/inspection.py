@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -77,12 +76,10 @@ def _look_at_data(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
 
 
 def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> list[str]:
-    network: Any
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except Exception:  # a model's own code may need values; the trial itself shows whether it runs
         return []
-    del network
-    return []
+    return list(filter(None, [model.not_trained(network, spec)]))
