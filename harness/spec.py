@@ -131,6 +131,24 @@ _TRAINING = Facts(untrained=False)
 _TRAINING_NO_MEMORY = Facts(memory=False, untrained=False)
 
 
+ALL_LINEAR = "all-linear"
+"""What `lora_target_modules` accepts in place of `lora_target_linear: true`."""
+
+
+def is_pattern(target: str) -> bool:
+    """Whether an entry of `lora_target_modules` is a regular expression, not a name like `q_proj` or `0.mlp.fc1`."""
+    return re.fullmatch(r"[\w.-]+", target) is None
+
+
+def _check_pattern(text: str, *, alone: bool) -> None:
+    if not alone:
+        raise ValueError(f"{text!r} is no name of a layer; a regular expression stands alone, without a list")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
+
+
 def _one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError(f"{text!r} is not one line of printable text")
@@ -244,7 +262,8 @@ class TrialSpec(_Frozen):
     lora_target_linear: Annotated[StrictBool, _TRAINING] = True
     """Adapters on every linear layer but the head; false: the architecture's default in peft."""
     lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
-    """Names of the layers that get an adapter, instead of `lora_target_linear`."""
+    """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
+    `lora_target_linear`; `all-linear` means the same as that."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
@@ -305,10 +324,22 @@ class TrialSpec(_Frozen):
 
     @field_validator("lora_target_modules", mode="before")
     @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if value is not None and (not isinstance(value, list | tuple) or not value):
-            raise ValueError(f"{value!r} is not a list of layer names like [q_proj, v_proj]")
-        return value
+    def _layers(cls, value: Any) -> Any:
+        """A text is a list of one entry; a regular expression stands alone."""
+        if value is None:
+            return None
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not names or "" in names:
+            raise ValueError(
+                f"{value!r} is not a list of layer names like [q_proj, v_proj], nor a regular expression like "
+                r"'.*\.self_attn\..*_proj'"
+            )
+        for name in (name for name in names if isinstance(name, str)):
+            if name.lower() == ALL_LINEAR:
+                raise ValueError(f"{name} stands alone: lora_target_modules: {ALL_LINEAR}, or lora_target_linear: true")
+            if is_pattern(name):
+                _check_pattern(name, alone=len(names) == 1)
+        return names
 
     @model_validator(mode="after")
     def _possible(self, info: ValidationInfo) -> TrialSpec:

@@ -255,7 +255,23 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "precision that is a list": (_base("precision: [int8], bf16: true"), r"contradictory precision .*int8.*bf16: true"),
     "unknown adapter": (_base("adapter: loras"), r"unknown adapter 'loras'; did you mean lora\?"),
     "unknown device": (_base("device: gpu"), r"unknown device 'gpu'; did you mean cpu\?"),
-    "lora_target_modules as text": (_base("lora_target_modules: q_proj"), r"'q_proj' is not a list of layer names"),
+    "lora_target_modules as a number": (_base("lora_target_modules: 3"), r"3 is not a list of layer names"),
+    "lora_target_modules as a glob": (
+        _base('lora_target_modules: "*.q_proj"'),
+        r"nor a regular expression \(nothing to",
+    ),
+    "a regular expression in a list of layers": (
+        _base('lora_target_modules: [q_proj, ".*k_proj"]'),
+        r"'\.\*k_proj' is no name of a layer; a regular expression stands alone",
+    ),
+    "all-linear in a list of layers": (
+        _base("lora_target_modules: [q_proj, all-linear]"),
+        r"all-linear stands alone",
+    ),
+    "all-linear against lora_target_linear": (
+        _base("lora_target_linear: false, lora_target_modules: all-linear"),
+        r"lora_target_linear false contradicts lora_target_modules all-linear",
+    ),
     "memory_budget nonsense": (_base("memory_budget: lots"), r"memory_budget: 'lots' is not a size; .*24GiB"),
     "memory_budget without unit": (_base("memory_budget: '24'"), r"memory_budget: '24' is not a size; .*24GiB"),
     "memory_budget 0": (_base("memory_budget: 0"), r"memory_budget: 0 is not a size .*24GiB"),

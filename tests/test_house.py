@@ -104,10 +104,10 @@ def test_no_torch_in_the_runner() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_lora_and_precision_are_read_in_one_module() -> None:
+def test_lora_and_precision_are_read_where_models_are_built() -> None:
     pattern = re.compile(r"\.(lora_\w+|use_dora|use_rslora|precision|double_quantization)\b")
     readers = {name for name, file in modules().items() if pattern.search(file.read_text())}
-    assert readers <= {"spec", "training.model"}
+    assert readers <= {"spec", "training.model", "training.lora"}
 
 
 def test_yaml_is_read_with_a_safe_loader_only() -> None:

@@ -13,14 +13,23 @@ from harness.launch.isolated import run_isolated
 from harness.spec import TrialSpec
 
 
-def merge(adapter: TrainedAdapter, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def merge(
+    adapter: TrainedAdapter, out: Path, *, allow_difference: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Merge an adapter and put the model into `out`, which is whole or absent.
+
+    Args:
+        adapter: the trained adapter.
+        out: folder for the model.
+        allow_difference: write a model that is off by more than rounding too.
+        trust_remote_code: let a model from the hub run its own code.
 
     Returns:
         The fields of `merged_model.Merged`.
 
     Raises:
-        InputError: the folder holds no adapter, or it does not fit its base.
+        InputError: the folder holds no adapter, it does not fit its base, or the merged model is off by more than
+            rounding.
         OSError: the folder cannot be written.
     """
     check_adapter(adapter.folder)
@@ -30,12 +39,19 @@ def merge(adapter: TrainedAdapter, out: Path, *, trust_remote_code: bool = False
         shutil.rmtree(unfinished, ignore_errors=True)
     with folder_aside(out.parent, out.name) as aside:
         spec, figures = adapter.spec.model_dump_json(), dict(adapter.figures)
-        merged = run_isolated(_merge, spec, str(adapter.folder), str(aside), figures, trust_remote_code)
+        merged = run_isolated(
+            _merge, spec, str(adapter.folder), str(aside), figures, allow_difference, trust_remote_code
+        )
     return dict(merged)
 
 
 def merge_lora(
-    config_path: str | Path, adapter_path: str | Path, out: str | Path | None = None, *, trust_remote_code: bool = False
+    config_path: str | Path,
+    adapter_path: str | Path,
+    out: str | Path | None = None,
+    *,
+    allow_difference: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Merge an adapter into the base model of a training configuration.
 
@@ -43,25 +59,34 @@ def merge_lora(
         config_path: a training file or a grid file; its base says the model, its precision and the stories.
         adapter_path: folder of the adapter, in peft's format.
         out: folder for the merged model; null: `<output_dir of the configuration>/merged`, else `merged/` beside it.
+        allow_difference: write a model that is off by more than rounding too.
         trust_remote_code: let a model from the hub run its own code.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: something is not there, or the adapter does not fit.
+        InputError: something is not there, the adapter does not fit, or the merged model is off by more than rounding.
     """
     config = Path(config_path)
     spec = spec_of_file(config)
     folder = Path(out) if out is not None else Path(spec.output_dir or config.parent) / "merged"
-    merge(TrainedAdapter(spec, Path(adapter_path), folder.name, {}), folder, trust_remote_code=trust_remote_code)
+    adapter = TrainedAdapter(spec, Path(adapter_path), folder.name, {})
+    merge(adapter, folder, allow_difference=allow_difference, trust_remote_code=trust_remote_code)
     return folder
 
 
-def _merge(spec: str, adapter: str, folder: str, figures: dict[str, float], trust_remote_code: bool) -> dict[str, Any]:
+def _merge(
+    spec: str, adapter: str, folder: str, figures: dict[str, float], allow_difference: bool, trust_remote_code: bool
+) -> dict[str, Any]:
     from harness.adapters import merged_model
 
     merged = merged_model.merge(
-        TrialSpec.model_validate_json(spec), Path(adapter), Path(folder), figures, trust_remote_code=trust_remote_code
+        TrialSpec.model_validate_json(spec),
+        Path(adapter),
+        Path(folder),
+        figures,
+        allow_difference=allow_difference,
+        trust_remote_code=trust_remote_code,
     )
     return merged.model_dump(mode="json")

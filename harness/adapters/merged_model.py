@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from harness.adapters.session import MODELS, AdapterSession, largest_difference
+from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import METRICS, show_bytes
 from harness.record import Model
 from harness.spec import TrialSpec
+from harness.training import model
+
+_ROUNDINGS = 8
+"""A merge may be off by this many times what one rounding of every weight changes; tiny and bundled models, of every
+precision and kind of adapter, are off by 2 at most."""
 
 
 class Merged(BaseModel):
@@ -28,6 +35,10 @@ class Merged(BaseModel):
     """Of the merged weights as saved."""
     largest_logit_difference: float
     """Largest |merged − unmerged| over positions and vocabulary, the unmerged model at its training precision."""
+    merge_error: float
+    """The same from the unmerged model over the 16-bit base of a quantised one: what merging alone changes."""
+    rounding: float
+    """What one rounding of every merged weight changes, as measured: |perturbed − merged| at its largest."""
     losses: dict[str, tuple[float, ...]]
     """Nats per completion token of each held-out story: `base`, `unmerged`, `merged`; empty for random weights."""
     tokens: tuple[int, ...]
@@ -35,7 +46,13 @@ class Merged(BaseModel):
 
 
 def merge(
-    spec: TrialSpec, adapter: Path, folder: Path, figures: Mapping[str, float], *, trust_remote_code: bool = False
+    spec: TrialSpec,
+    adapter: Path,
+    folder: Path,
+    figures: Mapping[str, float],
+    *,
+    allow_difference: bool = False,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Merge an adapter into its base and write weights, config, tokenizer and a card.
 
@@ -47,16 +64,17 @@ def merge(
         adapter: its folder, in peft's format.
         folder: where the model is written; the caller moves it to its place when it is whole.
         figures: of the trial, for the card.
+        allow_difference: write a model that is off by more than rounding too.
         trust_remote_code: let a model from the hub run its own code.
 
     Raises:
-        InputError: the adapter does not fit its base.
+        InputError: the adapter does not fit its base, or the merged model is off by more than rounding.
         OSError: something cannot be read or written.
     """
     session = AdapterSession(spec, adapter, trust_remote_code=trust_remote_code)
     losses: dict[str, tuple[float, ...]] = {}
     tokens: tuple[int, ...] = ()
-    logits: dict[Model, Any] = {}
+    logits: dict[Model, torch.Tensor] = {}
     network: Any = None
     for name in MODELS:
         del network  # before the next one is loaded
@@ -68,16 +86,40 @@ def merge(
     folder.mkdir(parents=True)
     network.save_pretrained(folder)
     session.tokenizer.save_pretrained(folder)
+    dtype = str(network.dtype).removeprefix("torch.")
+    rounding = largest_difference(_with_another_rounding(session, network, at), logits["merged"])
+    del network
+    # A quantised base is exchanged by merging, which changes logits by design: that is reported, not judged.
+    unmerged = logits["unmerged"] if at == spec else session.logits(*session.make("unmerged", unquantised=True))
     merged = Merged(
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=dtype,
         weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         largest_logit_difference=largest_difference(logits["merged"], logits["unmerged"]),
+        merge_error=largest_difference(logits["merged"], unmerged),
+        rounding=rounding,
         losses=losses if all(losses.values()) else {},
         tokens=tokens,
     )
+    if not (allow_difference or merged.merge_error <= _ROUNDINGS * merged.rounding):  # not a number: off too
+        raise InputError(
+            f"merged, logits are off by up to {merged.merge_error:.3g}, and rounding to {merged.dtype} explains "
+            f"{merged.rounding:.3g}: nothing was written; --allow-difference writes the model all the same"
+        )
     (folder / "README.md").write_text(_card(spec, merged, figures), encoding="utf-8")
     (folder / "merge.json").write_text(merged.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return merged
+
+
+@torch.no_grad()
+def _with_another_rounding(session: AdapterSession, network: Any, at: TrialSpec) -> torch.Tensor:
+    """Logits of a model whose weights are each moved by as much as its arithmetic rounds them by; for good."""
+    coarsest = 2.0**-10 if at.tf32 and session.device.type == "cuda" else 0.0
+    generator = torch.Generator(session.device).manual_seed(0)
+    for weight in network.parameters():
+        formats = {weight.dtype, model.compute_dtype(at) or weight.dtype}
+        bound = max(coarsest, *(torch.finfo(each).eps for each in formats))
+        weight.addcmul_(weight, torch.empty_like(weight).uniform_(-bound, bound, generator=generator))
+    return session.logits(network, at)
 
 
 def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:

@@ -19,7 +19,7 @@ from harness.training.batches import Example
 
 MODELS: tuple[Model, ...] = get_args(Model)
 _COMPARED = 4
-"""Held-out stories whose logits are compared."""
+"""Stories whose logits are compared."""
 
 
 class AdapterSession:
@@ -46,26 +46,34 @@ class AdapterSession:
     @functools.cached_property
     def held_out(self) -> tuple[Example, ...]:
         """The held-out stories that the trial was evaluated on."""
-        return batches.load(self.spec, self.tokenizer).held_out
+        return self._stories.held_out
+
+    @functools.cached_property
+    def _stories(self) -> batches.Data:
+        return batches.load(self.spec, self.tokenizer)
 
     @functools.cached_property
     def texts(self) -> dict[str, Story]:
         """All stories by their ids."""
         return {story.id: story for story in stories.read_all(self.spec).stories}
 
-    def make(self, name: Model) -> tuple[Any, TrialSpec]:
-        """One of the models, ready to answer, and its spec: a quantised base is merged in 16 bit.
+    def make(self, name: Model, *, unquantised: bool = False) -> tuple[Any, TrialSpec]:
+        """One of the models, ready to answer, and its spec.
+
+        Args:
+            name: which.
+            unquantised: over the 16-bit base of a quantised one, as the merged model is in any case.
 
         Raises:
             InputError: the adapter does not fit its base.
         """
         gc.collect()  # the previous model is freed first: memory is sized for one
-        at = model.unquantised(self.spec) if name == "merged" else self.spec
+        at = model.unquantised(self.spec) if name == "merged" or unquantised else self.spec
         network = model.base(at, self.device, trust_remote_code=self._trust_remote_code)
         if name != "base":
             network = saved_adapters.load(network, self._adapter)
         if name == "merged":
-            network = network.merge_and_unload(safe_merge=True)
+            network = saved_adapters.merged(network)
         network.config.use_cache = True
         return network.eval(), at
 
@@ -81,17 +89,17 @@ class AdapterSession:
 
     @torch.no_grad()
     def logits(self, network: Any, at: TrialSpec) -> torch.Tensor:
-        """Logits at the completions of some held-out stories, fp32 of shape (positions, vocabulary)."""
+        """Logits at the completions of some stories, held-out ones if any: fp32 of shape (positions, vocabulary)."""
         logits, pad_id = [], self.pad_id(network)
-        for example in self.held_out[:_COMPARED]:
+        for example in (self.held_out or self._stories.train)[:_COMPARED]:
             batch = batches.collate([example], pad_id, self.device)
             labels = batch.inputs.pop("labels")[0]
             with model.autocast(at, self.device):
                 output = network(**batch.inputs).logits[0]
             logits.append(output[labels != batches.IGNORED].float().cpu())
-        return torch.cat(logits) if logits else torch.empty(0, 0)
+        return torch.cat(logits)
 
 
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |one − other|; 0 where they are empty."""
-    return float((one - other).abs().max()) if one.numel() else 0.0
+    """Largest |one − other|."""
+    return float((one - other).abs().max())

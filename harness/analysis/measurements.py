@@ -17,7 +17,7 @@ from harness.analysis.crossed import SeedNoise, crossed, seed_noise
 from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.stats import Verdict
 from harness.analysis.undecided import Unit, with_power
-from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast
+from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS, show_bytes
 from harness.results.schema import spec_of
 from harness.spec import TrialSpec
@@ -238,7 +238,8 @@ class Measurements:
         before = after = pandas.Series(True, eligible.index)
         for key, (from_level, to_level) in contrast.compare.items():
             values = eligible[key]
-            from_mask, to_mask = (_is_level(values, level, rest) for level in (from_level, to_level))
+            levels = (recorded_level(key, level) for level in (from_level, to_level))
+            from_mask, to_mask = (_is_level(values, level, rest) for level in levels)
             before, after = before & from_mask, after & to_mask & ~from_mask
         if not before.any() or not after.any():
             return pandas.DataFrame({"reference": [], "config": []}, dtype="int64")
@@ -267,7 +268,7 @@ class Measurements:
     def _mask(self, where: dict[str, Any]) -> pandas.Series:
         mask = pandas.Series(True, self.configs.index)
         for key, level in where.items():
-            mask &= _is_level(self.configs[key], level, None)
+            mask &= _is_level(self.configs[key], recorded_level(key, level), None)
         return mask
 
     def _rest(self, contrast: Contrast) -> pandas.Series:

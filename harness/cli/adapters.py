@@ -34,6 +34,9 @@ def merge(
             help="Folder for the model; default merged/<trial>.",
         ),
     ] = None,
+    allow_difference: Annotated[
+        bool, typer.Option("--allow-difference", help="Write a model that is off by more than rounding too.")
+    ] = False,
     results: options.Results = Path("results"),
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -53,15 +56,16 @@ def merge(
         raise InputError("give either a trial, or --config and --adapter")
     folder = output or Path("merged") / source.name
     with out.status("merging"):
-        merged = merge_adapter(source, folder, trust_remote_code=trust_remote_code)
+        merged = merge_adapter(source, folder, allow_difference=allow_difference, trust_remote_code=trust_remote_code)
     if merged["losses"]:
         table = Table("model", "loss (nats per token)", title="What merging changes")
         for name, loss in mean_losses(merged["losses"], merged["tokens"]).items():
             table.add_row(name, f"{loss:.4f}")
         out.print(table)
         out.print(merging_effect(merged["losses"], merged["tokens"]), highlight=False)
-    difference = merged["largest_logit_difference"]
-    out.print(f"largest difference of logits, merged from unmerged: {difference:.3g}", style="dim")
+    difference, error = merged["largest_logit_difference"], merged["merge_error"]
+    exchange = f", of which merging {error:.3g}" if error != difference else ""  # the rest is a quantised base's
+    out.print(f"largest difference of logits, merged from unmerged: {difference:.3g}{exchange}", style="dim")
     size = show_bytes(merged["weights_bytes"])
     out.print(f"{size} of {merged['dtype']} weights written to {plain(str(folder))}", highlight=False, soft_wrap=True)
 

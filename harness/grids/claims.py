@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, field_validator, m
 
 from harness.metrics import FIGURES, INFERENCE
 from harness.record import Model, Status
-from harness.spec import FACTS, Line
+from harness.spec import ALL_LINEAR, FACTS, Line
 
 DERIVED = ("effective_batch_size", "system_prompt", "own_format")
 """Conditions that are not keys of a spec: the effective batch, whether there is a system prompt, and whether a format
@@ -34,6 +35,20 @@ _EXPECT = re.compile(
     r"(?:(?P<sign><=|>=|<|>|=)\s*(?P<bound>-?\d+(?:\.\d+)?)"
     r"|between\s+(?P<low>-?\d+(?:\.\d+)?)\s+and\s+(?P<high>-?\d+(?:\.\d+)?))"
 )
+
+
+def recorded_level(key: str, level: Any) -> Any:
+    """A level of a condition as rows hold it: the layers that get an adapter are JSON, `all-linear` is null.
+
+    Args:
+        key: the condition.
+        level: as a claim writes it; of layers one name, a list of names, or a list of such lists (any of them).
+    """
+    if key != "lora_target_modules" or level in (None, "any"):
+        return level
+    if isinstance(level, str):
+        return None if level == ALL_LINEAR else json.dumps([level])
+    return json.dumps(level) if all(isinstance(each, str) for each in level) else [json.dumps(each) for each in level]
 
 
 class Expectation(BaseModel):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from harness._util.messages import kind_of, one_line, unknown
+from harness._util.messages import as_written, kind_of, one_line, unknown
 from harness.errors import InputError
 from harness.grids.document import base_of, header, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
@@ -154,8 +154,9 @@ def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
     for level in levels:
         spec = make_spec(merge(base.model_dump(), level.changes), f"space: {level.label}", keys_alone=True)
         value = level.changes.get(name)
-        # Scalars can be stored as they are; a list of layers is stored as its text.
-        choice = value if name in level.changes and isinstance(value, bool | int | float | str | None) else level.text
+        # Scalars can be stored as they are; a list of layers, or what stands for several keys, is stored as its text.
+        scalar = isinstance(value, bool | int | float | str | None) and one_line(as_written(value)) == level.text
+        choice = value if name in level.changes and scalar else level.text
         choices[choice] = {key: getattr(spec, key) for key in keys}
     return Parameter(name, choices, when=when, hold=levels[0].hold)
 

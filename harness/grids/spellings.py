@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from harness.spec import QUANTISED, Precision, TrialSpec
+from harness.spec import ALL_LINEAR, QUANTISED, Precision, TrialSpec
 
 PRECISION_FLAGS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "load_in_8bit": "int8", "load_in_4bit": "nf4"}
 """Flags of training files, and the precision that each stands for."""
@@ -73,6 +73,10 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     if wanted:
         values["precision"] = next(iter(wanted.values()))
 
+    if _is_all_linear(values.get("lora_target_modules")):
+        if values.get("lora_target_linear") is False:
+            raise ValueError(f"lora_target_linear false contradicts lora_target_modules {ALL_LINEAR}; keep one")
+        values |= {"lora_target_modules": None, "lora_target_linear": True}
     for group in _EXCLUSIVE:
         both = sorted(key for key in group if values.get(key) not in (None, False))
         if len(both) > 1:
@@ -83,6 +87,11 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     for key in FLOAT_KEYS & values.keys():
         values[key] = _as_float(values[key])
     return values
+
+
+def _is_all_linear(targets: Any) -> bool:
+    only = targets[0] if isinstance(targets, list | tuple) and len(targets) == 1 else targets
+    return isinstance(only, str) and only.lower() == ALL_LINEAR
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

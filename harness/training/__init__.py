@@ -2,9 +2,9 @@
 
 worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run) with limits
 (of a model), processes and distributed (several processes), step (the training step), order (which examples a step
-has), schedule (of a timing visit), waiting (for a processor), model, formats (of its weights), loss, checkpoints,
-saved_adapters, prompts, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops,
-half_matmul.
+has), schedule (of a timing visit), waiting (for a processor), model with lora (where adapters are), reach (what text
+reaches) and formats (of weights), loss, checkpoints, saved_adapters, prompts, batches, evaluation; memory with
+live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [

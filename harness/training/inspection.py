@@ -150,15 +150,17 @@ def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> _Model:
         raise
     except Exception:  # a model's own code may need values; the trial itself shows whether it runs
         return _Model(limits.Limits(None, None, None))
-    return _Model(limits.of_model(network), tuple(_skipped_layers(network, spec)))
+    warnings = (model.not_trained(network, spec), _skipped_layers(network, spec))
+    return _Model(limits.of_model(network), tuple(filter(None, warnings)))
 
 
-def _skipped_layers(network: Any, spec: TrialSpec) -> list[str]:
+def _skipped_layers(network: Any, spec: TrialSpec) -> str | None:
+    """Where a quantiser leaves more than a little as it is."""
     name = model.format_of_linear_weights(spec)
     fraction = formats.fraction_in(network, name)
     if fraction is None or fraction >= _MOSTLY:
-        return []
-    return [
+        return None
+    return (
         f"precision {name} holds for {show_share(fraction)} of the linear weights of {spec.base_model}: the others, "
         "such as experts, are of no kind that its quantiser takes, and stay as they are"
-    ]
+    )

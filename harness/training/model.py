@@ -1,4 +1,4 @@
-"""Builds the model of a spec: the base at its precision, with adapters. The one reader of `precision` and `lora_*`."""
+"""Builds the model of a spec: the base at its precision, with adapters. It and `lora` read `precision` and `lora_*`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
 from harness.spec import QUANTISED, TrialSpec
+from harness.training import lora, reach
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -201,8 +202,11 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
     if spec.gradient_checkpointing:
         # The reentrant variant needs inputs with gradients, which frozen embeddings do not provide.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    unreached = reach.unreached(model)
     if spec.adapter == "lora":
-        model = _with_adapters(model, spec)
+        model = lora.attach(model, spec, unreached)
+    for parameter in unreached.values():
+        parameter.requires_grad_(False)
     model.train()
     return model
 
@@ -235,27 +239,6 @@ def _set_up_4bit(model: Any, spec: TrialSpec) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = _COMPUTE[spec.precision]
-
-
-def _with_adapters(model: Any, spec: TrialSpec) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if spec.lora_target_modules is not None:
-        targets: str | list[str] | None = list(spec.lora_target_modules)
-    else:
-        targets = "all-linear" if spec.lora_target_linear else None
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.lora_r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        bias=spec.lora_bias,
-        target_modules=targets,
-        use_rslora=spec.use_rslora,
-        use_dora=spec.use_dora,
-    )
-    # peft makes adapters of 16-bit and quantised models fp32; those of a model on `meta` are on `meta`.
-    return get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
 
 
 def unquantised(spec: TrialSpec) -> TrialSpec:
@@ -296,11 +279,26 @@ def adapters(model: Any, spec: TrialSpec) -> list[torch.nn.Parameter]:
     return trainable(model) if spec.adapter == "lora" else []
 
 
+def not_trained(model: Any, spec: TrialSpec) -> str | None:
+    """What the spec names and is not trained, because text does not reach it; null: there is nothing."""
+    if spec.adapter == "lora":
+        left, trained = lora.without(model)
+        what = f"{len(left)} layers of {{}} get no adapter"
+    else:
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        left, trained = list(sizes), [name for name, _ in model.named_parameters() if name not in sizes]
+        what = f"{sum(sizes.values()):,} parameters of {{}} are not trained"
+    where = " and ".join(reach.parts(left, trained))
+    return f"{spec.base_model}: {what.format(where)}: text does not reach them" if left else None
+
+
 def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
     """`trainable_parameters`, `total_parameters`, `adapter_bytes` and `adapter_share`, as metrics."""
     if spec.adapter == "none":
-        trained = sum(p.numel() for p in trainable(model))
-        return {"trainable_parameters": trained, "total_parameters": model.num_parameters()}
+        return {
+            "trainable_parameters": model.num_parameters(only_trainable=True),
+            "total_parameters": model.num_parameters(),
+        }
     from peft import get_peft_model_state_dict
 
     trained, total = model.get_nb_trainable_parameters()

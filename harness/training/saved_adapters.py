@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,29 @@ def load(base: Any, folder: Path) -> Any:
         different = sorted(actual.keys() ^ expected.keys())
         raise InputError(f"{misfit}: {different[0] if different else 'its shapes'} is in one of them alone")
     return model
+
+
+def merged(network: Any) -> Any:
+    """The base of a model with adapters, with the adapters merged into its weights.
+
+    A weight that several modules hold (a head tied to the embeddings) is changed in the adapted module alone: the model
+    is no longer tied.
+    """
+    _untie(network.get_base_model())
+    return network.merge_and_unload(safe_merge=True)
+
+
+def _untie(base: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    holders = Counter(id(weight) for module in base.modules() for weight in module.parameters(recurse=False))
+    adapted = [module.get_base_layer() for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in adapted:
+        for name, weight in layer.named_parameters(recurse=False):
+            if holders[id(weight)] > 1:
+                setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+                for config in (base.config, base.config.get_text_config()):
+                    config.tie_word_embeddings = False
 
 
 def _content_hash(folder: Path) -> str:

@@ -1,0 +1,183 @@
+"""Adapters of a model: the layers that get one are those that the spec names, all of them, or it is refused."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from harness._util.messages import first_line, one_line
+from harness.errors import InputError
+from harness.spec import ALL_LINEAR, TrialSpec, is_pattern
+
+_KEY = "lora_target_modules"
+
+
+def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
+    """A base model with adapters over it.
+
+    Args:
+        network: the base model.
+        spec: which adapters, and where.
+        unreached: names of parameters that text does not reach; a layer whose own are all among them gets no adapter.
+
+    Raises:
+        InputError: a target is the name of no layer that can have an adapter, or of none that text reaches.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = _targets(network, spec)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.lora_r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        bias=spec.lora_bias,
+        target_modules=targets,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+    )
+    matches = _matches(network, targets)
+    if spec.lora_target_modules is not None:  # an architecture may lack one of peft's defaults
+        _refuse_missing(network, matches, config)
+    config.exclude_modules = _excluded(network, matches, unreached)
+    unfit = _unfit(network, matches)
+    try:
+        # peft makes adapters of 16-bit and quantised models fp32; those of a model on `meta` are on `meta`.
+        return get_peft_model(network, config, low_cpu_mem_usage=network.device.type == "meta")
+    except ValueError as error:
+        reason = unfit or f"{', '.join(matches)}: peft: {first_line(error)}"
+        raise InputError(one_line(f"{_KEY}: {reason}")) from None
+
+
+def without(network: Any) -> tuple[list[str], list[str]]:
+    """Names of the layers that match the targets of a model with adapters and have none, and of those that have one."""
+    (config,) = network.peft_config.values()
+    return list(config.exclude_modules or ()), list(network.base_model.targeted_module_names)
+
+
+def _targets(network: Any, spec: TrialSpec) -> str | list[str]:
+    """As peft takes them: a text is a regular expression of whole names, or `all-linear`."""
+    if spec.lora_target_modules is not None:
+        names = list(spec.lora_target_modules)
+        return names[0] if is_pattern(names[0]) else names
+    return ALL_LINEAR if spec.lora_target_linear else _defaults(network)
+
+
+def _defaults(network: Any) -> str | list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind = network.config.model_type
+    defaults: str | list[str] | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if defaults is None:
+        raise InputError(
+            f"lora_target_linear false: peft has no default layers for {kind}; name them in {_KEY} "
+            f"({', '.join(_layers(network))}), or leave the key out for all linear layers"
+        )
+    return defaults
+
+
+def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]:
+    """Whole names of the modules that each target matches, by peft's rules."""
+    names = [name for name, _ in network.named_modules() if name]
+    if targets == ALL_LINEAR:
+        return {ALL_LINEAR: [name for name in names if isinstance(network.get_submodule(name), _linear())]}
+    if isinstance(targets, str):
+        return {targets: [name for name in names if re.fullmatch(targets, name)]}
+    return {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+
+
+def _refuse_missing(network: Any, matches: Mapping[str, Sequence[str]], config: Any) -> None:
+    missing = [target for target, names in matches.items() if not names]
+    if missing and is_pattern(missing[0]):
+        linear = (name for name, module in network.named_modules() if isinstance(module, _linear()))
+        raise InputError(
+            f"{_KEY}: {missing[0]!r} matches the whole name of no module; names are like {next(linear, 'lm_head')}: "
+            "let it begin with .*"
+        )
+    if missing and (missing := [target for target in missing if target in _converted(network, config)]):
+        raise InputError(_missing(network, missing))
+
+
+def _converted(network: Any, config: Any) -> Collection[str]:
+    """The names that peft looks for: those of experts that transformers has in one weight stand for that weight."""
+    # Internal function of peft (0.21), which calls it before it looks for layers and changes the configuration.
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, network, None)
+    except ValueError as error:
+        raise InputError(one_line(f"{_KEY}: {first_line(error)}")) from None
+    return list(converted.target_modules)
+
+
+def _missing(network: Any, missing: Sequence[str]) -> str:
+    layers = _layers(network)
+    near = [name for target in missing for name in _near(target, layers)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+    return one_line(
+        f"{_KEY}: {type(network).__name__} has no module {' or '.join(missing)}; {hint}"
+        f"its layers that can have an adapter are {', '.join(layers)}"
+    )
+
+
+def _near(target: str, layers: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(target.rpartition(".")[2], layers, n=1, cutoff=0.75)
+
+
+def _layers(network: Any) -> list[str]:
+    """Last parts of the names of layers that can have an adapter."""
+    names = (name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, _adaptable()))
+    return list(dict.fromkeys(name for name in names if not name.isdigit()))
+
+
+def _adaptable() -> tuple[type, ...]:
+    """The kinds of layers that peft puts adapters on; quantised ones are derived from `Linear`."""
+    nn = torch.nn
+    return (*_linear(), nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+def _linear() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return (torch.nn.Linear, Conv1D)
+
+
+def _unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
+    """What is wrong with the first module that matches a target and cannot have an adapter."""
+    for target, names in matches.items():
+        for name in names:
+            module = network.get_submodule(name)
+            if not isinstance(module, _adaptable()):
+                return (
+                    f"{target!r} matches {name}, a {type(module).__name__}, which cannot have an adapter; "
+                    f"layers that can are {', '.join(_layers(network))}"
+                )
+    return None
+
+
+def _excluded(network: Any, matches: Mapping[str, Sequence[str]], unreached: Collection[str]) -> list[str] | None:
+    """The matched modules that text does not reach; null where it reaches all.
+
+    Raises:
+        InputError: it reaches none that a target matches.
+    """
+    excluded: set[str] = set()
+    for target, names in matches.items():
+        beyond = {name for name in names if _is_beyond(network.get_submodule(name), name, unreached)}
+        if names and len(beyond) == len(names):
+            raise InputError(
+                one_line(f"{_KEY}: {target} is {min(beyond)} alone, which text does not reach: it would not be trained")
+            )
+        excluded |= beyond
+    return sorted(excluded) or None
+
+
+def _is_beyond(module: torch.nn.Module, name: str, unreached: Collection[str]) -> bool:
+    own = [f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)]
+    return bool(own) and all(each in unreached for each in own)
