@@ -106,6 +106,8 @@ class Facts:
     """Whether it changes the memory of a training step."""
     untrained: bool = True
     """Whether it may change a bit of the untrained model's loss on held-out stories."""
+    given: bool = True
+    """Whether a grid file may give it; else harness sets it."""
     absent: Any = ...
     """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
 
@@ -285,6 +287,10 @@ class TrialSpec(_Frozen):
     """Accepted from training files; results go where `harness run --results` says."""
     logging_steps: Annotated[PositiveInt, _UNMEASURED] = 1
     """Accepted from training files; every step is recorded."""
+    folder: Annotated[
+        Annotated[StrictStr, AfterValidator(redact_home)] | None, Facts(measured=False, given=False, absent=None)
+    ] = None
+    """Folder that relative paths begin at: that of the grid file. Set by harness; null: no path is relative."""
 
     @field_validator("memory_budget", mode="before")
     @classmethod

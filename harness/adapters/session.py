@@ -38,7 +38,7 @@ class AdapterSession:
         half_matmul.install()
         self.spec = spec
         self.device = torch.device(environment.resolve_device(spec.device))
-        self.pretrained = models.resolve(spec.base_model).pretrained
+        self.pretrained = models.pretrained(spec.base_model)
         self.tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
         self.pad_id = checkpoints.pad_id(self.tokenizer)
         self._adapter = adapter
@@ -52,7 +52,7 @@ class AdapterSession:
     @functools.cached_property
     def texts(self) -> dict[str, Story]:
         """All stories by their ids."""
-        return {story.id: story for dataset in self.spec.datasets for story in stories.read(dataset)}
+        return {story.id: story for dataset in self.spec.datasets for story in stories.read(dataset, self.spec.folder)}
 
     def make(self, name: Model) -> tuple[Any, TrialSpec]:
         """One of the models, ready to answer, and its spec: a quantised base is merged in 16 bit.

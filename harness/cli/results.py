@@ -96,10 +96,12 @@ def keys() -> None:
     from rich.table import Table
 
     from harness.metrics import FIGURES
-    from harness.spec import TrialSpec
+    from harness.spec import FACTS, TrialSpec
 
     table = Table("key", "default", "meaning", title="Keys of base and vary")
     for name, field in TrialSpec.model_fields.items():
+        if not FACTS[name].given:
+            continue
         default = "required" if field.is_required() else str(field.default)
         default = "storyteller" if name == "datasets" else default
         table.add_row(name, plain(default), plain(field.description or ""))

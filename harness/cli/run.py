@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -123,8 +124,10 @@ def run(
     from harness.launch.local import LocalLauncher
     from harness.results.store import Store
     from harness.runner import grid_run
+    from harness.sources import models
 
-    given = {"base_model": model, "memory_budget": memory, "device": device}
+    # From the command line, a relative path begins at the current folder.
+    given = {"base_model": model and models.absolute(model, os.getcwd()), "memory_budget": memory, "device": device}
     overrides = {key: value for key, value in given.items() if value is not None}
 
     most_trials = max_trials or MAX_TRIALS

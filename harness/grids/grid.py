@@ -17,7 +17,7 @@ from harness._util.messages import as_written, explain, kind_of, one_line, unkno
 from harness.environment import DeviceType, resolve_device
 from harness.errors import InputError
 from harness.grids.claims import Claim, unique
-from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, timing_of
+from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, located, timing_of
 from harness.grids.levels import (
     ACCUMULATION,
     Level,
@@ -159,7 +159,7 @@ def _build(
             trial.spec.refuse_impossible()
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
-    trials = _merge_duplicates(trials)
+    trials = [replace(trial, spec=located(trial.spec, path)) for trial in _merge_duplicates(trials)]
     timing = timing_of(document)
     repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
     # Alone, it has no second run: it shows how much a seed changes a loss.

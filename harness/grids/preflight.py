@@ -30,11 +30,13 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
     if runs_locally:
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
-    ids = {d: {s.id for s in stories.read(d)} for d in dict.fromkeys(d for t in grid.trials for d in t.spec.datasets)}
-    for datasets, wanted in dict.fromkeys((t.spec.datasets, t.spec.val_set_size) for t in grid.trials):
-        stories.held_out(wanted, len(set().union(*(ids[d] for d in datasets))))
-    for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
-        models.check(name, weights=not to_plan)
+    specs = [trial.spec for trial in grid.trials]
+    read = dict.fromkeys((dataset, spec.folder) for spec in specs for dataset in spec.datasets)
+    ids = {each: {story.id for story in stories.read(*each)} for each in read}
+    for datasets, folder, wanted in dict.fromkeys((s.datasets, s.folder, s.val_set_size) for s in specs):
+        stories.held_out(wanted, len(set().union(*(ids[d, folder] for d in datasets))))
+    for name, folder in dict.fromkeys((spec.base_model, spec.folder) for spec in specs):
+        models.check(name, folder, weights=not to_plan)
 
 
 def _refuse_too_many_processes(trial: Trial) -> None:

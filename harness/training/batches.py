@@ -71,7 +71,7 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
         InputError: nothing is left to train on, no story has enough completion tokens, or `excess_length: raise` meets
             a long example.
     """
-    rows = sorted((s for d in spec.datasets for s in stories.read(d)), key=lambda s: s.id)
+    rows = sorted((s for d in spec.datasets for s in stories.read(d, spec.folder)), key=lambda s: s.id)
     distinct = list({s.id: s for s in rows}.values())
     wanted = stories.held_out(spec.val_set_size, len(distinct))
     held_out = _choose_held_out(distinct, wanted, spec, tokenizer)

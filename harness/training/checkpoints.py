@@ -19,11 +19,13 @@ from harness.spec import TrialSpec
 
 def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     """The base model's tokenizer; for random weights `byte_tokenizer`."""
-    if models.resolve(spec.base_model).kind == "random":
+    if not models.pretrained(spec.base_model):
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint_folder(spec.base_model), trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        checkpoint_folder(spec.base_model, spec.folder), trust_remote_code=trust_remote_code
+    )
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -47,14 +49,14 @@ def byte_tokenizer() -> Any:
     )
 
 
-def checkpoint_folder(base_model: str) -> str:
-    """What transformers loads: a folder, or a hub id."""
-    source = models.resolve(base_model)
+def checkpoint_folder(base_model: str, folder: str | None = None) -> str:
+    """What transformers loads: a folder, or a hub id. A relative path begins at `folder`; null: the current one."""
+    source = models.resolve(base_model, folder)
     if source.kind == "bundled":
         file = models.bundled_file()
         return str(_made_once(f"{source.name}-{file.stat().st_size}", lambda folder: _convert(file, folder)))
     if source.kind == "random":
-        config = models.random_config(source.name)
+        config = models.random_config(source.name, folder)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
         name = f"random-{Path(source.name).stem}-{digest}"
         return str(_made_once(name, lambda folder: _random_checkpoint(config, folder)))

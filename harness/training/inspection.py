@@ -14,6 +14,7 @@ from harness.training import batches, checkpoints, model
 
 _DATA_KEYS = (
     "base_model",
+    "folder",
     "datasets",
     "sequence_length",
     "eval_sequence_length",
@@ -25,6 +26,7 @@ _DATA_KEYS = (
 """Spec keys that `batches.load` depends on."""
 _MODEL_KEYS = (
     "base_model",
+    "folder",
     "precision",
     "double_quantization",
     "attention",

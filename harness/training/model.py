@@ -61,7 +61,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     torch.backends.cudnn.allow_tf32 = spec.tf32
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint_folder(spec.base_model),
+        checkpoint_folder(spec.base_model, spec.folder),
         dtype=_WEIGHTS[spec.precision],
         device_map={"": str(device)},
         attn_implementation=spec.attention,
@@ -86,7 +86,7 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
 
     if spec.use_dora and spec.precision in QUANTISED:
         raise NotImplementedError(f"DoRA over {spec.precision} weights starts from their norms, which need values")
-    config = _config(spec.base_model, trust_remote_code)
+    config = _config(spec, trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -107,12 +107,12 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     return _prepared(model, spec)
 
 
-def _config(base_model: str, trust_remote_code: bool) -> Any:
+def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    source = models.resolve(base_model)
+    source = models.resolve(spec.base_model, spec.folder)
     if source.kind == "random":
-        return AutoConfig.for_model(**models.random_config(source.name))
+        return AutoConfig.for_model(**models.random_config(source.name, spec.folder))
     if source.kind == "bundled":
         return AutoConfig.for_model(**models.ARCHITECTURES[models.BUNDLED_SHAPE])
     return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)

@@ -95,7 +95,7 @@ class _Trial:
         self.evaluation_peaks: dict[str, int] = {}
         self.adapter_id: str | None = None
         self.disturbed = False
-        self.pretrained = models.resolve(self.spec.base_model).pretrained
+        self.pretrained = models.pretrained(self.spec.base_model)
 
     def run(self) -> dict[str, Any]:
         """Outcome fields of the record."""
