@@ -355,6 +355,16 @@ class TrialSpec(_Frozen):
         """Examples per optimizer step: micro-batch x accumulation x processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
+    @property
+    def dataset_paths(self) -> str:
+        """The paths of its datasets, for a message."""
+        return ", ".join(dataset.path for dataset in self.datasets)
+
+    @property
+    def datasets_json(self) -> str:
+        """Its datasets as JSON: the same text for the same names and prompt keys."""
+        return json.dumps(self.model_dump(mode="json", include={"datasets"})["datasets"], sort_keys=True)
+
     def samples(self, available: int) -> int:
         """Examples that are trained on, of `available` distinct ones."""
         if self.train_samples is not None:

@@ -59,11 +59,13 @@ def load(
     left_out = []
     if len(trials) < len(table):
         left_out.append(f"{len(table) - len(trials)} trials of other environments")
-    kept = _newest_version(trials, baseline_ids)
-    if len(kept) < len(trials):
-        left_out.append(f"{len(trials) - len(kept)} trials of other versions of the grid")
-    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     about = store.description()
+    same, others = _of_one_content(trials, about)
+    left_out += others
+    kept = _newest_version(same, baseline_ids)
+    if len(kept) < len(same):
+        left_out.append(f"{len(same) - len(kept)} trials of other versions of the grid")
+    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     losses = _losses(store, kept["trial_id"])
     visited = _visited_steps(store, kept["trial_id"])
     return Measurements(
@@ -105,6 +107,37 @@ def _choose(folder: Path, recorded: Sequence[str], here: Sequence[Environment]) 
         f"{folder}: trials of {len(recorded)} environments ({', '.join(sorted(recorded))}) are not comparable; "
         "choose one with --environment"
     )
+
+
+def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple[pandas.DataFrame, list[str]]:
+    """The trials of one content of each dataset and base model, and what is left out: the contents of the grid's latest
+    run, else of the newest row. Those of rows from before there were fingerprints are a content of their own.
+    """
+    by_time = trials.sort_values("started_at", kind="stable")
+    same = pandas.Series(True, trials.index)
+    names: dict[str, None] = {}
+    for kind, column, name in (("data", "data_fingerprint", "datasets"), ("base", "base_fingerprint", "base_model")):
+        latest = about.get("contents")
+        latest = latest.get(kind) if isinstance(latest, dict) else None
+        latest = latest if isinstance(latest, dict) else {}
+        newest = by_time.groupby(name)[column].last(skipna=False)
+        there = set(zip(trials[name], trials[column], strict=True))
+        chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
+        wanted = trials[name].map(chosen)
+        as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna())
+        names |= dict.fromkeys(trials.loc[~as_wanted & trials[column].notna(), name])
+        same &= as_wanted
+    unknown = int((~same & trials["data_fingerprint"].isna()).sum())
+    other = int((~same).sum()) - unknown
+    left_out = [f"{other} trials with other content of {_names(names)}"] if other else []
+    left_out += [f"{unknown} trials from before contents were fingerprinted"] if unknown else []
+    return trials[same], left_out
+
+
+def _names(given: Collection[str]) -> str:
+    """Base models, and the paths of datasets in JSON."""
+    paths = [[d["path"] for d in json.loads(name)] if name.startswith("[") else [name] for name in given]
+    return " and ".join(dict.fromkeys(path for each in paths for path in each)) or "their data"
 
 
 def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:

@@ -83,6 +83,11 @@ def show(
             if row["log"]:
                 out.print(plain(f"see {folder / row['log']}"), highlight=False, soft_wrap=True)
         out.print(plain(spec_to_yaml(spec_of(row))), highlight=False)
+        if row["folder"]:
+            out.print(plain(f"relative paths begin at {row['folder']}"), highlight=False, soft_wrap=True)
+        if row["data_fingerprint"]:
+            fingerprints = f"fingerprints: data {row['data_fingerprint']}, base {row['base_fingerprint']}"
+            out.print(plain(fingerprints), highlight=False)
         table = Table("figure", "value", "meaning")
         for name, metric in METRICS.items():
             if row[name] is not None:

@@ -56,8 +56,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         timed = [metric for metric in asked if metric in TIMED_FIGURES]
         if timed and not timing.visits:
             raise ValueError(f"visits is 0, and tune needs {timed[0]}, which visits time; leave visits out")
-        choices = [changes for parameter in search.parameters for changes in parameter.choices.values()]
-        base_spec = located(search.base, path, [search.base.model_copy(update=changes) for changes in choices])
+        base_spec = located(search.base, path, search.reading)
         given = search.given | {"base": base_spec.model_dump(mode="json")}
         return replace(search, base=base_spec, given=given, timing=timing)
     except ValueError as error:

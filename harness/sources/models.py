@@ -13,7 +13,7 @@ from typing import Any, Literal
 from harness.errors import InputError
 from harness.sources import hub
 from harness.sources.files import full_path, hint_of_current, is_relative
-from harness.sources.hub import HUB_ID, check_hub_or_cache
+from harness.sources.hub import HUB_ID
 
 _RANDOM = "random:"
 BUNDLED = "smollm2-135m-instruct"
@@ -162,7 +162,7 @@ def check(base_model: str, folder: str | None = None, *, weights: bool = True) -
         if weights and not list(Path(source.name).glob("*.safetensors")):
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
-        check_hub_or_cache(source.name, "model")
+        hub.update_model(source.name)
 
 
 def downloads(name: str) -> Path:
