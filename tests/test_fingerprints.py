@@ -307,7 +307,7 @@ def test_rows_without_fingerprints_are_not_mixed_with_others(tmp_path: Path) -> 
     latest = grid_of(x=spec).with_contents(lambda _: Contents(A, A))
     store.describe(latest.about)
     assert set(loading.load(store.folder).trials["base_fingerprint"]) == {A}, "the latest run decides"
-    for odd in ([], {"data": 3}, {"base": {"random:tiny": "unknown"}}):
+    for odd in ([], {"data": 3}, {"data": {"[]": [1]}}, {"base": {"random:tiny": "unknown"}}):
         store.describe(latest.about | {"contents": odd})
         assert len(loading.load(store.folder).trials) == 2
 

@@ -88,7 +88,7 @@ def refuse_changed_base(adapter: TrainedAdapter) -> None:
         InputError: it has changed since; nothing is known of an adapter that no trial kept.
     """
     before = _contents(adapter).base
-    if before not in (None, fingerprints.base(adapter.spec)):
+    if before is not None and before != fingerprints.base(adapter.spec):
         _refuse(adapter.spec.base_model, "the adapter belongs to what it was")
 
 
@@ -108,7 +108,8 @@ def data_changed(adapter: TrainedAdapter) -> bool:
     Raises:
         InputError: they cannot be read.
     """
-    return _contents(adapter).data not in (None, fingerprints.data(adapter.spec))
+    before = _contents(adapter).data
+    return before is not None and before != fingerprints.data(adapter.spec)
 
 
 def _contents(adapter: TrainedAdapter) -> Contents:

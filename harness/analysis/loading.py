@@ -117,27 +117,27 @@ def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple
     same = pandas.Series(True, trials.index)
     names: dict[str, None] = {}
     for kind, column, name in (("data", "data_fingerprint", "datasets"), ("base", "base_fingerprint", "base_model")):
-        latest = about.get("contents")
-        latest = latest.get(kind) if isinstance(latest, dict) else None
-        latest = latest if isinstance(latest, dict) else {}
+        latest = _latest_contents(about, kind)
         newest = by_time.groupby(name)[column].last(skipna=False)
         there = set(zip(trials[name], trials[column], strict=True))
         chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
         wanted = trials[name].map(chosen)
         as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna())
-        names |= dict.fromkeys(trials.loc[~as_wanted & trials[column].notna(), name])
+        for other in trials.loc[~as_wanted & trials[column].notna(), name].unique():
+            names |= dict.fromkeys([d["path"] for d in json.loads(other)] if kind == "data" else [other])
         same &= as_wanted
     unknown = int((~same & trials["data_fingerprint"].isna()).sum())
-    other = int((~same).sum()) - unknown
-    left_out = [f"{other} trials with other content of {_names(names)}"] if other else []
+    others = int((~same).sum()) - unknown
+    left_out = [f"{others} trials with other content of {' and '.join(names)}"] if others else []
     left_out += [f"{unknown} trials from before contents were fingerprinted"] if unknown else []
     return trials[same], left_out
 
 
-def _names(given: Collection[str]) -> str:
-    """Base models, and the paths of datasets in JSON."""
-    paths = [[d["path"] for d in json.loads(name)] if name.startswith("[") else [name] for name in given]
-    return " and ".join(dict.fromkeys(path for each in paths for path in each)) or "their data"
+def _latest_contents(about: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Fingerprints of the grid's latest run, by name. A file edited by hand may hold anything."""
+    contents = about.get("contents")
+    of_kind = contents.get(kind) if isinstance(contents, dict) else None
+    return {name: str(each) for name, each in of_kind.items()} if isinstance(of_kind, dict) else {}
 
 
 def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:

@@ -81,7 +81,10 @@ class Grid:
     @property
     def about(self) -> dict[str, Any]:
         """What a report needs besides the rows, as plain JSON values."""
-        about = {"title": self.title, "claims": [claim.model_dump(mode="json") for claim in self.claims]}
+        about: dict[str, Any] = {
+            "title": self.title,
+            "claims": [claim.model_dump(mode="json") for claim in self.claims],
+        }
         known = [trial for trial in self.trials if trial.contents != NO_CONTENTS]
         if known:
             about["contents"] = {

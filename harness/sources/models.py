@@ -102,6 +102,8 @@ def resolve(base_model: str, folder: str | None = None) -> Source:
     if base_model == BUNDLED:
         return Source("bundled", base_model)
     name = base_model.removeprefix(_RANDOM)
+    if name in ARCHITECTURES and not pretrained(base_model):
+        return Source("random", name)
     path = full_path(name, folder)
     if not os.path.exists(path) and (hint := hint_of_current(name, folder)):
         raise InputError(f"base_model {base_model}: not there (looked in {full_path('', folder)}){hint}")

@@ -399,6 +399,7 @@ def study_name(search: Search, environment_id: str, contents: Sequence[Contents]
     """The name of a study, which identifies its base, search space, environment and what its trials read."""
     kept = {key: value for key, value in search.given["tune"].items() if key not in ("trials", "timeout", "confirm")}
     about = {"base": search.base.canonical(), "tune": kept, "sampler": search.sampler, "environment": environment_id}
-    about |= {"contents": [each.key for each in contents]} if contents else {}
+    if contents:
+        about["contents"] = ",".join(each.key for each in contents)
     text = json.dumps(about, sort_keys=True, default=str)
     return f"{search.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

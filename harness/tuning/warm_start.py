@@ -21,6 +21,10 @@ from harness.spec import TrialSpec
 from harness.tuning.samplers import distribution, fallback_value
 
 
+_OTHER = "with other content of their data or base model"
+_UNKNOWN = "from before contents were fingerprinted"
+
+
 @dataclass(frozen=True)
 class WarmStart:
     """Adds measured trials to a study and copies their rows to its store."""
@@ -41,15 +45,7 @@ class WarmStart:
         """
         rows = Store(source).read("trials").to_pylist()
         counts = dict.fromkeys(
-            (
-                "used",
-                "of another environment",
-                "outside the space",
-                "without a score",
-                "with other content of their data or base model",
-                "from before contents were fingerprinted",
-            ),
-            0,
+            ("used", "of another environment", "outside the space", _OTHER, _UNKNOWN, "without a score"), 0
         )
         for row in sorted(rows, key=lambda r: r["started_at"]):
             if row["environment_id"] != self.environment.id:
@@ -57,20 +53,14 @@ class WarmStart:
                 continue
             if row["twin"] or row["seed"] != self.search.base.seed:
                 continue
-            bounded = {"memory_budget": self.search.memory, "device": self.search.base.device}
-            bounded["folder"] = self.search.base.folder
-            spec = spec_of(row).model_copy(update=bounded)
+            bounded: dict[str, Any] = {"memory_budget": self.search.memory, "device": self.search.base.device}
+            spec = spec_of(row).model_copy(update=bounded | {"folder": self.search.base.folder})
             params = self.search.place(spec)
             score = self.search.score(row["status"], {name: row[name] for name in METRICS})
             if params is None:
                 counts["outside the space"] += 1
             elif (contents := Contents.of_row(row)) != self.contents_of(spec):
-                unknown = contents == NO_CONTENTS
-                counts[
-                    "from before contents were fingerprinted"
-                    if unknown
-                    else "with other content of their data or base model"
-                ] += 1
+                counts[_UNKNOWN if contents == NO_CONTENTS else _OTHER] += 1
             elif score is None:
                 counts["without a score"] += 1
             else:
