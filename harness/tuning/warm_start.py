@@ -20,7 +20,6 @@ from harness.results.store import Store
 from harness.spec import TrialSpec
 from harness.tuning.samplers import distribution, fallback_value
 
-
 _OTHER = "with other content of their data or base model"
 _UNKNOWN = "from before contents were fingerprinted"
 
