@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -26,6 +29,40 @@ TIMED_FIGURES = (
 """Figures of timed steps alone."""
 DISK_FULL = "DiskFull"
 """Error type of a trial whose disk was full: not its own fault, so it may be run again."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the names of a spec stand for: fingerprints of its data and its base, 12 hex digits each; null: unknown."""
+
+    data: str | None = None
+    base: str | None = None
+
+    @property
+    def key(self) -> str:
+        """8 hex digits of both, empty where both are unknown."""
+        if self == NO_CONTENTS:
+            return ""
+        return hashlib.sha256(f"{self.data}-{self.base}".encode()).hexdigest()[:8]
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Contents:
+        """Those of a row of the trials table."""
+        return cls(row["data_fingerprint"], row["base_fingerprint"])
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """The fields of a job that hold them."""
+        return {"data_fingerprint": self.data, "base_fingerprint": self.base}
+
+    def changed(self, before: Contents, spec: TrialSpec) -> list[str]:
+        """Names of a spec behind which something else was before."""
+        names = [spec.dataset_paths] if self.data != before.data else []
+        return names + [spec.base_model] * (self.base != before.base)
+
+
+NO_CONTENTS = Contents()
+"""Of trials from before contents were fingerprinted."""
 
 
 class Row(BaseModel):
@@ -85,10 +122,8 @@ class StoryLoss(Row):
 
 
 class LossesBefore(Row):
-    """Losses of an untrained model that another trial has measured."""
+    """Losses of an untrained model that another trial of the same contents has measured."""
 
-    started_at: dt.datetime
-    """When that trial began: what has changed since is not what it measured."""
     stories: tuple[StoryLoss, ...]
     """Its losses before training."""
 
@@ -199,6 +234,15 @@ class Job(Row):
     """Its number there."""
     visit: Visit | None = None
     """Time steps in a visit instead of training."""
+    data_fingerprint: Annotated[str | None, Facts(absent=None)] = None
+    """Of the rows that it reads, see `sources.fingerprints`; null: they are read as they are."""
+    base_fingerprint: Annotated[str | None, Facts(absent=None)] = None
+    """Of its base model."""
+
+    @property
+    def contents(self) -> Contents:
+        """Both fingerprints."""
+        return Contents(self.data_fingerprint, self.base_fingerprint)
 
 
 class Record(Job):
@@ -259,10 +303,12 @@ class Record(Job):
 
     @property
     def trial_id(self) -> str:
-        """Id of spec and environment: the same trial on the same machine has the same id."""
-        return trial_id(self.spec, self.environment, twin=self.twin)
+        """Id of spec, environment and contents: the same trial on the same machine has the same id."""
+        return trial_id(self.spec, self.environment, self.contents, twin=self.twin)
 
 
-def trial_id(spec: TrialSpec, environment: Environment, *, twin: bool = False) -> str:
-    """Identity of a trial: `<spec id>-<environment id>`, and `-twin` where it is the baseline's second run."""
-    return f"{spec.id}-{environment.id}" + "-twin" * twin
+def trial_id(spec: TrialSpec, environment: Environment, contents: Contents = NO_CONTENTS, *, twin: bool = False) -> str:
+    """Identity of a trial: `<spec id>-<environment id>`, `-<key>` of its contents where they are known, and `-twin`
+    where it is the baseline's second run.
+    """
+    return "-".join(filter(None, (spec.id, environment.id, contents.key, "twin" * twin)))

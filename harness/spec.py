@@ -109,6 +109,8 @@ class Facts:
     """Whether it changes the memory of a training step."""
     untrained: bool = True
     """Whether it may change a bit of the untrained model's loss on held-out stories."""
+    given: bool = True
+    """Whether a grid file may give it; else harness sets it."""
     absent: Any = ...
     """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
 
@@ -309,6 +311,10 @@ class TrialSpec(_Frozen):
     """Accepted from training files; results go where `harness run --results` says."""
     logging_steps: Annotated[PositiveInt, _UNMEASURED] = 1
     """Accepted from training files; every step is recorded."""
+    folder: Annotated[
+        Annotated[StrictStr, AfterValidator(redact_home)] | None, Facts(measured=False, given=False, absent=None)
+    ] = None
+    """Folder that relative paths begin at: that of the grid file. Set by harness; null: no path is relative."""
 
     @field_validator("memory_budget", mode="before")
     @classmethod
@@ -394,6 +400,16 @@ class TrialSpec(_Frozen):
     def effective_batch_size(self) -> int:
         """Examples per optimizer step: micro-batch x accumulation x processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def dataset_paths(self) -> str:
+        """The paths of its datasets, for a message."""
+        return ", ".join(dataset.path for dataset in self.datasets)
+
+    @property
+    def datasets_json(self) -> str:
+        """Its datasets as JSON: the same text for the same names and prompt keys."""
+        return json.dumps(self.model_dump(mode="json", include={"datasets"})["datasets"], sort_keys=True)
 
     def samples(self, available: int) -> int:
         """Examples that are trained on, of `available` distinct ones."""

@@ -12,10 +12,12 @@ from harness.record import Job, Record, Step, StoryLoss
 from harness.results.store import Store
 from harness.spec import TrialSpec
 
+_OF_JOB = ("twin", "factor", "level", "data_fingerprint", "base_fingerprint")
+
 
 def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figures: Any) -> None:
     """Record a trial of a grid whose baseline is SMALL, with a loss for each story and figures by name."""
-    given = {name: figures.pop(name) for name in ("twin", "factor", "level") if name in figures}
+    given = {name: figures.pop(name) for name in _OF_JOB if name in figures}
     environment = figures.pop("environment", current("cpu"))
     status = figures.pop("status", "ok")
     started_at = figures.pop("started_at", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))

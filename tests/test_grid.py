@@ -710,7 +710,7 @@ def test_folder_and_bundled_model_are_looked_for(tmp_path: Path, monkeypatch: py
 def test_random_model_of_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
     models.check(f"random:{tmp_path}/config.json")
-    assert not models.resolve("random:tiny").pretrained
+    assert not models.pretrained("random:tiny")
     assert models.resolve("owner/name").kind == "hub"
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import os
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import FEW, SMALL
-from test_launch import go, grid_of
+from test_launch import go
+from test_launch import grid_of as named
 
 from harness.environment import current
+from harness.grids.grid import Grid
 from harness.launch.inline import InlineLauncher
 from harness.record import Job, LossesBefore, StoryLoss
 from harness.results.store import Store
 from harness.runner.loss_before import RecordedLosses
-from harness.sources import stories
+from harness.sources import fingerprints, stories
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, evaluation, half_matmul, loss_before, model, trial
 
@@ -52,6 +50,11 @@ def made(base: Path) -> Make:
     half_matmul.install()
     given = SMALL | {"base_model": str(base), "eval_sequence_length": 256}
     return lambda **overrides: TrialSpec.model_validate(given | overrides)
+
+
+def grid_of(**specs: TrialSpec) -> Grid:
+    """A grid whose contents are known, as those of `harness run` are."""
+    return named(**specs).with_contents(fingerprints.of)
 
 
 def _losses(spec: TrialSpec) -> list[tuple[str, float, int]]:
@@ -156,9 +159,12 @@ def test_only_losses_of_the_same_model_in_this_environment_count(made: Make, tmp
     other_model = record.model_copy(update={"spec": made(micro_batch_size=1)})
     recorded = RecordedLosses()
     (losses,) = recorded.of(job, store, launcher).values()
-    assert LossesBefore.model_validate(losses).started_at == record.started_at
     assert [s["loss"] for s in losses["stories"]] == [s.loss for s in record.stories if s.when == "before"]
     assert not recorded.of(other_model, store, launcher)
+    for changed in ({"data_fingerprint": 12 * "0"}, {"base_fingerprint": 12 * "0"}):
+        assert not recorded.of(job.model_copy(update=changed), store, launcher), "other data, another base"
+    unknown = {"data_fingerprint": None, "base_fingerprint": None}
+    assert not recorded.of(job.model_copy(update=unknown), store, launcher), "nobody knows whether they are the same"
     recorded.add(record.model_copy(update={"spec": other_model.spec}))
     assert recorded.of(other_model, store, launcher), "what was recorded since"
     another = record.environment.model_copy(update={"cpu_name": "another"})
@@ -170,54 +176,26 @@ def test_only_losses_of_the_same_model_in_this_environment_count(made: Make, tmp
     assert not RecordedLosses().of(job, other, launcher)
 
 
-def _recorded(examples: tuple[batches.Example, ...], started_at: dt.datetime) -> LossesBefore:
+def _recorded(examples: tuple[batches.Example, ...]) -> LossesBefore:
     rows = [
         StoryLoss(story_id=e.story_id, when="before", loss=float(n), tokens=e.completion_tokens)
         for n, e in enumerate(examples)
     ]
-    return LossesBefore(started_at=started_at, stories=tuple(reversed(rows)))
+    return LossesBefore(stories=tuple(reversed(rows)))
 
 
-def test_other_texts_a_changed_base_and_changed_data_are_measured_anew(made: Make, base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "base")  # which makes its files new, whatever their mtime says
-    data = tmp_path / "data.csv"
-    lines = [f"synopsis {i},{'A long story of a fox. ' * 2}{i},Sing." for i in range(6)]
-    data.write_text("\n".join(["synopsis,short_story,mood", *lines]))
-    datasets = [{"path": str(data), "type": {"field_system": "mood"}}]
-    spec = made(base_model=str(tmp_path / "base"), datasets=datasets)
+def test_other_texts_are_measured_anew(made: Make) -> None:
+    spec = made()
     texts = batches.load(spec, checkpoints.load_tokenizer(spec)).held_out
-    time.sleep(0.02)  # file systems count in ticks
-    now = dt.datetime.now(dt.UTC)
-    recorded = _recorded(texts, now)
-    assert loss_before.reusable(None, spec, texts, "held-out") is None
-    assert loss_before.reusable(recorded, spec, texts, "held-out") == [
+    recorded = _recorded(texts)
+    assert loss_before.reusable(None, texts, "held-out") is None
+    assert loss_before.reusable(recorded, texts, "held-out") == [
         (e.story_id, float(n), e.completion_tokens) for n, e in enumerate(texts)
     ]
-    assert loss_before.reusable(recorded, spec, texts, "general") is None
-    assert loss_before.reusable(recorded, spec, texts[:1], "held-out") is None
+    assert loss_before.reusable(recorded, texts, "general") is None
+    assert loss_before.reusable(recorded, texts[:1], "held-out") is None
     shorter = (batches.Example(texts[0].story_id, texts[0].input_ids[:-1], texts[0].completion_start), *texts[1:])
-    assert loss_before.reusable(recorded, spec, shorter, "held-out") is None
-
-    def later() -> LossesBefore:
-        time.sleep(0.02)
-        moment = dt.datetime.now(dt.UTC)
-        assert loss_before.reusable(_recorded(texts, moment), spec, texts, "held-out") is not None
-        time.sleep(0.02)
-        return _recorded(texts, moment)
-
-    before = later()
-    data.write_text(data.read_text().replace("Sing.", "Weep."))  # no id of a story says so
-    assert loss_before.reusable(before, spec, texts, "held-out") is None
-    before = later()
-    weights = tmp_path / "base" / "model.safetensors"
-    old = weights.stat()
-    weights.write_bytes(weights.read_bytes())
-    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))  # as a copy that keeps the time
-    assert loss_before.reusable(before, spec, texts, "held-out") is None
-    on_hub = spec.model_copy(
-        update={"datasets": made(datasets=[{"path": "a/b", "type": datasets[0]["type"]}]).datasets}
-    )
-    assert loss_before.reusable(later(), on_hub, texts, "held-out") is None, "nobody knows whether its moods changed"
+    assert loss_before.reusable(recorded, shorter, "held-out") is None
 
 
 def test_the_environment_decides(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +203,7 @@ def test_the_environment_decides(made: Make, monkeypatch: pytest.MonkeyPatch) ->
     spec = made()
     texts = batches.load(spec, checkpoints.load_tokenizer(spec)).held_out
     here = current("cpu")
-    recorded = _recorded(texts, dt.datetime.now(dt.UTC) + dt.timedelta(seconds=1)).model_dump(mode="json")
+    recorded = _recorded(texts).model_dump(mode="json")
     for name, reused in ((here.id, True), ("another", False)):
         job = Job(grid="g", spec=spec, label="x")
         record = trial.run(job, environment=here, losses_before={name: recorded})

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from harness import environment
-from harness.adapters.trained import RecordedAdapter, TrainedAdapter, check_adapter
+from harness.adapters.trained import (
+    RecordedAdapter,
+    TrainedAdapter,
+    check_adapter,
+    refuse_changed_base,
+    refuse_changed_data,
+)
 from harness.errors import InputError
 from harness.launch.isolated import run_isolated
 from harness.record import InferenceRecord, Model
@@ -35,8 +41,8 @@ def measure(
         trust_remote_code: let a model from the hub run its own code.
 
     Raises:
-        InputError: the folder holds no adapter, it does not fit its base, it was trained in another environment, or
-            there are no held-out stories.
+        InputError: the folder holds no adapter, it does not fit its base, it was trained in another environment, its
+            base or its data have changed since, or there are no held-out stories.
         OSError: the folder cannot be written.
     """
     here = environment.current(environment.resolve_device(adapter.spec.device)).id
@@ -46,6 +52,8 @@ def measure(
             "two environments are not compared. Run the trial here first; merge and generate work with it all the same"
         )
     check_adapter(adapter.folder)
+    refuse_changed_base(adapter)
+    refuse_changed_data(adapter)
     options = {"rounds": rounds, "generated_stories": generated_stories, "most_tokens": most_tokens}
     spec = adapter.spec.model_dump_json()
     answer = run_isolated(
@@ -80,9 +88,11 @@ def generate(
         trust_remote_code: let a model from the hub run its own code.
 
     Raises:
-        InputError: the folder holds no adapter, it does not fit its base, or there is no synopsis.
+        InputError: the folder holds no adapter, it does not fit its base, the base has changed since, or there is no
+            synopsis.
     """
     check_adapter(adapter.folder)
+    refuse_changed_base(adapter)
     options = {"most_tokens": most_tokens, "temperature": temperature, "seed": seed}
     spec = adapter.spec.model_dump_json()
     run_isolated(

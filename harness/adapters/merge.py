@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness._util.files import folder_aside
-from harness.adapters.trained import TrainedAdapter, check_adapter, spec_of_file
+from harness.adapters.trained import TrainedAdapter, check_adapter, refuse_changed_base, spec_of_file
 from harness.errors import InputError
 from harness.launch.isolated import run_isolated
 from harness.spec import TrialSpec
@@ -28,11 +28,12 @@ def merge(
         The fields of `merged_model.Merged`.
 
     Raises:
-        InputError: the folder holds no adapter, it does not fit its base, or the merged model is off by more than
-            rounding.
+        InputError: the folder holds no adapter, it does not fit its base, the base has changed since, or the merged
+            model is off by more than rounding.
         OSError: the folder cannot be written.
     """
     check_adapter(adapter.folder)
+    refuse_changed_base(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give another --out, or remove it")
     for unfinished in out.parent.glob(f".{out.name}.*.aside"):  # by a merge that was killed

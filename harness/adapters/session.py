@@ -38,7 +38,7 @@ class AdapterSession:
         half_matmul.install()
         self.spec = spec
         self.device = torch.device(environment.resolve_device(spec.device))
-        self.pretrained = models.resolve(spec.base_model).pretrained
+        self.pretrained = models.pretrained(spec.base_model)
         self.tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
         self._adapter = adapter
         self._trust_remote_code = trust_remote_code

@@ -6,17 +6,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness.errors import InputError
 from harness.grids import grid
+from harness.record import NO_CONTENTS, Contents
 from harness.results.schema import spec_of
 from harness.results.store import find
+from harness.sources import fingerprints
 from harness.spec import TrialSpec
 
 _CARD_METRICS = ("peak_memory_bytes", "tokens_per_second", "eval_loss_before", "eval_loss", "trainable_parameters",
                 "adapter_bytes")  # fmt: skip
 """Figures of the trial that a merged model's card shows."""
+
+
+_SAME_BUT_CONTENTS = ("spec_id", "environment_id", "twin")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,10 @@ def find_adapter(results: Path, trial: str) -> RecordedAdapter:
     matches = [match for match in matches if match[1]["trial_id"] == trial] or matches
     if not matches:
         raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
-    kept = [(folder, row) for folder, row in matches if row["adapter_id"] is not None]
+    # Of a trial that was run again with other contents, the latest.
+    by_time = sorted(matches, key=lambda match: match[1]["started_at"])
+    latest = {(folder, *(row[name] for name in _SAME_BUT_CONTENTS)): (folder, row) for folder, row in by_time}
+    kept = [(folder, row) for folder, row in latest.values() if row["adapter_id"] is not None]
     if not kept:
         folder, row = matches[0]
         raise InputError(
@@ -71,6 +79,45 @@ def find_adapter(results: Path, trial: str) -> RecordedAdapter:
     name = f"{folder.name}-{row['trial_id']}"
     adapter = folder / "adapters" / row["adapter_id"]
     return RecordedAdapter(spec_of(row), adapter, name, figures, row, folder)
+
+
+def refuse_changed_base(adapter: TrainedAdapter) -> None:
+    """Refuse an adapter whose base model is not the one that it was trained on.
+
+    Raises:
+        InputError: it has changed since; nothing is known of an adapter that no trial kept.
+    """
+    before = _contents(adapter).base
+    if before is not None and before != fingerprints.base(adapter.spec):
+        _refuse(adapter.spec.base_model, "the adapter belongs to what it was")
+
+
+def refuse_changed_data(adapter: TrainedAdapter) -> None:
+    """Refuse an adapter whose stories are not those of its trial: they may have been trained on.
+
+    Raises:
+        InputError: they have changed since.
+    """
+    if data_changed(adapter):
+        _refuse(adapter.spec.dataset_paths, "these are not the stories that its trial held out")
+
+
+def data_changed(adapter: TrainedAdapter) -> bool:
+    """Whether the stories are not those of its trial.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    before = _contents(adapter).data
+    return before is not None and before != fingerprints.data(adapter.spec)
+
+
+def _contents(adapter: TrainedAdapter) -> Contents:
+    return Contents.of_row(adapter.row) if isinstance(adapter, RecordedAdapter) else NO_CONTENTS
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise InputError(f"{name} changed since this trial ran, and {reason}; put it back, or run the trial again")
 
 
 def spec_of_file(file: Path) -> TrialSpec:

@@ -12,6 +12,9 @@ from harness.analysis.measurements import Estimate, Measurements
 from harness.errors import InputError
 from harness.metrics import HEADLINE
 
+_SAME = ["spec_id", "data_fingerprint", "base_fingerprint"]
+"""Columns in which trials that are compared agree."""
+
 
 @dataclass(frozen=True)
 class RunPair:
@@ -35,6 +38,8 @@ class RunComparison:
     pairs: tuple[RunPair, ...]
     warning: str | None
     """Caution about speeds of two environments."""
+    unpaired: str | None
+    """How many configurations are not compared, because data or base are others; null: none."""
 
 
 def compare_runs(first: Measurements, second: Measurements, *, across_environments: bool = False) -> RunComparison:
@@ -49,9 +54,10 @@ def compare_runs(first: Measurements, second: Measurements, *, across_environmen
         InputError: they have no configuration in common.
     """
     differences = tuple(_differences(first.environment, second.environment))
-    both, pairs = _joined(first, second)
+    both, pairs, unpaired = _joined(first, second)
     if pairs.empty:
-        raise InputError(f"{first.name} and {second.name} have no measured configuration in common")
+        reason = unpaired or f"{first.name} and {second.name} have no measured configuration in common"
+        raise InputError(reason)
     with_speed = not differences or across_environments
     metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
     estimates = {metric: both.estimates(both.effects(pairs, metric), metric) for metric in metrics}
@@ -70,6 +76,7 @@ def compare_runs(first: Measurements, second: Measurements, *, across_environmen
             for reference, config, comparison in pairs.itertuples(index=False, name=None)
         ),
         _warning(with_speed) if differences else None,
+        unpaired,
     )
 
 
@@ -89,14 +96,22 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, s
     return [(n, str(flat_a.get(n)), str(flat_b.get(n))) for n in names if flat_a.get(n) != flat_b.get(n)]
 
 
-def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pandas.DataFrame]:
-    """The rows of both runs, the second's renumbered after the first's, and the pairs of equal specs."""
+def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pandas.DataFrame, str | None]:
+    """The rows of both runs, the second's renumbered after the first's, the pairs of equal specs and contents, and
+    what is not paired for its contents.
+    """
     trials, configs = 1 + int(first.trials.index.max()), 1 + int(first.configs.index.max())
     renumbered = second.trials.set_axis(second.trials.index + trials)
     renumbered[["config", "stands_for"]] += configs
-    references = first.trials.loc[~first.trials["twin"], ["spec_id", "config"]].rename(columns={"config": "reference"})
-    compared = renumbered.loc[~renumbered["twin"], ["spec_id", "config"]]
-    pairs = references.merge(compared, on="spec_id")[["reference", "config"]].drop_duplicates().reset_index(drop=True)
+    columns = [*_SAME, "config"]
+    references = first.trials.loc[~first.trials["twin"], columns].rename(columns={"config": "reference"})
+    compared = renumbered.loc[~renumbered["twin"], columns]
+    # Null fingerprints, of rows from before there were any, pair with null ones alone.
+    pairs, by_name = (
+        references.merge(compared, on=on)[["reference", "config"]].drop_duplicates().reset_index(drop=True)
+        for on in (_SAME, ["spec_id"])
+    )
+    others = by_name.loc[~by_name["config"].isin(pairs["config"]), "config"].nunique()
     floors = [floor for floor in (first.floor, second.floor) if floor is not None]
     both = _Joined(
         **{
@@ -110,7 +125,12 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
         }
     )
-    return replace(both, noise=max(floors, default=None)), pairs.assign(comparison=range(len(pairs)))
+    unpaired = (
+        f"{others} configurations are not compared: {first.name} and {second.name} were measured with different "
+        "contents of their data or base model, or one of them before contents were fingerprinted"
+    )
+    noisy = replace(both, noise=max(floors, default=None))
+    return noisy, pairs.assign(comparison=range(len(pairs))), unpaired if others else None
 
 
 def _numbered(readings: pandas.DataFrame) -> pandas.DataFrame:

@@ -59,11 +59,13 @@ def load(
     left_out = []
     if len(trials) < len(table):
         left_out.append(f"{len(table) - len(trials)} trials of other environments")
-    kept = _newest_version(trials, baseline_ids)
-    if len(kept) < len(trials):
-        left_out.append(f"{len(trials) - len(kept)} trials of other versions of the grid")
-    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     about = store.description()
+    same, others = _of_one_content(trials, about)
+    left_out += others
+    kept = _newest_version(same, baseline_ids)
+    if len(kept) < len(same):
+        left_out.append(f"{len(same) - len(kept)} trials of other versions of the grid")
+    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     losses = _losses(store, kept["trial_id"])
     visited = _visited_steps(store, kept["trial_id"])
     return Measurements(
@@ -105,6 +107,37 @@ def _choose(folder: Path, recorded: Sequence[str], here: Sequence[Environment]) 
         f"{folder}: trials of {len(recorded)} environments ({', '.join(sorted(recorded))}) are not comparable; "
         "choose one with --environment"
     )
+
+
+def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple[pandas.DataFrame, list[str]]:
+    """The trials of one content of each dataset and base model, and what is left out: the contents of the grid's latest
+    run, else of the newest row. Those of rows from before there were fingerprints are a content of their own.
+    """
+    by_time = trials.sort_values("started_at", kind="stable")
+    same = pandas.Series(True, trials.index)
+    names: dict[str, None] = {}
+    for kind, column, name in (("data", "data_fingerprint", "datasets"), ("base", "base_fingerprint", "base_model")):
+        latest = _latest_contents(about, kind)
+        newest = by_time.groupby(name)[column].last(skipna=False)
+        there = set(zip(trials[name], trials[column], strict=True))
+        chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
+        wanted = trials[name].map(chosen)
+        as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna())
+        for other in trials.loc[~as_wanted & trials[column].notna(), name].unique():
+            names |= dict.fromkeys([d["path"] for d in json.loads(other)] if kind == "data" else [other])
+        same &= as_wanted
+    unknown = int((~same & trials["data_fingerprint"].isna()).sum())
+    others = int((~same).sum()) - unknown
+    left_out = [f"{others} trials with other content of {' and '.join(names)}"] if others else []
+    left_out += [f"{unknown} trials from before contents were fingerprinted"] if unknown else []
+    return trials[same], left_out
+
+
+def _latest_contents(about: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Fingerprints of the grid's latest run, by name. A file edited by hand may hold anything."""
+    contents = about.get("contents")
+    of_kind = contents.get(kind) if isinstance(contents, dict) else None
+    return {name: str(each) for name, each in of_kind.items()} if isinstance(of_kind, dict) else {}
 
 
 def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:

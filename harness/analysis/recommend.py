@@ -65,7 +65,7 @@ def recommend(
         best,
         str(m.configs.at[best, "label"]),
         (*_sentences(m, figures, within, best, memory), *_how_sure(m, within, best, first)),
-        spec_to_yaml(m.spec(best)),
+        spec_to_yaml(m.spec(best), full_paths=True),
         choices.assign(label=m.configs["label"].reindex(choices.index)),
     )
 

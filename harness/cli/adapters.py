@@ -55,6 +55,9 @@ def merge(
     else:
         raise InputError("give either a trial, or --config and --adapter")
     folder = output or Path("merged") / source.name
+    if trained.data_changed(source):
+        paths = plain(source.spec.dataset_paths)
+        out.print(f"[yellow]{paths} changed since this trial ran: the losses are of its present held-out stories[/]")
     with out.status("merging"):
         merged = merge_adapter(source, folder, allow_difference=allow_difference, trust_remote_code=trust_remote_code)
     if merged["losses"]:

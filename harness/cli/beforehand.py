@@ -71,13 +71,13 @@ def recorded(store: Store, here: Sequence[Environment]) -> Measurements | None:
 
 def _held_out(grid: Grid) -> int:
     """Held-out stories of the baseline, or of the first trial; 0 where no loss is measured."""
+    from harness.sources import models, stories
+
     spec = _typical(grid)
-    if not spec.val_set_size or spec.base_model.startswith("random:"):
+    if not spec.val_set_size or not models.pretrained(spec.base_model):
         return 0
     if spec.val_set_size >= 1:
         return int(spec.val_set_size)
-    from harness.sources import stories
-
     try:
         return stories.held_out(spec.val_set_size, _distinct(spec))
     except InputError:  # the run itself says what is wrong with the data

@@ -129,5 +129,5 @@ def compare(
     for row in figures.rows:
         table.add_row(*(plain(cell.text) for cell in row))
     out.print(table)
-    if comparison.warning:
-        out.print(f"[yellow]{plain(comparison.warning)}[/]", highlight=False)
+    for line in filter(None, (comparison.unpaired, comparison.warning)):
+        out.print(f"[yellow]{plain(line)}[/]", highlight=False)

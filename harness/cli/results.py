@@ -83,6 +83,11 @@ def show(
             if row["log"]:
                 out.print(plain(f"see {folder / row['log']}"), highlight=False, soft_wrap=True)
         out.print(plain(spec_to_yaml(spec_of(row))), highlight=False)
+        if row["folder"]:
+            out.print(plain(f"relative paths begin at {row['folder']}"), highlight=False, soft_wrap=True)
+        if row["data_fingerprint"]:
+            fingerprints = f"fingerprints: data {row['data_fingerprint']}, base {row['base_fingerprint']}"
+            out.print(plain(fingerprints), highlight=False)
         table = Table("figure", "value", "meaning")
         for name, metric in METRICS.items():
             if row[name] is not None:
@@ -96,10 +101,12 @@ def keys() -> None:
     from rich.table import Table
 
     from harness.metrics import FIGURES
-    from harness.spec import TrialSpec
+    from harness.spec import FACTS, TrialSpec
 
     table = Table("key", "default", "meaning", title="Keys of base and vary")
     for name, field in TrialSpec.model_fields.items():
+        if not FACTS[name].given:
+            continue
         default = "required" if field.is_required() else str(field.default)
         default = "storyteller" if name == "datasets" else default
         table.add_row(name, plain(default), plain(field.description or ""))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -123,8 +125,11 @@ def run(
     from harness.launch.local import LocalLauncher
     from harness.results.store import Store
     from harness.runner import grid_run
+    from harness.sources import models
+    from harness.sources.fingerprints import Snapshot
 
-    given = {"base_model": model, "memory_budget": memory, "device": device}
+    # From the command line, a relative path begins at the current folder.
+    given = {"base_model": model and models.absolute(model, os.getcwd()), "memory_budget": memory, "device": device}
     overrides = {key: value for key, value in given.items() if value is not None}
 
     most_trials = max_trials or MAX_TRIALS
@@ -155,11 +160,15 @@ def run(
     if size is not None:
         sizing = beforehand.Sizing(budget, trust_remote_code, predict, most_trials)
         loaded = beforehand.sized(grid_of, store, here, sizing)
+    snapshot = Snapshot()
     if dry_run:
         beforehand.print_forecast(loaded, store, here)
+        with contextlib.suppress(InputError):  # the run itself says what cannot be read
+            loaded = loaded.with_contents(snapshot.of)
         _print_trials(loaded, store, planned, statuses)
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
+    loaded = loaded.with_contents(snapshot.of)
     inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code)
     store.set_aside()
 
@@ -179,6 +188,8 @@ def run(
         def execute(version: Grid) -> bool:
             """Run a version of the grid; false: it was interrupted."""
             predictions = NO_PREDICTIONS
+            for line in grid_run.kept_apart(grid_run.pending(version, store, launcher, statuses), store, launcher):
+                out.print(plain(line), highlight=False, soft_wrap=True)
             if predict and not where.remote:
                 specs = [trial.spec for trial in grid_run.pending(version, store, launcher, statuses)[:limit]]
                 predictions = predict_trials(specs, trust_remote_code, with_rates=launcher.workers == 1)
@@ -202,7 +213,12 @@ def run(
             execute(loaded)
         else:
             undecided = sequential.until_decided(
-                grid_of, loaded.repeats, until_decided, execute, store.folder, here=environments
+                lambda times: grid_of(times).with_contents(snapshot.of),
+                loaded.repeats,
+                until_decided,
+                execute,
+                store.folder,
+                here=environments,
             )
             _print_undecided(undecided, until_decided)
         if store.completed():
@@ -247,6 +263,8 @@ def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozen
     from harness.runner import grid_run
 
     pending = grid_run.pending(grid, store, launcher, statuses)
+    for line in grid_run.kept_apart(pending, store, launcher):
+        out.print(plain(line), highlight=False, soft_wrap=True)
     table = Table(title=f"{plain(grid.title)}: {len(grid.trials)} trials, {len(pending)} to run")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness._util.messages import kind_of, one_line, unknown
+from harness._util.redact import redact_home
 from harness.grids.levels import SPEC_KEYS, normalised
 from harness.grids.yaml_file import read_yaml
+from harness.sources import models, stories
+from harness.spec import TrialSpec
 
 GRID_KEYS = (
     "name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "baseline_repeats", "visits",
@@ -83,3 +86,22 @@ def base_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(base, dict):
         raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
     return normalised(base, "base")
+
+
+def located(spec: TrialSpec, path: Path, variants: Iterable[TrialSpec] = ()) -> TrialSpec:
+    """The spec of a grid file with the folder that its relative paths begin at, whichever file they are written in.
+
+    Args:
+        spec: without a folder.
+        path: of the grid file.
+        variants: specs that are made of it.
+    """
+    folder = str(path.parent.absolute())
+    if not any(_has_relative_path(each, folder) for each in (spec, *variants)):
+        return spec
+    return spec.model_copy(update={"folder": redact_home(folder)})
+
+
+def _has_relative_path(spec: TrialSpec, folder: str) -> bool:
+    of_data = any(stories.is_relative_file(dataset.path) for dataset in spec.datasets)
+    return of_data or models.is_relative_path(spec.base_model, folder)

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from harness._util.messages import as_written, explain, kind_of, one_line, unkno
 from harness.environment import DeviceType, resolve_device
 from harness.errors import InputError
 from harness.grids.claims import Claim, unique
-from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, timing_of
+from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, located, timing_of
 from harness.grids.levels import (
     ACCUMULATION,
     Level,
@@ -29,6 +29,7 @@ from harness.grids.levels import (
 )
 from harness.grids.spellings import merge
 from harness.grids.yaml_file import read_yaml
+from harness.record import NO_CONTENTS, Contents
 from harness.spec import TrialSpec
 
 Design = Literal["ablation", "ladder", "grid", "list"]
@@ -54,6 +55,8 @@ class Trial:
     has none."""
     twin: bool = False
     """Whether it is the second run of the baseline: what the two differ by is noise (A/A)."""
+    contents: Contents = NO_CONTENTS
+    """Fingerprints of what it reads."""
 
     @property
     def baseline(self) -> bool:
@@ -78,7 +81,16 @@ class Grid:
     @property
     def about(self) -> dict[str, Any]:
         """What a report needs besides the rows, as plain JSON values."""
-        about = {"title": self.title, "claims": [claim.model_dump(mode="json") for claim in self.claims]}
+        about: dict[str, Any] = {
+            "title": self.title,
+            "claims": [claim.model_dump(mode="json") for claim in self.claims],
+        }
+        known = [trial for trial in self.trials if trial.contents != NO_CONTENTS]
+        if known:
+            about["contents"] = {
+                "data": {trial.spec.datasets_json: trial.contents.data for trial in known},
+                "base": {trial.spec.base_model: trial.contents.base for trial in known},
+            }
         return about if self.tune is None else about | {"tune": dict(self.tune)}
 
     @property
@@ -90,6 +102,10 @@ class Grid:
     def device_types(self) -> tuple[DeviceType, ...]:
         """Kinds of device that its trials run on."""
         return tuple(dict.fromkeys(resolve_device(trial.spec.device) for trial in self.trials))
+
+    def with_contents(self, contents_of: Callable[[TrialSpec], Contents]) -> Grid:
+        """The grid with the fingerprints of what each trial reads."""
+        return replace(self, trials=tuple(replace(t, contents=contents_of(t.spec)) for t in self.trials))
 
     def only(self, labels: Collection[str]) -> Grid:
         """The grid with these trials only, and the baseline that they are compared with."""
@@ -159,7 +175,7 @@ def _build(
             trial.spec.refuse_impossible()
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
-    trials = _merge_duplicates(trials)
+    trials = [replace(trial, spec=located(trial.spec, path)) for trial in _merge_duplicates(trials)]
     timing = timing_of(document)
     repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
     # Alone, it has no second run: it shows how much a seed changes a loss.

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from harness._util.messages import as_written, explain, kind_of, one_line, unknown
 from harness.grids.spellings import PRECISION_FLAGS, normalise
-from harness.spec import TrialSpec
+from harness.spec import FACTS, TrialSpec
 
-SPEC_KEYS = (*TrialSpec.model_fields, "sequence_len", *PRECISION_FLAGS)
+SPEC_KEYS = (*(key for key, facts in FACTS.items() if facts.given), "sequence_len", *PRECISION_FLAGS)
 HOLDING = ("micro_batch_size", "num_processes")
 """Factors that may hold the effective batch."""
 ACCUMULATION = "gradient_accumulation_steps"

@@ -34,12 +34,12 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
             _refuse_too_many_processes(trial)
     distinct: dict[Any, int] = {}
     for spec in (t.spec for t in grid.trials):
-        data = (spec.datasets, spec.skip_empty_rows)
+        data = (spec.datasets, spec.folder, spec.skip_empty_rows)
         if data not in distinct:
             distinct[data] = len({story.id for story in stories.read_all(spec).stories})
         stories.held_out(spec.val_set_size, distinct[data])
-    for name in dict.fromkeys(t.spec.base_model for t in grid.trials):
-        models.check(name, weights=not to_plan)
+    for name, folder in dict.fromkeys((t.spec.base_model, t.spec.folder) for t in grid.trials):
+        models.check(name, folder, weights=not to_plan)
 
 
 def _refuse_too_many_processes(trial: Trial) -> None:

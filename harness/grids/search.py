@@ -194,6 +194,13 @@ class Search:
         return chosen if made.id == spec.id else None
 
     @property
+    def reading(self) -> tuple[TrialSpec, ...]:
+        """The base, and it with each choice of other data or another model: all that the trials read."""
+        choices = [changes for parameter in self.parameters for changes in parameter.choices.values()]
+        others = [changes for changes in choices if changes.keys() & {"base_model", "datasets"}]
+        return (self.base, *(self.base.model_copy(update=changes) for changes in others))
+
+    @property
     def processes(self) -> set[int]:
         """All numbers of processes that a trial may have."""
         numbers = {self.base.num_processes}

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from harness._util.messages import as_written, kind_of, one_line, unknown
 from harness.errors import InputError
-from harness.grids.document import base_of, header, timing_of
+from harness.grids.document import base_of, header, located, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
 from harness.grids.search import Constraint, Objective, Parameter, Pruner, Sampler, Scalar, Search, budget_key
 from harness.grids.spellings import FLOAT_KEYS, merge
@@ -21,7 +21,7 @@ from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
 from harness.record import TIMED_FIGURES
 from harness.sources import models
-from harness.spec import TrialSpec, parse_bytes
+from harness.spec import FACTS, TrialSpec, parse_bytes
 
 KEYS = ("space", "objectives", "constraints", "sampler", "trials", "timeout", "pruner", "confirm", "seed")
 _RANGE_KEYS = ("low", "high", "log", "step", "when")
@@ -46,17 +46,19 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         if not isinstance(document.get("tune"), dict):
             given = kind_of(document["tune"]) if "tune" in document else "missing"
             raise ValueError(f"tune is {given}; it must be a mapping with at least space, as in grids/tune.yml")
-        base, changed = base_of(document, path), dict(overrides or {})
+        values, changed = base_of(document, path), dict(overrides or {})
         bounded = any(c.metric == "peak_memory_bytes" for c in _constraints(document["tune"].get("constraints", [])))
-        if bounded and base.get("memory_budget") is not None and "memory_budget" not in changed:
+        if bounded and values.get("memory_budget") is not None and "memory_budget" not in changed:
             raise ValueError("base has a memory_budget and tune a bound on peak_memory_bytes; keep one of them")
-        search = parse(name, title, base | changed, document["tune"])
+        search = parse(name, title, values | changed, document["tune"])
         timing = timing_of(document)
         asked = [each.metric for each in search.objectives] + [each.metric for each in search.constraints]
         timed = [metric for metric in asked if metric in TIMED_FIGURES]
         if timed and not timing.visits:
             raise ValueError(f"visits is 0, and tune needs {timed[0]}, which visits time; leave visits out")
-        return replace(search, timing=timing)
+        base_spec = located(search.base, path, search.reading)
+        given = {**search.given, "base": base_spec.model_dump(mode="json")}
+        return replace(search, base=base_spec, given=given, timing=timing)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 
@@ -166,7 +168,7 @@ def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
     for key in given:
         if key not in _RANGE_KEYS:
             raise ValueError(f"{where}: {unknown('key', key, _RANGE_KEYS)}")
-    if name not in TrialSpec.model_fields:
+    if not (name in FACTS and FACTS[name].given):
         raise ValueError(f"space: {unknown('parameter', name, SPEC_KEYS)}")
     bounds = {key: _number(given.get(key), f"{where}: {key}") for key in ("low", "high")}
     log = given.get("log", False)
@@ -216,8 +218,8 @@ def _when(given: Any, where: str) -> dict[str, tuple[Any, ...]] | None:
     if not isinstance(given, dict) or not given:
         raise ValueError(f"{where}: when is {kind_of(given)}; it must be a mapping like {{adapter: lora}}")
     for key in given:
-        if key not in TrialSpec.model_fields:
-            raise ValueError(f"{where}: when: {unknown('key', key, tuple(TrialSpec.model_fields))}")
+        if not (key in FACTS and FACTS[key].given):
+            raise ValueError(f"{where}: when: {unknown('key', key, tuple(FACTS))}")
     allowed = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in given.items()}
     for key, values in allowed.items():
         for value in values:
@@ -327,7 +329,7 @@ def _refuse_losses_of_random_weights(search: Search) -> None:
     if not wanted:
         return
     levels = {str(c["base_model"]) for p in search.parameters for c in p.choices.values() if "base_model" in c}
-    if not all(models.resolve(model).pretrained for model in levels | {search.base.base_model}):
+    if not all(models.pretrained(model) for model in levels | {search.base.base_model}):
         raise ValueError(f"tune: {wanted[0]} of random weights means nothing; tune tokens_per_second, or real weights")
     if general and not search.base.measure_forgetting:
         raise ValueError(f"tune: {general[0]} needs the general text; give base measure_forgetting: true")

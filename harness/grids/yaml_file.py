@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from harness._util.messages import first_line, kind_of, one_line
+from harness._util.redact import redact_home
 from harness.errors import InputError
 from harness.metrics import MIB
+from harness.sources import models, stories
 from harness.spec import TrialSpec
 
 _MAX_FILE_BYTES = MIB
@@ -107,9 +109,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def spec_to_yaml(spec: TrialSpec) -> str:
-    """The configuration as a training file: its canonical keys without those that are null."""
+def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False) -> str:
+    """The configuration as a training file: its canonical keys without those that are null.
+
+    Args:
+        spec: the configuration.
+        full_paths: write relative paths in full, for a file in whatever folder.
+    """
     given = {key: value for key, value in spec.canonical().items() if value is not None}
+    if full_paths and spec.folder is not None:
+        given["base_model"] = redact_home(models.absolute(spec.base_model, spec.folder))
+        for dataset in given["datasets"]:
+            dataset["path"] = redact_home(stories.absolute(dataset["path"], spec.folder))
     return str(yaml.dump(given, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 
 

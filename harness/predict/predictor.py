@@ -18,6 +18,9 @@ from harness.launch import fork_server
 from harness.predict.prediction import Prediction, SpecPrediction
 from harness.spec import TrialSpec
 
+_Key = tuple[str, str | None, DeviceType]
+"""Memory key, folder that paths begin at, and device."""
+
 
 class Predictor:
     """Predicts specs for a device, which this machine need not have. Processes start with the first spec.
@@ -36,8 +39,8 @@ class Predictor:
         self._device_type = device_type
         self._options = {"full_length": full_length, "trust_remote_code": trust_remote_code}
         self._pool: ProcessPoolExecutor | None = None
-        self._answers: dict[tuple[str, DeviceType], dict[str, Any]] = {}
-        """What processes returned, by memory key and device."""
+        self._answers: dict[_Key, dict[str, Any]] = {}
+        """What processes returned."""
 
     def __enter__(self) -> Predictor:
         return self
@@ -47,18 +50,18 @@ class Predictor:
 
     def predict(self, specs: Iterable[TrialSpec]) -> Iterator[SpecPrediction]:
         """Predict each spec, in the order of completion. Specs that need equal memory and time are predicted once."""
-        groups: dict[tuple[str, DeviceType], list[TrialSpec]] = {}
+        groups: dict[_Key, list[TrialSpec]] = {}
         for spec in specs:
             device_type = self._device_type or environment.resolve_device(spec.device)
-            groups.setdefault((spec.memory_key, device_type), []).append(spec)
-        running: dict[Future[dict[str, Any]], tuple[str, DeviceType]] = {}
+            groups.setdefault((spec.memory_key, spec.folder, device_type), []).append(spec)
+        running: dict[Future[dict[str, Any]], _Key] = {}
         for key, group in groups.items():
             if key in self._answers:
                 yield from _spec_predictions(group, self._answers[key])
             else:
                 text = group[0].model_dump_json()
                 with fork_server.main_module_hidden():
-                    running[self._executor().submit(_predict, text, key[1], self._options)] = key
+                    running[self._executor().submit(_predict, text, key[-1], self._options)] = key
         broken = []
         for future in as_completed(running):
             try:
@@ -68,7 +71,7 @@ class Predictor:
                 continue
             yield from _spec_predictions(groups[running[future]], self._answers[running[future]])
         for key in broken:  # one at a time: a process that dies takes the whole pool with it
-            self._answers[key] = self._predict_alone(groups[key][0], key[1])
+            self._answers[key] = self._predict_alone(groups[key][0], key[-1])
             yield from _spec_predictions(groups[key], self._answers[key])
 
     def _predict_alone(self, spec: TrialSpec, device_type: DeviceType) -> dict[str, Any]:

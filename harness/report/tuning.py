@@ -42,7 +42,7 @@ def summarize(m: Measurements, folder: Path) -> SearchSummary | None:
         (_confirmation(results), _front(results)),
         tuple(tuning_plots.all_charts(results)),
         results.label(results.winner),
-        spec_to_yaml(results.spec(results.winner)),
+        spec_to_yaml(results.spec(results.winner), full_paths=True),
     )
 
 

@@ -22,7 +22,7 @@ _IDENTITY = {
     "trial_id": pa.string(),
     "spec_id": pa.string(),
     "environment_id": pa.string(),
-    **{n: pa.string() for n in ("grid", "label", "factor", "level")},
+    **{n: pa.string() for n in ("data_fingerprint", "base_fingerprint", "grid", "label", "factor", "level")},
     "repeat": pa.int64(),
     "baseline_id": pa.string(),
     "twin": pa.bool_(),
@@ -104,7 +104,7 @@ def absent_value(table: Table, column: str) -> Any:
 def trial_row(record: Record) -> dict[str, Any]:
     """A record as a row of the trials table."""
     spec = record.spec.model_dump(mode="json")
-    spec["datasets"] = json.dumps(spec["datasets"], sort_keys=True)
+    spec["datasets"] = record.spec.datasets_json
     return {
         **{name: getattr(record, name) for name in _IDENTITY if name in Record.model_fields},
         "trial_id": record.trial_id,

@@ -170,10 +170,10 @@ class Store:
         return next(iter(rows.to_pylist()), None)
 
     def rename(self, names: Mapping[str, Mapping[str, Any]]) -> None:
-        """Update the place of recorded trials in the grid, which may have been edited since.
+        """Update the place of recorded trials in the grid, which may have been edited or moved since.
 
         Args:
-            names: by trial id, any of `label`, `factor`, `level`, `repeat` and `baseline_id`.
+            names: by trial id, any of `label`, `factor`, `level`, `repeat`, `baseline_id` and `folder`.
         """
         with locked(self.folder):
             for row in self.read("trials").to_pylist():

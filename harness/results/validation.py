@@ -32,7 +32,12 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 PART_NAME = re.compile(_NAME)
 """Names of parts, adapters and logs."""
 _IDS = ("trial_id", "spec_id", "environment_id", "baseline_id", "adapter_id")
-_PATTERNS = {**dict.fromkeys(_IDS, rf"\A{_NAME}\z"), "log": rf"\Alogs/{_NAME}\z"}
+_FINGERPRINTS = ("data_fingerprint", "base_fingerprint")
+_PATTERNS = {
+    **dict.fromkeys(_IDS, rf"\A{_NAME}\z"),
+    **dict.fromkeys(_FINGERPRINTS, r"\A[0-9a-f]{12}\z"),
+    "log": rf"\Alogs/{_NAME}\z",
+}
 """Values that become paths, or part of the code that a report shows."""
 _NULLABLE = frozenset(METRIC_COLUMNS) | {"adapter_id"}
 """Columns that may be null, besides those whose field is optional."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.results.store import Store
 from harness.runner.leases import Leases
-from harness.sources import models
+from harness.sources import fingerprints, models
 
 _OLD_SECONDS = 3600.0
 
@@ -62,6 +62,7 @@ def cached() -> list[Leftover]:
     shared with other programs: nothing but what harness has put there.
     """
     own = [f"{shape}{models.BUNDLED}-*" for shape in ("", ".")] + ["random-*", ".random-*", "rates-*.json"]
+    own.append(fingerprints.CACHE_NAME)
     return list(_leftovers({path for name in own for path in models.cache_folder().glob(name)}, "cache"))
 
 

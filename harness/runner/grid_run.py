@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from harness.environment import resolve_device
 from harness.grids.grid import Grid, Trial
 from harness.launch.launcher import Launcher
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
-from harness.record import Record, Status
+from harness.record import NO_CONTENTS, Contents, Record, Status
 from harness.results.store import Store
 from harness.runner.display import Display
 from harness.runner.execution import Policy
@@ -50,6 +53,23 @@ def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Statu
     return [trial for trial in grid.trials if not is_done(trial)]
 
 
+def kept_apart(trials: Iterable[Trial], store: Store, launcher: Launcher) -> list[str]:
+    """What is recorded of these trials with other contents behind the same names, a line for each kind."""
+    columns = ["trial_id", "spec_id", "environment_id", "twin", "started_at", "data_fingerprint", "base_fingerprint"]
+    rows = sorted(store.read("trials", columns).to_pylist(), key=lambda row: row["started_at"])
+    recorded = {(row["spec_id"], row["environment_id"], row["twin"]): Contents.of_row(row) for row in rows}
+    counts: Counter[str] = Counter()
+    for trial in trials:
+        for environment in launcher.environments(resolve_device(trial.spec.device)):
+            before = recorded.get((trial.spec.id, environment.id, trial.twin), trial.contents)
+            names = " and ".join(trial.contents.changed(before, trial.spec))
+            if names and before == NO_CONTENTS:
+                counts["were recorded before contents were fingerprinted"] += 1
+            elif names:
+                counts[f"are recorded with other content of {names} (changed since)"] += 1
+    return [f"{n} trials {what}; they are kept apart and measured anew" for what, n in counts.items()]
+
+
 def run_grid(
     grid: Grid,
     store: Store,
@@ -87,7 +107,13 @@ def run_grid(
     """
     started = store.start_times()
     trials = pending(grid, store, launcher, rerun)
-    store.rename({each: place_in_grid(trial) for trial in grid.trials for each in possible_ids(trial, launcher)})
+    store.rename(
+        {
+            each: place_in_grid(trial) | {"folder": trial.spec.folder}
+            for trial in grid.trials
+            for each in possible_ids(trial, launcher)
+        }
+    )
     store.describe(grid.about)
     chosen = trials[:limit]
     timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []

@@ -13,7 +13,7 @@ from harness.record import Job, trial_id
 def possible_ids(trial: Trial | Job, launcher: Launcher) -> list[str]:
     """The trial's ids, one for each environment that the launcher may run it in."""
     environments = launcher.environments(resolve_device(trial.spec.device))
-    return [trial_id(trial.spec, each, twin=trial.twin) for each in environments]
+    return [trial_id(trial.spec, each, trial.contents, twin=trial.twin) for each in environments]
 
 
 def lease_id(trial: Trial | Job, launcher: Launcher) -> str:

@@ -9,15 +9,18 @@ import pyarrow.compute as pc
 
 from harness.environment import resolve_device
 from harness.launch.launcher import Launcher
-from harness.record import Job, LossesBefore, Record, StoryLoss
+from harness.record import NO_CONTENTS, Contents, Job, LossesBefore, Record, StoryLoss
 from harness.results.schema import parse_spec
 from harness.results.store import Store
 from harness.spec import TrialSpec
 
-_Key = tuple[str, str]
-"""Environment id and `untrained_key`."""
+_Key = tuple[str, str, Contents]
+"""Environment id, `untrained_key` and what is behind its names."""
 _LOSSES = ("eval_loss_before", "general_loss_before")
-_COLUMNS = ["trial_id", "environment_id", "status", "started_at", *_LOSSES, *TrialSpec.model_fields]
+_FINGERPRINTS = ("data_fingerprint", "base_fingerprint")
+_COLUMNS = [
+    "trial_id", "environment_id", "status", "started_at", *_FINGERPRINTS, *_LOSSES, *TrialSpec.model_fields
+]  # fmt: skip
 
 
 class RecordedLosses:
@@ -32,13 +35,16 @@ class RecordedLosses:
 
     def of(self, job: Job, store: Store, launcher: Launcher) -> dict[str, dict[str, Any]]:
         """Those of the job's untrained model as `launch.launcher.WorkerOptions` holds them: plain JSON, by the id of
-        each environment that the launcher may run it in.
+        each environment that the launcher may run it in. None where nobody knows what is behind the job's names.
         """
+        if job.contents == NO_CONTENTS:
+            return {}
         environments = launcher.environments(resolve_device(job.spec.device))
         with self._lock:
             if self._latest is None:
                 self._latest = _read(store)
-            known = {each.id: self._latest.get((each.id, job.spec.untrained_key)) for each in environments}
+            keys = {each.id: (each.id, job.spec.untrained_key, job.contents) for each in environments}
+            known = {name: self._latest.get(key) for name, key in keys.items()}
         return {name: losses.model_dump(mode="json") for name, losses in known.items() if losses is not None}
 
     def add(self, record: Record) -> None:
@@ -46,8 +52,8 @@ class RecordedLosses:
         before = tuple(story for story in record.stories if story.when == "before")
         with self._lock:
             if self._latest is not None and record.status == "ok" and before:
-                key = (record.environment.id, record.spec.untrained_key)
-                self._latest[key] = LossesBefore(started_at=record.started_at, stories=before)
+                key = (record.environment.id, record.spec.untrained_key, record.contents)
+                self._latest[key] = LossesBefore(stories=before)
 
 
 def _read(store: Store) -> dict[_Key, LossesBefore]:
@@ -56,14 +62,12 @@ def _read(store: Store) -> dict[_Key, LossesBefore]:
     trials: dict[_Key, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["started_at"]):
         spec = parse_spec({name: row[name] for name in TrialSpec.model_fields})
-        trials[row["environment_id"], spec.untrained_key] = row
+        contents = Contents.of_row(row)
+        trials[row["environment_id"], spec.untrained_key, contents] = row
     if not trials:
         return {}
     stories: dict[str, list[StoryLoss]] = {row["trial_id"]: [] for row in trials.values()}
     wanted = pc.field("trial_id").isin([*stories]) & (pc.field("when") == "before")
     for story in store.read("stories").filter(wanted).to_pylist():
         stories[story.pop("trial_id")].append(StoryLoss(**story))
-    return {
-        key: LossesBefore(started_at=row["started_at"], stories=tuple(stories[row["trial_id"]]))
-        for key, row in trials.items()
-    }
+    return {key: LossesBefore(stories=tuple(stories[row["trial_id"]])) for key, row in trials.items()}

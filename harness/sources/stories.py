@@ -12,7 +12,15 @@ from typing import Any
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
-from harness.sources.files import SUFFIXES, UNREADABLE, brief, read_file
+from harness.sources.files import (
+    SUFFIXES,
+    UNREADABLE,
+    brief,
+    full_path,
+    hint_of_current,
+    is_relative,
+    read_file,
+)
 from harness.sources.hub import HUB_ID, read_hub
 from harness.spec import DatasetSpec, PromptSpec, TrialSpec
 
@@ -58,21 +66,22 @@ def read_all(spec: TrialSpec) -> Rows:
     Raises:
         InputError: as `read`.
     """
-    read_rows = [read(dataset, skip_empty=spec.skip_empty_rows) for dataset in spec.datasets]
+    read_rows = [read(dataset, spec.folder, skip_empty=spec.skip_empty_rows) for dataset in spec.datasets]
     return Rows(tuple(s for rows in read_rows for s in rows.stories), sum(rows.skipped for rows in read_rows))
 
 
-def read(dataset: DatasetSpec, *, skip_empty: bool = False) -> Rows:
+def read(dataset: DatasetSpec, folder: str | None = None, *, skip_empty: bool = False) -> Rows:
     """All rows of a dataset.
 
     Args:
-        dataset: where they come from.
+        dataset: its path and its prompt keys.
+        folder: that a relative path begins at; null: the current one.
         skip_empty: pass over rows without an instruction or a completion.
 
     Raises:
         InputError: no such file or column, no rows, a value that is not text, or the hub cannot be reached.
     """
-    columns, rows = _rows(dataset.path)
+    columns, rows = _rows(dataset.path, folder)
     if not rows:
         raise InputError(f"dataset {dataset.path} has no rows; it needs at least one")
     prompt = dataset.type
@@ -150,22 +159,33 @@ def _is_empty(value: Any) -> bool:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def file_of(path: str) -> Path | None:
+def file_of(path: str, folder: str | None) -> Path | None:
     """The file that a dataset is read from; null: it is on the hub."""
-    file = _path(path)
+    file = _path(path, folder)
     return file if file.suffix.lower() in SUFFIXES else None
 
 
-def _path(name: str) -> Path:
-    return BUNDLED.get(name) or Path(os.path.expanduser(name))  # Path.expanduser raises for ~nobody
+def is_relative_file(path: str) -> bool:
+    """Whether it is a file whose place depends on the folder that paths begin at."""
+    return path not in BUNDLED and is_relative(path) and Path(path).suffix.lower() in SUFFIXES
 
 
-def _rows(path: str) -> tuple[set[str], list[dict[str, Any]]]:
+def absolute(path: str, folder: str) -> str:
+    """The path of a dataset that means the same from every folder; a relative one begins at `folder`."""
+    return os.path.abspath(full_path(path, folder)) if is_relative_file(path) else path
+
+
+def _path(name: str, folder: str | None) -> Path:
+    return BUNDLED.get(name) or Path(full_path(name, folder))
+
+
+def _rows(path: str, folder: str | None) -> tuple[set[str], list[dict[str, Any]]]:
     """Column names and rows of a bundled name, a file or a hub id."""
-    file = _path(path)
+    file = _path(path, folder)
     if file.suffix.lower() in SUFFIXES:
         if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
-            raise InputError(f"dataset {path}: no such file (looked in {Path.cwd()})")
+            looked_in = full_path("", folder) or Path.cwd()
+            raise InputError(f"dataset {path}: no such file (looked in {looked_in}){hint_of_current(path, folder)}")
         try:
             rows = list(read_file(file))
         except UNREADABLE as error:

@@ -129,7 +129,7 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     train = _fit(whole, spec.sequence_length, spec.excess_length)
     if not train.examples:
         raise _nothing_to_train_on(whole, spec)
-    measured = spec.measure_forgetting and models.resolve(spec.base_model).pretrained
+    measured = spec.measure_forgetting and models.pretrained(spec.base_model)
     return Data(
         train.examples,
         held_out.examples,

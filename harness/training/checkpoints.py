@@ -29,11 +29,11 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     Raises:
         NoTokenizer: there is none, or it needs its own code.
     """
-    if models.resolve(spec.base_model).kind == "random":
+    if not models.pretrained(spec.base_model):
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    folder = checkpoint_folder(spec.base_model)
+    folder = checkpoint_folder(spec.base_model, spec.folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -70,14 +70,14 @@ def byte_tokenizer() -> Any:
     )
 
 
-def checkpoint_folder(base_model: str) -> str:
-    """What transformers loads: a folder, or a hub id."""
-    source = models.resolve(base_model)
+def checkpoint_folder(base_model: str, folder: str | None = None) -> str:
+    """What transformers loads: a folder, or a hub id. A relative path begins at `folder`; null: the current one."""
+    source = models.resolve(base_model, folder)
     if source.kind == "bundled":
         file = models.bundled_file()
         return str(_made_once(f"{source.name}-{file.stat().st_size}", lambda folder: _convert(file, folder)))
     if source.kind == "random":
-        config = models.random_config(source.name)
+        config = models.random_config(source.name, folder)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
         name = f"random-{Path(source.name).stem}-{digest}"
         return str(_made_once(name, lambda folder: _random_checkpoint(config, folder)))

@@ -16,6 +16,7 @@ from harness.training import batches, checkpoints, formats, limits, model, order
 
 _DATA_KEYS = (
     "base_model",
+    "folder",
     "datasets",
     "sequence_length",
     "eval_sequence_length",
@@ -29,6 +30,7 @@ _DATA_KEYS = (
 """Spec keys that `batches.load` depends on."""
 _MODEL_KEYS = (
     "base_model",
+    "folder",
     "precision",
     "double_quantization",
     "attention",

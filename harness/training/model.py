@@ -65,7 +65,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     torch.backends.cudnn.allow_tf32 = spec.tf32
     stored = _stored_format(spec, _config(spec, trust_remote_code))
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint_folder(spec.base_model),
+        checkpoint_folder(spec.base_model, spec.folder),
         dtype=_WEIGHTS[spec.precision],
         device_map={"": str(device)},
         attn_implementation=_attention(spec),
@@ -122,12 +122,12 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
 def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    source = models.resolve(spec.base_model)
+    source = models.resolve(spec.base_model, spec.folder)
     if source.kind == "bundled":
         return AutoConfig.for_model(**models.ARCHITECTURES[models.BUNDLED_SHAPE])
     try:
         if source.kind == "random":
-            return AutoConfig.for_model(**models.random_config(source.name))
+            return AutoConfig.for_model(**models.random_config(source.name, spec.folder))
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise _refused(spec, error) from None

@@ -22,8 +22,8 @@ from harness._util.redact import redact
 from harness.environment import Environment
 from harness.errors import is_disk_full
 from harness.metrics import SCORES
-from harness.record import DISK_FULL, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
-from harness.sources import models
+from harness.record import DISK_FULL, NO_CONTENTS, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
+from harness.sources import fingerprints, models
 from harness.training import (
     batches,
     checkpoints,
@@ -46,6 +46,10 @@ from harness.training.waiting import Waiting, is_disturbed
 
 OnProgress = Callable[[Literal["phase", "step"], Any], None]
 """Called with each `phase` (its name) and each `step` (done, total)."""
+
+
+class ContentsChanged(Exception):
+    """The data or the base are not those that the run began with."""
 
 
 class DidNotTrain(Exception):
@@ -91,6 +95,7 @@ class _Trial:
         on_progress: OnProgress,
     ) -> None:
         self.spec = job.spec
+        self.contents = job.contents
         self.visit = job.visit
         self.device = device
         self.clock = DeviceClock(device)
@@ -107,7 +112,7 @@ class _Trial:
         self.attention_kernel: str | None = None
         self.base_formats: dict[str, float] | None = None
         self.disturbed = False
-        self.pretrained = models.resolve(self.spec.base_model).pretrained
+        self.pretrained = models.pretrained(self.spec.base_model)
 
     def run(self) -> dict[str, Any]:
         """Outcome fields of the record."""
@@ -147,11 +152,13 @@ class _Trial:
     def _execute(self, meter: MemoryMeter) -> None:
         _seed(self.spec.seed)
         self._enter("load")
+        self._refuse_changed_contents()
         tokenizer = checkpoints.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
         stories = batches.load(self.spec, tokenizer)
         self.metrics |= stories.metrics
         order.check_rates(self.spec, len(stories.train))
         network = self._load(meter)
+        self._refuse_changed_contents()  # again: they may have changed while they were read
         model_limits = limits.of_model(network)
         limits.check(self.spec, limits.of_texts(stories, tokenizer), model_limits)
         self.pad_id = checkpoints.pad_id(tokenizer, model_limits.embeddings)
@@ -165,6 +172,14 @@ class _Trial:
         self._save(network)
 
     # -------------------------------------------------------------------------------- load
+
+    def _refuse_changed_contents(self) -> None:
+        if self.contents == NO_CONTENTS:
+            return
+        if changed := fingerprints.of(self.spec).changed(self.contents, self.spec):
+            raise ContentsChanged(
+                f"{' and '.join(changed)} changed since the run began; running again measures the new content"
+            )
 
     def _load(self, meter: MemoryMeter) -> Any:
         started = time.perf_counter()
@@ -220,7 +235,7 @@ class _Trial:
         if not texts:
             return None
         self._enter("evaluate")
-        losses = loss_before.reusable(self.recorded, self.spec, texts, kind) if when == "before" else None
+        losses = loss_before.reusable(self.recorded, texts, kind) if when == "before" else None
         if losses is None:
             with meter.phase(breakdown=False):
                 losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device)

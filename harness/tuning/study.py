@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pyarrow.compute as pc
 from filelock import FileLock
 from optuna.trial import TrialState
 
@@ -27,15 +28,16 @@ from harness.metrics import METRICS, show_bytes
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
 from harness.predict.predictor import Predictor
 from harness.predict.roofline import Rates
-from harness.record import Job, Visit, trial_id
+from harness.record import Contents, Job, Visit, trial_id
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner.display import Display
 from harness.runner.execution import ExecutionContext, Policy, execute, visit
-from harness.runner.grid_run import run_grid
+from harness.runner.grid_run import kept_apart, run_grid
 from harness.runner.interrupts import interrupts
 from harness.runner.loss_before import RecordedLosses
 from harness.runner.workers import run_workers
+from harness.sources.fingerprints import Snapshot
 from harness.spec import TrialSpec
 from harness.tuning.finalists import finalists
 from harness.tuning.ownership import give_back, give_back_abandoned, proposed_count, this_process
@@ -135,7 +137,9 @@ class _StudyProcess:
         """Held by a worker while it uses the study or the predictor."""
         self.known_in_a_row = 0
         self.best: float | None = None
-        store.describe(Grid(search.name, search.title, "list", (), tune=search.given).about)
+        self.snapshot = Snapshot()
+        self.read = tuple(Trial(spec, "", None, None, contents=self.snapshot.of(spec)) for spec in search.reading)
+        store.describe(Grid(search.name, search.title, "list", self.read, tune=search.given).about)
         self.sampler = sampler(search)
         # One process at a time recovers abandoned trials and queues the first ones.
         with FileLock(store.folder / ".study.lock"):
@@ -147,7 +151,7 @@ class _StudyProcess:
         self.recorded = {row["trial_id"]: row for row in store.read("trials").to_pylist()}
 
     def _open(self) -> optuna.Study:
-        name = study_name(self.search, self.here.id)
+        name = study_name(self.search, self.here.id, [trial.contents for trial in self.read])
         storage = self.options.storage or open_storage(None, self.store)
         directions = [objective.direction for objective in self.search.objectives]
         shared: dict[str, Any] = {
@@ -171,9 +175,18 @@ class _StudyProcess:
             self.on_message("base is no point of the space; it is measured for the comparison, outside the study")
         else:
             self.study.enqueue_trial(place, user_attrs={"label": "baseline"})
-        warm_start = WarmStart(self.study, self.search, self.store, self.here)
+        for line in kept_apart(self._recorded_in_space(), self.store, self.launcher):
+            self.on_message(line)
+        warm_start = WarmStart(self.study, self.search, self.store, self.here, self.snapshot.of)
         for source in self.options.sources:
             self.on_message(warm_start.add(source))
+
+    def _recorded_in_space(self) -> list[Trial]:
+        """The trials that are recorded of this space, as they would be measured now."""
+        rows = self.store.read("trials").filter(~pc.field("twin")).to_pylist()
+        specs = [spec_of(row).model_copy(update={"folder": self.search.base.folder}) for row in rows]
+        in_space = {spec.id: spec for spec in specs if self.search.place(spec) is not None}
+        return [Trial(spec, "", None, None, contents=self.snapshot.of(spec)) for spec in in_space.values()]
 
     # -------------------------------------------------------------------------------- loop
 
@@ -283,7 +296,8 @@ class _StudyProcess:
         self, trial: optuna.Trial, label: str, spec: TrialSpec, number: int, context: ExecutionContext
     ) -> Mapping[str, Any]:
         """The row of a spec: the recorded one, or a new measurement."""
-        identity = trial_id(spec, self.here)
+        contents = self.snapshot.of(spec)
+        identity = trial_id(spec, self.here, contents)
         known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
         if known is not None:
             self.known_in_a_row += 1
@@ -299,6 +313,7 @@ class _StudyProcess:
             baseline_id=self.search.base.id,
             study=self.study.study_name,
             study_trial=trial.number,
+            **contents.columns,
         )
         context.display.trial(number, job)
         context = dataclasses.replace(context, predictions=self._predictions([spec]))
@@ -351,10 +366,10 @@ class _StudyProcess:
             False: interrupted before the end.
         """
         search = self.search
-        chosen = {search.base.id: Trial(search.base, "baseline", None, None)}
+        chosen = {search.base.id: Trial(search.base, "baseline", None, None, contents=self.snapshot.of(search.base))}
         for row in finalists(search, self.store.read("trials").to_pylist(), self.study.study_name):
-            spec = spec_of(row)
-            chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"]))
+            spec = spec_of(row).model_copy(update={"folder": search.base.folder})
+            chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"], contents=self.snapshot.of(spec)))
         # Repeat 0 was recorded by the search, except for the baseline's second run.
         trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
         ordered = tuple(interleave(trials, search.name))
@@ -380,9 +395,11 @@ class _StudyProcess:
         return Outcome(self.study.study_name, proposed_count(self.study), left, warm)
 
 
-def study_name(search: Search, environment_id: str) -> str:
-    """The name of a study, which identifies its base, search space and environment."""
+def study_name(search: Search, environment_id: str, contents: Sequence[Contents] = ()) -> str:
+    """The name of a study, which identifies its base, search space, environment and what its trials read."""
     kept = {key: value for key, value in search.given["tune"].items() if key not in ("trials", "timeout", "confirm")}
     about = {"base": search.base.canonical(), "tune": kept, "sampler": search.sampler, "environment": environment_id}
+    if contents:
+        about["contents"] = ",".join(each.key for each in contents)
     text = json.dumps(about, sort_keys=True, default=str)
     return f"{search.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from harness._util.messages import one_line
 from harness.environment import Environment
 from harness.grids.search import BEFORE, Score, Search
 from harness.metrics import FITS, METRICS
-from harness.record import trial_id
+from harness.record import NO_CONTENTS, Contents, trial_id
 from harness.results.join import copy_trial
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.spec import TrialSpec
 from harness.tuning.samplers import distribution, fallback_value
+
+_OTHER = "with other content of their data or base model"
+_UNKNOWN = "from before contents were fingerprinted"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class WarmStart:
     store: Store
     environment: Environment
     """That of the study's own trials."""
+    contents_of: Callable[[TrialSpec], Contents]
+    """Fingerprints of what the study's own trials read."""
 
     def add(self, source: Path) -> str:
         """Add the rows of a results folder that lie in the search space; says how many were used.
@@ -38,19 +43,23 @@ class WarmStart:
         the bound. A trial beyond it is added to the study as a violation, without its row.
         """
         rows = Store(source).read("trials").to_pylist()
-        counts = dict.fromkeys(("used", "of another environment", "outside the space", "without a score"), 0)
+        counts = dict.fromkeys(
+            ("used", "of another environment", "outside the space", _OTHER, _UNKNOWN, "without a score"), 0
+        )
         for row in sorted(rows, key=lambda r: r["started_at"]):
             if row["environment_id"] != self.environment.id:
                 counts["of another environment"] += 1
                 continue
             if row["twin"] or row["seed"] != self.search.base.seed:
                 continue
-            bounded = {"memory_budget": self.search.memory, "device": self.search.base.device}
-            spec = spec_of(row).model_copy(update=bounded)
+            bounded: dict[str, Any] = {"memory_budget": self.search.memory, "device": self.search.base.device}
+            spec = spec_of(row).model_copy(update=bounded | {"folder": self.search.base.folder})
             params = self.search.place(spec)
             score = self.search.score(row["status"], {name: row[name] for name in METRICS})
             if params is None:
                 counts["outside the space"] += 1
+            elif (contents := Contents.of_row(row)) != self.contents_of(spec):
+                counts[_UNKNOWN if contents == NO_CONTENTS else _OTHER] += 1
             elif score is None:
                 counts["without a score"] += 1
             else:
@@ -82,6 +91,6 @@ class WarmStart:
                 "grid": self.search.name, "label": label, "factor": None, "level": BEFORE,
                 "baseline_id": self.search.base.id, "study": self.study.study_name, "study_trial": number,
                 "memory_budget": self.search.memory, "device": self.search.base.device, "spec_id": spec.id,
-                "trial_id": trial_id(spec, self.environment),
+                "folder": spec.folder, "trial_id": trial_id(spec, self.environment, Contents.of_row(row)),
             }  # fmt: skip
             copy_trial(self.store, source, row["trial_id"], {**row, **place})
