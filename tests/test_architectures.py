@@ -180,7 +180,7 @@ def test_a_checkpoint_in_a_format_without_a_name_is_refused(spec: MakeSpec, stor
         inspection.inspect([("x", asked)])
 
 
-def test_layers_that_a_quantiser_skips_are_told_apart(spec: MakeSpec) -> None:
+def test_layers_that_a_quantiser_skips_are_counted(spec: MakeSpec) -> None:
     asked = spec("qwen3_moe", precision="nf4", micro_batch_size=1)
     record = run(asked)
     assert record.metrics["weights_in_format"] < 0.5
