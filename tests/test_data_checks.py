@@ -156,6 +156,7 @@ def test_empty_rows_are_refused_or_skipped(small: Small, tmp_path: Path, empty: 
     skipping = spec.model_copy(update={"skip_empty_rows": True})
     preflight.preflight(Grid("g", "g", "list", (Trial(skipping, "baseline", None, None),)))
     assert inspected(skipping).data == ("data: 10 stories: 2 held out, 6 to train on; 2 skipped (empty)",)
+    assert re.match(r"trial 2: .*skip_empty_rows: true", refusal(skipping, spec))
 
 
 def test_rows_that_hold_no_text_are_refused_all_the_same(small: Small, tmp_path: Path) -> None:
