@@ -57,8 +57,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         if timed and not timing.visits:
             raise ValueError(f"visits is 0, and tune needs {timed[0]}, which visits time; leave visits out")
         base_spec = located(search.base, path, search.reading)
-        given = {**search.given, "base": base_spec.model_dump(mode="json")}
-        return replace(search, base=base_spec, given=given, timing=timing)
+        about = {**search.given, "base": base_spec.model_dump(mode="json")}
+        return replace(search, base=base_spec, given=about, timing=timing)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 
