@@ -20,6 +20,7 @@ from harness.errors import InputError
 
 PRELOAD = "harness.launch.preload"
 """Module that the server imports once."""
+_QUIET = "harness.launch.quiet"
 
 _MOST_SOCKET_BYTES = 107
 """Longest path of a Unix socket in Linux."""
@@ -42,7 +43,7 @@ def start(preload: str = PRELOAD) -> ForkServerContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which NVML counts cards
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([_QUIET, preload])
     _shorten_socket_paths()
     resource_tracker.ensure_running()  # the server would start it, and that lets interrupts through again
     with _interrupts_blocked():
