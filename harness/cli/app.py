@@ -94,14 +94,14 @@ for _group, _commands in _COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the `harness` command."""
+    """Run the command that the arguments name; `harness.__main__` handles interrupts."""
     warnings.showwarning = _show_warning
     try:
         app()
     except InputError as error:
         _exit_with(str(error), 2)
-    except KeyboardInterrupt:
-        _exit_with("stopped; what was finished is kept, and the same command goes on from there", 130)
+    except ImportError as error:
+        _exit_with(f"{error}; `harness doctor` says what is missing", 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away (| head); there is nobody to tell
         raise SystemExit(1) from None
