@@ -1,4 +1,6 @@
-"""The `harness` command. Errors become one line and an exit code: 2 for bad input, 1 for a run that could not go on."""
+"""The `harness` command. Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that
+could not go on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from harness import __version__
 from harness._util.terminal import plain
 from harness.cli import adapters, doctor, plan, reports, results, run, tune
 from harness.cli.console import err, out
-from harness.errors import InputError, is_disk_full
+from harness.errors import InputError, TrialsFailed, is_disk_full
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
-    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke",
+    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke\n\n"
+    "[dim]Exit codes: 0 done; 1 could not go on; 2 bad input; 3 trials failed, or none ended ok; 130 interrupted[/]",
 )
 
 # Each command with its examples, in the order of `harness --help`.
@@ -100,6 +103,8 @@ def main() -> None:
         app()
     except InputError as error:
         _exit_with(str(error), 2)
+    except TrialsFailed as error:
+        _exit_with(str(error), 3)
     except ImportError as error:
         _exit_with(f"{error}; `harness doctor` says what is missing", 1)
     except BrokenPipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from harness.grids.grid import Grid, Trial
 from harness.launch.launcher import Launcher
@@ -48,6 +49,13 @@ def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Statu
         return any(status not in rerun for status in statuses)
 
     return [trial for trial in grid.trials if not is_done(trial)]
+
+
+def recorded(grid: Grid, store: Store, launcher: Launcher) -> list[dict[str, Any]]:
+    """Rows of a grid's trials in the launcher's environments, in the grid's order: how each ended."""
+    columns = ["trial_id", "label", "repeat", "status", "log"]
+    rows = {row["trial_id"]: row for row in store.read("trials", columns).to_pylist()}
+    return [rows[each] for trial in grid.trials for each in possible_ids(trial, launcher) if each in rows]
 
 
 def run_grid(
