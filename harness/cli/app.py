@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__
-from harness._util.terminal import plain
+from harness._util.terminal import plain, print_anything
 from harness.cli import adapters, doctor, plan, reports, results, run, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
@@ -99,12 +99,16 @@ for _group, _commands in _COMMANDS.items():
 def main() -> None:
     """Run the command that the arguments name; `harness.__main__` handles interrupts."""
     warnings.showwarning = _show_warning
+    print_anything(sys.stdout, sys.stderr)
     try:
         app()
     except InputError as error:
         _exit_with(str(error), 2)
     except TrialsFailed as error:
         _exit_with(str(error), 3)
+    except UnicodeEncodeError as error:  # a name of a file
+        name = ascii(error.object)
+        _exit_with(f"the encoding of this locale, {error.encoding}, cannot write {name}; set LC_ALL=C.UTF-8", 1)
     except ImportError as error:
         _exit_with(f"{error}; `harness doctor` says what is missing", 1)
     except BrokenPipeError:
