@@ -16,6 +16,7 @@ from harness._util.terminal import plain, print_anything
 from harness.cli import adapters, doctor, plan, reports, results, run, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
+from harness.sources import home
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,6 +101,7 @@ def main() -> None:
     """Run the command that the arguments name; `harness.__main__` handles interrupts."""
     warnings.showwarning = _show_warning
     print_anything(sys.stdout, sys.stderr)
+    home.name_folders_for_libraries()
     try:
         app()
     except InputError as error:

@@ -17,6 +17,7 @@ from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 
 from harness.errors import InputError
+from harness.sources import home
 
 PRELOAD = "harness.launch.preload"
 """Module that the server imports once."""
@@ -42,6 +43,7 @@ def start(preload: str = PRELOAD) -> ForkServerContext:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which NVML counts cards
+    home.name_folders_for_libraries()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_QUIET, preload])
     _shorten_socket_paths()

@@ -1,6 +1,7 @@
 """Where stories and base models come from: files, bundled ones, the hub.
 
-files (rows of a file), stories (datasets as prompts and completions), models (base models), hub (access to it).
+files (rows of a file), stories (datasets as prompts and completions), models (base models), hub (access to it),
+home (the user's cache folder).
 """
 
-__all__ = ["models", "stories"]
+__all__ = ["home", "models", "stories"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InputError
-from harness.sources import hub
+from harness.sources import home, hub
 from harness.sources.hub import HUB_ID, check_hub_or_cache
 
 BUNDLED = "smollm2-135m-instruct"
@@ -80,11 +80,13 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder."""
+    """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder.
+
+    Raises:
+        InputError: no folder can be written.
+    """
     given = os.environ.get("HARNESS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harness"
+    return Path(given) if given else home.cache_home() / "harness"
 
 
 def resolve(base_model: str) -> Source:
@@ -131,6 +133,17 @@ def check(base_model: str, *, weights: bool = True) -> None:
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
         check_hub_or_cache(source.name, "model")
+    if weights and source.kind in ("bundled", "random"):
+        _check_cache(BUNDLED if source.kind == "bundled" else f"random-{Path(source.name).stem}")
+
+
+def _check_cache(name: str) -> None:
+    """Refuse a cache that cannot be written and does not have the weights already, whose names begin so."""
+    folder = cache_folder()
+    if not home.can_be_written(folder) and not any(folder.glob(f"{name}-*")):
+        raise InputError(
+            f"the cache {folder} cannot be written, and weights are kept there; set HARNESS_CACHE to a folder that can"
+        )
 
 
 def downloads(name: str) -> Path:
