@@ -37,8 +37,10 @@ def main() -> None:
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise `KeyboardInterrupt`, but not where it goes wrong: libraries that are being imported lose it, or answer it with
-    errors of their own, and after one within a text that is evaluated Python ends by the signal, whatever handles it.
+    """Raise `KeyboardInterrupt`, but not where it goes wrong.
+
+    Libraries that are being imported lose it, or answer it with errors of their own; after one within a text that is
+    evaluated, Python ends by the signal, whatever handles it.
     """
     while frame is not None and frame.f_code is not main.__code__:
         if frame.f_code.co_filename in (_IMPORT, _TEXT):

@@ -1,5 +1,6 @@
-"""The `harness` command. Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that
-could not go on.
+"""The `harness` command.
+
+Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that could not go on.
 """
 
 from __future__ import annotations

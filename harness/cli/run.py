@@ -174,7 +174,6 @@ def run(
     beforehand.print_forecast(loaded, store, here)
 
     with failures.allowed(allow_failures), make_launcher(where, loaded) as launcher:
-
         executed = loaded
 
         def execute(version: Grid) -> bool:

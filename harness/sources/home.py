@@ -22,8 +22,9 @@ def cache_home() -> Path:
 
 
 def name_folders_for_libraries() -> None:
-    """Have libraries keep their files in `cache_home`, where they would keep them in a home that is none, or that cannot
-    be written. What a variable of the environment names stays, and so does what they have there already.
+    """Have libraries keep their files in `cache_home`, where there is no home or none that can be written.
+
+    What a variable of the environment names stays, and so does what they have in the home already.
     """
     with contextlib.suppress(InputError):
         usual, cache = _usual_cache_home(), cache_home()
