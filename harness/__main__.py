@@ -1,6 +1,66 @@
-"""`python -m harness`."""
+"""Entry point of `harness` and `python -m harness`: an interrupt ends with one line, from the first moment on."""
 
-from harness.cli.app import main
+from __future__ import annotations
+
+import signal
+import sys
+
+TYPE_CHECKING = False  # typing would be imported before an interrupt can be handled
+if TYPE_CHECKING:
+    from types import FrameType
+
+_INTERRUPTED = 130
+_IMPORT, _TEXT = "<frozen importlib._bootstrap>", "<string>"
+"""Names of code that imports, and of code that was given as text."""
+_LOOK_AGAIN_SECONDS = 0.02
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    code: int | str | None = 0
+    try:
+        signal.signal(signal.SIGINT, _on_interrupt)
+        signal.signal(signal.SIGALRM, _on_interrupt)
+        sys.unraisablehook = _on_unraisable
+        from harness.cli.app import main as command
+
+        command()
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except SystemExit as end:  # typer ends an interrupted command with the same code
+        code = end.code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes a moment, and has nothing more to lose
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    if code == _INTERRUPTED:
+        sys.stderr.write("harness: stopped; what was finished is kept, and the same command goes on from there\n")
+    sys.exit(code)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`, but not where it goes wrong.
+
+    Libraries that are being imported lose it, or answer it with errors of their own; after one within a text that is
+    evaluated, Python ends by the signal, whatever handles it.
+    """
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename in (_IMPORT, _TEXT):
+            _interrupt_soon()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _on_unraisable(what: sys.UnraisableHookArgs) -> None:
+    """An interrupt that came where nothing can be raised, as in a finaliser, comes again."""
+    if what.exc_type is KeyboardInterrupt:
+        _interrupt_soon()
+    else:
+        sys.__unraisablehook__(what)
+
+
+def _interrupt_soon() -> None:
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SECONDS)
+
 
 if __name__ == "__main__":
     main()

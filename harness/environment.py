@@ -186,7 +186,7 @@ def resolve_device(asked: str) -> DeviceType:
 
 def _cpuinfo() -> dict[str, str]:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
         return {}
     first = text.split("\n\n", 1)[0]

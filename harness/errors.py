@@ -1,4 +1,4 @@
-"""Errors that several packages know: bad input, and a full disk."""
+"""Errors that several packages know: bad input, failed trials, and a full disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import errno
 
 class InputError(ValueError):
     """Bad input. The message is one line: what was given, and what would do. Exit code 2."""
+
+
+class TrialsFailed(Exception):
+    """Trials failed, or none ended well. The message is one line: which, and where to look. Exit code 3."""
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ WITHOUT_TORCH = ("_util", "sources", "grids", "results", "runner", "analysis", "
 WITH_TORCH = {
     "launch.cluster",  # Ray, an extra
     "launch.preload",  # what the fork server imports for its children
+    "launch.quiet",  # and before that
 }
 """Modules of `launch` outside the runner's process."""
 

@@ -1,7 +1,7 @@
 """Helpers without knowledge of fine-tuning: files, processes, messages, redaction, text for terminals.
 
 files (atomic writes, locks), processes (identity and liveness), messages (one line each), redact (secrets and the home
-folder), terminal (foreign text).
+folder), terminal (text that can be printed).
 """
 
 __all__ = ["files", "messages", "processes", "redact", "terminal"]

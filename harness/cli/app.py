@@ -1,4 +1,7 @@
-"""The `harness` command. Errors become one line and an exit code: 2 for bad input, 1 for a run that could not go on."""
+"""The `harness` command.
+
+Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that could not go on.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__
-from harness._util.terminal import plain
+from harness._util.terminal import plain, print_anything
 from harness.cli import adapters, doctor, plan, reports, results, run, tune
 from harness.cli.console import err, out
-from harness.errors import InputError, is_disk_full
+from harness.errors import InputError, TrialsFailed, is_disk_full
+from harness.sources import home
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
-    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke",
+    epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke\n\n"
+    "[dim]Exit codes: 0 done; 1 could not go on; 2 bad input; 3 trials failed, or none ended ok; 130 interrupted[/]",
 )
 
 # Each command with its examples, in the order of `harness --help`.
@@ -94,14 +99,21 @@ for _group, _commands in _COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the `harness` command."""
+    """Run the command that the arguments name; `harness.__main__` handles interrupts."""
     warnings.showwarning = _show_warning
+    print_anything(sys.stdout, sys.stderr)
+    home.name_folders_for_libraries()
     try:
         app()
     except InputError as error:
         _exit_with(str(error), 2)
-    except KeyboardInterrupt:
-        _exit_with("stopped; what was finished is kept, and the same command goes on from there", 130)
+    except TrialsFailed as error:
+        _exit_with(str(error), 3)
+    except UnicodeEncodeError as error:  # a name of a file
+        name = ascii(error.object)
+        _exit_with(f"the encoding of this locale, {error.encoding}, cannot write {name}; set LC_ALL=C.UTF-8", 1)
+    except ImportError as error:
+        _exit_with(f"{error}; `harness doctor` says what is missing", 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away (| head); there is nobody to tell
         raise SystemExit(1) from None

@@ -8,16 +8,16 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness import environment
+from harness._util.redact import redact_home
 from harness.environment import version
 from harness.errors import InputError
 from harness.metrics import GIB, show_bytes
 from harness.results.parts import DamagedPart
 from harness.results.store import Store
 from harness.runner.cleaning import leftovers
-from harness.sources import models
+from harness.sources import home, models
 
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pandas", "pyarrow")
 _LEAST_FREE = 2 * GIB
@@ -101,15 +101,16 @@ def _bundled_model() -> Check:
 
 
 def _cache() -> Check:
-    folder = models.cache_folder()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        folder = models.cache_folder()
+    except InputError as error:
+        return Check("cache", str(error), False)
+    if not home.can_be_written(folder):
+        return Check("cache", f"{folder} cannot be written", False, "set HARNESS_CACHE to a folder that can")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     remedy = "" if free > _LEAST_FREE else "free some space, or set HARNESS_CACHE to a folder with more space"
-    return Check("cache", f"{_short(folder)}, {show_bytes(free)} free", free > _LEAST_FREE, remedy)
-
-
-def _short(folder: Path) -> str:
-    return str(folder).replace(str(Path.home()), "~", 1)
+    return Check("cache", f"{redact_home(str(folder))}, {show_bytes(free)} free", free > _LEAST_FREE, remedy)
 
 
 def _optional() -> list[Check]:

@@ -58,6 +58,14 @@ Retries = Annotated[
         min=0, metavar="N", rich_help_panel=LIMITS, help="Further attempts where a trial's process is killed or lost."
     ),
 ]
+AllowFailures = Annotated[
+    bool,
+    typer.Option(
+        "--allow-failures",
+        rich_help_panel=LIMITS,
+        help="Exit with 0 where trials failed, were killed or took too long, or none ended ok; without it with 3.",
+    ),
+]
 Workers = Annotated[
     str | None,
     typer.Option(

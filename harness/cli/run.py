@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from harness._util.terminal import plain
-from harness.cli import beforehand, options
+from harness.cli import beforehand, failures, options
 from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
@@ -95,6 +95,7 @@ def run(
         bool,
         typer.Option("--retry-timeouts", rich_help_panel=options.LIMITS, help="Retry trials that took too long too."),
     ] = False,
+    allow_failures: options.AllowFailures = False,
     device: options.Device = None,
     workers: options.Workers = None,
     engine: options.Engine = "local",
@@ -183,10 +184,13 @@ def run(
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
     beforehand.print_forecast(loaded, store, here)
 
-    with make_launcher(where, loaded) as launcher:
+    with failures.allowed(allow_failures), make_launcher(where, loaded) as launcher:
+        executed = loaded
 
         def execute(version: Grid) -> bool:
             """Run a version of the grid; false: it was interrupted."""
+            nonlocal executed
+            executed = version
             predictions = NO_PREDICTIONS
             for line in grid_run.kept_apart(grid_run.pending(version, store, launcher, statuses), store, launcher):
                 out.print(plain(line), highlight=False, soft_wrap=True)
@@ -225,6 +229,9 @@ def run(
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             out.print(writers.terminal(comparison.compare(measurements)))
+        rows = grid_run.recorded(executed, store, launcher)
+        left = grid_run.pending(executed, store, launcher)
+        failures.refuse(rows, store.folder, complete=not left)
 
 
 def _refuse_with_size(repeats: int | None, until_decided: int | None, where: LauncherOptions) -> None:
@@ -295,9 +302,5 @@ def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
     counts = Counter(record.status for record in summary.records)
     ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     out.print(f"{len(summary.records)} trials ended ({ends}), kept in {plain(str(store.folder))}", highlight=False)
-    for record in summary.records:
-        if record.status in ("failed", "killed") and record.log is not None:
-            log = plain(str(store.folder / record.log))
-            out.print(f"[red]{plain(record.label)}[/]: see {log}", highlight=False, soft_wrap=True)
     if summary.left:
         out.print(f"{summary.left} trials are left; go on with: harness run {plain(str(grid))}", highlight=False)

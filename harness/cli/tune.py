@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness._util.terminal import plain
-from harness.cli import options
+from harness.cli import failures, options
 from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import device_rates
-from harness.errors import InputError
+from harness.errors import InputError, TrialsFailed
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.environment import Environment
@@ -66,6 +66,7 @@ def tune(
     trial_timeout: options.Timeout = None,
     stall: options.Stall = options.STALL_SECONDS,
     retries: options.Retries = 0,
+    allow_failures: options.AllowFailures = False,
     device: options.Device = None,
     workers: options.Workers = None,
     engine: options.Engine = "local",
@@ -116,7 +117,7 @@ def tune(
     policy = Policy(trial_timeout, stall or None, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
     how = study.Options(storage=opened, sources=tuple(source or ()), policy=policy)
     device_type = environment.resolve_device(search.base.device)
-    with make_launcher(where, base) as launcher:
+    with failures.allowed(allow_failures), make_launcher(where, base) as launcher:
         with contextlib.ExitStack() as stack:
             if not where.remote:
                 predictor = stack.enter_context(Predictor(trust_remote_code=trust_remote_code))
@@ -135,7 +136,7 @@ def _print_outcome(
     """The result of a search.
 
     Raises:
-        InputError: there is none.
+        TrialsFailed: there is none, or a trial failed.
     """
     from harness.analysis import loading
     from harness.report import tuning as reporting
@@ -149,7 +150,7 @@ def _print_outcome(
     measurements = loading.load(store.folder, baseline_ids=None, here=environments)
     summary = reporting.summarize(measurements, store.folder)
     if summary is None:
-        raise InputError(f"{name}: no trial of the study ended well; look at harness ls {name}")
+        raise TrialsFailed(f"{name}: no trial of the study ended well; look at harness ls {name}")
     for sentence in summary.sentences:
         out.print(f"- {plain(sentence)}", highlight=False)
     if export is not None:
@@ -158,3 +159,7 @@ def _print_outcome(
         file = plain(str(export))
         out.print(f"written to {file}; run it with: harness run {file}", highlight=False, soft_wrap=True)
     out.print(f"see it with: harness report {folder}", highlight=False)
+    rows = store.read("trials", ["trial_id", "label", "repeat", "status", "log", "study"]).to_pylist()
+    # Fresh repeats of the winner and its rivals are of no study.
+    mine = [row for row in rows if row["study"] in (outcome.study, None)]
+    failures.refuse(mine, store.folder, complete=not outcome.left)

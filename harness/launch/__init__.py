@@ -2,7 +2,8 @@
 
 launcher (the protocol, and what it is given), local (a process of this machine), inline (this process), cluster (a Ray
 cluster), fork_server (starts processes that have imported torch already), isolated (one function in such a process),
-watchdog and exit_status (how a worker ended), logs (what it printed), preload (what the fork server imports).
+watchdog and exit_status (how a worker ended), logs (what it printed), preload and quiet (what the
+fork server imports).
 """
 
 __all__ = ["cluster", "exit_status", "fork_server", "inline", "isolated", "launcher", "local"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from harness import environment
 from harness._util.redact import redact
@@ -49,7 +51,7 @@ class InlineLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         half_matmul.install()
         (here,) = self.environments(environment.resolve_device(job.spec.device))
-        with log.open("w") as file, contextlib.redirect_stderr(file):
+        with log.open("w", encoding="utf-8", errors="replace") as file, _errors_to(file):
             record = trial.run(
                 job,
                 environment=here,
@@ -58,8 +60,24 @@ class InlineLauncher:
                 losses_before=options.get("losses_before", {}),
                 on_progress=on_event,
             )
-        log.write_text(redact(log.read_text()))
+        log.write_text(redact(log.read_text("utf-8", "replace")), encoding="utf-8")
         return record
 
     def stop(self) -> None:
         """Nothing runs besides the caller."""
+
+
+@contextlib.contextmanager
+def _errors_to(file: TextIO) -> Iterator[None]:
+    """Within, what goes to stderr goes to a file: tracebacks, and the warnings of libraries in C++ too."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        with contextlib.redirect_stderr(file):
+            yield
+    finally:
+        file.flush()
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)

@@ -8,13 +8,9 @@ import importlib
 import logging
 import threading
 
-import torch
-import tqdm
-
-from harness.training import worker
-
 # transformers imports its modules on first use; these are the ones that every trial uses.
 _PARTS = (
+    "harness.training.worker",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
@@ -28,22 +24,31 @@ _PARTS = (
     "pandas",
 )
 
-# tqdm (4.67) makes a semaphore as its lock, which a worker that ends by os._exit would leave behind.
-tqdm.tqdm.set_lock(threading.RLock())
 
-# bitsandbytes 0.50 warns at import that a kernel for inference is missing, which would come from a hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def _preload() -> None:
+    import torch
+    import tqdm
 
-for part in _PARTS:
-    importlib.import_module(part)
+    # tqdm (4.67) makes a semaphore as its lock, which a worker that ends by os._exit would leave behind.
+    tqdm.tqdm.set_lock(threading.RLock())
 
-# A CUDA build of bitsandbytes initialises CUDA at import, and a process that has done so cannot fork.
-if torch.version.cuda is None:
-    with contextlib.suppress(ImportError):
-        importlib.import_module("bitsandbytes")
+    # bitsandbytes 0.50 warns at import that a kernel for inference is missing, which would come from a hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+    for part in _PARTS:
+        importlib.import_module(part)
+
+    # A CUDA build of bitsandbytes initialises CUDA at import, and a process that has done so cannot fork.
+    if torch.version.cuda is None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("bitsandbytes")
+
+
+# What cannot be imported ends no server: each trial imports it again, and its log says what is wrong.
+with contextlib.suppress(Exception):
+    _preload()
 
 # What is loaded now stays: a trial's garbage collector neither scans it nor copies its pages.
 gc.collect()
 
 gc.freeze()
-__all__ = ["worker"]

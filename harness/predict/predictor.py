@@ -115,8 +115,10 @@ def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> di
     """In the child: the fields of a `Prediction`, or the first line of the error."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
-        from harness.predict import peak
-
+        try:
+            from harness.predict import peak
+        except Exception as error:  # a broken installation: the trial meets it too, and its log says more
+            return {"error": f"{type(error).__name__}: {redact(first_line(error))}"}
         try:
             prediction = peak.predict(TrialSpec.model_validate_json(text), device_type, **options)
         except Exception as error:  # a model's own code may raise anything; other specs are still predicted

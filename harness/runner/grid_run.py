@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from harness.environment import resolve_device
 from harness.grids.grid import Grid, Trial
@@ -68,6 +69,13 @@ def kept_apart(trials: Iterable[Trial], store: Store, launcher: Launcher) -> lis
             elif names:
                 counts[f"are recorded with other content of {names} (changed since)"] += 1
     return [f"{n} trials {what}; they are kept apart and measured anew" for what, n in counts.items()]
+
+
+def recorded(grid: Grid, store: Store, launcher: Launcher) -> list[dict[str, Any]]:
+    """Rows of a grid's trials in the launcher's environments, in the grid's order: how each ended."""
+    columns = ["trial_id", "label", "repeat", "status", "log"]
+    rows = {row["trial_id"]: row for row in store.read("trials", columns).to_pylist()}
+    return [rows[each] for trial in grid.trials for each in possible_ids(trial, launcher) if each in rows]
 
 
 def run_grid(

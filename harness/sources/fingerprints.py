@@ -122,7 +122,10 @@ def _kept(file: Path, what: str, compute: Callable[[], str]) -> str:
         compute: the digest.
     """
     place = hashlib.sha256(f"{file.absolute()}\0{what}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    cached = models.cache_folder() / CACHE_NAME.replace("*", place)
+    try:
+        cached = models.cache_folder() / CACHE_NAME.replace("*", place)
+    except InputError:  # a cache that cannot be written only costs time
+        return compute()
     state = _state(file)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(cached.read_bytes())
@@ -131,7 +134,7 @@ def _kept(file: Path, what: str, compute: Callable[[], str]) -> str:
     digest = compute()
     changed_at = max(state[1:3]) / 1e9
     if state == _state(file) and time.time() - changed_at > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        with contextlib.suppress(OSError):
             write_whole(cached, json.dumps({"state": state, "digest": digest}).encode())
     return digest
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import InputError
-from harness.sources import hub
+from harness.sources import home, hub
 from harness.sources.files import full_path, hint_of_current, is_relative
 from harness.sources.hub import HUB_ID
 
@@ -77,11 +77,13 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder."""
+    """Folder of converted and random weights: `$HARNESS_CACHE`, else `harness` in the user's cache folder.
+
+    Raises:
+        InputError: no folder can be written.
+    """
     given = os.environ.get("HARNESS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harness"
+    return Path(given) if given else home.cache_home() / "harness"
 
 
 def pretrained(base_model: str) -> bool:

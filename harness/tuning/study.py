@@ -20,7 +20,7 @@ from filelock import FileLock
 from optuna.trial import TrialState
 
 from harness.environment import Placement, resolve_device
-from harness.errors import InputError
+from harness.errors import InputError, TrialsFailed
 from harness.grids.grid import Grid, Trial, interleave, repeat
 from harness.grids.search import Score, Search
 from harness.launch.launcher import Launcher
@@ -105,6 +105,7 @@ def tune(
 
     Raises:
         InputError: no trial is within the bounds, or the study cannot be opened.
+        TrialsFailed: none ended well.
         KeyboardInterrupt: interrupted twice.
     """
     with warnings.catch_warnings():
@@ -239,7 +240,7 @@ class _StudyProcess:
             return
         if not scored:
             ends = ", ".join(sorted({t.user_attrs.get("status", "stopped") for t in finished}))
-            raise InputError(
+            raise TrialsFailed(
                 f"{self.search.name}: none of {len(finished)} trials ended well ({ends}); "
                 f"look at harness ls {self.search.name}"
             )
