@@ -264,8 +264,8 @@ def dry_run(card: str) -> None:
     from rich.progress import track
     from rich.table import Table
 
+    from harness._util.units import show_bytes, show_seconds
     from harness.grids import grid
-    from harness.metrics import show_bytes, show_seconds
     from harness.predict import cards
     from harness.predict.prediction import MARGIN, fits
     from harness.predict.predictor import Predictor

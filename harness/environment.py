@@ -19,8 +19,8 @@ import psutil
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from harness import __version__
+from harness._util.units import GIB
 from harness.errors import InputError
-from harness.metrics import GIB
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 

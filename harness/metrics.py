@@ -11,59 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MIB = 2**20
-GIB = 2**30
+from harness._util.units import (
+    show_bytes,
+    show_count,
+    show_nats,
+    show_rate,
+    show_scientific,
+    show_seconds,
+    show_share,
+    show_small_share,
+)
 
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "activations")
 """What holds memory at the peak; each has its figure, `memory_<component>_bytes`."""
-
-
-def show_bytes(value: float) -> str:
-    """Bytes with a binary unit: 1.50 GiB."""
-    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f} B"
-
-
-def byte_unit(largest: float) -> tuple[str, float]:
-    """The unit for figures up to `largest` bytes that share a column or an axis, and its size in bytes."""
-    return ("GiB", float(GIB)) if largest >= 2 * GIB else ("MiB", float(MIB))
-
-
-def show_count(value: float) -> str:
-    """A count with thousands separated: 4,884,480."""
-    return f"{value:,.0f}"
-
-
-def show_seconds(value: float) -> str:
-    """Seconds, milliseconds below one: 1.25 s, 80 ms."""
-    return f"{value:.2f} s" if abs(value) >= 1 else f"{value * 1000:.0f} ms"
-
-
-def show_rate(value: float) -> str:
-    """Three digits or so: 153, 8.21."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def show_nats(value: float) -> str:
-    """Nats: 3.1416."""
-    return f"{value:.4f}"
-
-
-def show_share(value: float) -> str:
-    """A percentage: 43%."""
-    return f"{value:.0%}"
-
-
-def show_small_share(value: float) -> str:
-    """A percentage of three digits: 3.63%, 0.52%."""
-    return f"{100 * value:.3g}%"
-
-
-def show_scientific(value: float) -> str:
-    """4.05e+11."""
-    return f"{value:.3g}"
 
 
 AcrossProcesses = Literal["first", "heaviest", "highest", "sum"]

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from harness._util.redact import redact_home
+from harness._util.units import parse_bytes
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
@@ -73,30 +74,6 @@ Scheduler = Literal[
 
 _POLYNOMIAL_END = 1e-7
 """Last learning rate of `polynomial` in transformers."""
-
-_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*$", re.IGNORECASE)
-
-
-def parse_bytes(value: int | str) -> int:
-    """``"24GiB"``, ``"500 MB"`` or a plain count of bytes → bytes (GiB = 2**30, GB = 10**9).
-
-    Raises:
-        ValueError: the text is not a positive size.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{value!r} is not a size; write it like 24GiB or 500MB")
-    if isinstance(value, int):
-        size = value
-    else:
-        match = _BYTES.match(value)
-        if match is None:
-            raise ValueError(f"{value!r} is not a size; write it like 24GiB or 500MB")
-        number, prefix, binary = match.groups()
-        bytes_ = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-        size = int(min(bytes_, 2**63))
-    if not 0 < size < 2**63:
-        raise ValueError(f"{value!r} is not a size that memory can have; write it like 24GiB or 500MB")
-    return size
 
 
 @dataclasses.dataclass(frozen=True)

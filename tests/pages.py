@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness._util.units import show_bytes
 from harness.grids.claims import Claim, Contrast, lesson
-from harness.metrics import show_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, as pytest does for its modules
 from house import FLOORS, PACKAGE, ROOT, modules

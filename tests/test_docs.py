@@ -18,15 +18,16 @@ import yaml
 from house import modules
 from pages import GENERATED, filled, phrase
 
+from harness._util.units import GIB, parse_bytes, show_scientific
 from harness.cli import app
 from harness.environment import DeviceType
 from harness.grids import grid, search_file
 from harness.grids.claims import lesson
-from harness.metrics import COMPONENTS, GIB, show_scientific
+from harness.metrics import COMPONENTS
 from harness.predict import cards, peak
 from harness.predict.prediction import MARGIN, Prediction, fits
 from harness.record import Phase
-from harness.spec import TrialSpec, parse_bytes
+from harness.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")

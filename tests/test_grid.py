@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import FILES, MALFORMED
 
+from harness._util.units import parse_bytes
 from harness.errors import InputError
 from harness.grids import grid, preflight
 from harness.grids.claims import Claim
@@ -27,7 +28,7 @@ from harness.grids.spellings import normalise
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import models
-from harness.spec import FACTS, TrialSpec, parse_bytes
+from harness.spec import FACTS, TrialSpec
 
 LESSON = Path(__file__).parent / "lesson"
 BASE = "base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 2}\n"

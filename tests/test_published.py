@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import FEW
 
-from harness.metrics import GIB
+from harness._util.units import GIB
 from harness.predict import peak
 from harness.predict.prediction import MARGIN
 from harness.spec import TrialSpec

@@ -11,10 +11,11 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from harness._util.units import show_bytes
 from harness.adapters.session import MODELS, AdapterSession, largest_difference
 from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import METRICS, show_bytes
+from harness.metrics import METRICS
 from harness.record import Model
 from harness.spec import TrialSpec
 from harness.training import model

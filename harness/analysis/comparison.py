@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas
 
+from harness._util.units import show_bytes
 from harness.analysis import stats
 from harness.analysis.judgement import Judgement
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.words import NOT_MEASURED
 from harness.grids.claims import Claim, Contrast, LessonTable, Row, lesson
-from harness.metrics import COMPONENTS, HEADLINE, METRICS, show_bytes
+from harness.metrics import COMPONENTS, HEADLINE, METRICS
 
 MICRO_BATCH = Contrast(
     compare={"micro_batch_size": (None, None)},

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import numpy
 import pandas
 
+from harness._util.units import show_bytes
 from harness.analysis import stats, timed
 from harness.analysis.crossed import SeedNoise, crossed, seed_noise
 from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.stats import Verdict
 from harness.analysis.undecided import Unit, with_power
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
-from harness.metrics import FIGURES, METRICS, show_bytes
+from harness.metrics import FIGURES, METRICS
 from harness.results.schema import spec_of
 from harness.spec import TrialSpec
 

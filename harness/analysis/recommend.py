@@ -9,12 +9,13 @@ from typing import Any
 import numpy
 import pandas
 
+from harness._util.units import show_bytes
 from harness.analysis import stats, words
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.pareto import pareto_front
 from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import FITS, HEADLINE, METRICS, show_bytes
+from harness.metrics import FITS, HEADLINE, METRICS
 
 
 @dataclass(frozen=True)

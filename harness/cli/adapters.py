@@ -43,10 +43,10 @@ def merge(
     """Merge a LoRA adapter into its base: a model that transformers loads by itself, and what merging changed."""
     from rich.table import Table
 
+    from harness._util.units import show_bytes
     from harness.adapters import trained
     from harness.adapters.merge import merge as merge_adapter
     from harness.analysis.inference import mean_losses, merging_effect
-    from harness.metrics import show_bytes
 
     if trial is not None and config is None and adapter is None:
         source: trained.TrainedAdapter = trained.find_adapter(results, trial)

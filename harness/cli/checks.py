@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from harness import environment
 from harness._util.redact import redact_home
+from harness._util.units import GIB, show_bytes
 from harness.environment import version
 from harness.errors import InputError
-from harness.metrics import GIB, show_bytes
 from harness.results.parts import DamagedPart
 from harness.results.store import Store
 from harness.runner.cleaning import leftovers

@@ -159,8 +159,8 @@ def _by_factor(trial: Trial) -> tuple[Any, ...]:
 
 def _capacities(memory: list[str], gpu: list[str]) -> dict[str, int]:
     """Bytes available, by the name of a card or the amount as it was given."""
+    from harness._util.units import parse_bytes
     from harness.predict import cards
-    from harness.spec import parse_bytes
 
     capacities = {}
     for text in memory:

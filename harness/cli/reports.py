@@ -64,10 +64,10 @@ def recommend(
     """Name the best measured configuration within limits, say what it trades, and write its YAML."""
     from rich.table import Table
 
+    from harness._util.units import parse_bytes, show_bytes
     from harness.analysis import recommend as recommending
     from harness.analysis import words
-    from harness.metrics import METRICS, show_bytes
-    from harness.spec import parse_bytes
+    from harness.metrics import METRICS
 
     try:
         limit = None if memory is None else parse_bytes(memory)

@@ -176,7 +176,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
 ) -> None:
     """Remove what runs leave behind: unfinished files, unneeded logs, adapters of no trial. Never results."""
-    from harness.metrics import show_bytes
+    from harness._util.units import show_bytes
     from harness.runner import cleaning
 
     stores = [] if cache and not results.is_dir() else stores_in(results)

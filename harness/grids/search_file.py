@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness._util.messages import as_written, kind_of, one_line, unknown
+from harness._util.units import parse_bytes
 from harness.errors import InputError
 from harness.grids.document import base_of, header, located, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
@@ -21,7 +22,7 @@ from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
 from harness.record import TIMED_FIGURES
 from harness.sources import models
-from harness.spec import FACTS, TrialSpec, parse_bytes
+from harness.spec import FACTS, TrialSpec
 
 KEYS = ("space", "objectives", "constraints", "sampler", "trials", "timeout", "pruner", "confirm", "seed")
 _RANGE_KEYS = ("low", "high", "log", "step", "when")

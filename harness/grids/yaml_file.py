@@ -10,8 +10,8 @@ import yaml
 
 from harness._util.messages import first_line, kind_of, one_line
 from harness._util.redact import redact_home
+from harness._util.units import MIB
 from harness.errors import InputError
-from harness.metrics import MIB
 from harness.sources import models, stories
 from harness.spec import TrialSpec
 

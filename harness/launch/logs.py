@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from harness._util.redact import redact
-from harness.metrics import MIB
+from harness._util.units import MIB
 
 MOST_BYTES = MIB
 """Of a trial's log. Of a longer one the beginning and the end are kept, half of this each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness._util.messages import unknown
-from harness.metrics import MIB
+from harness._util.units import MIB
 from harness.predict.roofline import Rates
 
 # Total memory as the driver reports it (nvidia-smi). Less than advertised where error correction or firmware reserves a

@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch import _meta_registrations
 
+from harness._util.units import MIB
 from harness.environment import DeviceType
-from harness.metrics import MIB
 from harness.predict.replay import Replay
 
 WORKSPACE: dict[DeviceType, int] = {"cpu": 0, "cuda": 32 * MIB}

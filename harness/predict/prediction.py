@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from harness._util.units import show_bytes
 from harness.environment import DeviceType, Environment
-from harness.metrics import show_bytes
 from harness.predict import cards
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
 from harness.record import Job, Phase, Record, Step

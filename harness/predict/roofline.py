@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from harness.metrics import show_scientific
+from harness._util.units import show_scientific
 
 
 class _Frozen(BaseModel):

@@ -13,11 +13,12 @@ import pandas
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
+from harness._util.units import show_share
 from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import HEADLINE, METRICS, show_share
+from harness.metrics import HEADLINE, METRICS
 from harness.report import inference_tables, plots, tables, tuning
 from harness.results.store import Store
 

@@ -11,10 +11,11 @@ import altair
 import numpy
 import pandas
 
+from harness._util.units import byte_unit
 from harness.analysis.comparison import MICRO_BATCH, SEQUENCE_LENGTH, Comparison
 from harness.analysis.pareto import pareto_front
 from harness.analysis.words import effect, effect_and_word, figure
-from harness.metrics import COMPONENTS, HEADLINE, METRICS, Metric, byte_unit
+from harness.metrics import COMPONENTS, HEADLINE, METRICS, Metric
 
 # Okabe and Ito (2008): distinguishable under any colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a8a8a"

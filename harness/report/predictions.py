@@ -16,8 +16,9 @@ from rich.table import Table as RichTable
 
 from harness._util.files import write_whole
 from harness._util.terminal import plain
+from harness._util.units import byte_unit, show_bytes, show_scientific, show_seconds
 from harness.environment import DeviceType
-from harness.metrics import COMPONENTS, METRICS, byte_unit, show_bytes, show_scientific, show_seconds
+from harness.metrics import COMPONENTS, METRICS
 from harness.predict.calibration import Calibration
 from harness.predict.cards import CARDS
 from harness.predict.largest import NO_EFFECT, Largest

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness._util.units import show_seconds
 from harness.analysis import words
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import HEADLINE, METRICS, show_seconds
+from harness.metrics import HEADLINE, METRICS
 from harness.report import tuning_plots
 from harness.report.plots import Chart
 from harness.report.tables import Cell, Table, headings_of

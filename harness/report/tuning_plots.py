@@ -9,8 +9,9 @@ import altair
 import pandas
 
 from harness._util.messages import as_written
+from harness._util.units import byte_unit
 from harness.analysis.words import figure
-from harness.metrics import METRICS, byte_unit
+from harness.metrics import METRICS
 from harness.report.plots import BLUE, GREY, ORANGE, RED, Chart, axis_title
 from harness.tuning.search_results import SearchResults, importances, target_quantile
 

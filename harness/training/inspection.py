@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from harness._util.units import show_share
 from harness.errors import InputError
-from harness.metrics import show_share
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, formats, limits, model, order
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from harness.metrics import GIB, MIB
+from harness._util.units import GIB, MIB
 from harness.training.live_tensors import OutOfBudget
 from harness.training.memory import MemoryMeter
 

@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from optuna.trial import TrialState
 
+from harness._util.units import show_bytes
 from harness.environment import Placement, resolve_device
 from harness.errors import InputError, TrialsFailed
 from harness.grids.grid import Grid, Trial, interleave, repeat
 from harness.grids.search import Score, Search
 from harness.launch.launcher import Launcher
-from harness.metrics import METRICS, show_bytes
+from harness.metrics import METRICS
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
 from harness.predict.predictor import Predictor
 from harness.predict.roofline import Rates
