@@ -21,6 +21,7 @@ from harness.launch.local import LocalLauncher
 from harness.results.store import Store
 from harness.runner.execution import Policy
 from harness.runner.grid_run import pending
+from harness.sources import fingerprints
 from harness.spec import TrialSpec
 from harness.training import checkpoints
 
@@ -74,12 +75,13 @@ def test_the_same_loss_before_training(small: Small, tmp_path: Path, launcher: L
     shutil.copytree(checkpoints.checkpoint_folder("random:tiny"), base)
     checkpoints.byte_tokenizer().save_pretrained(base)
     store = Store(tmp_path / "g")
-    go(grid_of(first=small(base_model=str(base))), store, launcher)
+    go(grid_of(first=small(base_model=str(base))).with_contents(fingerprints.of), store, launcher)
     (row,) = store.read("trials").to_pylist()
     stories = store.read("stories").to_pylist()
     mark = {"loss": 0.1 + 0.2}  # no loss of this model: who has it did not measure
     store.replace_rows(row["trial_id"], {"stories": [s | mark if s["when"] == "before" else s for s in stories]})
-    (second,) = go(grid_of(second=small(base_model=str(base), lora_r=8)), store, launcher).records
+    grid = grid_of(second=small(base_model=str(base), lora_r=8)).with_contents(fingerprints.of)
+    (second,) = go(grid, store, launcher).records
     assert (second.status, second.metrics["eval_loss_before"]) == ("ok", pytest.approx(mark["loss"]))
     assert [s.loss for s in second.stories if s.when == "before"] == [mark["loss"]] * 2
 

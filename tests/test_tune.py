@@ -26,6 +26,7 @@ from harness.launch.local import LocalLauncher
 from harness.report import tuning as reporting
 from harness.results.schema import spec_of
 from harness.results.store import Store
+from harness.sources import fingerprints
 from harness.tuning import search_results
 from harness.tuning.samplers import open_storage
 from harness.tuning.study import Options, tune
@@ -296,7 +297,8 @@ def test_a_warm_start_uses_rows_measured_before(launcher: LocalLauncher, tmp_pat
     }.items():  # fmt: skip
         spec = plain.model_copy(update=changes)
         memory, loss = formula.figures(spec)
-        keep(source, spec, label, [loss] * 3, peak_memory_bytes=memory, eval_loss=loss, tokens_per_second=9.0)
+        keep(source, spec, label, [loss] * 3, peak_memory_bytes=memory, eval_loss=loss, tokens_per_second=9.0,
+             **fingerprints.of(spec).columns)  # fmt: skip
     store = Store(tmp_path / "t")
     messages: list[str] = []
     done = tune(search, store, launcher, Watch(), Options(sources=(source.folder,)), messages.append)
