@@ -352,10 +352,10 @@ def test_steps_without_a_learning_rate_are_refused(small: Small, name: str) -> N
                 continue
             with pytest.raises(InputError, match="warmup_ratio") as refused:
                 order.check_rates(spec, 100)
-            ways = dict(re.findall(r"(warmup_ratio|train_samples): ([\d.]+)", str(refused.value)))
+            ways = dict(re.findall(r"(warmup_ratio|max_steps): ([\d.]+)", str(refused.value)))
             assert "warmup_ratio" in ways
             for key, value in ways.items():
-                given = {key: float(value)} if key == "warmup_ratio" else {key: int(value), "max_steps": None}
+                given = {key: float(value) if key == "warmup_ratio" else int(value)}
                 changed = spec.model_copy(update=given)
                 order.check_rates(changed, 100)
                 assert any(rates_of(changed, -(-changed.samples(100) // 4)))
@@ -380,6 +380,7 @@ def rates_of(spec: TrialSpec, steps: int) -> list[float]:
 def test_the_number_of_steps_follows_from_the_data(small: Small, tmp_path: Path) -> None:
     few = small(datasets=data_of(tmp_path, long_enough(6)), train_samples=None, warmup_ratio=0.1)
     assert "warmup_ratio 0.1 of 1 optimizer step (4 examples in effective batches of 4)" in refusal(few)
+    assert refusal(few).endswith("use warmup_ratio: 0, or train_samples: 5 or more")
     assert not inspected(few.model_copy(update={"num_epochs": 2.0})).warnings
     assert not inspected(few.model_copy(update={"gradient_accumulation_steps": 1})).warnings
 

@@ -53,9 +53,10 @@ def check_rates(spec: TrialSpec, examples: int) -> None:
         most = math.floor(100 * (steps - 1) / steps) / 100
         raise InputError(f"{given} leaves none to lr_scheduler polynomial; use warmup_ratio: {most:g} at most")
     if steps == 1:
+        more = "max_steps: 2" if spec.max_steps is not None else f"train_samples: {spec.effective_batch_size + 1}"
         raise InputError(
             f"{given} ({samples} examples in effective batches of {spec.effective_batch_size}): its learning rate is "
-            f"0; use warmup_ratio: 0, or train_samples: {spec.effective_batch_size + 1} or more"
+            f"0; use warmup_ratio: 0, or {more} or more"
         )
 
 
