@@ -72,13 +72,13 @@ def _defaults(network: Any) -> str | list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     kind = network.config.model_type
-    defaults: str | list[str] | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    defaults: str | Sequence[str] | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if defaults is None:
         raise InputError(
             f"lora_target_linear false: peft has no default layers for {kind}; name them in {_KEY} "
             f"({', '.join(_layers(network))}), or leave the key out for all linear layers"
         )
-    return defaults
+    return defaults if isinstance(defaults, str) else list(defaults)
 
 
 def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]:
