@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from harness.cli import app
 from harness.grids import document
+from harness.launch import fork_server
 from harness.record import Job, Record
 from harness.runner import execution
 from harness.spec import TrialSpec
@@ -100,11 +100,10 @@ def _settled() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_server() -> Iterator[None]:
     """The fork server outlives the commands that start it: a new one would import torch and transformers anew."""
-    server = forkserver._forkserver  # type: ignore[attr-defined]  # no public way, as in the launcher
-    stop = server._stop
-    server._stop = lambda: None
+    stop = fork_server.stop
+    fork_server.stop = lambda: None
     yield
-    server._stop = stop
+    fork_server.stop = stop
     stop()
 
 

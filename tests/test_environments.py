@@ -190,6 +190,29 @@ def test_an_interrupt_while_libraries_are_imported_says_how_to_go_on(tmp_path: P
     assert (done.returncode, done.stderr.decode()) == (130, STOPPED)
 
 
+def test_an_interrupt_waits_for_the_library_that_is_being_imported(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n"
+        "    raise ImportError('half imported') from None\n"
+    )
+    (tmp_path / "harness_like.py").write_text(
+        "import time\n"
+        "from harness import __main__ as entry\n"
+        "from harness.cli import app\n"
+        "def command():\n"
+        "    import library\n"
+        "    print('imported', flush=True)\n"
+        "    time.sleep(20)\n"
+        "app.main = command\n"
+        "entry.main()\n"
+    )
+    done = python("harness_like.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (130, b"imported\n", STOPPED)
+
+
 def test_the_fork_server_never_receives_an_interrupt(tmp_path: Path) -> None:
     code = (
         "import os, signal, time\n"

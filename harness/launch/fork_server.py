@@ -84,9 +84,13 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Stop the server; processes that it has forked go on."""
+    """Stop the server at once, though it may still be importing; processes that it has forked go on."""
     # Python 3.11 to 3.14: there is no public way to stop it before this process ends.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any
 
 from harness import environment
@@ -39,6 +41,8 @@ class Predictor:
         self._device_type = device_type
         self._options = {"full_length": full_length, "trust_remote_code": trust_remote_code}
         self._pool: ProcessPoolExecutor | None = None
+        self._held_open: Connection | None = None
+        """Processes end when it is closed, those too that an interrupt has kept the pool from knowing."""
         self._answers: dict[_Key, dict[str, Any]] = {}
         """What processes returned."""
 
@@ -89,13 +93,17 @@ class Predictor:
         # Private API of Python (3.11); `ProcessPoolExecutor.kill_workers` of Python 3.14 replaces it.
         for process in list(self._pool._processes.values()):
             process.kill()
+        if self._held_open is not None:
+            self._held_open.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
 
     def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:
+            context = fork_server.start()
+            theirs, self._held_open = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
-                os.cpu_count() or 1, mp_context=fork_server.start(), initializer=_ignore_interrupts
+                os.cpu_count() or 1, mp_context=context, initializer=_begin, initargs=(theirs,)
             )
         return self._pool
 
@@ -106,9 +114,16 @@ def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterato
         yield SpecPrediction(spec, prediction, answer.get("error"))
 
 
-def _ignore_interrupts() -> None:
-    """The runner alone handles interrupts."""
+def _begin(held_open: Connection) -> None:
+    """In the child: the runner alone handles interrupts, and this process ends when it is not wanted any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_at_eof, args=(held_open,), daemon=True).start()
+
+
+def _exit_at_eof(held_open: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        held_open.recv_bytes()  # nothing is ever sent
+    os._exit(1)
 
 
 def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> dict[str, Any]:
