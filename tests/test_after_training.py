@@ -361,7 +361,7 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
     rests_on, _, labels = judged["merging-faster"].rests_on.rpartition(" of ")
     assert rests_on == "unmerged → merged"
     assert sorted(labels.split(", ")) == ["one", "two"], "in the order of their ids"
-    shown = inference_tables.models(loaded).rows
+    shown = inference_tables.models(loaded, comparison.compare(loaded)).rows
     assert {row[0].text for row in shown} == {"one", "two", "quantised"}, "figures of a former adapter are nobody's"
     (merged,) = [row for row in shown if (row[0].text, row[1].text) == ("quantised", "merged")]
     assert merged[12].text.startswith("×3"), "in its own row the exchange is seen"

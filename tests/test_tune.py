@@ -345,7 +345,7 @@ def test_the_winner_is_compared_in_fresh_repeats(launcher: LocalLauncher, tmp_pa
     assert set(read.rivals) == {"the baseline", "the runner-up"}
     assert read.repeats == 2
     for rival in read.rivals.values():
-        assert read.estimates["eval_loss"][rival].value == pytest.approx(fresh[read.winner] - fresh[rival])
+        assert read.estimate("eval_loss", rival).value == pytest.approx(fresh[read.winner] - fresh[rival])
     sentences = reporting.summarize(m, store.folder).sentences  # type: ignore[union-attr]
     assert any("Against the runner-up" in s and "in 2 fresh repeats" in s for s in sentences)
 
