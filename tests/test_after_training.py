@@ -367,6 +367,19 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
     assert merged[12].text.startswith("×3"), "in its own row the exchange is seen"
 
 
+def test_trained_models_are_judged_once(tmp_path: Path) -> None:
+    """The interval of a claim is that of the table, and all of a figure are one family."""
+    store = Store(tmp_path)
+    keep(store, TrialSpec.model_validate(SMALL), "one", [2.0], adapter_id="a", eval_loss=2.0)
+    store.write_inference(store.read("trials").to_pylist()[0], _inference("fp32", "fp32", 1000, 1.2))
+    content = document.document(loading.load(tmp_path), tmp_path)
+    (table,) = [t for t in content.tables if t.id == "merged"]
+    (decode,) = [row[12].text for row in table.rows if row[1].text == "merged"]
+    (claim,) = [v for v in content.verdicts if v.claim.id == "merging-faster"]
+    assert claim.size.startswith("×1.20")
+    assert decode.startswith(f"{claim.size} ")
+
+
 def test_generated_text_steers_neither_page_nor_terminal() -> None:
     evil = "\x1b[31mred | <script>alert(1)</script>\n\n![x](http://x) end"
     lines = writers._md_story(inference_tables.GeneratedStory("t", "s", "r", {"base": evil})).splitlines()

@@ -81,7 +81,8 @@ def load(
         stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
         changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
         inference_results={
-            table: _inference_rows(store, table, kept[["trial_id", "adapter_id", "config"]]) for table in INFERENCE_TABLES
+            table: _inference_rows(store, table, kept[["trial_id", "adapter_id", "config"]])
+            for table in INFERENCE_TABLES
         },
         environment=described,
         environment_id=chosen,

@@ -98,7 +98,7 @@ def _how_sure(results: SearchResults) -> str:
     if len(results.confirmed) < 2:
         return "No other finalist was within the bounds."
     if math.isinf(results.regret):
-        return f"How much better another finalist may be is not known: their {first.label} have no interval."
+        return f"How much better another finalist may be is not known: their {first.label} has no interval over seeds."
     shown = f"{math.expm1(results.regret):.1%}" if first.scale == "ratio" else f"{results.regret:.2g} {first.unit}"
     return f"No other finalist is better in {first.label} by more than {shown}, at 95%."
 
