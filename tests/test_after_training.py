@@ -371,7 +371,14 @@ def test_trained_models_are_judged_once(tmp_path: Path) -> None:
     """The interval of a claim is that of the table, and all of a figure are one family."""
     store = Store(tmp_path)
     keep(store, TrialSpec.model_validate(SMALL), "one", [2.0], adapter_id="a", eval_loss=2.0)
-    store.write_inference(store.read("trials").to_pylist()[0], _inference("fp32", "fp32", 1000, 1.2))
+    measured = _inference("fp32", "fp32", 1000, 1.2)
+    of_base = [
+        (each.model_copy(update={"model": "base"}) for each in rows if each.model == "unmerged")
+        for rows in (measured.models, measured.requests)
+    ]
+    models, requests = (*measured.models, *of_base[0]), (*measured.requests, *of_base[1])
+    row = store.read("trials").to_pylist()[0]
+    store.write_inference(row, measured.model_copy(update={"models": models, "requests": requests}))
     content = document.document(loading.load(tmp_path), tmp_path)
     (table,) = [t for t in content.tables if t.id == "merged"]
     (decode,) = [row[12].text for row in table.rows if row[1].text == "merged"]

@@ -34,10 +34,10 @@ def recommend(
 ) -> Recommendation:
     """The configuration with the lowest loss; among those as good the fastest, and among these the smallest.
 
-    The lowest measured loss is taken, whatever its interval, in the repeats that it shares with the baseline: means over
-    different seeds, or speeds of different hours, are shown and never compared. Another one is as good where it is worse
-    by no more than the negligible difference of the figure at 95 % (non-inferiority): not knowing is not being equal.
-    How sure the choice is, is said: by how much another one may be better, at 95 % over all of them.
+    The lowest measured loss is taken, whatever its interval, in the repeats that it shares with the baseline: means
+    over different seeds, or speeds of different hours, are shown and never compared. Another one is as good where it is
+    worse by no more than the negligible difference of the figure at 95 % (non-inferiority): not knowing is not being
+    equal. How sure the choice is, is said: by how much another one may be better, at 95 % over all of them.
 
     Args:
         m: the candidates.
@@ -95,7 +95,7 @@ _RANKS = {"loss": "eval_loss", "speed": "tokens_per_second"}
 
 
 def _against_one(m: Measurements, figures: pandas.DataFrame, metric: str) -> pandas.Series:
-    """The effect of each configuration against one of them, the baseline where it is there; null where none is known."""
+    """The effect of each configuration against one of them, the baseline if it is there; null where none is known."""
     repeats = m.configs.loc[figures.index, "repeats"]
     reference = m.baseline if m.baseline in figures.index else _extreme(repeats, lowest=False)
     effects = m.effects(_pairs([int(c) for c in figures.index if c != reference], int(reference or 0)), metric).table

@@ -44,7 +44,7 @@ _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
 """Upper bound of each band (ratio to the reference; nats for the loss), and its word."""
 _SIDES = {"memory": ("less", "more"), "speed": ("slower", "faster"), "loss": ("better", "worse")}
 """What is below and above no effect."""
-_MOST_DIGITS = 6
+_MOST_DIGITS = 4
 """Of the ends of an interval."""
 
 
@@ -116,7 +116,7 @@ def _interval(estimate: Estimate, between: str, digits: int, show: Callable[[flo
     if low is None or high is None or (estimate.basis == "exact" and high - low < 5e-4):
         return ""  # or all pairs agree
     nearest = low if low > _no_effect(estimate) else high if high < _no_effect(estimate) else None
-    if nearest is not None:  # one without no effect must not seem to reach it
+    if nearest is not None and estimate.verdict != "same":  # what excludes no effect must not seem to reach it
         while digits < _MOST_DIGITS and round(nearest, digits) == _no_effect(estimate):
             digits += 1
     return f" ({show(low, digits)}{between}{show(high, digits)})"

@@ -241,9 +241,8 @@ def _caveats(comparison: Comparison) -> list[str]:
         lines.append("The baseline was not run twice: the noise floor of speeds is unknown.")
     if m.alpha < stats.ALPHA:
         lines.append(
-            f"Rows were looked at up to {round(stats.ALPHA / m.alpha)} times to see whether more were needed: each look, "
-            f"this one too, judges a figure at {1 - m.alpha:.2%}, so that all of them together hold at "
-            f"{1 - stats.ALPHA:.0%}."
+            f"Rows were looked at up to {round(stats.ALPHA / m.alpha)} times to see whether more were needed: each "
+            f"look, this page too, judges a figure at {1 - m.alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
         )
     repeats = m.configs.loc[m.configs["measured"], "repeats"]
     lines += _timing_caveats(m)
