@@ -12,7 +12,7 @@ from harness.record import Job, Record, Step, StoryLoss
 from harness.results.store import Store
 from harness.spec import TrialSpec
 
-_OF_JOB = ("twin", "factor", "level", "data_fingerprint", "base_fingerprint")
+_OF_JOB = ("twin", "factor", "level", "data_fingerprint", "base_fingerprint", "study", "study_trial")
 
 
 def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figures: Any) -> None:

@@ -361,10 +361,30 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
     rests_on, _, labels = judged["merging-faster"].rests_on.rpartition(" of ")
     assert rests_on == "unmerged → merged"
     assert sorted(labels.split(", ")) == ["one", "two"], "in the order of their ids"
-    shown = inference_tables.models(loaded).rows
+    shown = inference_tables.models(loaded, comparison.compare(loaded)).rows
     assert {row[0].text for row in shown} == {"one", "two", "quantised"}, "figures of a former adapter are nobody's"
     (merged,) = [row for row in shown if (row[0].text, row[1].text) == ("quantised", "merged")]
     assert merged[12].text.startswith("×3"), "in its own row the exchange is seen"
+
+
+def test_trained_models_are_judged_once(tmp_path: Path) -> None:
+    """The interval of a claim is that of the table, and all of a figure are one family."""
+    store = Store(tmp_path)
+    keep(store, TrialSpec.model_validate(SMALL), "one", [2.0], adapter_id="a", eval_loss=2.0)
+    measured = _inference("fp32", "fp32", 1000, 1.2)
+    of_base = [
+        (each.model_copy(update={"model": "base"}) for each in rows if each.model == "unmerged")
+        for rows in (measured.models, measured.requests)
+    ]
+    models, requests = (*measured.models, *of_base[0]), (*measured.requests, *of_base[1])
+    row = store.read("trials").to_pylist()[0]
+    store.write_inference(row, measured.model_copy(update={"models": models, "requests": requests}))
+    content = document.document(loading.load(tmp_path), tmp_path)
+    (table,) = [t for t in content.tables if t.id == "merged"]
+    (decode,) = [row[12].text for row in table.rows if row[1].text == "merged"]
+    (claim,) = [v for v in content.verdicts if v.claim.id == "merging-faster"]
+    assert claim.size.startswith("×1.20")
+    assert decode.startswith(f"{claim.size} ")
 
 
 def test_generated_text_steers_neither_page_nor_terminal() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 import sys
@@ -13,8 +15,8 @@ import numpy
 import pytest
 from rows import keep
 
-from harness.analysis import comparison, loading, recommend, stats, verdicts
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis import comparison, loading, recommend, stats, verdicts, words
+from harness.analysis.measurements import Estimate, Measurements, Member
 from harness.grids.claims import Claim
 from harness.metrics import HEADLINE, METRICS
 from harness.report import document, tables
@@ -124,12 +126,12 @@ def test_both_runs_of_the_baseline_are_shown_as_they_were(small: Small, tmp_path
 def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
     """Over random measurements: the same pair, the same interval and word everywhere; and both agree."""
     generator = numpy.random.default_rng(5)
-    for number in range(3):
-        effects = {
-            label: (1.0, math.exp(generator.normal(0, 0.05)), generator.normal(0, 0.03)) for label in [*CONFIGS][1:]
-        }
+    negligible = False
+    for number in range(4):
+        size, noise = ((0.05, 0.03), 0.04) if number < 2 else ((0.015, 0.008), 0.004)
+        effects = {label: (1.0, *map(generator.normal, (1, 0), size)) for label in [*CONFIGS][1:]}
         folder = tmp_path / str(number)
-        m = measured(small, folder, effects, noise=0.04, seed=number)
+        m = measured(small, folder, effects, noise=noise, seed=number)
         report = document.document(m, folder)
         techniques = {row[0].text: row for row in report.tables[0].rows}
         of_table = {"checkpointing": cells(m, "methods", "Gradient checkpointing")}
@@ -140,6 +142,34 @@ def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
         for interval, word in intervals(report):
             no_effect = interval[0] <= 0 <= interval[1]
             assert no_effect == (word == "not distinguishable") or word.startswith("same"), (interval, word)
+            negligible |= word.startswith("negligibly")
+        for verdict in report.verdicts:
+            assert_word_agrees_with_interval(verdict)
+        for sentence in report.summary:
+            if best := re.match(r"(Fastest|Lowest loss): (.*), [×−+]", sentence):
+                cell = techniques[best[2]][4 if best[1] == "Fastest" else 6].text
+                assert re.search(r"faster|better", cell), cell
+                assert "negligibly" not in cell, "what is negligible is no best"
+    assert negligible, "some were significant, and negligible"
+
+
+def assert_word_agrees_with_interval(verdict: verdicts.ClaimVerdict) -> None:
+    """Of a claim about one effect: what its word says of no effect and of the expected region."""
+    number = r"[+−]?[\d.]+"
+    ends = re.fullmatch(rf"[×+−][\d.]+ \(({number})(?:–| to )({number})\)", verdict.size)
+    if ends is None or not verdict.claim.compare:
+        return
+    low, high = (float(end.replace("−", "-")) for end in ends.groups())
+    expected, no_effect = verdict.claim.expectation, 1.0 if verdict.size.startswith("×") else 0.0
+    if verdict.word == "not distinguishable":
+        assert low <= no_effect <= high, verdict
+    if verdict.word == "not decided":
+        assert not low < no_effect < high, verdict
+    if not expected.same and not expected.is_direction(no_effect):
+        inside = expected.low <= low and high <= expected.high
+        outside = high < expected.low or low > expected.high
+        assert inside == (verdict.word == "supported") or not inside, verdict
+        assert outside == (verdict.word == "contradicted") or not outside, verdict
 
 
 def intervals(report: Document) -> list[tuple[tuple[float, float], str]]:
@@ -198,7 +228,132 @@ def test_a_claim_of_an_effect_needs_more_than_a_negligible_one(
     assert verdicts.judge(comparison.compare(m, [Claim.model_validate(claim)]))[0].word == word
 
 
+def shown(
+    metric: str,
+    value: float,
+    low: float | None,
+    high: float | None,
+    verdict: Any = "not distinguishable",
+    *of: Estimate,
+) -> Estimate:
+    members = tuple(Member(str(number), member) for number, member in enumerate(of))
+    return Estimate(metric, value, low, high, 3, "stories", 0.01, verdict, members=members)
+
+
+def judged(expect: str, estimate: Estimate) -> str:
+    claim = {"id": "c", "says": "so", "compare": {"lora_r": [4, 8]}, "metric": estimate.metric, "expect": expect}
+    return verdicts._word(Claim.model_validate(claim), estimate)
+
+
+@pytest.mark.parametrize(
+    ("expect", "low", "high", "word"),
+    [
+        ("difference between -0.01 and 0.05", -0.064, -0.005, "not decided"),
+        ("difference between -0.01 and 0.05", -0.064, 0.005, "not distinguishable"),
+        ("difference between -0.01 and 0.05", -0.064, -0.011, "contradicted"),
+        ("difference = 0", -0.064, -0.005, "not decided"),
+        ("difference <= -0.03", -0.064, -0.005, "not decided"),
+        ("difference < 0", -0.064, -0.005, "supported"),
+    ],
+)
+def test_an_interval_without_no_effect_is_never_called_not_distinguishable(
+    expect: str, low: float, high: float, word: str
+) -> None:
+    verdict = "better" if high < 0 else "not distinguishable"
+    assert judged(expect, shown("eval_loss", (low + high) / 2, low, high, verdict)) == word
+
+
+def test_what_is_false_of_some_pairs_and_true_of_none_is_contradicted() -> None:
+    def speed(value: float, low: float, high: float) -> Estimate:
+        return shown("tokens_per_second", value, low, high, "better")
+
+    twice, more, once = speed(2.29, 1.89, 2.76), speed(1.29, 1.04, 1.52), speed(1.02, 1.01, 1.04)
+    depends = functools.partial(shown, "tokens_per_second", 1.9, None, None, "depends")
+    as_fast = "ratio between 0.9 and 1.1"
+    assert judged(as_fast, depends(twice, more)) == "contradicted"
+    assert judged(as_fast, depends(twice, once)) == "depends"
+    assert judged(as_fast, depends(more, once)) == "not decided"
+    assert judged(as_fast, shown("tokens_per_second", 1.9, 1.05, 3.0, "better", twice, more)) == "contradicted"
+
+
+def test_a_significant_effect_is_never_called_none() -> None:
+    slightly = shown("eval_loss", -0.008, -0.014, -0.001, "better")
+    assert words.effect_and_word(slightly) == "−0.008 (−0.014 to −0.001) negligibly better"
+    assert words.word(shown("tokens_per_second", 1.015, 1.001, 1.03, "better")) == "negligibly faster"
+    assert words.word(shown("tokens_per_second", 0.985, 0.97, 0.999, "worse")) == "negligibly slower"
+    assert not any("no effect" in line for line in words.thresholds())
+
+
+def test_an_end_that_is_not_no_effect_does_not_look_like_it() -> None:
+    assert words.effect(shown("tokens_per_second", 0.985, 0.975, 0.998, "worse")) == "×0.98 (0.975–0.998)"
+    assert words.effect(shown("tokens_per_second", 1.18, 1.0002, 1.39, "better")) == "×1.18 (1.0002–1.3900)"
+    assert words.effect(shown("tokens_per_second", 1.18, 0.998, 1.39)) == "×1.18 (1.00–1.39)", "which holds it"
+    assert words.effect(shown("eval_loss", 0.02, 0.0002, 0.04, "worse")) == "+0.020 (+0.0002 to +0.0400)"
+
+
+def test_an_effect_on_nothing_can_be_turned_round() -> None:
+    turned = shown("tokens_per_second", 0.5, 0.0, 2.0, "worse").reversed
+    assert (turned.value, turned.low, turned.high, turned.verdict) == (2.0, 0.5, math.inf, "better")
+    assert shown("tokens_per_second", 0.0, None, None).reversed.value == math.inf
+
+
+def test_a_claim_about_forgetting_is_judged_by_the_interval_that_the_page_shows(small: Small, tmp_path: Path) -> None:
+    compared = comparison.compare(measured(small, tmp_path, {}))
+    figures = {"id": "c", "says": "so", "where": {"adapter": "lora"}, "metric": "forgetting", "expect": "value <= 0.05"}
+    compared = dataclasses.replace(compared, claims=(Claim.model_validate(figures),))
+
+    def with_intervals(*ends: tuple[float, float]) -> verdicts.ClaimVerdict:
+        estimates = (shown("forgetting", (low + high) / 2, low, high) for low, high in ends)
+        lora = compared.measurements.selected({"adapter": "lora"}).index
+        compared.__dict__["learnt"] = {"forgetting": dict(zip(lora, estimates, strict=False))}
+        return verdicts.judge(compared)[0]
+
+    open_ = with_intervals((-0.015, 0.105))
+    assert (open_.word, open_.size) == ("not decided", "+0.045 (−0.015 to +0.105)")
+    assert with_intervals((0.0, 0.05)).word == "supported"
+    assert with_intervals((0.0, 0.05), (0.0, 0.06)).word == "not decided"
+    assert with_intervals((0.0, 0.06), (0.06, 0.07)).word == "contradicted"
+    assert with_intervals((0.0, 0.05), (0.06, 0.07)).word == "depends"
+    assert with_intervals().word == "not measured here"
+
+
 # ------------------------------------------------------------------------------------ recommendations
+
+
+def test_means_over_different_seeds_are_never_compared(small: Small, tmp_path: Path) -> None:
+    """The baseline under five seeds, the others under the first, which is a hard one."""
+    store, generator = Store(tmp_path), numpy.random.default_rng(0)
+    stories = generator.normal(3, 0.3, 32)
+    for repeat, of_seed in enumerate((0.05, -0.01, 0.0, -0.02, 0.01)):
+        for label, changes, effect in (("baseline", {}, 0.0), ("lora_r=64", {"lora_r": 64}, -0.03)):
+            if label == "baseline" or not repeat:
+                losses = stories + effect + of_seed + generator.normal(0, 0.003, 32)
+                keep(store, small(seed=repeat, **changes), label, losses.tolist(), eval_loss=float(losses.mean()),
+                     peak_memory_bytes=1000, tokens_per_second=100.0)  # fmt: skip
+    m = loading.load(tmp_path)
+    means = m.trials.groupby("label")["eval_loss"].mean()
+    assert means["lora_r=64"] > means["baseline"]
+    assert recommend.recommend(m).label == "lora_r=64"
+
+
+def test_one_seed_says_nothing_of_others(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for label, changes, more in (("baseline", {}, 0.0), ("lora_r=64", {"lora_r": 64}, 0.4)):
+        losses = [3 + more + (story + more) % 3 / 100 for story in range(8)]
+        keep(store, small(**changes), label, losses, eval_loss=3 + more, peak_memory_bytes=1000)
+    sentences = recommend.recommend(loading.load(tmp_path)).sentences
+    assert any("not known, as the loss of some was seen under one seed" in each for each in sentences)
+    assert not any("by more than 0 nats" in each for each in sentences)
+
+
+def test_speeds_of_different_hours_are_never_recommended(small: Small, tmp_path: Path) -> None:
+    """A search's trials from before there were visits ran hours apart."""
+    store = Store(tmp_path)
+    for label, changes, loss, speed in (("baseline", {}, 2.0, 100.0), ("#1", {"lora_r": 8}, 3.0, 300.0)):
+        study = {} if label == "baseline" else {"study": "s", "study_trial": 1}
+        keep(store, small(**changes), label, [loss, loss + 0.1], eval_loss=loss, peak_memory_bytes=1000,
+             tokens_per_second=speed, **study)  # fmt: skip
+    assert not any("more speed" in each for each in recommend.recommend(loading.load(tmp_path)).sentences)
 
 
 def test_the_recommended_one_is_no_worse_than_the_best_by_more_than_the_stated_margin(

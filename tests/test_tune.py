@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import formula
+import numpy
 import optuna
 import pandas
 import pytest
 from rows import keep
 from test_launch import Watch
 
-from harness.analysis import loading
+from harness.analysis import loading, recommend
+from harness.analysis.measurements import Measurements
 from harness.errors import InputError
 from harness.launch.local import LocalLauncher
+from harness.report import document
 from harness.report import tuning as reporting
 from harness.results.schema import spec_of
 from harness.results.store import Store
@@ -135,6 +138,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import formula
+import numpy
 from test_launch import Watch
 from test_tune import made
 from harness.launch.local import LocalLauncher
@@ -347,7 +351,7 @@ def test_the_winner_is_compared_in_fresh_repeats(launcher: LocalLauncher, tmp_pa
     assert set(read.rivals) == {"the baseline", "the runner-up"}
     assert read.repeats == 2
     for rival in read.rivals.values():
-        assert read.estimates["eval_loss"][rival].value == pytest.approx(fresh[read.winner] - fresh[rival])
+        assert read.estimate("eval_loss", rival).value == pytest.approx(fresh[read.winner] - fresh[rival])
     sentences = reporting.summarize(m, store.folder).sentences  # type: ignore[union-attr]
     assert any("Against the runner-up" in s and "in 2 fresh repeats" in s for s in sentences)
 
@@ -367,6 +371,46 @@ def test_a_search_from_before_a_key_existed_is_still_reported() -> None:
     assert summary is not None
     assert any(sentence.startswith("Take #") for sentence in summary.sentences)
     assert len(summary.tables[0].rows) == 3
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Path, Measurements]:
+    folder = Path(__file__).parent.parent / "results/tune"
+    return folder, loading.load(folder, "e345ecc4")
+
+
+def test_the_winner_is_judged_once(recorded: tuple[Path, Measurements]) -> None:
+    """In its sentence, in the table of rivals, in that of techniques, and by `harness recommend`."""
+    folder, m = recorded
+    content = document.document(m, folder)
+    against = next(s for s in content.summary if s.startswith("Against the baseline"))
+    rivals = next(t for t in content.tables if t.id == "tuning").rows
+    of_rivals = next(row for row in rivals if row[0].text == "the baseline")
+    (winner,) = [
+        row for row in content.tables[0].rows if content.recommended and row[0].text == content.recommended.label
+    ]
+    for of_rival, of_technique in zip(of_rivals[2:5], winner[2:7:2], strict=True):
+        assert of_rival.text == of_technique.text
+    assert winner[6].text.split(") ")[0] in against
+    assert content.recommended is not None
+    assert recommend.recommend(m).label == content.recommended.label
+
+
+def test_a_finalist_whose_fresh_repeats_all_fail_is_reported(recorded: tuple[Path, Measurements]) -> None:
+    folder, m = recorded
+    read = search_results.read(m, folder)
+    assert read is not None
+    runner_up = read.rivals["the runner-up"]
+    failed = (m.trials["config"] == runner_up) & (m.trials["repeat"] > 0)
+    trials = m.trials.copy()
+    trials.loc[failed, ["status", "phase"]] = ["timeout", "forward"]
+    trials.loc[failed, ["eval_loss", "tokens_per_second", "peak_memory_bytes"]] = numpy.nan
+    configs = m.configs.copy()
+    configs.loc[runner_up, ["status", "phase"]] = ["timeout", "forward"]
+    content = document.document(dataclasses.replace(m, trials=trials, configs=configs), folder)
+    shown = f"{read.label(runner_up)} (timeout in forward)"
+    (row,) = [row for row in content.tables[0].rows if row[0].text == shown]
+    assert [cell.text for cell in row[1:]] == ["–"] * 6 + ["0"]
 
 
 def test_fresh_repeats_choose_the_winner(launcher: LocalLauncher, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 from conftest import SMALL
 from rows import keep
 
-from harness.analysis import loading, sequential
+from harness.analysis import comparison, loading, sequential, stats
 from harness.analysis.measurements import Estimate
 from harness.analysis.sequential import until_decided
 from harness.grids import grid
 from harness.grids.grid import Grid
+from harness.report import document
 from harness.results.store import Store
 
 SPEED, LOSS = "tokens_per_second", "eval_loss"
@@ -27,18 +28,16 @@ def estimate(metric: str, unit: Any) -> Estimate:
     return Estimate(metric, 1.0, None, None, 3, basis, 0.5, "not distinguishable", needed=9, unit=unit)
 
 
-def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[str, Any]]]) -> list[float]:
-    """Each look finds one of these undecided, the last one for ever; the error rates at which it was looked."""
+def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Each look finds one of these undecided, the last one for ever."""
     remaining = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
-    alphas: list[float] = []
 
     class Compared:
         """Its configurations are named by their labels."""
 
         measurements = SimpleNamespace(labels=list)
 
-        def __init__(self, _: object, alpha: float) -> None:
-            alphas.append(alpha)
+        def __init__(self, _: object) -> None:
             self.now = next(remaining)
 
         def undecided(self, metric: str) -> dict[str, Estimate]:
@@ -46,7 +45,6 @@ def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[s
 
     monkeypatch.setattr(loading, "load", lambda *_, **__: None)
     monkeypatch.setattr(sequential, "compare", Compared)
-    return alphas
 
 
 @pytest.fixture
@@ -62,6 +60,7 @@ class Runs:
 
     def __init__(self, *, interrupted: bool = False) -> None:
         self.versions: list[tuple[int, dict[int, set[str]]]] = []
+        self.looks: set[int] = set()
         self.interrupted = interrupted
 
     def __call__(self, now: Grid) -> bool:
@@ -69,6 +68,7 @@ class Runs:
         for trial in now.trials:
             trials.setdefault(trial.repeat, set()).add(trial.label)
         self.versions.append((now.timing.visits, trials))
+        self.looks.add(now.looks)
         return not self.interrupted
 
 
@@ -78,13 +78,13 @@ BASELINE = {"baseline", "baseline again"}
 def test_undecided_speeds_get_visits_alone(
     grid_of: Callable[[int], Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alphas = looks(monkeypatch, [{SPEED: {"lora_r=8": "visits"}}])
+    looks(monkeypatch, [{SPEED: {"lora_r=8": "visits"}}])
     runs = Runs()
     left = until_decided(grid_of, 1, 4, runs, tmp_path)
     assert [visits for visits, _ in runs.versions] == [2, 3, 4], "up to the limit"
     assert [trials for _, trials in runs.versions[1:]] == [{0: BASELINE | {"lora_r=8"}}] * 2, "of what is open, no seed"
     assert set(left[SPEED]) == {"lora_r=8"}
-    assert alphas == [0.05 / 4] * 3, "as many looks as there may be"
+    assert runs.looks == {4}, "as many looks as there may be"
 
 
 def test_undecided_losses_get_seeds_where_seeds_decide(
@@ -133,6 +133,7 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
             change = {"lora_r=64": 0.5, "lora_r=8": 0.05 * (-1) ** t.repeat}.get(t.label, 0.0)
             losses = [3 + story / 10 + change * (1 + story / 1000 + t.repeat / 1000) for story in range(8)]
             keep(store, t.spec, t.label, losses, twin=t.twin, baseline_id=t.baseline_id)
+        store.describe(now.about)
         return True
 
     left = until_decided(lambda repeats: grid.load(file, repeats=repeats), 2, 4, run, tmp_path / "g")
@@ -142,3 +143,15 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
     again = ["baseline", "baseline again", "lora_r=8"]
     assert second == [(label, 2) for label in again]
     assert third == [(label, 3) for label in again]
+    for _ in range(2):
+        m = loading.load(tmp_path / "g")
+        assert m.alpha == stats.ALPHA / 3, "the terminal and every later report judge what the looks judged"
+        undecided = comparison.compare(m).undecided(LOSS)
+        assert undecided == {
+            config: left[LOSS][label] for config, label in zip(undecided, m.labels(undecided), strict=True)
+        }
+        caveats = document.document(m, tmp_path / "g").caveats
+        assert sum("looked at up to 3 times" in caveat and "98.33%" in caveat for caveat in caveats) == 1
+        store.describe(grid.load(file).about)  # a later run that does not look
+    (tmp_path / "g/grid.json").write_text('{"looks": "many"}')
+    assert loading.load(tmp_path / "g").alpha == stats.ALPHA

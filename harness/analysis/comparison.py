@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import pandas
 
 from harness._util.units import show_bytes
-from harness.analysis import stats
+from harness.analysis import inference
+from harness.analysis.inference import ModelPair
 from harness.analysis.judgement import Judgement
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.words import NOT_MEASURED
@@ -41,6 +43,8 @@ class Comparison:
     """Those that are judged."""
     estimates: dict[str, dict[int, Estimate]]
     """Against the baseline, by metric, then configuration."""
+    of_models: dict[tuple[str, ModelPair], Estimate]
+    """Trained models against each other, see `inference.judge`."""
     means: pandas.DataFrame
     """By configuration, the mean of each figure over its repeats, the highest of exact memory (see `figures`). A
     baseline's second run has its own."""
@@ -52,6 +56,11 @@ class Comparison:
     def undecided(self, metric: str) -> dict[int, Estimate]:
         """Estimates that are not distinguishable from the baseline's, by configuration."""
         return {config: e for config, e in self.estimates[metric].items() if e.verdict == "not distinguishable"}
+
+    @cached_property
+    def learnt(self) -> dict[str, dict[int, Estimate]]:
+        """Change of the loss by training of each shown configuration, on held-out stories and on general text."""
+        return {metric: self.measurements.learnt(metric, self.shown) for metric in ("eval_loss", "forgetting")}
 
     @cached_property
     def shown(self) -> list[int]:
@@ -79,13 +88,17 @@ def claim_name(claim: Claim) -> str:
     return f"claim {claim.id}"
 
 
-def compare(m: Measurements, claims: Sequence[Claim] | None = None, alpha: float = stats.ALPHA) -> Comparison:
-    """Judge every comparison of a report; those of a figure are one family.
+def compare(
+    m: Measurements,
+    claims: Sequence[Claim] | None = None,
+    further: Mapping[str, tuple[pandas.DataFrame, Sequence[str]]] = MappingProxyType({}),
+) -> Comparison:
+    """Judge every comparison of a report; those of a figure are one family, with the error rate `m.alpha`.
 
     Args:
         m: what was measured.
         claims: null: the grid's own and the lesson's.
-        alpha: error rate of each family.
+        further: contrasts that are judged with them, as `Judgement` takes them.
     """
     judged = (*m.claims, *lesson().claims) if claims is None else tuple(claims)
     against = m.against_baseline()
@@ -97,7 +110,7 @@ def compare(m: Measurements, claims: Sequence[Claim] | None = None, alpha: float
         for claim in judged
         if claim.compare and not claim.is_about_inference
     }
-    judgement = Judgement(m, against, contrasts, alpha)
+    judgement = Judgement(m, against, {**contrasts, **further}, m.alpha)
     estimates = {
         metric: {
             config: estimate
@@ -106,7 +119,8 @@ def compare(m: Measurements, claims: Sequence[Claim] | None = None, alpha: float
         }
         for metric in HEADLINE
     }
-    return Comparison(m, judgement, judged, estimates, figures(m.trials[m.trials["status"] == "ok"], "config"))
+    means = figures(m.trials[m.trials["status"] == "ok"], "config")
+    return Comparison(m, judgement, judged, estimates, inference.judge(m, judged), means)
 
 
 def figures(trials: pandas.DataFrame, by: str) -> pandas.DataFrame:

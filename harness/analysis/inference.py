@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy
 import pandas
@@ -11,11 +13,67 @@ from harness.analysis import stats
 from harness.analysis.crossed import crossed
 from harness.analysis.family import NO_ERRORS, Effects
 from harness.analysis.measurements import Estimate, Measurements
+from harness.grids.claims import MODEL, Claim
 from harness.metrics import INFERENCE
 from harness.record import Model
 
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "token_seconds_p50", "token_seconds_p95")
 """Figures with one value per round."""
+COMPARED = ("model_bytes", "decode_tokens_per_second", "story_loss")
+"""Figures in which the models of each trial are compared with the unmerged one."""
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models of the same trials, the second compared with the first."""
+
+    reference: Model
+    model: Model
+    trials: tuple[int, ...]
+    """By number."""
+
+    @property
+    def reversed(self) -> Self:
+        """The other way round."""
+        return replace(self, reference=self.model, model=self.reference)
+
+
+def judge(m: Measurements, claims: Iterable[Claim]) -> dict[tuple[str, ModelPair], Estimate]:
+    """The estimate of each comparison of trained models that a page shows, in both directions.
+
+    All of a figure are one family, those of each trial and those of claims: each pair is judged once.
+    """
+    trials: list[int] = m.inference_results["models"]["trial"].unique().tolist()
+    others: tuple[Model, ...] = ("base", "merged")
+    of_trials = [ModelPair("unmerged", other, (trial,)) for trial in trials for other in others]
+    asked = {metric: dict.fromkeys(of_trials) for metric in COMPARED}
+    for claim in claims:
+        if claim.is_about_inference:
+            asked.setdefault(claim.metric, {})[of_claim(m, claim)] = None
+    estimates = {}
+    for metric, pairs in asked.items():
+        once = [pair for number, pair in enumerate(pairs) if pair.reversed not in [*pairs][:number]]
+        rows = {number: _effects_of(m, pair, metric) for number, pair in enumerate(once)}
+        for number, estimate in _estimates(m, rows, metric).items():
+            estimates[metric, once[number]] = estimate
+            estimates[metric, once[number].reversed] = estimate.reversed
+    return estimates
+
+
+def of_claim(m: Measurements, claim: Claim) -> ModelPair:
+    """The models that a claim is about, of all trials whose two store their weights in the same format.
+
+    A model quantised for training is merged in 16 bit, which is a change of its own.
+    """
+    reference, model = claim.compare[MODEL]
+    models = m.inference_results["models"]
+    formats = models.pivot_table(index="trial", columns="model", values="precision", aggfunc="first")
+    formats = formats.reindex(columns=list(dict.fromkeys((reference, model)))).dropna()
+    return ModelPair(reference, model, tuple(formats.index[formats[reference] == formats[model]].tolist()))
+
+
+def _effects_of(m: Measurements, pair: ModelPair, metric: str) -> pandas.DataFrame:
+    return effects(m.with_inference_results(pair.trials), pair.reference, pair.model, metric)
 
 
 def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pandas.DataFrame:
@@ -46,7 +104,7 @@ def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pan
     return stats.paired(differences, _one_comparison(differences)).assign(basis=basis)
 
 
-def estimates(m: Measurements, rows: Mapping[int, pandas.DataFrame], metric: str) -> dict[int, Estimate]:
+def _estimates(m: Measurements, rows: Mapping[int, pandas.DataFrame], metric: str) -> dict[int, Estimate]:
     """Estimates from the effects of several comparisons on a figure, which are one family, by their numbers."""
     known = [row.set_axis([number]) for number, row in rows.items() if len(row)]
     return m.estimates(Effects(pandas.concat(known), NO_ERRORS), metric) if known else {}
@@ -62,18 +120,6 @@ def _one_comparison(differences: pandas.Series) -> pandas.Series:
     return pandas.Series(0, differences.index)
 
 
-def of_equal_precision(m: Measurements, reference: Model, model: Model) -> Measurements:
-    """The trials whose two models store their weights in the same format.
-
-    A model quantised for training is merged in 16 bit, which is a change of its own.
-    """
-    models = m.inference_results["models"]
-    formats = models.pivot_table(index="trial", columns="model", values="precision", aggfunc="first")
-    if reference not in formats or model not in formats:
-        return m
-    return m.with_inference_results(formats.index[formats[reference] == formats[model]])
-
-
 def means_by_trial(m: Measurements, model: Model, metric: str) -> list[float]:
     """A model's figure in each benchmarked trial; of the loss, weighted by tokens."""
     of_all = values(m, metric)
@@ -83,10 +129,11 @@ def means_by_trial(m: Measurements, model: Model, metric: str) -> list[float]:
     return means
 
 
-def benchmarked_configs(m: Measurements) -> tuple[int, ...]:
-    """Configurations whose trained models were benchmarked."""
-    benchmarked = m.inference_results["models"]["trial"].unique()
-    return tuple(int(c) for c in pandas.unique(m.trials.loc[benchmarked, "config"]))
+def benchmarked_configs(m: Measurements, trials: Iterable[int]) -> list[int]:
+    """The configurations of trials whose trained models were benchmarked."""
+    models = m.inference_results["models"]
+    configs: list[int] = models.loc[models["trial"].isin(list(trials)), "config"].unique().tolist()
+    return configs
 
 
 def values(m: Measurements, metric: str) -> pandas.DataFrame:

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from harness._util.messages import explain, one_line
 from harness._util.terminal import printable
+from harness.analysis import stats
 from harness.analysis.measurements import SPEC_KEYS, Measurements
 from harness.environment import Environment, cards, current
 from harness.errors import InputError
 from harness.grids.claims import CONDITIONS, Claim
 from harness.record import TIMED_FIGURES
 from harness.results.schema import INFERENCE_TABLES, Table
-from harness.results.store import Store
+from harness.results.store import Store, looks_of
 from harness.results.timing import STEP_COLUMNS, counting_steps, speeds
 
 
@@ -80,12 +81,14 @@ def load(
         stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
         changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
         inference_results={
-            table: _inference_rows(store, table, kept[["trial_id", "adapter_id"]]) for table in INFERENCE_TABLES
+            table: _inference_rows(store, table, kept[["trial_id", "adapter_id", "config"]])
+            for table in INFERENCE_TABLES
         },
         environment=described,
         environment_id=chosen,
         left_out=tuple(left_out),
         _codes=codes,
+        alpha=stats.ALPHA / looks_of(about),
     )
 
 

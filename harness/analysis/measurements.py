@@ -75,12 +75,12 @@ class Estimate:
         swapped: dict[str, Verdict] = {"better": "worse", "worse": "better", "lower": "higher", "higher": "lower"}
         ratio = FIGURES[self.metric].scale == "ratio"
 
-        def turned(value: float | None) -> float | None:
-            return None if value is None else 1 / value if ratio else -value
+        def turned(value: float) -> float:
+            return (1 / value if value else math.inf) if ratio else -value
 
-        value = 1 / self.value if ratio else -self.value
+        low, high = (None if end is None else turned(end) for end in (self.high, self.low))
         verdict = swapped.get(self.verdict, self.verdict)
-        return replace(self, value=value, low=turned(self.high), high=turned(self.low), verdict=verdict)
+        return replace(self, value=turned(self.value), low=low, high=high, verdict=verdict)
 
     @property
     def within(self) -> str:
@@ -127,6 +127,8 @@ class Measurements:
     """Excluded rows, in words."""
     _codes: pandas.DataFrame
     """By configuration, each condition as a small integer."""
+    alpha: float = stats.ALPHA
+    """Error rate of each family: smaller for rows that were looked at several times."""
 
     @cached_property
     def baseline(self) -> int | None:
@@ -194,8 +196,9 @@ class Measurements:
         of_search = self.trials["study"].notna() & (self.trials["repeat"] == 0)
         repeated = self.trials.loc[self.trials["repeat"] > 0, "config"].unique()
         chosen = of_search & self.trials["config"].isin(repeated) & (self.trials["config"] != self.baseline)
-        counts = self.trials.loc[chosen, "config"].value_counts().reindex(self.configs.index, fill_value=0)
-        configs = self.configs.assign(repeats=self.configs["repeats"] - counts)
+        left = self.trials[~chosen & (self.trials["status"] == "ok")]
+        counts = left["config"].value_counts().reindex(self.configs.index, fill_value=0)
+        configs = self.configs.assign(repeats=counts, measured=counts > 0)
         return replace(self, trials=self.trials[~chosen], configs=configs) if chosen.any() else self
 
     def with_inference_results(self, trials: Iterable[int]) -> Measurements:
@@ -352,19 +355,19 @@ class Measurements:
             losses.join(ok.rename(columns={"stands_for": "config"}), on="trial", how="inner"), paired=paired
         )
 
-    def estimates(self, effects: Effects, metric: str, alpha: float = stats.ALPHA) -> dict[int, Estimate]:
+    def estimates(self, effects: Effects, metric: str, alpha: float | None = None) -> dict[int, Estimate]:
         """Estimates by comparison from effects on a metric, which are one family.
 
         Args:
             effects: on the metric.
             metric: what is compared.
-            alpha: error rate of the family.
+            alpha: error rate of the family; null: that of these measurements.
         """
         declared = FIGURES[metric]
         ratio = declared.scale == "ratio"
         floor = self.floor if metric in METRICS and declared.group == "speed" else None
         negligible = math.log1p(declared.negligible) if ratio else declared.negligible
-        judged = with_power(judge(effects, declared.better, negligible, floor, alpha), declared, floor)
+        judged = with_power(judge(effects, declared.better, negligible, floor, alpha or self.alpha), declared, floor)
         names = ("effect", "low", "high", "detectable", "n", "basis", "p_family", "verdict", "seeds", "needed", "unit")
         columns = {name: judged[name] for name in names}
         if ratio:

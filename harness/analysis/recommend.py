@@ -35,9 +35,10 @@ def recommend(
 ) -> Recommendation:
     """The configuration with the lowest loss; among those as good the fastest, and among these the smallest.
 
-    The lowest measured loss is taken, whatever its interval. Another one is as good where it is worse by no more than
-    the negligible difference of the figure at 95 % (non-inferiority): not knowing is not being equal. How sure the
-    choice is, is said: by how much another one may be better, at 95 % over all of them.
+    The lowest measured loss is taken, whatever its interval, in the repeats that it shares with the baseline: means
+    over different seeds, or speeds of different hours, are shown and never compared. Another one is as good where it is
+    worse by no more than the negligible difference of the figure at 95 % (non-inferiority): not knowing is not being
+    equal. How sure the choice is, is said: by how much another one may be better, at 95 % over all of them.
 
     Args:
         m: the candidates.
@@ -48,6 +49,7 @@ def recommend(
     Raises:
         InputError: no measured configuration lies within the limits.
     """
+    m = m.unselected
     figures = _figures(m)
     within = figures[
         (figures["memory"] <= (memory or math.inf))
@@ -58,14 +60,21 @@ def recommend(
         within = within[within["eval_loss"].notna()]
     if within.empty:
         raise InputError(_nothing_fits(m, figures, memory, max_loss, min_speed))
-    best = _choose(m, within)
-    first = "eval_loss" if within["eval_loss"].notna().any() else "tokens_per_second"
-    front = within[pareto_front(_to_minimise(within))]
+    candidates = _confirmed(m, within)
+    best = _choose(m, candidates)
+    front = candidates[pareto_front(_to_minimise(candidates))]
     choices = pandas.concat([within.loc[[best]], front.drop(index=best, errors="ignore").sort_values("memory")])
+    counts = f"{len(within)} of {len(figures)} configurations are within the limits"
+    if len(candidates) < len(within):
+        counts += f"; {len(candidates)} of them were measured again after a search had chosen, and are compared"
     return Recommendation(
         best,
         str(m.configs.at[best, "label"]),
-        (*_sentences(m, figures, within, best, memory), *_how_sure(m, within, best, first)),
+        (
+            f"Take {m.configs.at[best, 'label']}: it {_described(candidates, best, memory)} ({counts}).",
+            *_trade_offs(m, candidates, best),
+            *_how_sure(m, candidates, best, len(within)),
+        ),
         spec_to_yaml(m.spec(best), full_paths=True),
         choices.assign(label=m.configs["label"].reindex(choices.index)),
     )
@@ -77,21 +86,48 @@ def _figures(m: Measurements) -> pandas.DataFrame:
         raise InputError(f"{m.name}: no trial ended well; there is nothing to recommend")
     means = ok.groupby("config")[["tokens_per_second", "eval_loss"]].mean()
     # The repeat with the highest peak must fit.
-    return means.assign(memory=ok.groupby("config")[list(FITS)].max().max(axis=1)).dropna(subset=["memory"])
+    figures = means.assign(memory=ok.groupby("config")[list(FITS)].max().max(axis=1)).dropna(subset=["memory"])
+    ranks = {rank: _against_one(m, figures, metric) for rank, metric in _RANKS.items()}
+    return figures.assign(**ranks)
+
+
+_RANKS = {"loss": "eval_loss", "speed": "tokens_per_second"}
+"""Columns by which configurations are ranked: their effects on these figures."""
+
+
+def _against_one(m: Measurements, figures: pandas.DataFrame, metric: str) -> pandas.Series:
+    """The effect of each configuration against one of them, the baseline if it is there; null where none is known."""
+    repeats = m.configs.loc[figures.index, "repeats"]
+    reference = m.baseline if m.baseline in figures.index else _extreme(repeats, lowest=False)
+    effects = m.effects(_pairs([int(c) for c in figures.index if c != reference], int(reference or 0)), metric).table
+    of_itself = 0.0 if not math.isnan(figures.loc[reference, metric]) else math.nan  # type: ignore[arg-type]  # a number
+    return pandas.concat([pandas.Series({reference: of_itself}), effects["effect"]]).reindex(figures.index)
+
+
+def _pairs(others: list[int], reference: int) -> pandas.DataFrame:
+    return pandas.DataFrame({"comparison": others, "config": others, "reference": reference}, dtype="int64")
+
+
+def _confirmed(m: Measurements, within: pandas.DataFrame) -> pandas.DataFrame:
+    """Without the trials that a search chose by, where something within the limits was measured again: the best of many
+    are better than they will be again.
+    """
+    others = m.trials.loc[m.trials["study"].isna() | (m.trials["repeat"] > 0), "config"]
+    again = within[within.index.isin(others)]
+    return again if {*again.index} - {m.baseline} else within
 
 
 def _to_minimise(figures: pandas.DataFrame) -> pandas.DataFrame:
-    costs = pandas.DataFrame({"memory": figures["memory"], "slowness": -figures["tokens_per_second"].fillna(0.0)})
-    return costs if figures["eval_loss"].isna().all() else costs.assign(loss=figures["eval_loss"])
+    costs = pandas.DataFrame({"memory": figures["memory"], "slowness": -figures["speed"].fillna(-math.inf)})
+    return costs if figures["loss"].isna().all() else costs.assign(loss=figures["loss"])
 
 
-def _choose(m: Measurements, within: pandas.DataFrame) -> int:
-    candidates = within
-    if within["eval_loss"].notna().any():
-        lowest = _extreme(within["eval_loss"], lowest=True)
-        candidates = within.loc[_as_good(m, within, lowest, "eval_loss")]
-    if candidates["tokens_per_second"].notna().any():
-        fastest = _extreme(candidates["tokens_per_second"], lowest=False)
+def _choose(m: Measurements, candidates: pandas.DataFrame) -> int:
+    if candidates["loss"].notna().any():
+        lowest = _extreme(candidates["loss"], lowest=True)
+        candidates = candidates.loc[_as_good(m, candidates, lowest, "eval_loss")]
+    if candidates["speed"].notna().any():
+        fastest = _extreme(candidates["speed"], lowest=False)
         candidates = candidates.loc[_as_good(m, candidates, fastest, "tokens_per_second")]
     return _extreme(candidates["memory"], lowest=True)
 
@@ -104,21 +140,21 @@ def _extreme(values: pandas.Series, *, lowest: bool) -> int:
 
 def _as_good(m: Measurements, figures: pandas.DataFrame, best: int, metric: str) -> list[int]:
     """The best, and those that are worse by no more than is negligible, at 95 % each."""
-    worse = _worse(m, [c for c in figures.index if c != best], best, metric, stats.ALPHA)
+    worse = _worse(m, [c for c in figures.index if c != best], best, metric, m.alpha)
     return [best, *worse.index[worse["most"] <= _negligible(metric)]]
 
 
 def _worse(m: Measurements, others: list[int], reference: int, metric: str, alpha: float) -> pandas.DataFrame:
     """By configuration, by how much it is worse than a reference (`estimate`) and at most (`most`, one-sided).
 
-    On the scale of the effects. The noise floor is the least half width, as everywhere; without an interval the most is
-    infinite.
+    On the scale of the effects. The noise floor is the least half width, as everywhere. Without an interval the most is
+    infinite, and so it is of one seed, which says nothing of others, where none was repeated.
     """
-    pairs = pandas.DataFrame({"comparison": others, "config": others, "reference": reference}, dtype="int64")
-    table = m.effects(pairs, metric).table
+    table = m.effects(_pairs(others, reference), metric).table
     half = numpy.maximum(stats.critical(table, 2 * alpha) * table["se"], _floor(m, metric))
     worse = table["effect"] if METRICS[metric].better == "lower" else -table["effect"]
-    return pandas.DataFrame({"estimate": worse, "most": (worse + half).fillna(math.inf)})
+    known = ~(table["seeds"] == 1) | (table["seed_df"] > 0)
+    return pandas.DataFrame({"estimate": worse, "most": (worse + half).where(known).fillna(math.inf)})
 
 
 def _floor(m: Measurements, metric: str) -> float:
@@ -149,55 +185,56 @@ def largest_regret(
     others = [int(config) for config in within[metric].dropna().index if config != best]
     if not others:
         return 0.0
-    worse = _worse(m, others, best, metric, stats.ALPHA / max(len(others), (candidates or 1) - 1))
+    worse = _worse(m, others, best, metric, m.alpha / max(len(others), (candidates or 1) - 1))
     half = worse["most"] - worse["estimate"]
     return max(0.0, float((half - worse["estimate"]).max())) if len(worse) == len(others) else math.inf
 
 
-def _how_sure(m: Measurements, within: pandas.DataFrame, best: int, metric: str) -> list[str]:
+def _how_sure(m: Measurements, candidates: pandas.DataFrame, best: int, chosen_from: int) -> list[str]:
     """By how much another one may be better, and what passes as as good."""
-    count = int(within[metric].notna().sum())
+    metric = "eval_loss" if candidates["loss"].notna().any() else "tokens_per_second"
+    count = int(candidates[metric].notna().sum())
     if count < 2:
         return []
     declared = METRICS[metric]
     ratio = declared.scale == "ratio"
     margin = f"{declared.negligible:.0%}" if ratio else f"{declared.negligible:g} nats"
-    regret = largest_regret(m, within, best, metric)
+    regret = largest_regret(m, candidates, best, metric, chosen_from)
     shown = f"{math.expm1(regret):.1%}" if ratio else f"{regret:.2g} nats"
-    sure = f"none within the limits is better in {declared.group} by more than {shown}, at 95% over all {count}"
+    sure = f"none is better in {declared.group} by more than {shown}, at 95% over all {count}"
     if math.isinf(regret):
-        sure = f"not known, as the {declared.group} of some has no interval"
+        one_seed = metric == "eval_loss" and m.configs.loc[candidates.index, "repeats"].min() == 1
+        why = "was seen under one seed, which says nothing of others" if one_seed else "has no interval"
+        sure = f"not known, as the {declared.group} of some {why}"
     return [f"How sure: {sure}. As good counts what is worse by no more than {margin}, at 95%."]
 
 
-def _sentences(
-    m: Measurements, figures: pandas.DataFrame, within: pandas.DataFrame, best: int, memory: int | None
-) -> list[str]:
-    row: Any = within.loc[best]
-    label = m.configs["label"]
-    parts = [f"needs {show_bytes(row['memory'])}"]
-    if memory is not None:
-        parts[0] += f" of {show_bytes(memory)}"
+def _described(candidates: pandas.DataFrame, best: int, memory: int | None) -> str:
+    """The figures of the recommended configuration."""
+    row: Any = candidates.loc[best]
+    parts = [f"needs {show_bytes(row['memory'])}" + (f" of {show_bytes(memory)}" if memory is not None else "")]
     speed = METRICS["tokens_per_second"]
     if not math.isnan(row[speed.name]):
         parts.append(f"trains {speed.show(row[speed.name])} {speed.label}")
     if not math.isnan(row["eval_loss"]):
         parts.append(f"ends at {words.figure('eval_loss', row['eval_loss'])} nats")
-    others = [config for config in within.index if config != best]
-    pairs = pandas.DataFrame({"comparison": others, "config": others, "reference": best}, dtype="int64")
-    estimates = {metric: m.estimates(m.effects(pairs, metric), metric) for metric in HEADLINE} if others else {}
-    counts = f"{len(within)} of {len(figures)} configurations are within the limits"
-    sentences = [f"Take {label[best]}: it {', '.join(parts)} ({counts})."]
-    for metric, lowest, what in (
-        ("eval_loss", True, "lower loss"),
-        ("tokens_per_second", False, "more speed"),
-        ("memory", True, "less memory"),
+    return ", ".join(parts)
+
+
+def _trade_offs(m: Measurements, candidates: pandas.DataFrame, best: int) -> list[str]:
+    """What to take for less of each cost, among those that are comparable with the recommended one."""
+    pairs = _pairs([int(config) for config in candidates.index if config != best], best)
+    estimates = {metric: m.estimates(m.effects(pairs, metric), metric) for metric in HEADLINE} if len(pairs) else {}
+    sentences = []
+    for metric, what, sign, no_effect in (
+        ("eval_loss", "lower loss", 1, 0.0),
+        ("tokens_per_second", "more speed", -1, 1.0),
+        ("peak_memory_bytes", "less memory", 1, 1.0),
     ):
-        if within[metric].isna().all():
-            continue
-        other = _extreme(within[metric], lowest=lowest)
-        if other != best and within.at[other, metric] != row[metric]:
-            sentences.append(f"For {what} take {label[other]}: {_trade_off(estimates, other)}.")
+        values = {config: sign * estimate.value for config, estimate in estimates.get(metric, {}).items()}
+        other = min(values, key=values.__getitem__, default=best)
+        if other != best and values[other] < sign * no_effect:
+            sentences.append(f"For {what} take {m.labels([other])[0]}: {_trade_off(estimates, other)}.")
     return sentences
 
 

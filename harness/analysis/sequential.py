@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from harness.analysis import loading, stats
+from harness.analysis import loading
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Estimate
 from harness.environment import Environment
@@ -28,7 +28,7 @@ def until_decided(
 
     Visits decide speeds. Repeats decide those losses whose seeds differ too much; the others need more stories, which
     is another grid. Repeated looks inflate the error rate, so each look is tested at `ALPHA` divided by their number
-    (Bonferroni).
+    (Bonferroni). The number is kept with the rows, which every later report judges so too.
 
     Args:
         grid_of: the grid with this number of repeats.
@@ -41,14 +41,14 @@ def until_decided(
     Returns:
         What the last look left undecided.
     """
-    first = grid = grid_of(least)
-    repeats, visits = least, first.timing.visits
+    repeats, visits = least, grid_of(least).timing.visits
     looks = 1 + max(most - repeats, most - visits if visits else 0)
+    first = grid = replace(grid_of(least), looks=looks)
     undecided: Undecided = {}
     versions = [first]
     while versions and all(run(version) for version in versions):
         measurements = loading.load(folder, baseline_ids={t.baseline_id for t in grid.trials}, here=here)
-        undecided = _undecided(compare(measurements, alpha=stats.ALPHA / looks))
+        undecided = _undecided(compare(measurements))
         versions = []
         of_speed = _labels(undecided, lambda e: e.basis == "visits")
         if of_speed and 0 < visits < most:
@@ -58,7 +58,7 @@ def until_decided(
         of_loss = _labels(undecided, lambda e: e.unit in ("seeds", "times"))
         if of_loss and repeats < most:
             repeats += 1
-            grid = grid_of(repeats)
+            grid = replace(grid_of(repeats), looks=looks)
             versions.append(grid.only(of_loss))
     return undecided
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy
+import pandas
 
 from harness.analysis import inference, words
-from harness.analysis.comparison import Comparison, claim_name, describe_pairs, figures
-from harness.analysis.measurements import Estimate, Measurements
-from harness.grids.claims import MODEL, Claim
+from harness.analysis.comparison import Comparison, claim_name, describe_pairs
+from harness.analysis.measurements import Estimate
+from harness.grids.claims import Claim, Expectation
 from harness.metrics import FIGURES
 
-Word = Literal["supported", "contradicted", "depends", "not distinguishable", "not measured here"]
+Word = Literal["supported", "contradicted", "depends", "not distinguishable", "not decided", "not measured here"]
+"""The order of a tally. *Not decided*: the interval excludes no effect, and reaches across the edge of what the claim
+says; *not distinguishable*: it holds no effect."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,17 @@ def judge(comparison: Comparison) -> list[ClaimVerdict]:
 
     *Supported* and *contradicted* say that the interval lies within the expected region or outside of it. A claim that
     there is an effect needs one that is more than negligible, and is contradicted by none. What is true of some of the
-    compared pairs and false of others depends.
+    compared pairs and false of others depends; what is false of some and true of none is contradicted.
     """
-    of_inference = _inference_estimates(comparison)
     return [
-        _levels(claim, comparison.measurements) if not claim.compare else _compared(claim, comparison, of_inference)
-        for claim in comparison.claims
+        _compared(claim, comparison) if claim.compare else _levels(claim, comparison) for claim in comparison.claims
     ]
 
 
-def _compared(claim: Claim, comparison: Comparison, of_inference: dict[str, tuple[Estimate, str]]) -> ClaimVerdict:
+def _compared(claim: Claim, comparison: Comparison) -> ClaimVerdict:
     m, judgement = comparison.measurements, comparison.judgement
     if claim.is_about_inference:
-        estimate, rests_on = of_inference.get(claim.id, (None, words.MISSING))
+        estimate, rests_on = _of_models(claim, comparison)
     else:
         name = claim_name(claim)
         estimate, rests_on = judgement.contrast(claim.metric, name), describe_pairs(m, judgement.pairs[name])
@@ -59,13 +60,21 @@ def _compared(claim: Claim, comparison: Comparison, of_inference: dict[str, tupl
 
 
 def _word(claim: Claim, estimate: Estimate) -> Word:
-    """That of its pairs where they agree, or else of their mean where no pair differs from it."""
+    """That of the mean of its pairs where none differs from it, unless it is false of one; else that of all of them."""
     of_members = {_of_one(claim, member.estimate) for member in estimate.members}
-    if {"supported", "contradicted"} <= of_members:
+    if estimate.verdict == "depends":
+        return _of_all(of_members)
+    of_mean = _of_one(claim, estimate)
+    return _of_all({of_mean, *of_members}) if "contradicted" in of_members else of_mean
+
+
+def _of_all(each: set[Word]) -> Word:
+    """The word for what is to be true of all of these, of which there is at least one."""
+    if {"supported", "contradicted"} <= each:
         return "depends"
-    if estimate.verdict != "depends":
-        return _of_one(claim, estimate)
-    return of_members.pop() if len(of_members) == 1 else "not distinguishable"
+    if "contradicted" in each:
+        return "contradicted"
+    return each.pop() if len(each) == 1 else "not decided"
 
 
 def _of_one(claim: Claim, estimate: Estimate) -> Word:
@@ -73,73 +82,88 @@ def _of_one(claim: Claim, estimate: Estimate) -> Word:
     low, high = (estimate.value if end is None and metric.exact else end for end in (estimate.low, estimate.high))
     if low is None or high is None:
         return "not distinguishable"
-    ratio = metric.scale == "ratio"
-    least, most = (
-        (1 / (1 + metric.negligible), 1 + metric.negligible) if ratio else (-metric.negligible, metric.negligible)
-    )
+    no_effect = 1.0 if metric.scale == "ratio" else 0.0
+    open_: Word = "not distinguishable" if low <= no_effect <= high else "not decided"
     if expected.same:
+        least, most = metric.negligible_range
         if estimate.verdict == "same":
             return "supported"
-        return "contradicted" if high < least or low > most else "not distinguishable"
-    if expected.is_direction(1.0 if ratio else 0.0):
+        return "contradicted" if high < least or low > most else open_
+    if expected.is_direction(no_effect):
         if estimate.verdict == "same":
             return "contradicted"
-        if estimate.verdict == "not distinguishable" or least <= estimate.value <= most:
-            return "not distinguishable"
+        if estimate.verdict == "not distinguishable" or words.is_negligible(estimate):
+            return open_
         return "supported" if expected.low <= estimate.value <= expected.high else "contradicted"
+    return _of_region(expected, low, high) or open_
+
+
+def _of_region(expected: Expectation, low: float, high: float) -> Word | None:
+    """The word for an interval; null where it reaches across the edge of the region."""
     if expected.low <= low and high <= expected.high:
         return "supported"
-    return "contradicted" if high < expected.low or low > expected.high else "not distinguishable"
+    return "contradicted" if high < expected.low or low > expected.high else None
 
 
-def _inference_estimates(comparison: Comparison) -> dict[str, tuple[Estimate, str]]:
-    """By the id of a claim about trained models, its estimate and what it rests on; each figure is one family."""
-    m = comparison.measurements
-    estimates: dict[str, tuple[Estimate, str]] = {}
-    of_models = [claim for claim in comparison.claims if claim.is_about_inference]
-    for metric in dict.fromkeys(claim.metric for claim in of_models):
-        claims = [claim for claim in of_models if claim.metric == metric]
-        comparable = [inference.of_equal_precision(m, *claim.compare[MODEL]) for claim in claims]
-        rows = {
-            number: inference.effects(measured, *claim.compare[MODEL], metric)
-            for number, (claim, measured) in enumerate(zip(claims, comparable, strict=True))
-        }
-        for number, estimate in inference.estimates(m, rows, metric).items():
-            claim = claims[number]
-            labels = m.labels(inference.benchmarked_configs(comparable[number]))
-            estimates[claim.id] = estimate, f"{' → '.join(claim.compare[MODEL])} of {', '.join(labels)}"
-    return estimates
+def _of_models(claim: Claim, comparison: Comparison) -> tuple[Estimate | None, str]:
+    """The estimate for a claim about trained models, and what it rests on."""
+    m, pair = comparison.measurements, inference.of_claim(comparison.measurements, claim)
+    labels = m.labels(inference.benchmarked_configs(m, pair.trials))
+    return comparison.of_models.get((claim.metric, pair)), f"{pair.reference} → {pair.model} of {', '.join(labels)}"
 
 
-def _levels(claim: Claim, m: Measurements) -> ClaimVerdict:
+def _levels(claim: Claim, comparison: Comparison) -> ClaimVerdict:
     """The verdict on a claim about a figure or a status: every configuration of the condition counts."""
+    m = comparison.measurements
     configs = m.selected(claim.where)
-    if claim.expectation.quantity == "status":
-        if claim.expectation.status != "skipped":  # not run, so how it would end is unknown
-            configs = configs[configs["status"] != "skipped"]
-        agrees = [status == claim.expectation.status for status in configs["status"]]
-        counts = configs["status"].value_counts()
-        size = ", ".join(f"{count} {status}" for status, count in counts.items())
-    else:
-        configs = configs[configs["measured"]]
-        ok = m.trials[m.trials["status"] == "ok"]
-        names = [claim.metric, *([claim.per] if claim.per else [])]
-        means = figures(ok, "config")[names].reindex(configs.index)
-        values: Any = (means[claim.metric] / (means[claim.per] if claim.per else 1.0)).to_numpy(float)
-        known = numpy.isfinite(values)
-        configs, values = configs[known], values[known]
-        agrees = [bool(claim.expectation.low <= value <= claim.expectation.high) for value in values]
-        size = _range(claim, values)
-    if not agrees:
+    judged = _statuses if claim.expectation.quantity == "status" else _values
+    if claim.metric == "forgetting" and claim.per is None:
+        judged = _forgetting
+    each, size = judged(claim, comparison, configs)
+    if not each:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
-    word: Word = "supported" if all(agrees) else "depends" if any(agrees) else "contradicted"
-    labels = m.labels(configs.index)
+    labels = m.labels(each)
     shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
     counted = f"{len(labels)} configuration" + "s" * (len(labels) != 1)
-    return ClaimVerdict(claim, word, size, counted, shown)
+    return ClaimVerdict(claim, _of_all({*each.values()}), size, counted, shown)
 
 
-def _range(claim: Claim, values: Any) -> str:
+def _statuses(claim: Claim, _: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
+    """The word for how each configuration ended, and how many ended so."""
+    if claim.expectation.status != "skipped":  # not run, so how it would end is unknown
+        configs = configs[configs["status"] != "skipped"]
+    each = {int(c): _whether(status == claim.expectation.status) for c, status in configs["status"].items()}  # type: ignore[call-overload]  # the index holds configurations
+    return each, ", ".join(f"{count} {status}" for status, count in configs["status"].value_counts().items())
+
+
+def _values(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
+    """The word for the figure of each configuration, and their range."""
+    expected, per = claim.expectation, claim.per
+    means = comparison.means.reindex(configs.index[configs["measured"]])
+    values: pandas.Series = means[claim.metric] / (means[per] if per else 1.0)
+    known = {int(config): value for config, value in values.items() if math.isfinite(value)}  # type: ignore[call-overload]
+    return {c: _whether(expected.low <= v <= expected.high) for c, v in known.items()}, _range(claim, [*known.values()])
+
+
+def _forgetting(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
+    """The word for what each configuration forgot, by the interval that the page shows, and their range."""
+    of_all = comparison.learnt["forgetting"]
+    known = {config: of_all[config] for config in configs.index if config in of_all}
+    each: dict[int, Word] = {
+        config: "not decided"
+        if e.low is None or e.high is None
+        else _of_region(claim.expectation, e.low, e.high) or "not decided"
+        for config, e in known.items()
+    }
+    ends = sorted(known.values(), key=lambda e: e.value)
+    return each, " to ".join(dict.fromkeys(words.effect(e) for e in (ends[:1] + ends[-1:])))
+
+
+def _whether(agrees: bool) -> Word:
+    return "supported" if agrees else "contradicted"
+
+
+def _range(claim: Claim, values: list[float]) -> str:
     if not len(values):
         return words.MISSING
 

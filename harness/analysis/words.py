@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from harness.analysis.measurements import Estimate
@@ -17,16 +18,16 @@ _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
         (0.5, "very high savings"),
         (0.75, "high savings"),
         (0.9, "medium savings"),
-        (0.99, "small savings"),
-        (1.01, "no effect"),
+        (1 / 1.01, "small savings"),
+        (1.01, "negligible"),
         (1.1, "slightly more"),
         (math.inf, "more"),
     ),
     "speed": (
         (0.67, "much slower"),
         (0.9, "slower"),
-        (0.98, "slightly slower"),
-        (1.02, "no effect"),
+        (1 / 1.02, "slightly slower"),
+        (1.02, "negligible"),
         (1.1, "slightly faster"),
         (1.5, "faster"),
         (math.inf, "much faster"),
@@ -34,20 +35,37 @@ _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
     "loss": (
         (-0.05, "better"),
         (-0.01, "slightly better"),
-        (0.01, "no effect"),
+        (0.01, "negligible"),
         (0.05, "slight loss"),
         (0.2, "moderate loss"),
         (math.inf, "noticeable loss"),
     ),
 }
 """Upper bound of each band (ratio to the reference; nats for the loss), and its word."""
+_SIDES = {"memory": ("less", "more"), "speed": ("slower", "faster"), "loss": ("better", "worse")}
+"""What is below and above no effect."""
+_MOST_DIGITS = 4
+"""Of the ends of an interval."""
 
 
 def word(estimate: Estimate) -> str:
     """The word for an estimate: the size of a significant difference, else the verdict."""
     if estimate.verdict in ("not distinguishable", "same", "depends"):
         return estimate.text
-    return next(word for bound, word in _BANDS[FIGURES[estimate.metric].group] if estimate.value <= bound)
+    group = FIGURES[estimate.metric].group
+    if is_negligible(estimate):
+        return f"negligibly {_SIDES[group][estimate.value > _no_effect(estimate)]}"
+    return next(word for bound, word in _BANDS[group] if estimate.value <= bound)
+
+
+def is_negligible(estimate: Estimate) -> bool:
+    """Whether its size is no more than negligible, be it significant or not."""
+    least, most = FIGURES[estimate.metric].negligible_range
+    return least <= estimate.value <= most
+
+
+def _no_effect(estimate: Estimate) -> float:
+    return 1.0 if FIGURES[estimate.metric].scale == "ratio" else 0.0
 
 
 def thresholds() -> list[str]:
@@ -61,7 +79,7 @@ def thresholds() -> list[str]:
 
 
 def _bound(bound: float, group: str) -> str:
-    return f"{bound:+g}".replace("-", "−") if group == "loss" else f"{bound:g}"
+    return f"{bound:+g}".replace("-", "−") if group == "loss" else f"{bound:.3g}"
 
 
 def figure(metric: str, value: float | None) -> str:
@@ -76,11 +94,11 @@ def effect(estimate: Estimate | None) -> str:
     if estimate.verdict == "depends":  # no average of what is not the same
         return of_members(estimate)
     if FIGURES[estimate.metric].scale == "ratio":
-        interval = _interval(estimate, "–", lambda x: f"{x:.2f}" if x < 100 else f"{x:.3g}")
+        interval = _interval(estimate, "–", 2, lambda x, digits: f"{x:.{digits}f}" if x < 100 else f"{x:.3g}")
         return (
             f"×{estimate.value:.3f}{interval}" if 0.99 < estimate.value < 1.01 else f"×{estimate.value:.2f}{interval}"
         )
-    return _signed(estimate.value) + _interval(estimate, " to ", _signed)
+    return _signed(estimate.value) + _interval(estimate, " to ", 3, _signed)
 
 
 def of_members(estimate: Estimate) -> str:
@@ -93,16 +111,19 @@ def _joined(members: list[str], between: str = "; ") -> str:
     return between.join(members[:_MOST_SHOWN]) + (f"{between}and {more} more" if more > 0 else "")
 
 
-def _interval(estimate: Estimate, between: str, show: object) -> str:
-    if estimate.low is None or estimate.high is None or not callable(show):
-        return ""
-    if estimate.basis == "exact" and estimate.high - estimate.low < 5e-4:
-        return ""  # all pairs agree
-    return f" ({show(estimate.low)}{between}{show(estimate.high)})"
+def _interval(estimate: Estimate, between: str, digits: int, show: Callable[[float, int], str]) -> str:
+    low, high = estimate.low, estimate.high
+    if low is None or high is None or (estimate.basis == "exact" and high - low < 5e-4):
+        return ""  # or all pairs agree
+    nearest = low if low > _no_effect(estimate) else high if high < _no_effect(estimate) else None
+    if nearest is not None and estimate.verdict != "same":  # what excludes no effect must not seem to reach it
+        while digits < _MOST_DIGITS and round(nearest, digits) == _no_effect(estimate):
+            digits += 1
+    return f" ({show(low, digits)}{between}{show(high, digits)})"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def effect_and_word(estimate: Estimate | None) -> str:

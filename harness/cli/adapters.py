@@ -89,6 +89,7 @@ def evaluate(
     """Measure speed, memory and loss of a trained model: its base, the base under its adapter, and the two merged."""
     from harness.adapters import benchmark, trained
     from harness.analysis import loading
+    from harness.analysis.comparison import compare
     from harness.cli.progress import bar
     from harness.report import inference_tables, writers
 
@@ -104,7 +105,8 @@ def evaluate(
         )
     row = adapter.row
     measurements = loading.load(adapter.results, row["environment_id"], {row["baseline_id"]})
-    for table in (inference_tables.models(measurements), inference_tables.generated_stories(measurements)):
+    compared = compare(measurements.unselected)  # as the report does
+    for table in (inference_tables.models(measurements, compared), inference_tables.generated_stories(measurements)):
         if table.rows:
             out.print(writers.rich_table(table))
     folder = plain(str(adapter.results))

@@ -77,6 +77,8 @@ class Grid:
     """The search that its trials come from, as `Search.given`."""
     timing: Timing = NO_TIMING
     """How much is timed."""
+    looks: int = 1
+    """How often its rows are looked at, at most, to see whether more are needed."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -85,6 +87,8 @@ class Grid:
             "title": self.title,
             "claims": [claim.model_dump(mode="json") for claim in self.claims],
         }
+        if self.looks > 1:
+            about["looks"] = self.looks
         known = [trial for trial in self.trials if trial.contents != NO_CONTENTS]
         if known:
             about["contents"] = {

@@ -7,14 +7,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness._util.units import show_share
-from harness.analysis import verdicts, words
+from harness.analysis import stats, verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
@@ -81,9 +81,9 @@ def document(measurements: Measurements, folder: Path) -> Document:
         measurements: of one environment and one version of the grid.
         folder: where they were read from.
     """
-    comparison = compare(measurements.unselected)
-    judged = tuple(verdicts.judge(comparison))
     search = tuning.summarize(measurements, folder)
+    comparison = search.comparison if search else compare(measurements.unselected)
+    judged = tuple(verdicts.judge(comparison))
     stories = tuple(inference_tables.stories(measurements))
     first, *rest = tables.all_tables(comparison)
     steps = _steps(measurements, folder)
@@ -98,7 +98,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
             first,
             *(search.tables if search else ()),
             *rest,
-            inference_tables.models(measurements),
+            inference_tables.models(measurements, comparison),
             *([inference_tables.generated_stories(measurements)] if stories else []),
         ),
         stories=stories,
@@ -152,10 +152,8 @@ def _summary(comparison: Comparison, steps: pandas.DataFrame, judged: tuple[verd
     lines += _reproducibility(m, steps)
     lines += _prediction_errors(m)
     tally = Counter(verdict.word for verdict in judged)
-    order: tuple[verdicts.Word, ...] = (
-        "supported", "contradicted", "depends", "not distinguishable", "not measured here"
-    )  # fmt: skip
-    lines.append(f"Of {len(judged)} claims: " + ", ".join(f"{tally[w]} {w}" for w in order if tally[w]) + ".")
+    tallied = ", ".join(f"{tally[word]} {word}" for word in get_args(verdicts.Word) if tally[word])
+    lines.append(f"Of {len(judged)} claims: {tallied}.")
     return lines
 
 
@@ -217,9 +215,10 @@ def _baseline(m: Measurements) -> str:
 
 
 def _best(comparison: Comparison, metric: str, what: str) -> str | None:
-    """The best configuration by one figure, with its effect on the two others."""
+    """The best configuration by one figure, if it is by more than negligible, with its effect on the two others."""
     m, wanted = comparison.measurements, METRICS[metric].better
-    better = {c: e for c, e in comparison.estimates[metric].items() if e.verdict == "better"}
+    estimates = comparison.estimates[metric]
+    better = {c: e for c, e in estimates.items() if e.verdict == "better" and not words.is_negligible(e)}
     if not better:
         return None
     best = min(better, key=lambda c: better[c].value * (1 if wanted == "lower" else -1))
@@ -241,6 +240,11 @@ def _caveats(comparison: Comparison) -> list[str]:
         lines.append("No trial of the baseline ended well: figures are shown, and nothing is compared.")
     elif m.floor is None:
         lines.append("The baseline was not run twice: the noise floor of speeds is unknown.")
+    if m.alpha < stats.ALPHA:
+        lines.append(
+            f"Rows were looked at up to {round(stats.ALPHA / m.alpha)} times to see whether more were needed: each "
+            f"look, this page too, judges a figure at {1 - m.alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
+        )
     repeats = m.configs.loc[m.configs["measured"], "repeats"]
     lines += _timing_caveats(m)
     if len(repeats) and int(repeats.min()) == 1 and not m.readings["visit"].any():

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from harness.analysis.inference import effects, estimates, means_by_trial
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.comparison import Comparison
+from harness.analysis.inference import COMPARED, ModelPair, means_by_trial
+from harness.analysis.measurements import Measurements
 from harness.metrics import INFERENCE
 from harness.record import Model
 from harness.report.tables import Cell, Table, effect_cell, figure_cell
@@ -15,12 +16,8 @@ from harness.report.tables import Cell, Table, effect_cell, figure_cell
 _FIGURES = ("model_bytes", "peak_inference_bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
             "token_seconds_p50", "token_seconds_p95", "story_loss", "logit_difference")  # fmt: skip
 _STORY_FIGURES = ("rouge_l", "distinct_2", "repetition", "words")
-_COMPARED = {
-    "model_bytes": "Size, of unmerged",
-    "decode_tokens_per_second": "Decode, of unmerged",
-    "story_loss": "Loss, minus unmerged",
-}
-"""Figures compared with the unmerged model's, and their headings."""
+_COMPARED_HEADINGS = ("Size, of unmerged", "Decode, of unmerged", "Loss, minus unmerged")
+"""Of `COMPARED`."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,17 @@ class GeneratedStory:
     """By model."""
 
 
-def models(m: Measurements) -> Table:
+def models(m: Measurements, comparison: Comparison) -> Table:
     """Size, speed and loss of base, unmerged and merged model."""
     rows = []
-    for label, of_trial in _by_trial(m):
-        of_models = _against_unmerged(of_trial)
+    for label, trial, of_trial in _by_trial(m):
         benchmarked = set(of_trial.inference_results["models"]["model"])
-        rows += [_model_row(of_trial, label, name, of_models) for name in get_args(Model) if name in benchmarked]
-    headings = ("Trial", "Model", "Weights in", *(INFERENCE[x].heading for x in _FIGURES), *_COMPARED.values())
+        for name in get_args(Model):
+            if name in benchmarked:
+                pair = ModelPair("unmerged", name, (trial,))
+                against = [effect_cell(comparison.of_models.get((metric, pair))) for metric in COMPARED]
+                rows.append((*_model_cells(of_trial, label, name), *against))
+    headings = ("Trial", "Model", "Weights in", *(INFERENCE[x].heading for x in _FIGURES), *_COMPARED_HEADINGS)
     note = (
         "One request at a time, without autocast, as the saved model would answer. In each round every model is "
         "loaded again and gets the same prompts; intervals are over rounds (speeds) and held-out stories (loss, at the "
@@ -52,34 +52,20 @@ def models(m: Measurements) -> Table:
     return Table("merged", "Merged adapter", headings, tuple(rows), note)
 
 
-def _model_row(
-    m: Measurements, label: str, model: Model, of_models: dict[tuple[str, Model], Estimate]
-) -> tuple[Cell, ...]:
+def _model_cells(m: Measurements, label: str, model: Model) -> tuple[Cell, ...]:
     precision = m.inference_results["models"].set_index("model").at[model, "precision"]
     return (
         Cell(label),
         Cell(model),
         Cell(str(precision)),
         *(figure_cell(metric, next(iter(means_by_trial(m, model, metric)), None)) for metric in _FIGURES),
-        *(effect_cell(of_models.get((metric, model))) for metric in _COMPARED),
     )
-
-
-def _against_unmerged(m: Measurements) -> dict[tuple[str, Model], Estimate]:
-    """Base and merged against unmerged; each figure is one family."""
-    by_model: dict[tuple[str, Model], Estimate] = {}
-    others: list[Model] = ["base", "merged"]
-    for metric in _COMPARED:
-        rows = {number: effects(m, "unmerged", model, metric) for number, model in enumerate(others)}
-        of_metric = estimates(m, rows, metric)
-        by_model |= {(metric, others[number]): estimate for number, estimate in of_metric.items()}
-    return by_model
 
 
 def generated_stories(m: Measurements) -> Table:
     """Figures of the generated stories, by model."""
     rows = []
-    for label, of_trial in _by_trial(m):
+    for label, _, of_trial in _by_trial(m):
         answers = of_trial.inference_results["answers"].dropna(subset=["story"])
         for model, of_model in answers.groupby("model"):
             means = of_model[list(_STORY_FIGURES)].mean()
@@ -94,7 +80,7 @@ def generated_stories(m: Measurements) -> Table:
 def stories(m: Measurements) -> list[GeneratedStory]:
     """Held-out synopses with the generated stories."""
     generated = []
-    for label, of_trial in _by_trial(m):
+    for label, _, of_trial in _by_trial(m):
         answers = of_trial.inference_results["answers"].dropna(subset=["story", "synopsis", "reference"])
         for _, of_story in answers.groupby("story_id", sort=False):
             first = of_story.iloc[0]
@@ -103,9 +89,9 @@ def stories(m: Measurements) -> list[GeneratedStory]:
     return generated
 
 
-def _by_trial(m: Measurements) -> Iterator[tuple[str, Measurements]]:
-    """The label of each benchmarked trial, and the measurements with its inference results only."""
+def _by_trial(m: Measurements) -> Iterator[tuple[str, int, Measurements]]:
+    """The label and number of each benchmarked trial, and the measurements with its inference results only."""
     for trial in m.inference_results["models"]["trial"].unique():
         row = m.trials.loc[trial]
         label = str(row["label"]) + (f" (repeat {row['repeat']})" if row["repeat"] else "")
-        yield label, m.with_inference_results([trial])
+        yield label, int(trial), m.with_inference_results([trial])

@@ -244,7 +244,7 @@ def effective_batch(comparison: Comparison) -> Table:
 def learnt(comparison: Comparison) -> Table:
     """Change of the loss by training, on held-out stories and on general text, and the size of the adapter."""
     m = comparison.measurements
-    changes = {metric: m.learnt(metric, comparison.shown) for metric in ("eval_loss", "forgetting")}
+    changes = comparison.learnt
     configs = [c for c in comparison.shown if any(c in estimates for estimates in changes.values())]
     sizes = ("adapter_bytes", "adapter_share")
     rows = []

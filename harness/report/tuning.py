@@ -9,6 +9,7 @@ from typing import Any
 
 from harness._util.units import show_seconds
 from harness.analysis import words
+from harness.analysis.comparison import Comparison
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS
@@ -25,6 +26,8 @@ _EXPECTED_STATUS = ("ok", "oom", "skipped")
 class SearchSummary:
     """A search for the report and the terminal."""
 
+    comparison: Comparison
+    """All comparisons of the report, those of the winner among them."""
     sentences: tuple[str, ...]
     tables: tuple[Table, ...]
     charts: tuple[Chart, ...]
@@ -39,6 +42,7 @@ def summarize(m: Measurements, folder: Path) -> SearchSummary | None:
     if results is None or results.ranked.empty:
         return None
     return SearchSummary(
+        results.comparison,
         tuple(_sentences(results)),
         (_confirmation(results), _front(results)),
         tuple(tuning_plots.all_charts(results)),
@@ -95,7 +99,7 @@ def _how_sure(results: SearchResults) -> str:
     if len(results.confirmed) < 2:
         return "No other finalist was within the bounds."
     if math.isinf(results.regret):
-        return f"How much better another finalist may be is not known: their {first.label} have no interval."
+        return f"How much better another finalist may be is not known: their {first.label} has no interval over seeds."
     shown = f"{math.expm1(results.regret):.1%}" if first.scale == "ratio" else f"{results.regret:.2g} {first.unit}"
     return f"No other finalist is better in {first.label} by more than {shown}, at 95%."
 
@@ -109,7 +113,7 @@ def _of_search(results: SearchResults, metric: str) -> Any:
 def _against_rival(results: SearchResults, name: str, rival: int) -> str:
     """The winner against a rival in the first objective, and its effect on the other headline figures."""
     first = results.search.objectives[0].metric
-    estimate = results.estimates[first].get(rival)
+    estimate = results.estimate(first, rival)
     repeats = results.repeats
     where = (
         f"in {repeats} fresh repeat{'s' * (repeats != 1)}"
@@ -122,7 +126,7 @@ def _against_rival(results: SearchResults, name: str, rival: int) -> str:
     effects = [f"{METRICS[first].label} {words.effect(estimate)} {estimate.text}"]
     others = []
     for metric in HEADLINE:
-        other = results.estimates[metric].get(rival)
+        other = results.estimate(metric, rival)
         if metric != first and other is not None:
             others.append(f"{METRICS[metric].label} {words.effect_and_word(other)}")
     effects += [", ".join(others)] if others else []
@@ -166,7 +170,7 @@ def _confirmation(results: SearchResults) -> Table:
     for name, rival in results.rivals.items():
         cells = [Cell(name), Cell(results.label(rival))]
         for metric in HEADLINE:
-            estimate = results.estimates[metric].get(rival)
+            estimate = results.estimate(metric, rival)
             cells.append(Cell(words.effect_and_word(estimate), estimate.value if estimate else None))
         rows.append((*cells, Cell(str(results.repeats), float(results.repeats))))
     headings = ("Against", "Configuration", *headings_of(HEADLINE), "Fresh repeats")

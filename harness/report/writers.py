@@ -125,6 +125,7 @@ def markdown(document: Document) -> str:
 _READING = """
 - *not distinguishable*: the interval, which holds with those of all comparisons of the figure, contains "no effect";
   that of a speed is at least as wide as two runs of the baseline differ
+- *not decided*, of a claim: the interval reaches across the edge of what the claim says
 - *depends*: of several pairs some are better and others worse, or they differ by more than their noise; there is no
   average
 - *same within x*: the whole interval lies within x of no effect; losses of a single seed are never called the same

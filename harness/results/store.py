@@ -122,12 +122,15 @@ class Store:
         write_part(self.folder / table / f"{name}.parquet", content)
 
     def describe(self, about: Mapping[str, Any]) -> None:
-        """Keep the grid's title and claims with its rows, for the report.
+        """Keep the grid's title and claims with its rows, for the report. Rows that were looked at stay so.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        if about != self.description():
+        before = self.description()
+        if looks_of(before) > looks_of(about):
+            about = {**about, "looks": looks_of(before)}
+        if about != before:
             write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
 
     def description(self) -> dict[str, Any]:
@@ -276,3 +279,9 @@ def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
         for row in Store(folder).read("trials").to_pylist():
             if row["trial_id"].startswith(trial) or row["label"] == trial:
                 yield folder, row
+
+
+def looks_of(about: Mapping[str, Any]) -> int:
+    """How often the rows of a described grid were looked at, at most; a file edited by hand may hold anything."""
+    looks = about.get("looks")
+    return looks if type(looks) is int and looks > 1 else 1

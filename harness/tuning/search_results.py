@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas
 
-from harness.analysis.comparison import figures
+from harness.analysis.comparison import Comparison, compare, figures
 from harness.analysis.measurements import Estimate, Measurements
 from harness.analysis.pareto import pareto_front
 from harness.analysis.recommend import largest_regret
@@ -139,17 +139,19 @@ class SearchResults:
         return len(_shared(compared["repeat"], compared["stands_for"]))
 
     @cached_property
-    def estimates(self) -> dict[str, dict[int, Estimate]]:
-        """The winner against each rival by metric, then rival: over fresh repeats if there are any, speeds over shared
-        blocks of visits. Those of a figure are one family.
+    def comparison(self) -> Comparison:
+        """All comparisons of the report, with those of the winner and each rival among them: over fresh repeats if
+        there are any, speeds over shared blocks of visits.
         """
         rivals = list(dict.fromkeys(self.rivals.values()))
-        pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": self.winner}, dtype="int64")
-        estimates = {}
-        for metric in dict.fromkeys((self.search.objectives[0].metric, *HEADLINE)):
-            m = self.fresh if self.repeats and metric not in TIMED_FIGURES else self.measurements
-            estimates[metric] = m.estimates(m.effects(pairs, metric), metric)
-        return estimates
+        metrics = tuple(dict.fromkeys((self.search.objectives[0].metric, *HEADLINE)))
+        pairs = [pandas.DataFrame({"reference": [r], "config": [self.winner]}, dtype="int64") for r in rivals]
+        further = {f"the winner against {r}": (pair, metrics) for r, pair in zip(rivals, pairs, strict=True)}
+        return compare(self.measurements.unselected, further=further)
+
+    def estimate(self, metric: str, rival: int) -> Estimate | None:
+        """The winner against a rival; null where they are not comparable."""
+        return self.comparison.judgement.pair(metric, rival, self.winner)
 
     @cached_property
     def regret(self) -> float:
