@@ -16,8 +16,9 @@ from harness.analysis.measurements import Estimate, Measurements, Member
 from harness.metrics import FIGURES, HEADLINE
 
 _MOST_MEMBERS = 12
-"""Pairs of a contrast, each of which is held against their mean and named by what it differs in; more are named by
-their labels."""
+"""Pairs of a contrast that are named by what each differs in; more are named by their labels."""
+_MOST_DEVIATIONS = 100
+"""Pairs of a contrast, each of which is held against their mean."""
 Pair = tuple[int, int]
 """A reference, and the configuration that is compared with it."""
 
@@ -101,7 +102,7 @@ class _Family:
             self._means[key] = next(numbers)
             mixtures.append(mean)
             self._deviations[self._means[key]] = []
-            if len(known) > _MOST_MEMBERS:
+            if len(known) > _MOST_DEVIATIONS:
                 continue
             for number, sign in known if len(known) > 2 else known[:1]:  # of two, one is as far from it as the other
                 self._deviations[self._means[key]].append(next(numbers))

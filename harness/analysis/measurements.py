@@ -15,6 +15,7 @@ import pandas
 from harness.analysis import stats, timed
 from harness.analysis.crossed import SeedNoise, crossed, seed_noise
 from harness.analysis.family import NO_ERRORS, Effects, judge
+from harness.analysis.pilot import PILOT
 from harness.analysis.stats import Verdict
 from harness.analysis.undecided import Unit, with_power
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
@@ -289,16 +290,17 @@ class Measurements:
             pairs: columns comparison, reference, config; a pair for each comparison.
             metric: compared as the logarithm of the ratio, or as a difference.
         """
+        stands_for = self.trials["stands_for"]
         if metric in self.readings:
-            return timed.effects(pairs, metric, self.readings, self.rates, self.trials["stands_for"])
+            return timed.effects(pairs, metric, self.readings, self.rates, stands_for)
         matched = self._matched(pairs)
         if metric in _BY_TEXT:
             # Held-out losses are compared as they are, as their start depends on prompt and precision; forgetting is
             # itself a change.
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
             differences = _text_differences(matched, losses)
-            of_seeds = self.between_seeds(losses, paired=True) if _has_one_seed(differences) else None
-            effects = crossed(differences, of_seeds, timed.weights(matched, ["reference", "config"]))
+            of_seeds = self.between_seeds(losses, paired=True) or SeedNoise(PILOT.seeds, 0.0)
+            effects = crossed(differences, of_seeds, timed.weights(_once(differences), ["reference", "config"]))
             return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
@@ -310,7 +312,7 @@ class Measurements:
             return Effects(table.assign(n=by_repeat.groupby("comparison").size()), NO_ERRORS)
         table = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
         noise = self._noises.get(metric)
-        return Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise)
+        return Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise, stands_for)
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
@@ -389,8 +391,10 @@ class Measurements:
         ok = self.trials[(self.trials["status"] == "ok") & self.trials["stands_for"].isin(configs)]
         of_trial = ok[["stands_for", "repeat"]].rename(columns={"stands_for": "comparison"})
         changes = self.changes[metric].join(of_trial, on="trial", how="inner")
-        noise = self.between_seeds(self.changes[metric], paired=False) if _has_one_seed(changes) else None
-        effects = crossed(changes, noise)
+        of_seeds = self.between_seeds(self.changes[metric], paired=False)
+        of_seeds = of_seeds or SeedNoise(PILOT.seeds_alone, 0.0, paired=False)
+        once = changes.drop_duplicates("trial")
+        effects = crossed(changes, of_seeds, timed.weights(once.assign(trial=once["comparison"]), ["trial"]))
         return self.estimates(Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors), metric)
 
 
@@ -405,8 +409,9 @@ def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pa
     return both.assign(loss=both["loss"] - both["reference_loss"])
 
 
-def _has_one_seed(losses: pandas.DataFrame) -> bool:
-    return bool((losses.groupby("comparison")["repeat"].nunique() == 1).any())
+def _once(differences: pandas.DataFrame) -> pandas.DataFrame:
+    """The pairs of trials that have texts in common."""
+    return differences.drop_duplicates(["comparison", "trial", "other"])
 
 
 def _known(value: float) -> float | None:

@@ -141,14 +141,19 @@ class SearchResults:
     @cached_property
     def estimates(self) -> dict[str, dict[int, Estimate]]:
         """The winner against each rival by metric, then rival: over fresh repeats if there are any, speeds over shared
-        blocks of visits. Those of a figure are one family.
+        blocks of visits. All pairs of the finalists are one family in each figure, as any could have won by it.
         """
         rivals = list(dict.fromkeys(self.rivals.values()))
-        pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": self.winner}, dtype="int64")
+        finalists = dict.fromkeys([self.winner, *rivals, *map(int, self.confirmed.index)])
+        compared = [(a, b) for a, b in itertools.combinations(finalists, 2)]
+        pairs = pandas.DataFrame(compared, columns=["config", "reference"], dtype="int64")
+        pairs["comparison"] = range(len(pairs))
+        of_rivals = {rival: compared.index((self.winner, rival)) for rival in rivals}
         estimates = {}
         for metric in dict.fromkeys((self.search.objectives[0].metric, *HEADLINE)):
             m = self.fresh if self.repeats and metric not in TIMED_FIGURES else self.measurements
-            estimates[metric] = m.estimates(m.effects(pairs, metric), metric)
+            judged = m.estimates(m.effects(pairs, metric), metric)
+            estimates[metric] = {rival: judged[n] for rival, n in of_rivals.items() if n in judged}
         return estimates
 
     @cached_property
