@@ -45,6 +45,7 @@ class Judgement:
     ) -> None:
         self.pairs = {name: pairs for name, (pairs, _) in contrasts.items()}
         """By the name of the contrast."""
+        self._about = {name: frozenset(metrics) for name, (_, metrics) in contrasts.items()}
         metrics = dict.fromkeys((*HEADLINE, *(metric for _, names in contrasts.values() for metric in names)))
         self._families: dict[str, _Family] = {}
         named = functools.cache(lambda pairs: contexts(measurements, pairs))  # the same for each metric
@@ -59,8 +60,8 @@ class Judgement:
         return family.of([(reference, config)]) if family is not None else None
 
     def contrast(self, metric: str, name: str) -> Estimate | None:
-        """The estimate of a contrast; null where none of its pairs was measured."""
-        family = self._families.get(metric)
+        """The estimate of a contrast; null where none of its pairs was measured, or it is not about this metric."""
+        family = self._families.get(metric) if metric in self._about[name] else None
         return family.of(_as_pairs(self.pairs[name])) if family is not None else None
 
 
