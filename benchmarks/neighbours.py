@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.analysis import comparison, loading
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.cli.console import out
 from harness.cli.progress import display
 from harness.grids.grid import Grid, load

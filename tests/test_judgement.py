@@ -16,7 +16,8 @@ import pytest
 from rows import keep
 
 from harness.analysis import comparison, loading, recommend, stats, verdicts, words
-from harness.analysis.measurements import Estimate, Measurements, Member
+from harness.analysis.estimate import Estimate, Member
+from harness.analysis.measurements import Measurements
 from harness.grids.claims import Claim
 from harness.metrics import HEADLINE, METRICS
 from harness.report import document, tables

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from rows import keep
 
-from harness.analysis import compare_runs, comparison, loading, measurements, pareto, recommend, verdicts, words
+from harness.analysis import compare_runs, comparison, loading, pareto, recommend, verdicts, words
+from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
 from harness.environment import current
 from harness.errors import InputError
@@ -40,7 +41,7 @@ def row(m: Measurements, label: str) -> tuple[str, ...]:
     return tuple(cell.text for cell in cells[1:])
 
 
-def estimate(m: Measurements, label: str, metric: str) -> measurements.Estimate:
+def estimate(m: Measurements, label: str, metric: str) -> Estimate:
     (config,) = m.configs.index[m.configs["label"] == label]
     result = comparison.compare(m).of(metric, config)
     assert result is not None
@@ -318,7 +319,7 @@ def test_every_claim_has_a_verdict_and_every_lesson_row_a_cell(small: Small, tmp
 
 def test_words_follow_the_printed_thresholds() -> None:
     def of(metric: str, value: float, verdict: str = "better") -> str:
-        return words.word(measurements.Estimate(metric, value, None, None, 3, "repeats", 0.01, verdict))  # type: ignore[arg-type]
+        return words.word(Estimate(metric, value, None, None, 3, "repeats", 0.01, verdict))  # type: ignore[arg-type]
 
     assert of("peak_memory_bytes", 0.75) == "high savings"
     assert of("peak_memory_bytes", 0.751) == "medium savings"

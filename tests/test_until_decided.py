@@ -13,7 +13,7 @@ from conftest import SMALL
 from rows import keep
 
 from harness.analysis import comparison, loading, sequential, stats
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.analysis.sequential import until_decided
 from harness.grids import grid
 from harness.grids.grid import Grid

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import pandas
 
+from harness.analysis import stats
 from harness.analysis.comparison import figures
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.estimate import Estimate
+from harness.analysis.family import Effects
+from harness.analysis.measurements import Measurements
 from harness.errors import InputError
 from harness.metrics import HEADLINE
 
@@ -118,7 +123,10 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
             "trials": pandas.concat([first.trials, renumbered]),
             "readings": pandas.concat(
-                [_numbered(first.readings), _numbered(second.readings.assign(trial=second.readings["trial"] + trials))]
+                [
+                    _numbered(first.readings, 0),
+                    _numbered(second.readings.assign(trial=second.readings["trial"] + trials), 1),
+                ]
             ),
             "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
             "stories": _both(first.stories, second.stories, trials),
@@ -133,18 +141,79 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
     return noisy, pairs.assign(comparison=range(len(pairs))), unpaired if others else None
 
 
-def _numbered(readings: pandas.DataFrame) -> pandas.DataFrame:
-    """Readings with their blocks numbered: the first block of a run is compared with the first of the other."""
-    return readings.assign(block=readings["block"].rank(method="dense").astype("int64"))
+def _numbered(readings: pandas.DataFrame, run: int) -> pandas.DataFrame:
+    """Readings with their run, and with its blocks numbered."""
+    return readings.assign(run=run, block=readings["block"].rank(method="dense").astype("int64"))
 
 
 def _both(first: pandas.DataFrame, second: pandas.DataFrame, trials: int) -> pandas.DataFrame:
     return pandas.concat([first, second.assign(trial=second["trial"] + trials)])
 
 
+def _between_runs(pairs: pandas.DataFrame, readings: pandas.DataFrame) -> Effects:
+    """Differences between the means over the blocks of two runs.
+
+    What differs from block to block is independent in the two runs and common to all configurations of a block. So the
+    variance has a part of the blocks, with few degrees of freedom, that all comparisons err by together, and one of the
+    noise within blocks: of the table's columns, `seed_share` and `seed_df` are about the blocks.
+    """
+    readings = readings.assign(of_run=readings["run"].astype(str) + " " + readings["block"].astype(str))
+    weighted = pandas.concat([_weighted(pairs, readings, "config", 1.0), _weighted(pairs, readings, "reference", -1.0)])
+    weighted = weighted[weighted.groupby("comparison")["run"].transform("nunique") == 2]
+    by = weighted.groupby("comparison")
+    counts = weighted.groupby(["comparison", "run"])["block"].nunique()
+    blocks = _noise_of_blocks(readings)
+    noise = stats.noise(readings["value"], readings["config"], readings["of_run"], layouts=2) or replace(
+        blocks, sigma=0.0
+    )
+    of_blocks = blocks.sigma * numpy.sqrt((1 / counts).groupby("comparison").sum())
+    keyed = weighted.assign(source="trial in " + weighted["of_run"], unit=weighted["trial"].astype(str))
+    keys = ["comparison", "source", "unit"]
+    errors = noise.errors(keyed.set_index(keys)["weight"], keyed["config"])
+    variance = (errors**2).groupby("comparison").sum() + of_blocks**2
+    table = pandas.DataFrame({
+        "effect": (weighted["weight"] * weighted["value"]).groupby(weighted["comparison"]).sum(),
+        "n": counts.groupby("comparison").min(),
+        "se": numpy.sqrt(variance),
+        "df": float(noise.df),
+        "seed_share": (of_blocks**2 / variance).fillna(0.0),
+        "seed_df": float(blocks.df),
+        "pooled": "seeds",
+        "basis": by["visit"].all().map({True: "visits", False: "repeats"}),
+    })  # fmt: skip
+    together = of_blocks.rename("error").reset_index().assign(source="blocks", unit="all").set_index(keys)["error"]
+    return Effects(stats.with_intervals(table), pandas.concat([errors, together]))
+
+
+def _weighted(pairs: pandas.DataFrame, readings: pandas.DataFrame, side: str, sign: float) -> pandas.DataFrame:
+    """The readings of one side of each pair, with their weights in its mean over blocks."""
+    of_side = pairs[["comparison", side]].rename(columns={side: "config"}).merge(readings, on="config")
+    blocks = of_side.groupby("comparison")["of_run"].transform("nunique")
+    in_block = of_side.groupby(["comparison", "of_run"])["trial"].transform("size")
+    return of_side.assign(weight=sign / (blocks * in_block))
+
+
+def _noise_of_blocks(readings: pandas.DataFrame) -> stats.Noise:
+    """Between the means of blocks, within each run."""
+    rest = readings["value"] - readings.groupby("config")["value"].transform("mean")
+    means = rest.groupby([readings["run"], readings["block"]]).mean()
+    df = len(means) - means.index.unique("run").size
+    deviations = means - means.groupby("run").transform("mean")
+    return stats.Noise(math.sqrt(float((deviations**2).sum()) / df), df)
+
+
 @dataclass(frozen=True)
 class _Joined(Measurements):
+    """Rows of two runs, whose trials of one repeat have their seed in common, and whose blocks nothing."""
+
     noise: float | None = None
+
+    def effects(self, pairs: pandas.DataFrame, metric: str) -> Effects:
+        """See `Measurements.effects`; speeds are compared over the blocks of each run, where one has several."""
+        if metric not in self.readings or self.readings["block"].nunique() < 2:
+            return super().effects(pairs, metric)
+        configs = self.readings["trial"].map(self.trials["stands_for"])
+        return _between_runs(pairs, self.readings.assign(config=configs, value=numpy.log(self.readings[metric])))
 
     @property
     def floor(self) -> float | None:

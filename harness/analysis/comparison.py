@@ -12,9 +12,10 @@ import pandas
 
 from harness._util.units import show_bytes
 from harness.analysis import inference
+from harness.analysis.estimate import Estimate
 from harness.analysis.inference import ModelPair
 from harness.analysis.judgement import Judgement
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.measurements import Measurements
 from harness.analysis.words import NOT_MEASURED
 from harness.grids.claims import Claim, Contrast, LessonTable, Row, lesson
 from harness.metrics import COMPONENTS, HEADLINE, METRICS

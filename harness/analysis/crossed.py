@@ -16,12 +16,18 @@ from harness.analysis.stats import Noise, with_intervals
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Variation between equal trials under several seeds, for comparisons that have one."""
+    """Variation between equal trials under several seeds, from all configurations."""
 
     mean: Noise
     """Of a trial's mean loss."""
     left: float
     """Variance of one text's loss, after the effects of its trial and of the text: what is left of it in `mean`."""
+    paired: bool = True
+    """Whether it is that of trials of one repeat, without what a seed does to all of them."""
+
+
+NO_SEED_BETWEEN = SeedNoise(Noise(0.0, 0), 0.0)
+"""That of models of one trial, which have their seed in common."""
 
 
 def seed_noise(losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
@@ -47,7 +53,7 @@ def seed_noise(losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
     config, repeat = (texts.groupby([key, "story"]).ngroup() for key in ("config", "repeat"))
     story = texts.groupby("story").ngroup()
     left = stats.noise(rest, config, repeat if in_blocks else story, layouts=story.nunique())
-    return SeedNoise(mean, left.sigma**2 if left is not None else 0.0)
+    return SeedNoise(mean, left.sigma**2 if left is not None else 0.0, in_blocks)
 
 
 def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: pandas.Series | None = None) -> Effects:
@@ -56,8 +62,9 @@ def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: p
     Args:
         losses: columns comparison, repeat, story, tokens and loss (a difference or a change, nats per token); a text
             counts where every repeat of its comparison has it.
-        noise: for comparisons of one seed; null: unknown.
-        weights: see `timed.weights`, of the trials in each mean; null: each comparison has a trial of its own.
+        noise: of the seeds. Comparisons of several seeds have it only where it is paired, and else that of their own
+            seeds; null: unknown, and those of one seed have no interval.
+        weights: see `timed.weights`, of the configurations in each mean; null: each comparison has a trial of its own.
     """
     shared = _shared(losses)
     counts = shared.groupby("comparison")["repeat"].agg(["nunique", "size"])
@@ -67,35 +74,41 @@ def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: p
         comparisons = counts.index[(counts["nunique"] == repeats) & (counts["size"] == rows)]
         values = shared[shared["comparison"].isin(comparisons)]
         table, tokens = (values[x].to_numpy(float).reshape(-1, repeats, rows // repeats) for x in ("loss", "tokens"))
-        known = None
-        if noise is not None:
-            squares = numpy.ones(len(table)) if weights is None else _squares(weights, comparisons)
-            known = (noise.mean.sigma**2 * squares, noise.left * squares, noise.mean.df)
+        of_seeds = known = None
+        if noise is not None and (repeats == 1 or (noise.paired and weights is not None)):
+            of_seeds = _of_seeds(noise.mean, comparisons, weights)
+            squares = (of_seeds**2).groupby("comparison").sum().reindex(comparisons).to_numpy()
+            left = noise.left / noise.mean.sigma**2 if noise.mean.sigma else 0.0
+            known = (squares, left * squares, noise.mean.df)
         parts = _parts(table, tokens.mean(axis=1), known)
         tables.append(_effects(parts).set_index(comparisons))
         keys = values.assign(text=parts.text_errors.repeat(repeats, axis=0).ravel())
-        errors += _errors(keys, parts)
-        if repeats == 1 and noise is not None and weights is not None:
-            of_trials = weights[weights.index.isin(comparisons, level="comparison")]
-            errors.append(noise.mean.sigma * of_trials)
+        errors += [_of_texts(keys), _of_own_seeds(keys, parts) if of_seeds is None else of_seeds]
     return Effects(pandas.concat(tables[1:] or tables), pandas.concat(errors[1:] or errors))
 
 
-def _squares(weights: pandas.Series, comparisons: pandas.Index) -> Any:
-    return (weights**2).groupby("comparison").sum().reindex(comparisons).to_numpy()
+_KEYS = ["comparison", "source", "unit"]
 
 
-def _errors(keys: pandas.DataFrame, parts: _Parts) -> list[pandas.Series]:
-    """Errors of the texts, and of several seeds."""
+def _of_seeds(noise: Noise, comparisons: pandas.Index, weights: pandas.Series | None) -> pandas.Series:
+    """Errors of seeds from the noise of all configurations."""
+    if weights is None:
+        once = pandas.DataFrame({"comparison": comparisons, "source": "seed", "unit": comparisons.astype(str)})
+        return once.assign(error=noise.sigma).set_index(_KEYS)["error"]
+    of_configs = weights[weights.index.isin(comparisons, level="comparison")]
+    return noise.errors(of_configs, of_configs.index.get_level_values("unit").astype(int))
+
+
+def _of_texts(keys: pandas.DataFrame) -> pandas.Series:
     once = keys.drop_duplicates(["comparison", "story"])
-    of_texts = once.assign(source="text", unit=once["story"].astype(str)).set_index(["comparison", "source", "unit"])[
-        "text"
-    ]
-    if parts.seeds == 1:
-        return [of_texts]
-    seeds = keys.drop_duplicates(["comparison", "repeat"])
-    seeds = seeds.assign(source="seed", unit=seeds["repeat"].astype(str), error=parts.seed_errors.ravel())
-    return [of_texts, seeds.set_index(["comparison", "source", "unit"])["error"]]
+    return once.assign(source="text", unit=once["story"].astype(str)).set_index(_KEYS)["text"]
+
+
+def _of_own_seeds(keys: pandas.DataFrame, parts: _Parts) -> pandas.Series:
+    """Errors of several seeds from what they differ by in each comparison."""
+    once = keys.drop_duplicates(["comparison", "repeat"])
+    once = once.assign(source="seed", unit=once["repeat"].astype(str), error=parts.seed_errors.ravel())
+    return once.set_index(_KEYS)["error"]
 
 
 def of_tables(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None = None) -> pandas.DataFrame:
@@ -108,13 +121,14 @@ def of_tables(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None = Non
 
     What is left is in both others and counts once. It is subtracted from the texts' part, which has many degrees of
     freedom: subtracted from that of two or three seeds it would too often leave nothing of it. One seed says nothing
-    about others: its part is 0, or what is known from elsewhere.
+    about others: its part is what is known from other trials, and else there is no interval.
 
     Args:
         losses: nats per token by comparison, seed and text.
         tokens: judged tokens by comparison and text.
-        known: for those of one seed, by comparison the variance of its mean and, within it, of one text's loss, and the
-            degrees of freedom behind the first (see `SeedNoise`); null: unknown.
+        known: by comparison the variance of the mean between seeds and, within it, of one text's loss, of which several
+            seeds have their own, and the degrees of freedom behind the first (see `SeedNoise`); null: that of the
+            comparison's own seeds.
     """
     return _effects(_parts(losses, tokens, known))
 
@@ -128,6 +142,8 @@ class _Parts(NamedTuple):
     variance: Any
     between_seeds: Any
     seed_df: int
+    pooled: bool
+    """Whether the variance between seeds is that of all comparisons."""
     text_df: Any
     text_errors: Any
     """By comparison and text; their squares add up to the part of the texts."""
@@ -152,9 +168,11 @@ def _parts(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None) -> _Par
         left = correction * (weights**2 * squares).sum(axis=1) / (seeds * (seeds - 1))
         between_seeds, seed_df = of_seeds.var(axis=1, ddof=1) / seeds, seeds - 1
     else:
-        nothing = numpy.zeros(len(losses))
-        between_seeds, of_text, seed_df = known or (nothing, nothing, 0)
+        unknown = numpy.full(len(losses), numpy.nan)
+        between_seeds, of_text, seed_df = known or (unknown, unknown, 0)
         left = of_text / effective
+    if known is not None:
+        between_seeds, seed_df = known[0], known[2]
     of_texts_alone = numpy.maximum(between_texts - left, 0.0)
     with numpy.errstate(divide="ignore", invalid="ignore"):
         kept = numpy.where(between_texts > 0, of_texts_alone / between_texts, 0.0)
@@ -165,6 +183,7 @@ def _parts(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None) -> _Par
         variance=between_seeds + of_texts_alone,
         between_seeds=between_seeds,
         seed_df=seed_df,
+        pooled=known is not None,
         text_df=effective - 1,
         text_errors=weights * of_texts * numpy.sqrt(correction * kept)[:, None],
         seed_errors=(of_seeds - of_seeds.mean(axis=1, keepdims=True)) / math.sqrt(max(1, seeds * (seeds - 1))),
@@ -180,7 +199,7 @@ def _effects(parts: _Parts) -> pandas.DataFrame:
         "df": parts.text_df,
         "seed_share": parts.between_seeds / numpy.where(parts.variance > 0, parts.variance, 1.0),
         "seed_df": float(parts.seed_df),
-        "pooled": "seeds" if parts.seeds == 1 else "none",
+        "pooled": "seeds" if parts.pooled else "none",
     }
     return with_intervals(pandas.DataFrame(columns, index=range(len(parts.mean))))
 

@@ -10,9 +10,10 @@ import numpy
 import pandas
 
 from harness.analysis import stats
-from harness.analysis.crossed import crossed
+from harness.analysis.crossed import NO_SEED_BETWEEN, crossed
+from harness.analysis.estimate import Estimate
 from harness.analysis.family import NO_ERRORS, Effects
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.measurements import Measurements
 from harness.grids.claims import MODEL, Claim
 from harness.metrics import INFERENCE
 from harness.record import Model
@@ -93,8 +94,8 @@ def effects(m: Measurements, reference: Model, model: Model, metric: str) -> pan
         return stats.exact(differences, _one_comparison(differences)).assign(basis="exact")
     if metric == "story_loss":
         tokens = wide["tokens", reference].reindex(differences.index)
-        effect = crossed(_losses(differences, tokens)).table
         # Models of the same trial are compared: no seed is between an adapter and its merged self.
+        effect = crossed(_losses(differences, tokens), NO_SEED_BETWEEN).table
         return effect.assign(basis="stories", seeds=numpy.nan)
     basis = "rounds"
     if metric not in _SPEEDS:  # a story counts once, whatever the number of trials
@@ -187,7 +188,7 @@ def merging_effect(losses: Mapping[str, Sequence[float]], tokens: Sequence[int])
     """
     differences = pandas.Series(losses["merged"]) - pandas.Series(losses["unmerged"])
     table = pandas.DataFrame({"loss": differences, "tokens": tokens, "story": differences.index})
-    effect = crossed(table.assign(comparison=0, repeat=0)).table.loc[0]
+    effect = crossed(table.assign(comparison=0, repeat=0), NO_SEED_BETWEEN).table.loc[0]
     return (
         f"merged − unmerged: {effect['effect']:+.5f} nats ({effect['low']:+.5f} to {effect['high']:+.5f}) "
         f"over {len(differences)} held-out stories, weighted by tokens"

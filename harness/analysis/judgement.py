@@ -12,12 +12,14 @@ from typing import Any
 import pandas
 
 from harness.analysis import stats
-from harness.analysis.measurements import Estimate, Measurements, Member
+from harness.analysis.estimate import Estimate, Member
+from harness.analysis.measurements import Measurements
 from harness.metrics import FIGURES, HEADLINE
 
 _MOST_MEMBERS = 12
-"""Pairs of a contrast, each of which is held against their mean and named by what it differs in; more are named by
-their labels."""
+"""Pairs of a contrast that are named by what each differs in; more are named by their labels."""
+_MOST_DEVIATIONS = 100
+"""Pairs of a contrast, each of which is held against their mean."""
 Pair = tuple[int, int]
 """A reference, and the configuration that is compared with it."""
 
@@ -44,6 +46,7 @@ class Judgement:
     ) -> None:
         self.pairs = {name: pairs for name, (pairs, _) in contrasts.items()}
         """By the name of the contrast."""
+        self._about = {name: frozenset(metrics) for name, (_, metrics) in contrasts.items()}
         metrics = dict.fromkeys((*HEADLINE, *(metric for _, names in contrasts.values() for metric in names)))
         self._families: dict[str, _Family] = {}
         named = functools.cache(lambda pairs: contexts(measurements, pairs))  # the same for each metric
@@ -58,8 +61,8 @@ class Judgement:
         return family.of([(reference, config)]) if family is not None else None
 
     def contrast(self, metric: str, name: str) -> Estimate | None:
-        """The estimate of a contrast; null where none of its pairs was measured."""
-        family = self._families.get(metric)
+        """The estimate of a contrast; null where none of its pairs was measured, or it is not about this metric."""
+        family = self._families.get(metric) if metric in self._about[name] else None
         return family.of(_as_pairs(self.pairs[name])) if family is not None else None
 
 
@@ -101,7 +104,7 @@ class _Family:
             self._means[key] = next(numbers)
             mixtures.append(mean)
             self._deviations[self._means[key]] = []
-            if len(known) > _MOST_MEMBERS:
+            if len(known) > _MOST_DEVIATIONS:
                 continue
             for number, sign in known if len(known) > 2 else known[:1]:  # of two, one is as far from it as the other
                 self._deviations[self._means[key]].append(next(numbers))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import pandas
@@ -15,9 +15,10 @@ import pandas
 from harness._util.units import show_bytes
 from harness.analysis import stats, timed
 from harness.analysis.crossed import SeedNoise, crossed, seed_noise
+from harness.analysis.estimate import Basis, Estimate
 from harness.analysis.family import NO_ERRORS, Effects, judge
-from harness.analysis.stats import Verdict
-from harness.analysis.undecided import Unit, with_power
+from harness.analysis.pilot import PILOT
+from harness.analysis.undecided import with_power
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
 from harness.results.schema import spec_of
@@ -27,71 +28,8 @@ SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
 _MOST_CANDIDATES = 64
 """Configurations on each side of a contrast that are searched for the nearest pair."""
-Basis = Literal["exact", "repeats", "visits", "steps", "stories", "passages", "rounds", "trials"]
 _BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages"}
 """Figures that are compared text by text."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of the pairs of a comparison, and the keys by whose values it differs from the others."""
-
-    context: str
-    """precision=bf16"""
-    estimate: Estimate
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One comparison of one figure, on the scale that people read."""
-
-    metric: str
-    value: float
-    """Ratio to the reference, or difference from it in nats; of several pairs their mean."""
-    low: float | None
-    high: float | None
-    """Interval that holds with those of all comparisons of its family, at 95 %; null where the pairs give none."""
-    n: int
-    """Pairs (repeats; stories for losses)."""
-    basis: Basis
-    """What the interval is over."""
-    p: float | None
-    """Adjusted over the family."""
-    verdict: Verdict
-    seeds: int | None = None
-    """Seeds under which the texts were seen; null where the figure is of no texts."""
-    detectable: float | None = None
-    """The smallest true difference that this comparison shows with 80 % power, in nats or as a share of the ratio; null
-    for exact figures and where there is no interval."""
-    needed: int | None = None
-    """How many of `unit` would decide it; null where it is decided."""
-    unit: Unit | None = None
-    members: tuple[Member, ...] = ()
-    """Of several pairs, each for itself."""
-
-    @property
-    def reversed(self) -> Estimate:
-        """The reference compared with the other."""
-        swapped: dict[str, Verdict] = {"better": "worse", "worse": "better", "lower": "higher", "higher": "lower"}
-        ratio = FIGURES[self.metric].scale == "ratio"
-
-        def turned(value: float) -> float:
-            return (1 / value if value else math.inf) if ratio else -value
-
-        low, high = (None if end is None else turned(end) for end in (self.high, self.low))
-        verdict = swapped.get(self.verdict, self.verdict)
-        return replace(self, value=turned(self.value), low=low, high=high, verdict=verdict)
-
-    @property
-    def within(self) -> str:
-        """What `same` means: within 1 %, within 0.01 nats."""
-        metric = FIGURES[self.metric]
-        return f"{metric.negligible:.0%}" if metric.scale == "ratio" else f"{metric.negligible:g} nats"
-
-    @property
-    def text(self) -> str:
-        """The verdict in words."""
-        return f"same within {self.within}" if self.verdict == "same" else self.verdict
 
 
 @dataclass(frozen=True)
@@ -293,16 +231,17 @@ class Measurements:
             pairs: columns comparison, reference, config; a pair for each comparison.
             metric: compared as the logarithm of the ratio, or as a difference.
         """
+        stands_for = self.trials["stands_for"]
         if metric in self.readings:
-            return timed.effects(pairs, metric, self.readings, self.rates, self.trials["stands_for"])
+            return timed.effects(pairs, metric, self.readings, self.rates, stands_for)
         matched = self._matched(pairs)
         if metric in _BY_TEXT:
             # Held-out losses are compared as they are, as their start depends on prompt and precision; forgetting is
             # itself a change.
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
             differences = _text_differences(matched, losses)
-            of_seeds = self.between_seeds(losses, paired=True) if _has_one_seed(differences) else None
-            effects = crossed(differences, of_seeds, timed.weights(matched, ["reference", "config"]))
+            of_seeds = self.between_seeds(losses, paired=True) or SeedNoise(PILOT.seeds, 0.0)
+            effects = crossed(differences, of_seeds, timed.weights(_once(differences), ["reference", "config"]))
             return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
@@ -314,7 +253,9 @@ class Measurements:
             return Effects(table.assign(n=by_repeat.groupby("comparison").size()), NO_ERRORS)
         table = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
         noise = self._noises.get(metric)
-        return Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise)
+        return (
+            Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise, stands_for)
+        )
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
@@ -393,8 +334,10 @@ class Measurements:
         ok = self.trials[(self.trials["status"] == "ok") & self.trials["stands_for"].isin(configs)]
         of_trial = ok[["stands_for", "repeat"]].rename(columns={"stands_for": "comparison"})
         changes = self.changes[metric].join(of_trial, on="trial", how="inner")
-        noise = self.between_seeds(self.changes[metric], paired=False) if _has_one_seed(changes) else None
-        effects = crossed(changes, noise)
+        of_seeds = self.between_seeds(self.changes[metric], paired=False)
+        of_seeds = of_seeds or SeedNoise(PILOT.seeds_alone, 0.0, paired=False)
+        once = changes.drop_duplicates("trial")
+        effects = crossed(changes, of_seeds, timed.weights(once.assign(trial=once["comparison"]), ["trial"]))
         return self.estimates(Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors), metric)
 
 
@@ -409,8 +352,9 @@ def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pa
     return both.assign(loss=both["loss"] - both["reference_loss"])
 
 
-def _has_one_seed(losses: pandas.DataFrame) -> bool:
-    return bool((losses.groupby("comparison")["repeat"].nunique() == 1).any())
+def _once(differences: pandas.DataFrame) -> pandas.DataFrame:
+    """The pairs of trials that have texts in common."""
+    return differences.drop_duplicates(["comparison", "trial", "other"])
 
 
 def _known(value: float) -> float | None:

@@ -11,7 +11,8 @@ import pandas
 
 from harness._util.units import show_bytes
 from harness.analysis import stats, words
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.estimate import Estimate
+from harness.analysis.measurements import Measurements
 from harness.analysis.pareto import pareto_front
 from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml

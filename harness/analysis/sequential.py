@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.analysis import loading
 from harness.analysis.comparison import Comparison, compare
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.environment import Environment
 from harness.grids.grid import Grid
 

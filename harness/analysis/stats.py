@@ -23,7 +23,8 @@ p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy
@@ -31,7 +32,9 @@ import pandas
 from scipy import special
 
 ALPHA = 0.05
-"""Error rate of a family: the chance that one without any true difference shows one."""
+"""Error rate of a family: the chance that one without any true difference shows one, at most (see `family.MARGIN`)."""
+_WORTH = 4
+"""Degrees of freedom that the pooled noise is worth beside a configuration's own (see `noise`)."""
 _MOST_SWEEPS, _SETTLED = 50, 1e-9
 _HALVINGS = 40
 """Of the logarithm of a p-value between 1e-30 and 1: exact to ten digits."""
@@ -100,6 +103,17 @@ class Noise:
     """Standard deviation of one trial."""
     df: int
     """Degrees of freedom behind it."""
+    larger: Mapping[Any, float] = field(default_factory=dict, compare=False)
+    """By configuration, standard deviations above it."""
+
+    def errors(self, weights: pandas.Series, configs: Any) -> pandas.Series:
+        """Errors with which trials enter effects.
+
+        Args:
+            weights: the weight of each in its effect.
+            configs: its configuration.
+        """
+        return weights * [self.larger.get(config, self.sigma) for config in configs]
 
 
 def noise(values: pandas.Series, treatment: pandas.Series, block: pandas.Series, layouts: int = 1) -> Noise | None:
@@ -107,7 +121,9 @@ def noise(values: pandas.Series, treatment: pandas.Series, block: pandas.Series,
 
     The trials of a repeat are interleaved in random order, so a repeat is a block. Disturbances of the machine affect
     all configurations, so the noise is pooled over them: three repeats of twenty configurations give 38 degrees of
-    freedom, where each configuration alone gives two.
+    freedom, where each configuration alone gives two. One that is noisier keeps a part of that: its variance is a
+    weighted mean of its own and the pooled one (a moderated variance, as in Smyth 2004, Stat. Appl. Genet. Mol. Biol.
+    3:3, with a given weight), and never less than this.
 
     Args:
         values: one per trial.
@@ -121,7 +137,7 @@ def noise(values: pandas.Series, treatment: pandas.Series, block: pandas.Series,
     known = values.notna()
     residual, treatments, blocks = values[known], treatment[known], block[known]
     df = len(residual) - treatments.nunique() - blocks.nunique() + layouts
-    if df < 1:
+    if df < 1 or residual.empty:
         return None
     for _ in range(_MOST_SWEEPS):  # one sweep is exact where every configuration is in every repeat
         before = residual
@@ -129,18 +145,22 @@ def noise(values: pandas.Series, treatment: pandas.Series, block: pandas.Series,
         residual = residual - residual.groupby(blocks).transform("mean")
         if (before - residual).abs().max() < _SETTLED:
             break
-    return Noise(math.sqrt(float((residual**2).sum()) / df), df)
+    pooled = float((residual**2).sum()) / df
+    squares = (residual**2).groupby(treatments).agg(["sum", "size"])
+    own_df = (squares["size"] - 1 - (blocks.nunique() - layouts) * squares["size"] / len(residual)).clip(lower=0)
+    moderated = (_WORTH * pooled + squares["sum"]) / (_WORTH + own_df)
+    return Noise(math.sqrt(pooled), df, numpy.sqrt(moderated[moderated > pooled]).to_dict())
 
 
-def in_blocks(effects: pandas.DataFrame, weights: pandas.Series, noise: Noise) -> pandas.DataFrame:
+def in_blocks(effects: pandas.DataFrame, variance: Any, noise: Noise) -> pandas.DataFrame:
     """`effects` (columns effect and n) with standard errors from the pooled noise of all trials.
 
     Args:
         effects: one row per comparison.
-        weights: by comparison, the sum of squares of the weights with which trials enter its effect.
+        variance: by comparison, that of its effect.
         noise: of one trial.
     """
-    return with_intervals(effects.assign(se=noise.sigma * numpy.sqrt(weights), df=float(noise.df), pooled="all"))
+    return with_intervals(effects.assign(se=numpy.sqrt(variance), df=float(noise.df), pooled="all"))
 
 
 def with_intervals(effects: pandas.DataFrame) -> pandas.DataFrame:
@@ -191,6 +211,18 @@ def _upper(tail: Any, df: Any, seed_share: Any, seed_df: Any) -> Any:
     df, seed_share, seed_df = (numpy.asarray(x, float) for x in (df, seed_share, seed_df))
     own = -special.stdtrit(numpy.where(df > 0, df, numpy.nan), tail)
     of_seeds = -special.stdtrit(numpy.where(seed_df > 0, seed_df, numpy.nan), tail)
+    return between(own, of_seeds, seed_share, tail)
+
+
+def between(own: Any, of_seeds: Any, seed_share: Any, tail: Any) -> Any:
+    """The quantile of both parts of a variance, between those of each (see `quantile`).
+
+    Args:
+        own: of the texts' part.
+        of_seeds: of the seeds' part.
+        seed_share: see above.
+        tail: probability above it.
+    """
     exponent = numpy.clip(1.92 + 0.4 * numpy.log10(2 * tail), 0.5, 1.4)
     return numpy.where(seed_share > 0, own + seed_share**exponent * (of_seeds - own), own)
 

@@ -39,16 +39,20 @@ def effects(
     visited = matched.groupby("comparison")["visit"].all().reindex(effects.index)
     effects["basis"] = numpy.where(visited, "visits", "repeats")
     if known["block"].nunique() > 1:
-        noise = stats.noise(known["value"], known["config"], known["block"])
-        return Effects(effects, NO_ERRORS) if noise is None else in_blocks(effects, matched, "block", noise)
+        # What is alone in its block says nothing of noise, and would take a degree of freedom for its block.
+        together = known[known.groupby("block")["config"].transform("nunique") > 1]
+        noise = stats.noise(together["value"], together["config"], together["block"])
+        return Effects(effects, NO_ERRORS) if noise is None else in_blocks(effects, matched, "block", noise, configs)
     return Effects(_by_steps(effects, matched, rates) if metric == "tokens_per_second" else effects, NO_ERRORS)
 
 
-def in_blocks(effects: pandas.DataFrame, matched: pandas.DataFrame, block: str, noise: stats.Noise) -> Effects:
+def in_blocks(
+    effects: pandas.DataFrame, matched: pandas.DataFrame, block: str, noise: stats.Noise, configs: pandas.Series
+) -> Effects:
     """`effects` with errors from the noise of all trials: a trial varies in each block for itself."""
     of_trials = weights(matched, ["other", "trial"], block)
-    squares = (of_trials**2).groupby("comparison").sum()
-    return Effects(stats.in_blocks(effects, squares, noise), noise.sigma * of_trials)
+    errors = noise.errors(of_trials, configs.reindex(of_trials.index.get_level_values("unit").astype(int)))
+    return Effects(stats.in_blocks(effects, (errors**2).groupby("comparison").sum(), noise), errors)
 
 
 def _by_steps(effects: pandas.DataFrame, matched: pandas.DataFrame, rates: pandas.DataFrame) -> pandas.DataFrame:
@@ -66,7 +70,8 @@ def weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") 
 
     Args:
         matched: see `Measurements._matched`.
-        sides: columns of what is subtracted and of what remains: trials, or configurations, which repeat under seeds.
+        sides: columns of what is subtracted and of what remains, or of this alone: trials, or configurations, which
+            repeat under seeds.
         block: column of the repeat, or the block, within which pairs are formed.
     """
     blocks = matched.groupby("comparison")[block].transform("nunique")
@@ -76,6 +81,6 @@ def weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") 
         pandas.DataFrame({
             "comparison": matched["comparison"], "source": source, "unit": matched[side].astype(str), "w": sign * weight
         })
-        for side, sign in zip(sides, (-1.0, 1.0), strict=True)
+        for side, sign in zip(reversed(sides), (1.0, -1.0), strict=False)
     ]  # fmt: skip
     return pandas.concat(tables).groupby(["comparison", "source", "unit"])["w"].sum()

@@ -10,7 +10,7 @@ import pandas
 
 from harness.analysis import inference, words
 from harness.analysis.comparison import Comparison, claim_name, describe_pairs
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.grids.claims import Claim, Expectation
 from harness.metrics import FIGURES
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.metrics import FIGURES
 
 MISSING = "–"

@@ -21,7 +21,7 @@ from harness.analysis.comparison import (
     order,
     row_name,
 )
-from harness.analysis.measurements import Estimate
+from harness.analysis.estimate import Estimate
 from harness.analysis.words import MISSING, NOT_MEASURED, effect_and_word, figure
 from harness.grids.claims import Contrast, LessonTable, lesson
 from harness.metrics import COMPONENTS, HEADLINE, METRICS

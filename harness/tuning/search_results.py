@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas
 
 from harness.analysis.comparison import Comparison, compare, figures
-from harness.analysis.measurements import Estimate, Measurements
+from harness.analysis.estimate import Estimate
+from harness.analysis.measurements import Measurements
 from harness.analysis.pareto import pareto_front
 from harness.analysis.recommend import largest_regret
 from harness.errors import InputError
@@ -140,13 +141,18 @@ class SearchResults:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """All comparisons of the report, with those of the winner and each rival among them: over fresh repeats if
-        there are any, speeds over shared blocks of visits.
+        """All comparisons of the report, and among them each of two finalists, as any could have won: over fresh
+        repeats if there are any, speeds over shared blocks of visits.
         """
-        rivals = list(dict.fromkeys(self.rivals.values()))
+        finalists = dict.fromkeys([self.winner, *self.rivals.values(), *map(int, self.confirmed.index)])
         metrics = tuple(dict.fromkeys((self.search.objectives[0].metric, *HEADLINE)))
-        pairs = [pandas.DataFrame({"reference": [r], "config": [self.winner]}, dtype="int64") for r in rivals]
-        further = {f"the winner against {r}": (pair, metrics) for r, pair in zip(rivals, pairs, strict=True)}
+        further = {
+            f"finalist {config} against {reference}": (
+                pandas.DataFrame({"reference": [reference], "config": [config]}, dtype="int64"),
+                metrics,
+            )
+            for config, reference in itertools.combinations(finalists, 2)
+        }
         return compare(self.measurements.unselected, further=further)
 
     def estimate(self, metric: str, rival: int) -> Estimate | None:
