@@ -29,13 +29,14 @@ def allowed(allow: bool) -> Iterator[None]:
         err.print(f"[yellow]harness:[/] {plain(str(failed))}", soft_wrap=True, highlight=False)
 
 
-def refuse(rows: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) -> None:
+def refuse(rows: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool, hint: str = "") -> None:
     """Judge the trials as they are recorded now, whichever command ran them: the same command gives the same answer.
 
     Args:
         rows: of the trials: `label`, `repeat`, `status` and `log`.
         folder: the grid's results.
         complete: whether each trial of the grid has a row.
+        hint: how failed ones are run again.
 
     Raises:
         TrialsFailed: some failed, or all are recorded and none ended well.
@@ -44,9 +45,7 @@ def refuse(rows: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) -
     if failed:
         named = "; ".join(_described(row, folder) for row in failed[:_NAMED])
         further = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-        statuses = " ".join(f"--rerun {status}" for status in _FAILURES if status in {row["status"] for row in failed})
-        again = f"{statuses} does them again"
-        raise TrialsFailed(f"{len(failed)} of {len(rows)} trials failed: {named}{further}; {again}")
+        raise TrialsFailed(f"{len(failed)} of {len(rows)} trials failed: {named}{further}{hint}")
     if rows and complete and not any(row["status"] == "ok" for row in rows):
         ends = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
         raise TrialsFailed(f"none of {len(rows)} trials ended ok ({ends})")

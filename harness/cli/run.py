@@ -231,7 +231,8 @@ def run(
             out.print(writers.terminal(comparison.compare(measurements)))
         rows = grid_run.recorded(executed, store, launcher)
         left = grid_run.pending(executed, store, launcher)
-        failures.refuse(rows, store.folder, complete=not left)
+        hint = "; run them again with --rerun and that status"
+        failures.refuse(rows, store.folder, complete=not left, hint=hint)
 
 
 def _refuse_with_size(repeats: int | None, until_decided: int | None, where: LauncherOptions) -> None:
