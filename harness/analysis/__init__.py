@@ -3,6 +3,7 @@
 __all__ = [
     "compare_runs",
     "comparison",
+    "estimate",
     "forecast",
     "inference",
     "loading",
@@ -12,6 +13,7 @@ __all__ = [
     "recommend",
     "sequential",
     "sizing",
+    "stats",
     "verdicts",
     "words",
 ]
