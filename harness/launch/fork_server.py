@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
+from typing import Any
 
 from harness.errors import InputError
 from harness.sources import home
@@ -86,7 +87,7 @@ def _interrupts_blocked() -> Iterator[None]:
 def stop() -> None:
     """Stop the server at once, though it may still be importing; processes that it has forked go on."""
     # Python 3.11 to 3.14: there is no public way to stop it before this process ends.
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(server._forkserver_pid, signal.SIGKILL)
