@@ -95,8 +95,8 @@ def looks(alpha: float) -> str:
     if alpha == stats.ALPHA:
         return ""
     return (
-        f"Rows were looked at up to {round(stats.ALPHA / alpha)} times to see whether more were needed: each look, this "
-        f"page too, judges a figure at {1 - alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
+        f"Rows were looked at up to {round(stats.ALPHA / alpha)} times to see whether more were needed: each look, "
+        f"this page too, judges a figure at {1 - alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
     )
 
 
