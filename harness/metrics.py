@@ -64,12 +64,6 @@ class Metric:
         """Effects up to this size are called the same: a share for ratios, nats for differences."""
         return _NEGLIGIBLE[self.group]
 
-    @property
-    def negligible_range(self) -> tuple[float, float]:
-        """The ratios, or the differences, that are no more than negligible."""
-        ratio = self.scale == "ratio"
-        return (1 / (1 + self.negligible) if ratio else -self.negligible, self.negligible + ratio)
-
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.definition.endswith("."):
             raise ValueError(f"metric {self.name!r} needs a name that is an identifier, and a sentence")

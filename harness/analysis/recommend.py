@@ -68,11 +68,12 @@ def recommend(
     counts = f"{len(within)} of {len(figures)} configurations are within the limits"
     if len(candidates) < len(within):
         counts += f"; {len(candidates)} of them were measured again after a search had chosen, and are compared"
+    (label,) = m.labels([best])
     return Recommendation(
         best,
-        str(m.configs.at[best, "label"]),
+        label,
         (
-            f"Take {m.configs.at[best, 'label']}: it {_described(candidates, best, memory)} ({counts}).",
+            f"Take {label}: it {_described(candidates, best, memory)} ({counts}).",
             *_trade_offs(m, candidates, best),
             *_how_sure(m, candidates, best, len(within)),
         ),
@@ -99,10 +100,11 @@ _RANKS = {"loss": "eval_loss", "speed": "tokens_per_second"}
 def _against_one(m: Measurements, figures: pandas.DataFrame, metric: str) -> pandas.Series:
     """The effect of each configuration against one of them, the baseline if it is there; null where none is known."""
     repeats = m.configs.loc[figures.index, "repeats"]
-    reference = m.baseline if m.baseline in figures.index else _extreme(repeats, lowest=False)
-    effects = m.effects(_pairs([int(c) for c in figures.index if c != reference], int(reference or 0)), metric).table
-    of_itself = 0.0 if not math.isnan(figures.loc[reference, metric]) else math.nan  # type: ignore[arg-type]  # a number
-    return pandas.concat([pandas.Series({reference: of_itself}), effects["effect"]]).reindex(figures.index)
+    reference = int(m.baseline or 0) if m.baseline in figures.index else _extreme(repeats, lowest=False)
+    effects = m.effects(_pairs([int(c) for c in figures.index if c != reference], reference), metric).table["effect"]
+    of_itself = pandas.Series(0.0, figures.index[figures[metric].notna() & (figures.index == reference)])
+    ranks: pandas.Series = pandas.concat([of_itself, effects]).reindex(figures.index)
+    return ranks
 
 
 def _pairs(others: list[int], reference: int) -> pandas.DataFrame:

@@ -85,7 +85,7 @@ def _of_one(claim: Claim, estimate: Estimate) -> Word:
     no_effect = 1.0 if metric.scale == "ratio" else 0.0
     open_: Word = "not distinguishable" if low <= no_effect <= high else "not decided"
     if expected.same:
-        least, most = metric.negligible_range
+        least, most = words.negligible_range(claim.metric)
         if estimate.verdict == "same":
             return "supported"
         return "contradicted" if high < least or low > most else open_

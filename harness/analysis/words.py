@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from harness.analysis import stats
 from harness.analysis.estimate import Estimate
 from harness.metrics import FIGURES
 
@@ -60,8 +61,15 @@ def word(estimate: Estimate) -> str:
 
 def is_negligible(estimate: Estimate) -> bool:
     """Whether its size is no more than negligible, be it significant or not."""
-    least, most = FIGURES[estimate.metric].negligible_range
+    least, most = negligible_range(estimate.metric)
     return least <= estimate.value <= most
+
+
+def negligible_range(metric: str) -> tuple[float, float]:
+    """The ratios, or the differences, that are no more than negligible."""
+    declared = FIGURES[metric]
+    most = declared.negligible
+    return (1 / (1 + most), 1 + most) if declared.scale == "ratio" else (-most, most)
 
 
 def _no_effect(estimate: Estimate) -> float:
@@ -80,6 +88,16 @@ def thresholds() -> list[str]:
 
 def _bound(bound: float, group: str) -> str:
     return f"{bound:+g}".replace("-", "−") if group == "loss" else f"{bound:.3g}"
+
+
+def looks(alpha: float) -> str:
+    """Why figures are judged at another level than is said, in a sentence; empty where they are not."""
+    if alpha == stats.ALPHA:
+        return ""
+    return (
+        f"Rows were looked at up to {round(stats.ALPHA / alpha)} times to see whether more were needed: each look, "
+        f"this page too, judges a figure at {1 - alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
+    )
 
 
 def figure(metric: str, value: float | None) -> str:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness._util.units import show_share
-from harness.analysis import stats, verdicts, words
+from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.grids.yaml_file import spec_to_yaml
@@ -240,11 +240,7 @@ def _caveats(comparison: Comparison) -> list[str]:
         lines.append("No trial of the baseline ended well: figures are shown, and nothing is compared.")
     elif m.floor is None:
         lines.append("The baseline was not run twice: the noise floor of speeds is unknown.")
-    if m.alpha < stats.ALPHA:
-        lines.append(
-            f"Rows were looked at up to {round(stats.ALPHA / m.alpha)} times to see whether more were needed: each "
-            f"look, this page too, judges a figure at {1 - m.alpha:.2%}; together they hold at {1 - stats.ALPHA:.0%}."
-        )
+    lines += [words.looks(m.alpha)] if words.looks(m.alpha) else []
     repeats = m.configs.loc[m.configs["measured"], "repeats"]
     lines += _timing_caveats(m)
     if len(repeats) and int(repeats.min()) == 1 and not m.readings["visit"].any():
