@@ -218,10 +218,12 @@ def test_two_noisier_configurations_are_rarely_called_different() -> None:
     generator = numpy.random.default_rng(16)
     config, block = (pandas.Series(x) for x in numpy.divmod(numpy.arange(22 * 3), 3))
     keys = ["comparison", "source", "unit"]
-    sides = [(c, f"block {b}", side, sign / 3) for c in range(1, 22) for b in range(3) for side, sign in ((0, -1), (c, 1))]
+    sides = [
+        (c, f"block {b}", side, sign / 3) for c in range(1, 22) for b in range(3) for side, sign in ((0, -1), (c, 1))
+    ]
     weights = pandas.DataFrame(sides, columns=[*keys, "w"]).set_index(keys)["w"]
     false = 0
-    for _ in range(100):
+    for _ in range(60):
         values = pandas.Series(generator.normal(0.0, 1.0, 66) * numpy.where(config > 19, 2.0, 1.0))
         noise = stats.noise(values, config, block)
         assert noise is not None
@@ -231,7 +233,7 @@ def test_two_noisier_configurations_are_rarely_called_different() -> None:
         table = stats.in_blocks(table, (errors**2).groupby("comparison").sum(), noise)
         judged = judge(Effects(table.assign(basis="visits"), errors), "higher", 0.0)
         false += bool(judged["verdict"].isin(["better", "worse"]).any())
-    assert false <= 10
+    assert false <= 7
 
 
 def test_what_is_timed_alone_takes_no_noise_from_the_others() -> None:
@@ -256,12 +258,12 @@ def test_equal_runs_are_rarely_called_different() -> None:
     readings["trial"] = readings["config"]
     pairs = pandas.DataFrame({"comparison": range(8), "reference": range(8), "config": range(8, 16)})
     words = []
-    for _ in range(60):
+    for _ in range(40):
         drift = generator.normal(0.0, 0.1, (2, 3))[readings["run"], readings["block"]]
         effects = compare_runs._between_runs(pairs, readings.assign(value=drift + generator.normal(0, 0.03, 48)))
         assert ((effects.errors**2).groupby("comparison").sum() - effects.table["se"] ** 2).abs().max() < 1e-12
         words.append(judge(effects, "higher", 0.02)["verdict"].isin(["better", "worse"]).any())
-    assert sum(words) <= 6
+    assert sum(words) <= 4
     twice = judge(compare_runs._between_runs(pairs, readings.assign(value=numpy.log(2) * readings["run"] + 0.01 * drift)),
                   "higher", 0.02)  # fmt: skip
     assert (twice["verdict"] == "better").all()

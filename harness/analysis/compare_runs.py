@@ -121,10 +121,12 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
         **{
             **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
             "trials": pandas.concat([first.trials, renumbered]),
-            "readings": pandas.concat([
-                _numbered(first.readings, 0),
-                _numbered(second.readings.assign(trial=second.readings["trial"] + trials), 1),
-            ]),
+            "readings": pandas.concat(
+                [
+                    _numbered(first.readings, 0),
+                    _numbered(second.readings.assign(trial=second.readings["trial"] + trials), 1),
+                ]
+            ),
             "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
             "stories": _both(first.stories, second.stories, trials),
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
@@ -160,7 +162,9 @@ def _between_runs(pairs: pandas.DataFrame, readings: pandas.DataFrame) -> Effect
     by = weighted.groupby("comparison")
     counts = weighted.groupby(["comparison", "run"])["block"].nunique()
     blocks = _noise_of_blocks(readings)
-    noise = stats.noise(readings["value"], readings["config"], readings["of_run"], layouts=2) or replace(blocks, sigma=0.0)
+    noise = stats.noise(readings["value"], readings["config"], readings["of_run"], layouts=2) or replace(
+        blocks, sigma=0.0
+    )
     of_blocks = blocks.sigma * numpy.sqrt((1 / counts).groupby("comparison").sum())
     keyed = weighted.assign(source="trial in " + weighted["of_run"], unit=weighted["trial"].astype(str))
     keys = ["comparison", "source", "unit"]

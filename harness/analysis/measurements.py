@@ -300,7 +300,8 @@ class Measurements:
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
             differences = _text_differences(matched, losses)
             of_seeds = self.between_seeds(losses, paired=True) or SeedNoise(PILOT.seeds, 0.0)
-            effects = crossed(differences, of_seeds, timed.weights(_once(differences), ["reference", "config"]))
+            once = differences.drop_duplicates(["comparison", "trial", "other"])
+            effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]))
             return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
@@ -312,7 +313,9 @@ class Measurements:
             return Effects(table.assign(n=by_repeat.groupby("comparison").size()), NO_ERRORS)
         table = stats.paired(by_repeat["difference"], by_repeat["comparison"]).assign(basis="repeats")
         noise = self._noises.get(metric)
-        return Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise, stands_for)
+        return (
+            Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise, stands_for)
+        )
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
@@ -407,11 +410,6 @@ def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pa
     theirs = losses.rename(columns={"trial": "other", "loss": "reference_loss"})
     both = ours.merge(theirs, on=["other", "story", "tokens"])
     return both.assign(loss=both["loss"] - both["reference_loss"])
-
-
-def _once(differences: pandas.DataFrame) -> pandas.DataFrame:
-    """The pairs of trials that have texts in common."""
-    return differences.drop_duplicates(["comparison", "trial", "other"])
 
 
 def _known(value: float) -> float | None:
