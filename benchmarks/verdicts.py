@@ -5,8 +5,8 @@ speeds drift from block to block and differ from visit to visit; losses differ b
 story and configuration, which is correlated between configurations. Each set of rows is stored, loaded, judged and
 written as a report, and its page is read: a word for a difference in any cell, a claim that holds only if there is one,
 or a sentence that names a fastest or best configuration, is false; so is the verdict of any pair or contrast, shown or
-not. The techniques grid decides; what varies otherwise, or another grid, is printed beside it. Then one configuration is made 0.1 nats better and
-a tenth slower, and counted is how often its row says so.
+not. The techniques grid decides; what varies otherwise, or another grid, is printed beside it. Then one configuration
+is made 0.1 nats better and a tenth slower, and counted is how often its row says so.
 
 Last, configurations have losses a little apart, and one is chosen: by `harness recommend`, and by a search that takes
 its two best and the first one into fresh repeats. Counted is how often the truly best is better than the chosen one by
@@ -248,7 +248,7 @@ def report(folder: Path, known_pairs: dict[str, pandas.DataFrame]) -> tuple[docu
     """
     m = loading.load(folder)
     m._pairs.update(known_pairs)
-    with mock.patch.object(documents.plots, "all_charts", lambda *_: []):
+    with mock.patch.object(documents.plots, "all_charts", return_value=[]):
         made = documents.document(m, folder)
     known_pairs |= m._pairs
     return made, writers.markdown(made)

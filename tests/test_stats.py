@@ -264,8 +264,8 @@ def test_equal_runs_are_rarely_called_different() -> None:
         assert ((effects.errors**2).groupby("comparison").sum() - effects.table["se"] ** 2).abs().max() < 1e-12
         words.append(judge(effects, "higher", 0.02)["verdict"].isin(["better", "worse"]).any())
     assert sum(words) <= 4
-    twice = judge(compare_runs._between_runs(pairs, readings.assign(value=numpy.log(2) * readings["run"] + 0.01 * drift)),
-                  "higher", 0.02)  # fmt: skip
+    faster = readings.assign(value=math.log(2) * readings["run"] + 0.1 * drift)
+    twice = judge(compare_runs._between_runs(pairs, faster), "higher", 0.02)
     assert (twice["verdict"] == "better").all()
 
 
@@ -402,12 +402,16 @@ def test_several_seeds_have_the_noise_of_all_configurations() -> None:
     assert (row["seeds"], row["seed_df"], row["pooled"]) == (2, 19, "seeds")
     assert row["se"] ** 2 >= noise.mean.sigma**2
     assert (effects.errors**2).sum() == pytest.approx(row["se"] ** 2)
+    equal = crossed.crossed(as_rows(numpy.zeros((2, 8))), noise, weights)
+    assert judge(Effects(equal.table.assign(basis="stories"), equal.errors), "lower", 0.01)["verdict"].tolist() == [
+        "same"
+    ]
     unpaired = crossed.SeedNoise(noise.mean, noise.left, paired=False)
     assert crossed.crossed(as_rows(table[1] - table[0]), unpaired, weights).table.loc[0, "seed_df"] == 1
 
 
 def test_what_cancels_is_no_part_of_a_deviation() -> None:
-    """Stories that all pairs have in common: what is left of their difference is the seeds', with few degrees of freedom."""
+    """Stories that all pairs have in common: what is left of their difference is the seeds', with few of them."""
     generator = numpy.random.default_rng(20)
     common = generator.normal(0.0, 0.2, 32)
     rows = pandas.concat([

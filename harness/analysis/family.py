@@ -3,7 +3,8 @@
 The errors of comparisons with one baseline, over the same stories and blocks, are correlated. What a family needs
 follows from that correlation (the single-step min-P procedure; Westfall and Young 1993, Resampling-Based Multiple
 Testing, ch. 2): at which level each comparison is to be judged so that any of them exceeds its bound with probability
-`ALPHA`, at most, if no effect exists. The intervals at that level hold all at the same time, and say what the verdicts say.
+`ALPHA`, at most, if no effect exists. The intervals at that level hold all at the same time, and say what the verdicts
+say.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Effects:
         # What the members have in common may cancel: the seeds' part is that of the errors that are left.
         seeds = errors[errors.index.get_level_values("source") != "text"]
         share = (seeds**2).groupby("comparison").sum().reindex(table.index, fill_value=0.0) / table["se"] ** 2
-        table["seed_share"] = share.where(table["seeds"].notna() & (table["se"] > 0), 0.0)
+        table["seed_share"] = share.where(table["seeds"].notna() & (table["se"] > 0), 0.0).clip(upper=1.0)
         table = stats.with_intervals(table)
         return Effects(pandas.concat([self.table, table]), pandas.concat([self.errors, errors]))
 
