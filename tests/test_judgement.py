@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pytest
 from rows import keep
 
 from harness.analysis import comparison, loading, recommend, stats, verdicts, words
 from harness.analysis.estimate import Estimate, Member
 from harness.analysis.measurements import Measurements
+from harness.analysis.pilot import PILOT
 from harness.grids.claims import Claim
 from harness.metrics import HEADLINE, METRICS
 from harness.report import document, tables
 from harness.report.document import Document
 from harness.results.store import Store
 from harness.spec import TrialSpec
+from harness.tuning import search_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import verdicts as simulated
@@ -97,6 +100,62 @@ def test_pairs_that_disagree_make_it_depend_and_have_no_average(small: Small, tm
     assert judged.size.count("precision=") == 2
     both = Claim.model_validate(claim | {"expect": "ratio > 0.5"})
     assert verdicts.judge(comparison.compare(m, [both]))[0].word == "supported", "true of all its pairs"
+
+
+def test_many_pairs_are_each_held_against_their_mean(small: Small, tmp_path: Path) -> None:
+    """Eighteen pairs, of which all are slower and one by more."""
+    generator, store = numpy.random.default_rng(1), Store(tmp_path)
+    keys = [(rank, alpha, dropout) for rank in (4, 8, 16) for alpha in (16, 32, 64) for dropout in (0.0, 0.1)]
+    for repeat in range(2):
+        for key in keys:
+            for checkpointing in (False, True):
+                names = ("lora_r", "lora_alpha", "lora_dropout")
+                spec = small(seed=repeat, gradient_checkpointing=checkpointing, **dict(zip(names, key, strict=True)))
+                factor = 1.0 if not checkpointing else 0.5 if key == keys[0] else 0.9
+                speed = 100 * factor * math.exp(generator.normal(0, 0.002))
+                base = small(seed=repeat, lora_r=4, lora_alpha=16, lora_dropout=0.0).id
+                label = "baseline" if spec.id == base else f"{key} {checkpointing}"
+                keep(store, spec, label, [], tokens_per_second=speed, baseline_id=base)
+    judgement = comparison.compare(loading.load(tmp_path), []).judgement
+    estimate = judgement.contrast("tokens_per_second", "methods: Gradient checkpointing")
+    assert estimate is not None
+    assert len(estimate.members) == 18
+    assert estimate.verdict == "depends"
+
+
+def test_one_seed_varies_as_the_pilots_do_and_the_page_says_so(small: Small, tmp_path: Path) -> None:
+    """Stories alone would show any seed's effect as one of the configuration."""
+    generator, store = numpy.random.default_rng(2), Store(tmp_path)
+    stories = generator.normal(3.0, 0.3, 32)
+    for label, changes, loss in (("baseline", {}, 0.0), ("lora_r=64", {"lora_r": 64}, 0.008)):
+        of_trial = stories + loss + generator.normal(0.0, 0.001, 32)
+        keep(store, small(**changes), label, of_trial.tolist(), eval_loss=float(of_trial.mean()))
+    m = loading.load(tmp_path)
+    (estimate,) = comparison.compare(m, []).estimates["eval_loss"].values()
+    assert estimate.verdict == "not distinguishable"
+    assert estimate.low is not None
+    assert estimate.value - estimate.low > 2 * math.sqrt(2) * PILOT.seeds.sigma
+    effects = m.effects(m.against_baseline(), "eval_loss")
+    assert (effects.errors**2).groupby("comparison").sum().tolist() == pytest.approx([*effects.table["se"] ** 2])
+    assert any("pilot measurements of SmolLM2-135M" in line for line in document.document(m, tmp_path).caveats)
+
+
+def test_the_finalists_of_a_search_are_one_family() -> None:
+    """The winner was picked by the figures that it is compared in, among all of them."""
+    folder = Path(__file__).parent.parent / "results/tune"
+    m = loading.load(folder)
+    results = search_results.read(m, folder)
+    assert results is not None
+    assert len(results.confirmed) > 2
+    for metric, of_rivals in results.estimates.items():
+        rivals = list(of_rivals)
+        assert set(rivals) <= set(results.rivals.values())
+        pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": results.winner}, dtype="int64")
+        of = m if metric == "tokens_per_second" else results.fresh
+        for rival, alone in of.estimates(of.effects(pairs, metric), metric).items():
+            assert alone.value == pytest.approx(of_rivals[rival].value)
+            if alone.low is not None and alone.basis != "exact":
+                assert (of_rivals[rival].low or 0) < alone.low, "wider, as all pairs of finalists are judged"
 
 
 def test_pairs_that_agree_count_the_same_whatever_runs_twice(small: Small, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from scipy import stats as scipy_stats
 
-from harness.analysis import crossed, power, stats, words
+from harness.analysis import compare_runs, crossed, power, stats, timed, words
 from harness.analysis.crossed import NO_SEED_BETWEEN, SeedNoise
 from harness.analysis.estimate import Estimate
 from harness.analysis.family import NO_ERRORS, Effects, Family, judge
@@ -74,6 +74,8 @@ def test_a_family_of_independent_comparisons_is_judged_as_sidak_says() -> None:
     assert Family(independent).level() == pytest.approx(1 - 0.95 ** (1 / FAMILY), rel=0.1)
     one = Effects(effects.table.iloc[:1], NO_ERRORS)
     assert Family(one).level() == stats.ALPHA
+    for count in range(2, 12):
+        assert Family(Effects(independent.table.iloc[:count], NO_ERRORS)).level() >= stats.ALPHA / count
     p = Family(independent).adjusted(pandas.Series([0.5, 0.01, 1e-5, math.nan]))
     assert p.tolist()[:2] == pytest.approx([1.0, 1 - 0.99**FAMILY], rel=0.1)
     assert p[2] <= FAMILY * 1e-5
@@ -196,6 +198,77 @@ def test_same_needs_the_whole_interval() -> None:
     assert verdicts(narrow, floor=0.05, negligible=0.02)["verdict"].tolist() == ["not distinguishable"]
 
 
+def test_a_noisier_configuration_has_more_than_the_pooled_noise() -> None:
+    """And none has less: what is quiet in three blocks may be so by chance."""
+    generator = numpy.random.default_rng(15)
+    config, block = (pandas.Series(x) for x in numpy.divmod(numpy.arange(20 * 6), 6))
+    values = pandas.Series(generator.normal(0.0, 0.02, 120) * numpy.where(config == 3, 4.0, 1.0))
+    noise = stats.noise(values, config, block)
+    assert noise is not None
+    assert max(noise.larger, key=noise.larger.__getitem__) == 3
+    assert 1.3 * noise.sigma < noise.larger[3] < 0.08
+    assert min(noise.larger.values()) > noise.sigma
+    weights = pandas.Series([1.0, -0.5])
+    assert noise.errors(weights, [3, -1]).tolist() == [noise.larger[3], -0.5 * noise.sigma]
+    assert stats.Noise(1.0, 2, {3: 2.0}) == stats.Noise(1.0, 2)
+
+
+def test_two_noisier_configurations_are_rarely_called_different() -> None:
+    """Of 22, twice as noisy: with the pooled noise alone, 11 % of families at 4 %."""
+    generator = numpy.random.default_rng(16)
+    config, block = (pandas.Series(x) for x in numpy.divmod(numpy.arange(22 * 3), 3))
+    keys = ["comparison", "source", "unit"]
+    sides = [
+        (c, f"block {b}", side, sign / 3) for c in range(1, 22) for b in range(3) for side, sign in ((0, -1), (c, 1))
+    ]
+    weights = pandas.DataFrame(sides, columns=[*keys, "w"]).set_index(keys)["w"]
+    false = 0
+    for _ in range(60):
+        values = pandas.Series(generator.normal(0.0, 1.0, 66) * numpy.where(config > 19, 2.0, 1.0))
+        noise = stats.noise(values, config, block)
+        assert noise is not None
+        means = values.groupby(config).mean()
+        errors = noise.errors(weights, weights.index.get_level_values("unit"))
+        table = pandas.DataFrame({"effect": means[1:] - means[0], "n": 3})
+        table = stats.in_blocks(table, (errors**2).groupby("comparison").sum(), noise)
+        judged = judge(Effects(table.assign(basis="visits"), errors), "higher", 0.0)
+        false += bool(judged["verdict"].isin(["better", "worse"]).any())
+    assert false <= 7
+
+
+def test_what_is_timed_alone_takes_no_noise_from_the_others() -> None:
+    """A search times its trials one by one, and its finalists together."""
+    generator = numpy.random.default_rng(17)
+    together = [(trial, block) for block in range(3) for trial in range(3)]
+    alone_in_block = [(trial, 10 + trial) for trial in range(3, 12)]
+    readings = pandas.DataFrame(together + alone_in_block, columns=["trial", "block"]).assign(visit=True)
+    readings["tokens_per_second"] = numpy.exp(generator.normal(0, 0.02, len(readings)))
+    pair = pandas.DataFrame({"comparison": [0], "reference": [0], "config": [1]})
+    configs = pandas.Series(range(12))
+    row = timed.effects(pair, "tokens_per_second", readings, pandas.DataFrame(), configs).table.loc[0]
+    assert row["df"] == 4
+    assert row["pooled"] == "all"
+
+
+def test_equal_runs_are_rarely_called_different() -> None:
+    """The blocks of two runs drift independently, and all configurations of a block together."""
+    generator = numpy.random.default_rng(18)
+    rows = [(run, block, 8 * run + config) for run in (0, 1) for block in range(3) for config in range(8)]
+    readings = pandas.DataFrame(rows, columns=["run", "block", "config"]).assign(visit=True)
+    readings["trial"] = readings["config"]
+    pairs = pandas.DataFrame({"comparison": range(8), "reference": range(8), "config": range(8, 16)})
+    words = []
+    for _ in range(40):
+        drift = generator.normal(0.0, 0.1, (2, 3))[readings["run"], readings["block"]]
+        effects = compare_runs._between_runs(pairs, readings.assign(value=drift + generator.normal(0, 0.03, 48)))
+        assert ((effects.errors**2).groupby("comparison").sum() - effects.table["se"] ** 2).abs().max() < 1e-12
+        words.append(judge(effects, "higher", 0.02)["verdict"].isin(["better", "worse"]).any())
+    assert sum(words) <= 4
+    faster = readings.assign(value=math.log(2) * readings["run"] + 0.1 * drift)
+    twice = judge(compare_runs._between_runs(pairs, faster), "higher", 0.02)
+    assert (twice["verdict"] == "better").all()
+
+
 # ------------------------------------------------------------------------------------ seeds and stories
 
 
@@ -312,6 +385,44 @@ def test_one_seed_takes_the_noise_of_repeated_trials() -> None:
     assert unpaired is not None
     assert unpaired.mean.df == 2
     assert crossed.seed_noise(frame[frame["repeat"] == 0], paired=True) is None
+
+
+def test_several_seeds_have_the_noise_of_all_configurations() -> None:
+    """Two seeds of a comparison may agree by chance; those of twenty configurations do not."""
+    generator = numpy.random.default_rng(19)
+    table = losses(generator, 20, 2, 8, (0.05, 0.0, 0.01))
+    frame = pandas.concat([as_rows(each).assign(config=config) for config, each in enumerate(table)])
+    noise = crossed.seed_noise(frame, paired=True)
+    assert noise is not None
+    keys = ["comparison", "source", "unit"]
+    sides = [(0, f"repeat {r}", str(side), sign / 2) for r in range(2) for side, sign in ((0, -1.0), (1, 1.0))]
+    weights = pandas.DataFrame(sides, columns=[*keys, "w"]).set_index(keys)["w"]
+    effects = crossed.crossed(as_rows(table[1] - table[0]), noise, weights)
+    row = effects.table.loc[0]
+    assert (row["seeds"], row["seed_df"], row["pooled"]) == (2, 19, "seeds")
+    assert row["se"] ** 2 >= noise.mean.sigma**2
+    assert (effects.errors**2).sum() == pytest.approx(row["se"] ** 2)
+    equal = crossed.crossed(as_rows(numpy.zeros((2, 8))), noise, weights)
+    assert judge(Effects(equal.table.assign(basis="stories"), equal.errors), "lower", 0.01)["verdict"].tolist() == [
+        "same"
+    ]
+    unpaired = crossed.SeedNoise(noise.mean, noise.left, paired=False)
+    assert crossed.crossed(as_rows(table[1] - table[0]), unpaired, weights).table.loc[0, "seed_df"] == 1
+
+
+def test_what_cancels_is_no_part_of_a_deviation() -> None:
+    """Stories that all pairs have in common: what is left of their difference is the seeds', with few of them."""
+    generator = numpy.random.default_rng(20)
+    common = generator.normal(0.0, 0.2, 32)
+    rows = pandas.concat([
+        as_rows(common + losses(generator, 1, 2, 32, (0.01, 0.0, 0.0))[0]).assign(comparison=number)
+        for number in range(2)
+    ])  # fmt: skip
+    effects = crossed.crossed(rows)
+    effects = Effects(effects.table.assign(basis="stories"), effects.errors).combined([{0: 0.5, 1: -0.5}], 2)
+    assert effects.table.loc[[0, 1], "seed_share"].max() < 0.3
+    assert effects.table.loc[2, "seed_share"] == pytest.approx(1.0)
+    assert effects.table.loc[2, "se"] < 0.02
 
 
 def test_one_seed_is_never_the_same() -> None:

@@ -241,7 +241,8 @@ class Measurements:
             losses = self.stories if metric == "eval_loss" else self.changes[metric]
             differences = _text_differences(matched, losses)
             of_seeds = self.between_seeds(losses, paired=True) or SeedNoise(PILOT.seeds, 0.0)
-            effects = crossed(differences, of_seeds, timed.weights(_once(differences), ["reference", "config"]))
+            once = differences.drop_duplicates(["comparison", "trial", "other"])
+            effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]))
             return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
@@ -350,11 +351,6 @@ def _text_differences(matched: pandas.DataFrame, losses: pandas.DataFrame) -> pa
     theirs = losses.rename(columns={"trial": "other", "loss": "reference_loss"})
     both = ours.merge(theirs, on=["other", "story", "tokens"])
     return both.assign(loss=both["loss"] - both["reference_loss"])
-
-
-def _once(differences: pandas.DataFrame) -> pandas.DataFrame:
-    """The pairs of trials that have texts in common."""
-    return differences.drop_duplicates(["comparison", "trial", "other"])
 
 
 def _known(value: float) -> float | None:

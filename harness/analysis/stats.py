@@ -135,21 +135,23 @@ def noise(values: pandas.Series, treatment: pandas.Series, block: pandas.Series,
         Null where no degree of freedom is left.
     """
     known = values.notna()
-    residual, treatments, blocks = values[known], treatment[known], block[known]
-    df = len(residual) - treatments.nunique() - blocks.nunique() + layouts
-    if df < 1 or residual.empty:
+    residual = values[known].to_numpy(float)
+    (of, treatments), (in_block, blocks) = (pandas.factorize(column[known]) for column in (treatment, block))
+    df = len(residual) - len(treatments) - len(blocks) + layouts
+    if df < 1 or not len(residual):
         return None
+    sizes = numpy.bincount(of)
     for _ in range(_MOST_SWEEPS):  # one sweep is exact where every configuration is in every repeat
         before = residual
-        residual = residual - residual.groupby(treatments).transform("mean")
-        residual = residual - residual.groupby(blocks).transform("mean")
-        if (before - residual).abs().max() < _SETTLED:
+        residual = residual - (numpy.bincount(of, residual) / sizes)[of]
+        residual = residual - (numpy.bincount(in_block, residual) / numpy.bincount(in_block))[in_block]
+        if numpy.abs(before - residual).max() < _SETTLED:
             break
     pooled = float((residual**2).sum()) / df
-    squares = (residual**2).groupby(treatments).agg(["sum", "size"])
-    own_df = (squares["size"] - 1 - (blocks.nunique() - layouts) * squares["size"] / len(residual)).clip(lower=0)
-    moderated = (_WORTH * pooled + squares["sum"]) / (_WORTH + own_df)
-    return Noise(math.sqrt(pooled), df, numpy.sqrt(moderated[moderated > pooled]).to_dict())
+    own_df = numpy.maximum(sizes - 1 - (len(blocks) - layouts) * sizes / len(residual), 0)
+    moderated = numpy.sqrt((_WORTH * pooled + numpy.bincount(of, residual**2)) / (_WORTH + own_df))
+    larger = {config: sigma for config, sigma in zip(treatments, moderated.tolist(), strict=True) if sigma**2 > pooled}
+    return Noise(math.sqrt(pooled), df, larger)
 
 
 def in_blocks(effects: pandas.DataFrame, variance: Any, noise: Noise) -> pandas.DataFrame:

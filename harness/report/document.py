@@ -17,6 +17,7 @@ from harness._util.units import show_share
 from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
+from harness.analysis.pilot import PILOT_MODEL
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS
 from harness.report import inference_tables, plots, tables, tuning
@@ -252,8 +253,8 @@ def _caveats(comparison: Comparison) -> list[str]:
         lines.append("No loss is compared: the weights are random, or there are no held-out stories.")
     else:
         lines.append(
-            "Intervals of losses are over held-out stories and seeds; with one seed, its part is the noise between "
-            "trials that were repeated, or unknown. Stories truncated at different lengths are not compared."
+            f"Intervals of losses are over held-out stories and seeds; {_of_seeds(m)}. Stories truncated at different "
+            "lengths are not compared."
         )
     throttled = m.trials[m.trials["throttled_share"] > _THROTTLED]
     if len(throttled):
@@ -308,6 +309,16 @@ def _timing_caveats(m: Measurements) -> list[str]:
     if len(higher):
         lines.append(f"The timed steps of these held more memory than any step of their training: {_names(higher)}.")
     return lines
+
+
+def _of_seeds(m: Measurements) -> str:
+    """Where it is known from how much seeds vary."""
+    if m.between_seeds(m.stories, paired=True) is not None:
+        return "the part of one seed is the noise between trials that were repeated"
+    return (
+        f"nothing was repeated under another seed, so the seeds' part is that of pilot measurements of {PILOT_MODEL}, "
+        "which other models and settings may exceed"
+    )
 
 
 def _names(trials: pandas.DataFrame) -> str:
