@@ -1,4 +1,4 @@
-"""The loss: cross entropy from the logits, by one function in training, evaluation, prediction and inference.
+"""Cross entropy from the logits, the one loss of training, evaluation, prediction and inference.
 
 A model's own `.loss` is not used: models of own code take means over their micro-batch, and auxiliary losses are added
 once for each of them. What is minimised then depends on how an effective batch is cut.
