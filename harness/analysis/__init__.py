@@ -8,6 +8,7 @@ __all__ = [
     "loading",
     "measurements",
     "pareto",
+    "pilot",
     "power",
     "recommend",
     "sequential",

@@ -72,8 +72,8 @@ class Effects:
         table["se"] = numpy.sqrt(joint + alone)
         # What the members have in common may cancel: the seeds' part is that of the errors that are left.
         seeds = errors[errors.index.get_level_values("source") != "text"]
-        share = (seeds**2).groupby("comparison").sum().reindex(table.index, fill_value=0.0) / table["se"] ** 2
-        table["seed_share"] = share.where(table["seeds"].notna() & (table["se"] > 0), 0.0).clip(upper=1.0)
+        of_seeds = (seeds**2).groupby("comparison").sum().reindex(table.index, fill_value=0.0) / table["se"] ** 2
+        table["seed_share"] = of_seeds.where(table["seeds"].notna() & (table["se"] > 0), 0.0).clip(upper=1.0)
         table = stats.with_intervals(table)
         return Effects(pandas.concat([self.table, table]), pandas.concat([self.errors, errors]))
 
