@@ -9,6 +9,7 @@ __all__ = [
     "loading",
     "measurements",
     "pareto",
+    "pilot",
     "power",
     "recommend",
     "sequential",

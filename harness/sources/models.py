@@ -167,6 +167,17 @@ def check(base_model: str, folder: str | None = None, *, weights: bool = True) -
             raise InputError(f"base_model {base_model}: the folder has no .safetensors weights (no other kind is read)")
     else:
         hub.update_model(source.name)
+    if weights and source.kind in ("bundled", "random"):
+        _check_cache(BUNDLED if source.kind == "bundled" else f"random-{Path(source.name).stem}")
+
+
+def _check_cache(name: str) -> None:
+    """Refuse a cache that cannot be written and does not have the weights already, whose names begin so."""
+    folder = cache_folder()
+    if not home.can_be_written(folder) and not any(folder.glob(f"{name}-*")):
+        raise InputError(
+            f"the cache {folder} cannot be written, and weights are kept there; set HARNESS_CACHE to a folder that can"
+        )
 
 
 def downloads(name: str) -> Path:
