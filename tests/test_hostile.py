@@ -371,8 +371,13 @@ def test_no_remote_code_and_nothing_but_safetensors(
         asked.append(options)
         raise Asked
 
-    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.AutoConfig):
+    def note_and_configure(*_: Any, **options: Any) -> Any:
+        asked.append(options)
+        return transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         monkeypatch.setattr(loader, "from_pretrained", note)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", note_and_configure)
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -380,15 +385,13 @@ def test_no_remote_code_and_nothing_but_safetensors(
     with pytest.raises(InputError, match=r"no \.safetensors weights"):
         models.check(str(folder))
     spec = small(base_model=str(folder))
-    for load in (
-        lambda: model.load(spec, torch.device("cpu")),
-        lambda: checkpoints.load_tokenizer(spec),
-        lambda: model.skeleton(spec),
-    ):
-        with pytest.raises(Asked):
-            load()
-    assert [options["trust_remote_code"] for options in asked] == [False] * 3
-    assert asked[0]["use_safetensors"] is True
+    with pytest.raises(Asked):
+        model.load(spec, torch.device("cpu"))
+    assert asked[-1]["use_safetensors"] is True
+    with pytest.raises(Asked):
+        checkpoints.load_tokenizer(spec)
+    model.skeleton(spec)
+    assert [options["trust_remote_code"] for options in asked] == [False] * 4
 
 
 # ------------------------------------------------------------------------------------ the benchmark, in short
