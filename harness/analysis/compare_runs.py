@@ -166,7 +166,7 @@ def _between_runs(pairs: pandas.DataFrame, readings: pandas.DataFrame) -> Effect
     noise = stats.noise(readings["value"], readings["config"], readings["of_run"], layouts=2) or replace(
         blocks, sigma=0.0
     )
-    of_blocks = blocks.sigma * numpy.sqrt((1 / counts).groupby("comparison").sum())
+    of_blocks: pandas.Series = blocks.sigma * (1 / counts).groupby("comparison").sum() ** 0.5
     keyed = weighted.assign(source="trial in " + weighted["of_run"], unit=weighted["trial"].astype(str))
     keys = ["comparison", "source", "unit"]
     errors = noise.errors(keyed.set_index(keys)["weight"], keyed["config"])

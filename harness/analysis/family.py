@@ -158,8 +158,8 @@ def _p_values(t: Any, df: Any, seed_share: Any, seed_df: Any) -> Any:
     open_, lower = numpy.arange(t.size), numpy.zeros(t.size)
     values, shares = t.ravel(), seed_share.ravel()
     for level, before in zip(_LEVELS[1:], _LEVELS, strict=False):
-        both = (stats.quantile(1 - level / 2, each)[open_ % t.shape[1]] for each in (df, seed_df))
-        upper = stats.between(*both, shares[open_], level / 2)
+        own, of_seeds = (stats.quantile(1 - level / 2, each)[open_ % t.shape[1]] for each in (df, seed_df))
+        upper = stats.between(own, of_seeds, shares[open_], level / 2)
         reached = values[open_] >= upper
         inside = open_[~reached]
         fraction = (values[inside] - lower[~reached]) / (upper - lower)[~reached]
