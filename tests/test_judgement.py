@@ -147,15 +147,14 @@ def test_the_finalists_of_a_search_are_one_family() -> None:
     results = search_results.read(m, folder)
     assert results is not None
     assert len(results.confirmed) > 2
-    for metric, of_rivals in results.estimates.items():
-        rivals = list(of_rivals)
-        assert set(rivals) <= set(results.rivals.values())
-        pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": results.winner}, dtype="int64")
-        of = m if metric == "tokens_per_second" else results.fresh
-        for rival, alone in of.estimates(of.effects(pairs, metric), metric).items():
-            assert alone.value == pytest.approx(of_rivals[rival].value)
-            if alone.low is not None and alone.basis != "exact":
-                assert (of_rivals[rival].low or 0) < alone.low, "wider, as all pairs of finalists are judged"
+    rivals = list(dict.fromkeys(results.rivals.values()))
+    pairs = pandas.DataFrame({"comparison": rivals, "reference": rivals, "config": results.winner}, dtype="int64")
+    of = m.unselected
+    for rival, alone in of.estimates(of.effects(pairs, "eval_loss"), "eval_loss").items():
+        judged = results.estimate("eval_loss", rival)
+        assert judged is not None
+        assert judged.value == pytest.approx(alone.value)
+        assert judged.low < alone.low, "wider, as all pairs of finalists are judged"
 
 
 def test_pairs_that_agree_count_the_same_whatever_runs_twice(small: Small, tmp_path: Path) -> None:
@@ -396,14 +395,14 @@ def test_means_over_different_seeds_are_never_compared(small: Small, tmp_path: P
     assert recommend.recommend(m).label == "lora_r=64"
 
 
-def test_one_seed_says_nothing_of_others(small: Small, tmp_path: Path) -> None:
+def test_one_seed_says_little_of_others(small: Small, tmp_path: Path) -> None:
+    """Stories that agree to a hundredth do not make a choice sure: another seed may say something else."""
     store = Store(tmp_path)
-    for label, changes, more in (("baseline", {}, 0.0), ("lora_r=64", {"lora_r": 64}, 0.4)):
+    for label, changes, more in (("baseline", {}, 0.0), ("lora_r=64", {"lora_r": 64}, 0.004)):
         losses = [3 + more + (story + more) % 3 / 100 for story in range(8)]
         keep(store, small(**changes), label, losses, eval_loss=3 + more, peak_memory_bytes=1000)
-    sentences = recommend.recommend(loading.load(tmp_path)).sentences
-    assert any("not known, as the loss of some was seen under one seed" in each for each in sentences)
-    assert not any("by more than 0 nats" in each for each in sentences)
+    (sure,) = [each for each in recommend.recommend(loading.load(tmp_path)).sentences if each.startswith("How sure")]
+    assert float(re.findall(r"by more than ([\d.]+) nats", sure)[0]) > PILOT.seeds.sigma
 
 
 def test_speeds_of_different_hours_are_never_recommended(small: Small, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from trials import run
 
 from harness.sources import models
 from harness.spec import QUANTISED, Precision, TrialSpec
-from harness.training import model
+from harness.training import lora, model
 
 Small = Callable[..., TrialSpec]
 
@@ -50,7 +50,7 @@ def test_adapters_have_the_published_sizes(architecture: str, spec: dict[str, An
         values["lora_target_linear"] = False
     chosen = TrialSpec.model_validate(values)
     with torch.device("meta"):
-        network = model._with_adapters(on_meta(architecture), chosen)
+        network = lora.attach(on_meta(architecture), chosen, unreached=())
     sizes = model.sizes(network, chosen)
     assert sizes["trainable_parameters"] == trained
     assert sizes["adapter_bytes"] == 4 * trained  # 35.0 MiB for q and v of the 3B at rank 32
