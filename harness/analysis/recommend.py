@@ -151,13 +151,12 @@ def _worse(m: Measurements, others: list[int], reference: int, metric: str, alph
     """By configuration, by how much it is worse than a reference (`estimate`) and at most (`most`, one-sided).
 
     On the scale of the effects. The noise floor is the least half width, as everywhere. Without an interval the most is
-    infinite, and so it is of one seed, which says nothing of others, where none was repeated.
+    infinite.
     """
     table = m.effects(_pairs(others, reference), metric).table
     half = numpy.maximum(stats.critical(table, 2 * alpha) * table["se"], _floor(m, metric))
     worse = table["effect"] if METRICS[metric].better == "lower" else -table["effect"]
-    known = ~(table["seeds"] == 1) | (table["seed_df"] > 0)
-    return pandas.DataFrame({"estimate": worse, "most": (worse + half).where(known).fillna(math.inf)})
+    return pandas.DataFrame({"estimate": worse, "most": (worse + half).fillna(math.inf)})
 
 
 def _floor(m: Measurements, metric: str) -> float:
@@ -206,9 +205,7 @@ def _how_sure(m: Measurements, candidates: pandas.DataFrame, best: int, chosen_f
     shown = f"{math.expm1(regret):.1%}" if ratio else f"{regret:.2g} nats"
     sure = f"none is better in {declared.group} by more than {shown}, at 95% over all {count}"
     if math.isinf(regret):
-        one_seed = metric == "eval_loss" and m.configs.loc[candidates.index, "repeats"].min() == 1
-        why = "was seen under one seed, which says nothing of others" if one_seed else "has no interval"
-        sure = f"not known, as the {declared.group} of some {why}"
+        sure = f"not known, as the {declared.group} of some has no interval"
     return [f"How sure: {sure}. As good counts what is worse by no more than {margin}, at 95%."]
 
 
