@@ -57,8 +57,10 @@ def nameless(tmp_path: Path) -> tuple[str, ...]:
     """The beginning of a command line that runs it as a user without a name; where that cannot be, as this one."""
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         return ()
-    for folder in (*tmp_path.parents[:2], tmp_path):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        mode = folder.stat().st_mode
+        if mode & 0o055 != 0o055:
+            folder.chmod(mode | 0o055)
     os.chown(tmp_path, NAMELESS, NAMELESS)
     # The interpreter may be in the home of root; what may be read there may not be written.
     read = [f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps", "bounding-set")]

@@ -23,7 +23,7 @@ from test_launch import Watch
 
 from harness.analysis import loading, recommend
 from harness.analysis.measurements import Measurements
-from harness.errors import InputError
+from harness.errors import InputError, TrialsFailed
 from harness.launch.local import LocalLauncher
 from harness.report import document
 from harness.report import tuning as reporting
@@ -257,7 +257,7 @@ def test_a_search_that_fits_nothing_ends_early(launcher: LocalLauncher, tmp_path
 
 def test_a_search_that_trains_nothing_ends_early(launcher: LocalLauncher, tmp_path: Path) -> None:
     space = {"learning_rate": {"low": 8.1e-3, "high": 9.9e-3}}
-    with pytest.raises(InputError, match=r"none of 12 trials ended well \(diverged\)"):
+    with pytest.raises(TrialsFailed, match=r"none of 12 trials ended well \(diverged\)"):
         tune(made({"learning_rate": 9.5e-3}, space=space, trials=100), Store(tmp_path / "t"), launcher, Watch())
 
 
