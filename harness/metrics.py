@@ -379,6 +379,9 @@ INFERENCE: dict[str, Metric] = {metric.name: metric for metric in _INFERENCE}
 
 FIGURES: dict[str, Metric] = METRICS | INFERENCE
 
+MOSTLY_IN_FORMAT = 0.9
+"""The format of a precision holds for at least this part of the linear weights, or pages say for how much."""
+
 HEADLINE = ("peak_memory_bytes", "tokens_per_second", "eval_loss")
 """The three figures that every technique is judged by: memory, speed, loss."""
 

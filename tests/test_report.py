@@ -25,7 +25,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
-from harness.report import document, tables, writers
+from harness.report import document, plots, tables, writers
 from harness.results.store import Store
 from harness.spec import TrialSpec
 
@@ -549,3 +549,13 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
     keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
     with pytest.raises(InputError, match="no measured configuration in common"):
         compare_runs.compare_runs(a, loading.load(tmp_path / "d"))
+
+
+def test_each_panel_of_effects_has_the_rows_that_the_first_one_names() -> None:
+    """Speeds of a search are known of a few: their dots stand at the names of these."""
+    chart = plots.effects(comparison.compare(loading.load(Path(__file__).parent.parent / "results/tune")))
+    assert chart is not None
+    panels = chart.spec()["hconcat"]
+    domains = [panel["layer"][1]["encoding"]["y"]["scale"]["domain"] for panel in panels]
+    assert len(domains) == 3
+    assert all(domain == domains[0] and len(domain) > 20 for domain in domains)

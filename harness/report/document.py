@@ -19,7 +19,7 @@ from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT_MODEL
 from harness.grids.yaml_file import spec_to_yaml
-from harness.metrics import HEADLINE, METRICS
+from harness.metrics import HEADLINE, METRICS, MOSTLY_IN_FORMAT
 from harness.report import inference_tables, plots, tables, tuning
 from harness.results.store import Store
 
@@ -270,13 +270,9 @@ def _caveats(comparison: Comparison) -> list[str]:
     return lines
 
 
-_MOSTLY_IN_FORMAT = 0.9
-"""Trials with less of their linear weights in the format of their precision are named."""
-
-
 def _format_caveats(m: Measurements) -> list[str]:
     """Where a quantiser skipped layers: the label says more than was done."""
-    partly = m.trials[m.trials["weights_in_format"] < _MOSTLY_IN_FORMAT].drop_duplicates("label")
+    partly = m.trials[m.trials["weights_in_format"] < MOSTLY_IN_FORMAT].drop_duplicates("label")
     lines = []
     for _, row in partly.sort_values("label").iterrows():
         of_bytes = ", ".join(f"{name} {show_share(part)}" for name, part in json.loads(row["base_formats"]).items())

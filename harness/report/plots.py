@@ -212,8 +212,10 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, described: pandas.Data
     x_scale = altair.Scale(type="log", nice=False, padding=10) if ratio else altair.Scale(zero=False)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
+    # All techniques, measured or not: each panel has the rows that the first one names.
+    rows = altair.Scale(domain=described["technique"].tolist())
     base = altair.Chart(data).encode(
-        y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=axis),
+        y=altair.Y("technique:N", scale=rows, title=None, axis=axis),
         color=altair.Color("verdict:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
         tooltip=[altair.Tooltip("text:N", title="effect"), *_TOOLTIP],
     )

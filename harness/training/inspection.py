@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from harness._util.units import show_share
 from harness.errors import InputError
+from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, formats, limits, model, order
 
@@ -44,8 +45,6 @@ _MODEL_KEYS = (
 """Spec keys that decide whether a model can be built, and of what."""
 _MOST_OUTCOMES = 4
 """Outcomes of the data that are said in full."""
-_MOSTLY = 0.9
-"""A label holds for at least this fraction of the linear weights, or a warning says for how much."""
 
 
 class Inspection(BaseModel):
@@ -160,7 +159,7 @@ def _skipped_layers(network: Any, spec: TrialSpec) -> str | None:
     """Where a quantiser leaves more than a little as it is."""
     name = model.format_of_linear_weights(spec)
     fraction = formats.fraction_in(network, name)
-    if fraction is None or fraction >= _MOSTLY:
+    if fraction is None or fraction >= MOSTLY_IN_FORMAT:
         return None
     return (
         f"precision {name} holds for {show_share(fraction)} of the linear weights of {spec.base_model}: the others, "
