@@ -44,6 +44,7 @@ import yaml
 from harness import record
 from harness.analysis import comparison
 from harness.cli import app
+from harness.data_spec import DatasetSpec
 from harness.environment import current
 from harness.errors import InputError
 from harness.grids import claims, document, grid, levels, yaml_file
@@ -53,7 +54,7 @@ from harness.report import writers
 from harness.results import schema
 from harness.results.store import Store
 from harness.sources import files, stories
-from harness.spec import DatasetSpec, TrialSpec
+from harness.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 SLOW_SECONDS = 2.0

@@ -11,14 +11,11 @@ import dataclasses
 import hashlib
 import json
 import re
-import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictInt,
@@ -31,6 +28,7 @@ from pydantic.fields import FieldInfo
 
 from harness._util.redact import redact_home
 from harness._util.units import parse_bytes
+from harness.data_spec import MOST, DatasetSpec, Frozen, Line, NameOrPath, PositiveInt
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
@@ -110,6 +108,15 @@ _TRAINING = Facts(untrained=False)
 _TRAINING_NO_MEMORY = Facts(memory=False, untrained=False)
 
 
+def _later_rate(absent: Any) -> Facts:
+    return Facts(memory=False, untrained=False, absent=absent)
+
+
+ChatTemplate = Annotated[StrictStr, Field(min_length=1, max_length=20_000)]
+_TokenRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
+SpecialTokens = tuple[tuple[_TokenRole, Line], ...]
+
+
 ALL_LINEAR = "all-linear"
 """What `lora_target_modules` accepts in place of `lora_target_linear: true`."""
 
@@ -128,81 +135,19 @@ def _check_pattern(text: str, *, alone: bool) -> None:
         raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
 
 
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(f"{text!r} is not one line of printable text")
-    return text
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class PromptSpec(_Frozen):
-    """How a row becomes a prompt and a completion."""
-
-    system_prompt: StrictStr | None = None
-    """Instruction that stands before every prompt."""
-    field_system: StrictStr | None = None
-    """Column whose text, where a row has one, replaces `system_prompt`."""
-    field_instruction: StrictStr = "synopsis"
-    """Column of the prompt."""
-    field_input: StrictStr | None = None
-    """Column of further input to the prompt; absent from the bundled stories."""
-    field_output: StrictStr = "short_story"
-    """Column of the completion; the loss is taken here."""
-    format: StrictStr | None = None
-    """Prompt text with `{instruction}`, `{input}` and `{system}`; replaces the chat template."""
-    no_input_format: StrictStr | None = None
-    """As `format`, for rows without input."""
-
-    @field_validator("format", "no_input_format")
-    @classmethod
-    def _has_only_known_placeholders(cls, text: str | None) -> str | None:
-        if text is not None:
-            try:
-                parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
-            except ValueError as error:
-                raise ValueError(f"{text!r} has a brace that stands alone ({error}); double it") from None
-            names = [name for name, _, _ in parts if name is not None]
-            if not {*names} <= {"instruction", "input", "system"} or any(spec or how for _, spec, how in parts):
-                raise ValueError(f"{text!r} has a placeholder other than {{instruction}}, {{input}}, {{system}}")
-            if "instruction" not in names:
-                raise ValueError(f"{text!r} never names {{instruction}}")
-        return text
-
-
-Line = Annotated[StrictStr, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
-"""One line of printable text."""
-NameOrPath = Annotated[Line, AfterValidator(redact_home)]
-"""A path under the home folder begins with `~`, so that it is equal for every user."""
-_MOST = 2**31 - 1
-"""Largest count: larger ones are typing errors, and seeds and Arrow columns have bounds."""
-
-
-class DatasetSpec(_Frozen):
-    """Where stories come from."""
-
-    path: NameOrPath
-    """Bundled name (`storyteller`, `storyteller-openings`), a .jsonl/.json/.csv/.parquet file, or a hub id."""
-    type: PromptSpec = PromptSpec()
-    """Prompt keys."""
-
-
-PositiveInt = Annotated[StrictInt, Field(ge=1, le=_MOST)]
 UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
-class TrialSpec(_Frozen):
+class TrialSpec(Frozen):
     """One fine-tuning. Equal specs have equal ids on every machine."""
 
     base_model: NameOrPath
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
     """Sources of stories, concatenated."""
-    sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST), _TRAINING] = 512
+    sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST), _TRAINING] = 512
     """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
-    eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=_MOST)] | None = None
+    eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST)] | None = None
     """The same for held-out stories; null: `sequence_length`. Fix it where sequence lengths are compared."""
     excess_length: Literal["truncate", "drop", "raise"] = "truncate"
     """What happens to a longer example; the count is recorded."""
@@ -215,10 +160,17 @@ class TrialSpec(_Frozen):
     min_completion_tokens: Annotated[PositiveInt, Facts(absent=1)] = 16
     """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
 
+    chat_template: Annotated[ChatTemplate | None, Facts(absent=None)] = None
+    """Name of a chat template (`chatml`, `llama3`, …) or one as Jinja text; null: the model's own."""
+    special_tokens: Annotated[SpecialTokens | None, Facts(absent=None)] = None
+    """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
+
     precision: Precision = "bf16"
     """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
     double_quantization: StrictBool = False
     """Quantise the scales of nf4 and fp4 too."""
+    compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
+    """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -243,6 +195,8 @@ class TrialSpec(_Frozen):
     lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
     """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
     `lora_target_linear`; `all-linear` means the same as that."""
+    lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None)] = None
+    """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
@@ -263,6 +217,9 @@ class TrialSpec(_Frozen):
     gradient_checkpointing: Annotated[StrictBool, _TRAINING] = False
     """Recompute activations in the backward pass instead of keeping them."""
 
+    reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
+
     train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
     max_steps: Annotated[PositiveInt | None, _TRAINING] = None
@@ -277,11 +234,19 @@ class TrialSpec(_Frozen):
     """Learning rate schedule."""
     warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY] = 0.0
     """Share of the steps over which the learning rate rises."""
+    warmup_steps: Annotated[Annotated[StrictInt, Field(ge=0, le=MOST)] | None, _later_rate(None)] = None
+    """The same as a number of steps."""
+    adam_beta1: Annotated[UnitInterval, _later_rate(0.9)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[UnitInterval, _later_rate(0.999)] = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: Annotated[Annotated[float, Field(strict=True, ge=0)], _later_rate(1e-8)] = 1e-8
+    """What keeps Adam's division finite."""
     weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 0.0
     """Decoupled weight decay; not on biases and norms."""
     max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 1.0
     """Gradient clipping; 0: none."""
-    seed: Annotated[StrictInt, Field(ge=0, le=_MOST), _TRAINING] = 0
+    seed: Annotated[StrictInt, Field(ge=0, le=MOST), _TRAINING] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 
     output_dir: Annotated[Annotated[StrictStr, AfterValidator(redact_home)] | None, _UNMEASURED] = None
@@ -297,6 +262,11 @@ class TrialSpec(_Frozen):
     @classmethod
     def _read_size(cls, value: Any) -> Any:
         return None if value is None else parse_bytes(value)
+
+    @field_validator("special_tokens", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        return tuple(value.items()) if isinstance(value, Mapping) else value
 
     @field_validator("val_set_size")
     @classmethod

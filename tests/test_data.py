@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from harness.data_spec import DatasetSpec, PromptSpec
 from harness.errors import InputError
 from harness.sources import stories
 from harness.sources.stories import Story
-from harness.spec import DatasetSpec, PromptSpec, TrialSpec
+from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, order, prompts
 from harness.training.prompts import Prompt
 
@@ -107,7 +108,7 @@ def test_a_story_that_the_evaluated_length_cuts_short_is_not_judged(
     small: Small, tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = [("p" * (20 * i), "x" * 40) for i in range(1, 9)]
-    starts = {e.story_id: e.completion_start for e in batches.load(
+    starts = {e.story_id: len(e.prompt) for e in batches.load(
         small(datasets=[stories_file(tmp_path, rows)], val_set_size=0, sequence_length=999), tokenizer
     ).train}  # fmt: skip
     length = sorted(starts.values())[3] + 16
@@ -205,7 +206,7 @@ def test_samples_follow_from_whichever_length_is_given(small: Small) -> None:
 def test_padding_is_known_by_the_mask_and_the_end_token_is_learnt(tokenizer: Any) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, "as in the bundled model"
     end = tokenizer.eos_token_id
-    short, long = batches.Example("a", (5, 6, end), 1), batches.Example("b", (5, 6, 7, 8, end), 3)
+    short, long = batches.Example("a", (5, 6, end), ((1, 3),)), batches.Example("b", (5, 6, 7, 8, end), ((3, 5),))
     batch = batches.collate([short, long], end, CPU)
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     ignored = batches.IGNORED

@@ -28,6 +28,7 @@ from trials import run
 from harness.adapters import generation
 from harness.adapters.session import AdapterSession
 from harness.cli.inspection import inspect_trials
+from harness.data_spec import PromptSpec
 from harness.errors import InputError
 from harness.grids import preflight
 from harness.grids.grid import Grid, Trial
@@ -35,7 +36,7 @@ from harness.predict import peak
 from harness.results import schema
 from harness.sources import stories
 from harness.sources.stories import Story
-from harness.spec import PromptSpec, Scheduler, TrialSpec
+from harness.spec import Scheduler, TrialSpec
 from harness.training import batches, checkpoints, inspection, limits, order, prompts
 
 Small = Callable[..., TrialSpec]
@@ -199,7 +200,7 @@ def test_a_template_without_a_system_turn_gets_it_in_the_users(small: Small, tmp
     session = AdapterSession(spec, tmp_path)
     _, generated = generation.prompt_of(session, session.texts[session.held_out[0].story_id].instruction)
     first = session.held_out[0]
-    assert [*generated] == [*first.input_ids[: first.completion_start]]
+    assert [*generated] == [*first.prompt]
 
 
 def test_a_template_with_a_system_turn_keeps_it(small: Small, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from house import FLOORS, MOST_LINES, MOST_TOP_MODULES, PACKAGE, ROOT, circles, imports, modules, top_modules, upward
 
-WITHOUT_TORCH = ("_util", "sources", "grids", "results", "runner", "analysis", "tuning", "report", "cli")
+WITHOUT_TORCH = ("_util", "sources", "dialects", "grids", "results", "runner", "analysis", "tuning", "report", "cli")
 """Packages that never import torch: commands answer at once, and a report needs no GPU stack."""
 WITH_TORCH = {
     "launch.cluster",  # Ray, an extra

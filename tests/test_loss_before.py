@@ -194,7 +194,10 @@ def test_other_texts_are_measured_anew(made: Make) -> None:
     ]
     assert loss_before.reusable(recorded, texts, "general") is None
     assert loss_before.reusable(recorded, texts[:1], "held-out") is None
-    shorter = (batches.Example(texts[0].story_id, texts[0].input_ids[:-1], texts[0].completion_start), *texts[1:])
+    shorter = (
+        batches.Example(texts[0].story_id, texts[0].input_ids[:-1], ((texts[0].completions[0][0], len(texts[0]) - 1),)),
+        *texts[1:],
+    )
     assert loss_before.reusable(recorded, shorter, "held-out") is None
 
 

@@ -26,7 +26,7 @@ def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Seque
     if not session.held_out:
         raise InputError("the trial held out no stories; give a --synopsis")
     first = session.held_out[0]
-    return session.texts[first.story_id].instruction, first.input_ids[: first.completion_start]
+    return session.texts[first.story_id].instruction, first.prompt
 
 
 def generate_story(

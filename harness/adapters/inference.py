@@ -87,7 +87,7 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
     with meter.phase(breakdown=True):
         network, at = session.make(name)
     meter.adopt_model(network, [])
-    longest = max(example.completion_start for example in session.held_out[:_PROMPTS])
+    longest = max(len(example.prompt) for example in session.held_out[:_PROMPTS])
     limits.check_generation(network, longest, _NEW_TOKENS)
     loaded = meter.tracker.total
     with meter.phase(breakdown=False):
@@ -111,7 +111,7 @@ def _requests(session: AdapterSession, network: Any, name: Model, number: int) -
             model=name,
             round=number,
             story_id=example.story_id,
-            prompt_tokens=example.completion_start,
+            prompt_tokens=len(example.prompt),
             prefill_seconds=seconds[0],
             token_seconds=tuple(seconds[1:]),
         )
@@ -120,7 +120,7 @@ def _requests(session: AdapterSession, network: Any, name: Model, number: int) -
 @torch.no_grad()
 def _tokens(network: Any, example: Example, device: torch.device, count: int) -> Iterator[int]:
     """Greedy new tokens after a story's prompt. Their number is fixed: an early end would be another workload."""
-    inputs = torch.tensor([example.input_ids[: example.completion_start]], device=device)
+    inputs = torch.tensor([example.prompt], device=device)
     cache = None
     for _ in range(count):
         out = network(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -139,7 +139,7 @@ def _answers(
         if position < generated_stories and name != "unmerged":
             example, story = examples[story_id], session.texts[story_id]
             pieces: list[str] = []
-            prompt = example.input_ids[: example.completion_start]
+            prompt = example.prompt
             generate_story(session, network, prompt, pieces.append, most_tokens=most_tokens)
             story_fields = _story_fields(story.instruction, story.completion, "".join(pieces))
         yield Answer(model=name, story_id=story_id, loss=loss, tokens=tokens, **story_fields)

@@ -12,7 +12,7 @@ import torch
 from harness import environment
 from harness.record import Model
 from harness.sources import models, stories
-from harness.sources.stories import Story
+from harness.sources.stories import Row
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
 from harness.training.batches import Example
@@ -53,7 +53,7 @@ class AdapterSession:
         return batches.load(self.spec, self.tokenizer)
 
     @functools.cached_property
-    def texts(self) -> dict[str, Story]:
+    def texts(self) -> dict[str, Row]:
         """All stories by their ids."""
         return {story.id: story for story in stories.read_all(self.spec).stories}
 

@@ -89,7 +89,8 @@ def _steps(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> list[
 
 def _filled(example: Example, length: int) -> Example:
     ids = example.input_ids * math.ceil(length / len(example))
-    return replace(example, input_ids=ids[:length], completion_start=min(example.completion_start, length - 1))
+    start = min(example.completions[0][0], length - 1)
+    return replace(example, input_ids=ids[:length], completions=((start, length),))
 
 
 class _StepReplay:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from harness._util.files import write_whole
+from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.record import Contents
 from harness.sources import hub, models, stories
-from harness.spec import DatasetSpec, TrialSpec
+from harness.spec import TrialSpec
 
 CACHE_NAME = "fingerprint-*.json"
 """Files of the cache folder that hold digests."""
@@ -95,7 +96,7 @@ def _of_dataset(dataset: DatasetSpec, spec: TrialSpec) -> str:
 
     def of_rows() -> str:
         rows = stories.read(dataset, spec.folder, skip_empty=spec.skip_empty_rows).stories
-        return _digest(sorted(_digest([s.instruction, s.input, s.completion, s.system]) for s in rows))
+        return _digest(sorted(_digest(row.texts) for row in rows))
 
     file = stories.file_of(dataset.path, spec.folder)
     if file is None or not file.is_file():

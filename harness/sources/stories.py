@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness._util.messages import first_line, one_line
+from harness.data_spec import DatasetSpec, PromptSpec
 from harness.errors import InputError
 from harness.sources.files import (
     SUFFIXES,
@@ -22,7 +25,7 @@ from harness.sources.files import (
     read_file,
 )
 from harness.sources.hub import HUB_ID, read_hub
-from harness.spec import DatasetSpec, PromptSpec, TrialSpec
+from harness.spec import TrialSpec
 
 _DATA = Path(__file__).parent / "data"
 BUNDLED: dict[str, Path] = {
@@ -35,7 +38,7 @@ GENERAL = _DATA / "general.jsonl"
 
 @dataclass(frozen=True)
 class Story:
-    """One example before tokenisation."""
+    """One example of a prompt and a completion, before tokenisation."""
 
     instruction: str
     completion: str
@@ -46,15 +49,84 @@ class Story:
     @property
     def id(self) -> str:
         """16 hex digits of the hash of its texts, whatever its position in the file."""
-        text = "\0".join((self.instruction, self.input or "", self.completion))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return _hash("\0".join((self.instruction, self.input or "", self.completion)))
+
+    @property
+    def texts(self) -> list[str | None]:
+        """All that a trial reads of it."""
+        return [self.instruction, self.input, self.completion, self.system]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One example of several turns."""
+
+    messages: tuple[dict[str, Any], ...]
+    """As chat templates take them: `role` and `content` each, perhaps `tool_calls` and others."""
+    prompt: PromptSpec
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the assistant may call, as JSON schemas."""
+    trained_from: int = 0
+    """Number of the first message that may carry loss: those before it are a prompt."""
+
+    @property
+    def id(self) -> str:
+        """As of a story."""
+        return _hash(str(self.texts[0]))
+
+    @property
+    def texts(self) -> list[str | None]:
+        """All that a trial reads of it."""
+        return [json.dumps([self.messages, self.tools, self.trained_from], sort_keys=True, default=str)]
+
+    @property
+    def instruction(self) -> str:
+        """What the last trained turn answers."""
+        return self._last(self.messages[:-1], ("user",))
+
+    @property
+    def completion(self) -> str:
+        """The last trained turn."""
+        return self._last(self.messages, self.prompt.roles_to_train)
+
+    @staticmethod
+    def _last(messages: Sequence[dict[str, Any]], roles: Collection[str]) -> str:
+        texts = [message.get("content") for message in messages if message["role"] in roles]
+        return next((text for text in reversed(texts) if isinstance(text, str)), "")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One example of a text without a prompt: all of it carries loss."""
+
+    completion: str
+    prompt: PromptSpec
+    instruction: str = ""
+
+    @property
+    def id(self) -> str:
+        """As of a story."""
+        return _hash(self.completion)
+
+    @property
+    def texts(self) -> list[str | None]:
+        """All that a trial reads of it."""
+        return [self.completion]
+
+
+Row = Story | Chat | Passage
+"""One example before tokenisation."""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Rows:
     """What the datasets of a spec hold."""
 
-    stories: tuple[Story, ...]
+    stories: tuple[Row, ...]
     """In the order of datasets and files."""
     skipped: int
     """Rows without text that were passed over."""

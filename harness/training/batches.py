@@ -11,7 +11,7 @@ import torch
 
 from harness.errors import InputError
 from harness.sources import models, stories
-from harness.sources.stories import Story
+from harness.sources.stories import Row, Story
 from harness.spec import TrialSpec
 from harness.training import distributed, prompts
 
@@ -21,14 +21,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised story."""
+    """One tokenised story, text or chat."""
 
     story_id: str
     input_ids: tuple[int, ...]
-    completion_start: int
-    """Index of the first completion token."""
+    completions: tuple[tuple[int, int], ...]
+    """Where loss is taken: first index and the one after the last of each completion, in order. The first token has
+    nothing to be predicted from."""
     supervise_prompt: bool = False
-    """Whether the prompt carries loss too."""
+    """Whether the rest carries loss too."""
     system_folded: bool = False
     """Whether the system text stands in the user's turn."""
 
@@ -37,14 +38,35 @@ class Example:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens behind the loss of the completion."""
-        return len(self.input_ids) - self.completion_start
+        """Tokens behind the loss of the completions."""
+        return sum(end - start for start, end in self.completions)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What the last completion follows."""
+        return self.input_ids[: self.completions[-1][0]]
 
     @property
     def labels(self) -> list[int]:
-        """The ids where loss is taken, else `IGNORED`. The first token has nothing to be predicted from."""
-        start = 1 if self.supervise_prompt else self.completion_start
-        return [IGNORED] * start + list(self.input_ids[start:])
+        """The ids where loss is taken, else `IGNORED`."""
+        spans = ((1, len(self)),) if self.supervise_prompt else self.completions
+        labels = [IGNORED] * len(self)
+        for start, end in spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    def cut(self, length: int) -> Example:
+        """Its first `length` tokens."""
+        within = tuple((start, min(end, length)) for start, end in self.completions if start < length)
+        return replace(self, input_ids=self.input_ids[:length], completions=within)
+
+    def length_with(self, tokens: int) -> int:
+        """The least length that has so many completion tokens."""
+        for start, end in self.completions:
+            if tokens <= end - start:
+                return start + tokens
+            tokens -= end - start
+        return len(self)
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ def _nothing_to_train_on(examples: Sequence[Example], spec: TrialSpec) -> InputE
     if spec.excess_length == "drop":
         kept, least = "no training story, since excess_length is drop", min(map(len, examples))
     else:
-        kept, least = "no completion token of any training story", min(e.completion_start for e in examples) + 1
+        kept, least = "no completion token of any training story", min(e.length_with(1) for e in examples)
     return InputError(f"sequence_length {spec.sequence_length} leaves {kept}; use sequence_length: {least} or more")
 
 
@@ -160,7 +182,7 @@ def evaluated_length(spec: TrialSpec) -> int:
 def general(tokenizer: Any) -> list[Example]:
     """The bundled general text, without a prompt: the loss is over each token but the first."""
     texts = [(passage, tokenizer(text)["input_ids"]) for passage, text in stories.general()]
-    return [Example(passage, tuple(ids), 1) for passage, ids in texts]
+    return [Example(passage, tuple(ids), ((1, len(ids)),)) for passage, ids in texts]
 
 
 @dataclass(frozen=True)
@@ -187,12 +209,13 @@ def _fit_one(example: Example, length: int, excess: str) -> Example | None:
             f"a story has {len(example)} tokens and sequence_length is {length}; "
             "use excess_length: truncate or drop, or a longer sequence_length"
         )
-    if excess == "drop" or example.completion_start >= length:
+    if excess == "drop":
         return None
-    return replace(example, input_ids=example.input_ids[:length])
+    cut = example.cut(length)
+    return cut if cut.completions else None
 
 
-def _choose_held_out(candidates: Sequence[Story], wanted: int, spec: TrialSpec, tokenizer: Any) -> _Fitted:
+def _choose_held_out(candidates: Sequence[Row], wanted: int, spec: TrialSpec, tokenizer: Any) -> _Fitted:
     """The first `wanted` stories that can be judged, or all of them where they are fewer; `dropped` are those passed
     over.
 
@@ -229,7 +252,7 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
         """The least `eval_sequence_length` of each story that has so many completion tokens, shortest first."""
         able = [e for e in examples if e.completion_tokens >= tokens]
         # Where longer stories are dropped, one counts once all of it fits.
-        return sorted(len(e) if spec.excess_length == "drop" else e.completion_start + tokens for e in able)
+        return sorted(len(e) if spec.excess_length == "drop" else e.length_with(tokens) for e in able)
 
     enough = lengths(least)
     if 0 < there == len(enough):
@@ -251,13 +274,20 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
     )
 
 
-def _tokenise(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
+def _tokenise(row: Row, tokenizer: Any, supervise_prompt: bool) -> Example:
+    if isinstance(row, Story):
+        return _tokenise_story(row, tokenizer, supervise_prompt)
+    raise NotImplementedError
+
+
+def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
     """Prompt and completion are tokenised separately, so that the border is exact with any tokenizer."""
     prompt = prompts.render(story, tokenizer)
     head = prompts.token_ids(prompt.text, tokenizer)
     tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Example(story.id, (*head, *tail, *end), max(1, len(head)), supervise_prompt, prompt.system_folded)
+    ids = (*head, *tail, *end)
+    return Example(story.id, ids, ((max(1, len(head)), len(ids)),), supervise_prompt, prompt.system_folded)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""Where examples come from and how a row becomes one: the declarations under `datasets:`, frozen and validated."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
+
+from harness._util.redact import redact_home
+
+MOST = 2**31 - 1
+"""Largest count: larger ones are typing errors, and seeds and Arrow columns have bounds."""
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=MOST)]
+
+
+class Frozen(BaseModel):
+    """A declaration that validates itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} is not one line of printable text")
+    return text
+
+
+Line = Annotated[StrictStr, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
+"""One line of printable text."""
+NameOrPath = Annotated[Line, AfterValidator(redact_home)]
+"""A path under the home folder begins with `~`, so that it is equal for every user."""
+
+
+def _later(default: Any) -> Any:
+    """A key that was added later: left out of JSON at its default, so that ids from before stay valid."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+_TYPES: dict[str, dict[str, Any]] = {
+    "alpaca": {
+        "kind": "instruction",
+        "field_instruction": "instruction",
+        "field_input": "input",
+        "field_output": "output",
+        "format": _ALPACA.format(", paired with an input that provides further context")
+        + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "no_input_format": _ALPACA.format("") + "### Instruction:\n{instruction}\n\n### Response:\n",
+    },
+    "chat_template": {"kind": "chat"},
+    "completion": {"kind": "text"},
+    "prompt_completion": {"kind": "instruction", "field_instruction": "prompt", "field_output": "completion"},
+    "sharegpt": {
+        "kind": "chat",
+        "field_messages": "conversations",
+        "message_field_role": "from",
+        "message_field_content": "value",
+    },
+}
+"""Names that `type` accepts, and the keys that each stands for. The prompt of `alpaca` is that of Stanford's Alpaca,
+which Axolotl's type of this name has too."""
+
+
+class PromptSpec(Frozen):
+    """How a row becomes an example: a prompt and a completion, the turns of a chat, or a text."""
+
+    kind: Literal["auto", "instruction", "chat", "text"] = _later("auto")
+    """`auto`: by the columns. `instruction`: a prompt and a completion. `chat`: turns. `text`: loss on all of it."""
+    system_prompt: StrictStr | None = None
+    """Instruction that stands before every prompt."""
+    field_system: StrictStr | None = None
+    """Column whose text, where a row has one, replaces `system_prompt`."""
+    field_instruction: StrictStr = "synopsis"
+    """Column of the prompt."""
+    field_input: StrictStr | None = None
+    """Column of further input to the prompt; absent from the bundled stories."""
+    field_output: StrictStr = "short_story"
+    """Column of the completion; the loss is taken here."""
+    field_messages: StrictStr | None = _later(None)
+    """Column of a chat's turns; null: `messages` or `conversations`, whichever is there."""
+    message_field_role: StrictStr | None = _later(None)
+    """Key of a turn's role; null: `role` or `from`."""
+    message_field_content: StrictStr | None = _later(None)
+    """Key of a turn's text; null: `content` or `value`."""
+    roles: tuple[tuple[StrictStr, tuple[StrictStr, ...]], ...] = _later(())
+    """Names of roles in the data, by the template's: `{assistant: [gpt, model]}`; the usual ones are known."""
+    roles_to_train: Annotated[tuple[StrictStr, ...], Field(min_length=1)] = _later(("assistant",))
+    """Roles whose turns carry loss."""
+    field_tools: StrictStr | None = _later(None)
+    """Column of a chat's tools; null: `tools`, where it is there."""
+    field_text: StrictStr | None = _later(None)
+    """Column of a text; null: `text`."""
+    format: StrictStr | None = None
+    """Prompt text with `{instruction}`, `{input}` and `{system}`; replaces the chat template."""
+    no_input_format: StrictStr | None = None
+    """As `format`, for rows without input."""
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """A mapping, where one name may stand without a list, as pairs."""
+        if not isinstance(value, Mapping):
+            return value
+        return tuple((role, (names,) if isinstance(names, str) else names) for role, names in value.items())
+
+    @field_validator("roles_to_train", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("format", "no_input_format")
+    @classmethod
+    def _has_only_known_placeholders(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
+            except ValueError as error:
+                raise ValueError(f"{text!r} has a brace that stands alone ({error}); double it") from None
+            names = [name for name, _, _ in parts if name is not None]
+            if not {*names} <= {"instruction", "input", "system"} or any(spec or how for _, spec, how in parts):
+                raise ValueError(f"{text!r} has a placeholder other than {{instruction}}, {{input}}, {{system}}")
+            if "instruction" not in names:
+                raise ValueError(f"{text!r} never names {{instruction}}")
+        return text
+
+
+class DatasetSpec(Frozen):
+    """Where stories come from."""
+
+    path: NameOrPath
+    """Bundled name (`storyteller`, `storyteller-openings`), a file or a pattern of files, a folder, or a hub id."""
+    name: Line | None = _later(None)
+    """Configuration of a dataset of the hub."""
+    split: Line | None = _later(None)
+    """Part that is read, like `train` or `train[:1000]`; null: `train`, with `test` held out where a folder has one."""
+    data_files: tuple[NameOrPath, ...] = _later(())
+    """Files within `path`."""
+    ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = _later(None)
+    """Format of the files, where their names do not say it."""
+    shards: PositiveInt | None = _later(None)
+    """Read one of so many equal parts alone."""
+    type: PromptSpec = PromptSpec()
+    """Prompt keys, or a name: `alpaca`, `chat_template`, `completion`, `prompt_completion`, `sharegpt`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_prompt_keys(cls, values: Any) -> Any:
+        """A name of `type` as what it stands for, and prompt keys that stand next to it, as in Axolotl's files."""
+        if not isinstance(values, Mapping):
+            return values
+        kept = {key: value for key, value in values.items() if key not in PromptSpec.model_fields}
+        given = {key: value for key, value in values.items() if key in PromptSpec.model_fields}
+        named = kept.get("type")
+        if isinstance(named, str):
+            if named not in _TYPES:
+                raise ValueError(f"type {named!r} is unknown; use {', '.join(_TYPES)}, or a mapping of prompt keys")
+            kept["type"] = _TYPES[named] | given
+        elif given and (named is None or isinstance(named, Mapping)):
+            kept["type"] = dict(named or {}) | given
+        elif named is None:
+            kept.pop("type", None)
+        return kept
+
+    @field_validator("data_files", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value

@@ -1,0 +1,22 @@
+"""Training files of LLaMA-Factory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.dialects.rules import Dialect, Reader, Rule
+
+_TABLE: dict[str, Rule] = {}
+
+
+def _combine(reader: Reader) -> None:
+    raise NotImplementedError
+
+
+def is_one(document: Mapping[str, Any]) -> bool:
+    """Whether a training file is one of LLaMA-Factory."""
+    raise NotImplementedError
+
+
+DIALECT = Dialect("LLaMA-Factory", _TABLE, {}, _combine)
