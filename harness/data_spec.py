@@ -74,6 +74,15 @@ _TYPES: dict[str, dict[str, Any]] = {
 which Axolotl's type of this name has too."""
 
 
+def named_type(name: str) -> dict[str, Any]:
+    """The prompt keys that a name of `type` stands for.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return dict(_TYPES[name])
+
+
 class PromptSpec(Frozen):
     """How a row becomes an example: a prompt and a completion, the turns of a chat, or a text."""
 

@@ -145,6 +145,8 @@ class TrialSpec(Frozen):
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
     """Sources of stories, concatenated."""
+    test_datasets: Annotated[Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] | None, Facts(absent=None)] = None
+    """Sources of the held-out stories; null: they are a part of `datasets`."""
     sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST), _TRAINING] = 512
     """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
     eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST)] | None = None
@@ -194,7 +196,7 @@ class TrialSpec(Frozen):
     """Adapters on every linear layer but the head; false: the architecture's default in peft."""
     lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
     """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
-    `lora_target_linear`; `all-linear` means the same as that."""
+    `lora_target_linear`; `all-linear` means the same as that, and may be the first of several."""
     lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None)] = None
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
@@ -288,8 +290,11 @@ class TrialSpec(Frozen):
                 r"'.*\.self_attn\..*_proj'"
             )
         for name in (name for name in names if isinstance(name, str)):
-            if name.lower() == ALL_LINEAR:
-                raise ValueError(f"{name} stands alone: lora_target_modules: {ALL_LINEAR}, or lora_target_linear: true")
+            if name.lower() == ALL_LINEAR and (name != names[0] or name != ALL_LINEAR or len(names) == 1):
+                raise ValueError(
+                    f"{name} stands first: lora_target_modules: [{ALL_LINEAR}, lm_head]; alone it is "
+                    "lora_target_linear: true"
+                )
             if is_pattern(name):
                 _check_pattern(name, alone=len(names) == 1)
         return names
@@ -321,6 +326,14 @@ class TrialSpec(Frozen):
                 f"lora_bias {self.lora_bias} with precision fp16: the loss scaler cannot unscale gradients of fp16 "
                 "biases; use lora_bias: none, or precision: fp16-mixed or bf16"
             )
+        if self.compute_dtype is not None and self.precision not in QUANTISED:
+            raise ValueError(
+                f"compute_dtype is for precision int8, nf4 or fp4; {self.precision} names its own arithmetic"
+            )
+        if self.reentrant_checkpointing and not self.gradient_checkpointing:
+            raise ValueError("reentrant_checkpointing without gradient_checkpointing: true; drop one of them")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
             raise ValueError(
                 f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "

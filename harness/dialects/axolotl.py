@@ -1,22 +1,261 @@
-"""Training files of Axolotl."""
+"""Training files of Axolotl. Keys and defaults are those of its configuration schema (axolotl.utils.schemas)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from harness.dialects.rules import Dialect, Reader, Rule
+from harness.dialects import axolotl_data
+from harness.dialects.axolotl_keys import CLASSES, TABLE
+from harness.dialects.common import NOT_MEASURED, set_optimizer, set_scheduler, shard
+from harness.dialects.rules import Dialect, Reader, Together
+from harness.spec import ALL_LINEAR
 
-_TABLE: dict[str, Rule] = {}
+_WARM_UP = 0.03
 
 
 def _combine(reader: Reader) -> None:
-    raise NotImplementedError
+    _read_model(reader)
+    axolotl_data.read(reader)
+    _read_precision(reader)
+    _read_adapter(reader)
+    _read_length(reader)
+    _read_batch(reader)
+    _read_checkpointing(reader)
+    _read_attention(reader)
+    _read_sharding(reader)
+    _read_plugins(reader)
+    set_optimizer(reader, "optimizer")
+    set_scheduler(reader, "lr_scheduler")
 
 
-def is_one(document: Mapping[str, Any]) -> bool:
-    """Whether a training file is one of Axolotl."""
-    raise NotImplementedError
+def _read_model(reader: Reader) -> None:
+    base = reader.get("base_model")
+    if base is not None:
+        reader.set("base_model", base, "base_model")
+    for name in ("base_model_config", "tokenizer_config"):
+        if reader.get(name) not in (None, base):
+            reader.refuse(name, "put it next to the weights of base_model")
+    reader.ignore("that of base_model", "base_model_config", "tokenizer_config")
+    if "Classification" in str(reader.get("model_type", "")):
+        reader.other_task("model_type", CLASSES)
+    reader.ignore("the model's class", "model_type")
 
 
-DIALECT = Dialect("Axolotl", _TABLE, {}, _combine)
+def _read_precision(reader: Reader) -> None:
+    """Weights are loaded in the 16-bit type of `bf16` and `fp16`, whose default is bf16 where the card has it."""
+    flags = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16"), "fp32": ("float32",)}
+    on = {kind: [n for n in names if reader.get(n) not in (None, False)] for kind, names in flags.items()}
+    explicit = [name for name in on["bf16"] if reader.get(name) != "auto"]
+    if explicit and on["fp16"]:
+        reader.refuse(on["fp16"][0], f"contradicts {explicit[0]}: true; keep one")
+        return
+    # `auto` gives way to what is named.
+    half = "fp16" if on["fp16"] else "bf16"
+    none = not on["fp16"] and (on["fp32"] or (reader.get("bf16") is False and not on["bf16"]))
+    arithmetic = "fp32" if none else half
+    names = [name for each in flags.values() for name in each]
+    quantised = next((name for name in ("load_in_4bit", "load_in_8bit") if reader.get(name)), None)
+    if quantised is None and reader.get("adapter") == "qlora":
+        quantised = "adapter"
+    if quantised is None:
+        reader.set("precision", arithmetic, *names, "load_in_8bit", "load_in_4bit")
+        return
+    reader.set("precision", "int8" if quantised == "load_in_8bit" else "nf4", "load_in_8bit", "load_in_4bit")
+    if arithmetic != "bf16":
+        reader.set("compute_dtype", arithmetic, *names)
+    reader.note("the type of arithmetic over quantised weights", *(n for n in names if n not in reader.mapped))
+    if quantised != "load_in_8bit":
+        _read_4bit(reader)
+
+
+def _read_4bit(reader: Reader) -> None:
+    """Axolotl quantises the scales too, unless it is told otherwise."""
+    given = reader.get("bnb_config_kwargs", {})
+    options = dict(given) if isinstance(given, Mapping) else {"": given}
+    double = options.pop("bnb_4bit_use_double_quant", True)
+    kind = options.pop("bnb_4bit_quant_type", "nf4")
+    options.pop("bnb_4bit_quant_storage", None)  # how they are stored, for sharding
+    options.pop("llm_int8_has_fp16_weight", None)
+    compute = str(options.pop("bnb_4bit_compute_dtype", "")).removeprefix("torch.")
+    reader.set("precision", kind, "load_in_4bit")
+    reader.set("double_quantization", bool(double), "bnb_config_kwargs")
+    if compute:
+        reader.set("compute_dtype", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(compute, compute))
+    for name, value in options.items():
+        reader.refuse(f"bnb_config_kwargs.{name}", "leave it out", value)
+
+
+def _read_adapter(reader: Reader) -> None:
+    kind = reader.get("adapter")
+    lora_keys = [name for name in reader.given if name.startswith(("lora_", "peft_use_"))]
+    if kind is None:
+        reader.set("adapter", "none")
+        for name in lora_keys:  # those that only hold for adapters
+            if isinstance(TABLE.get(name), Together):
+                reader.no_effect[name] = "no adapter: all weights are trained"
+                reader.unsupported.pop(name, None)
+        return
+    if kind not in ("lora", "qlora"):
+        reader.refuse("adapter", "use lora or qlora, or leave it out for full fine-tuning")
+        return
+    reader.set("adapter", "lora", "adapter")
+    if kind == "qlora":
+        reader.note("adapter: lora over nf4 weights", "adapter")
+    # An empty rank or alpha leaves peft's own.
+    reader.set("lora_r", reader.get("lora_r", 8), "lora_r")
+    reader.set("lora_alpha", reader.get("lora_alpha", 8), "lora_alpha")
+    reader.set("lora_dropout", reader.get("lora_dropout", 0.0), "lora_dropout")
+    for name, key in (("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora")):
+        if name in reader.given:
+            reader.set(key, reader.get(name), name)
+    if "lora_modules_to_save" in reader.given:
+        reader.set("lora_modules_to_save", reader.get("lora_modules_to_save"), "lora_modules_to_save")
+    _read_targets(reader)
+    _read_peft(reader)
+
+
+def _read_targets(reader: Reader) -> None:
+    """Named layers and all linear ones add up."""
+    named, linear = reader.get("lora_target_modules"), bool(reader.get("lora_target_linear"))
+    names = ("lora_target_modules", "lora_target_linear")
+    if named is None:
+        reader.set("lora_target_linear", linear, *names)
+        return
+    listed = [named] if isinstance(named, str) else list(named)
+    if linear and listed != [ALL_LINEAR]:
+        listed = [ALL_LINEAR, *listed]
+    reader.set("lora_target_modules", listed, *names)
+
+
+def _read_peft(reader: Reader) -> None:
+    given = reader.get("peft")
+    for name, value in given.items() if isinstance(given, Mapping) else ():
+        if value and (name, value) not in (("backend", "bnb"), ("weight_dtype", "nf4"), ("weight_dtype", "int8")):
+            reader.refuse(f"peft.{name}", "leave it out: bitsandbytes quantises here", value)
+    reader.note("quantised by bitsandbytes", "peft")
+
+
+def _read_length(reader: Reader) -> None:
+    """`max_steps` ends the training before `num_epochs` does. Without a key for it the warm-up is 3 % of the steps, 100
+    at most; Axolotl rounds down.
+    """
+    steps = reader.get("max_steps")
+    limited = steps is not None and not (isinstance(steps, int) and steps < 0)
+    if limited:
+        reader.set("max_steps", steps, "max_steps")
+        reader.note("max_steps ends the training", "num_epochs")
+    else:
+        reader.ignore("no limit", "max_steps")
+        reader.set("num_epochs", reader.get("num_epochs", 1.0), "num_epochs")
+    if reader.get("warmup_steps") is not None:
+        reader.set("warmup_steps", reader.get("warmup_steps"), "warmup_steps")
+        reader.note("warmup_steps says it", "warmup_ratio")
+    elif "warmup_ratio" not in reader.given and limited and isinstance(steps, int):
+        reader.set("warmup_steps", min(int(_WARM_UP * steps), 100))
+    else:
+        reader.set("warmup_ratio", reader.get("warmup_ratio", _WARM_UP), "warmup_ratio")
+
+
+def _read_batch(reader: Reader) -> None:
+    micro = reader.get("micro_batch_size", 1)
+    accumulation = reader.get("gradient_accumulation_steps")
+    whole = reader.get("batch_size")
+    if accumulation is None and isinstance(whole, int) and isinstance(micro, int) and micro > 0:
+        accumulation = max(1, whole // (micro * reader.values.get("num_processes", 1)))
+    reader.set("micro_batch_size", micro, "micro_batch_size")
+    reader.set("gradient_accumulation_steps", accumulation or 1, "gradient_accumulation_steps", "batch_size")
+
+
+def _read_checkpointing(reader: Reader) -> None:
+    """Without arguments Axolotl asks for the reentrant variant."""
+    wanted = reader.get("gradient_checkpointing", False)
+    if wanted not in (True, False):
+        reader.refuse("gradient_checkpointing", "use true: offloading is not measured here yet")
+        return
+    reader.set("gradient_checkpointing", wanted, "gradient_checkpointing")
+    given = reader.get("gradient_checkpointing_kwargs", {"use_reentrant": True})
+    options = dict(given) if isinstance(given, Mapping) else {}
+    reentrant = options.pop("use_reentrant", False)
+    if not wanted:
+        reader.ignore("no checkpointing", "gradient_checkpointing_kwargs")
+        return
+    reader.set("reentrant_checkpointing", bool(reentrant), "gradient_checkpointing_kwargs")
+    for name, value in options.items():
+        reader.refuse(f"gradient_checkpointing_kwargs.{name}", "leave it out", value)
+
+
+_ATTENTION = {
+    "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attention_2",
+    "eager_attention": "eager", "sdp_attention": "sdpa", "flash_attention": "flash_attention_2",
+}  # fmt: skip
+
+
+def _read_attention(reader: Reader) -> None:
+    flags = ("flash_attention", "sdp_attention", "eager_attention", "xformers_attention", "s2_attention")
+    for name in (*flags, "flex_attention", "sage_attention", "attn_implementation"):
+        value = reader.get(name)
+        if value in (None, False):
+            reader.ignore("off", name)
+            continue
+        kernel = _ATTENTION.get(value if name == "attn_implementation" else name)
+        if kernel is None:
+            reader.refuse(name, "use sdpa, eager or flash_attention_2")
+        else:
+            reader.set("attention", kernel, name)
+
+
+def _read_sharding(reader: Reader) -> None:
+    config = reader.get("fsdp_config", {})
+    options = {str(k).removeprefix("fsdp_"): v for k, v in config.items()} if isinstance(config, Mapping) else {}
+    names = ("fsdp", "fsdp_config", "fsdp_version")
+    if "fsdp" in reader.given or options:
+        if options.get("offload_params") or options.get("cpu_offload") or "offload" in str(reader.get("fsdp", "")):
+            reader.refuse("fsdp_config.offload_params", "leave it out: weights stay on the card", True)
+        by_gradient = options.get("reshard_after_forward") in (False, "SHARD_GRAD_OP", 2)
+        by_gradient |= options.get("sharding_strategy") in ("SHARD_GRAD_OP", 2)
+        by_gradient |= "shard_grad_op" in str(reader.get("fsdp", ""))
+        shard(reader, "shard_grad_op" if by_gradient else "full_shard", *names)
+    reader.ignore("no sharding", *(name for name in names if name not in reader.mapped))
+    _read_deepspeed(reader)
+
+
+def _read_deepspeed(reader: Reader) -> None:
+    given = reader.get("deepspeed")
+    if given is None:
+        return
+    text = str(given).lower()
+    stages = {"zero3": "full_shard", "zero2": "shard_grad_op", "zero1": "optimizer", "zero0": "none"}
+    if isinstance(given, Mapping):
+        zero = given.get("zero_optimization", {})
+        text = f"zero{zero.get('stage', 0)}" + "_offload" * bool(zero.get("offload_param"))
+    stage = next((wanted for name, wanted in stages.items() if name in text or name.replace("zero", "z") in text), None)
+    if stage is None or "offload" in text:
+        reader.refuse("deepspeed", "name a file of ZeRO 1, 2 or 3 without offloading, or leave it out")
+    else:
+        shard(reader, stage, "deepspeed")
+
+
+def _read_plugins(reader: Reader) -> None:
+    """Plug-ins that change the step are named by their keys too; those that do not are about saving and evaluating."""
+    plugins = reader.get("plugins", [])
+    for plugin in plugins if isinstance(plugins, list) else [plugins]:
+        if any(word in str(plugin).lower() for word in ("lm_eval", "llm_compressor", "swanlab")):
+            continue
+        reader.refuse("plugins", NOT_MEASURED, str(plugin).rpartition(".")[2])
+        return
+    reader.ignore("evaluation and saving", "plugins")
+
+
+DIALECT = Dialect(
+    "Axolotl",
+    TABLE,
+    {
+        "sequence_length": 512,
+        "excess_length": "drop",
+        "val_set_size": 0,
+        "optimizer": "adamw_torch_fused",
+        "lr_scheduler": "cosine",
+        "seed": 42,
+    },
+    _combine,
+)

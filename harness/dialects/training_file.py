@@ -63,7 +63,7 @@ def interpret(
     own = tuple(own_keys)
     dialect = recognise(document, own)
     if dialect is None:
-        return TrainingFile(OWN, {k: v for k, v in document.items()}, {}, {}, {})
+        return TrainingFile(OWN, dict(document), {}, {}, {})
     reader, strangers = read(dialect, document, own)
     if reader.other_tasks:
         raise ValueError(

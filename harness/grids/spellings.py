@@ -15,6 +15,7 @@ PRECISION_FLAGS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "load_i
 _EXCLUSIVE: tuple[frozenset[str], ...] = (
     frozenset({"train_samples", "max_steps", "num_epochs"}),
     frozenset({"lora_target_linear", "lora_target_modules"}),
+    frozenset({"warmup_steps", "warmup_ratio"}),
 )
 """Keys of which a configuration may give only one; a level that gives one replaces the base's other."""
 

@@ -37,6 +37,8 @@ _IDENTITY = {
     "log": pa.string(),
     "started_at": pa.timestamp("us", tz="UTC"),
 }
+_JSON = ("datasets", "test_datasets", "special_tokens", "lora_modules_to_save")
+"""Fields of a spec that are stored as JSON: mappings, and lists, which could not be compared."""
 _ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
 
 
@@ -53,14 +55,14 @@ def _arrow(annotation: Any) -> pa.DataType:
     if origin in (typing.Union, types.UnionType):
         return _arrow(next(a for a in args if a is not type(None)))
     if origin is tuple:
-        return (
-            pa.string() if isinstance(args[0], type) and issubclass(args[0], BaseModel) else pa.list_(_arrow(args[0]))
-        )
+        return pa.list_(_arrow(args[0]))
     raise TypeError(f"no Arrow type for {annotation}")
 
 
 def _columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
-    return {name: _arrow(field.annotation) for name, field in model.model_fields.items()}
+    return {
+        name: pa.string() if name in _JSON else _arrow(field.annotation) for name, field in model.model_fields.items()
+    }
 
 
 # In the order in which they are written: a row of the last table promises those of the others.
@@ -104,7 +106,7 @@ def absent_value(table: Table, column: str) -> Any:
 def trial_row(record: Record) -> dict[str, Any]:
     """A record as a row of the trials table."""
     spec = record.spec.model_dump(mode="json")
-    spec["datasets"] = record.spec.datasets_json
+    spec |= {name: json.dumps(spec[name], sort_keys=True) for name in _JSON if spec[name] is not None}
     return {
         **{name: getattr(record, name) for name in _IDENTITY if name in Record.model_fields},
         "trial_id": record.trial_id,
@@ -120,7 +122,8 @@ def trial_row(record: Record) -> dict[str, Any]:
     }
 
 
-_INTEGERS = frozenset(name for name, type_ in _columns(TrialSpec).items() if pa.types.is_integer(type_))
+_SPEC_COLUMNS = _columns(TrialSpec)
+_INTEGERS = frozenset(name for name, type_ in _SPEC_COLUMNS.items() if pa.types.is_integer(type_))
 
 
 def spec_of(row: Mapping[str, Any]) -> TrialSpec:
@@ -148,4 +151,5 @@ def parse_spec(values: Mapping[str, Any]) -> TrialSpec:
     Raises:
         ValueError: they are not those of a spec.
     """
-    return TrialSpec.model_validate({**values, "datasets": json.loads(values["datasets"])}, context="keys alone")
+    nested = {name: json.loads(values[name]) for name in _JSON if isinstance(values[name], str)}
+    return TrialSpec.model_validate({**values, **nested}, context="keys alone")

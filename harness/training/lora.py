@@ -40,6 +40,7 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
         target_modules=targets,
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
+        modules_to_save=_whole(network, spec),
     )
     matches = _matches(network, targets)
     if spec.lora_target_modules is not None:  # an architecture may lack one of peft's defaults
@@ -64,8 +65,38 @@ def _targets(network: Any, spec: TrialSpec) -> str | list[str]:
     """As peft takes them: a text is a regular expression of whole names, or `all-linear`."""
     if spec.lora_target_modules is not None:
         names = list(spec.lora_target_modules)
+        if names[0] == ALL_LINEAR:
+            head = network.get_output_embeddings()
+            linear = [n for n, m in network.named_modules() if isinstance(m, _linear()) and m is not head]
+            return [*linear, *names[1:]]
         return names[0] if is_pattern(names[0]) else names
     return ALL_LINEAR if spec.lora_target_linear else _defaults(network)
+
+
+def _whole(network: Any, spec: TrialSpec) -> list[str] | None:
+    """Names of the layers that are trained as a whole.
+
+    Raises:
+        InputError: the model has none of a name.
+    """
+    if spec.lora_modules_to_save is None:
+        return None
+    there = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if next(module.parameters(False), None) is not None
+    }
+    for name in spec.lora_modules_to_save:
+        if not any(f".{each}".endswith(f".{name}") for each, _ in network.named_modules() if each):
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                one_line(
+                    f"lora_modules_to_save: {type(network).__name__} has no module {name}; {hint}"
+                    f"its layers with weights are {', '.join(sorted(there))}"
+                )
+            )
+    return list(spec.lora_modules_to_save)
 
 
 def _defaults(network: Any) -> str | list[str]:

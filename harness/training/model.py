@@ -39,6 +39,11 @@ _COMPUTE: dict[str, torch.dtype] = {
 """Type of autocast; trained weights are fp32."""
 
 
+def _weights_dtype(spec: TrialSpec) -> torch.dtype:
+    """Type of the base weights; of a quantised model, that of what is not quantised, in which the rest is computed."""
+    return _WEIGHTS[spec.compute_dtype or spec.precision]
+
+
 def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = False) -> Any:
     """The model of a spec on `device`, in training mode, with adapters over a frozen base if the spec has them.
 
@@ -66,7 +71,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     stored = _stored_format(spec, _config(spec, trust_remote_code))
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(spec.base_model, spec.folder),
-        dtype=_WEIGHTS[spec.precision],
+        dtype=_weights_dtype(spec),
         device_map={"": str(device)},
         attn_implementation=_attention(spec),
         use_safetensors=True,
@@ -96,13 +101,13 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
-                dtype=_WEIGHTS[spec.precision],
+                dtype=_weights_dtype(spec),
                 attn_implementation=_attention(spec),
                 trust_remote_code=trust_remote_code,
             )
     except (ValueError, ImportError) as error:
         raise _refused(spec, error) from None
-    _keep_fp32(model, _WEIGHTS[spec.precision])
+    _keep_fp32(model, _weights_dtype(spec))
     if spec.precision in QUANTISED:
         # Internal functions of transformers (5.23), whose `from_pretrained` quantises only while it loads weights. A
         # public way to replace the layers of a model on `meta` would let them go.
@@ -200,8 +205,11 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
     """A base model set up for training: checkpointing, adapters, training mode."""
     model.config.use_cache = False
     if spec.gradient_checkpointing:
-        # The reentrant variant needs inputs with gradients, which frozen embeddings do not provide.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": spec.reentrant_checkpointing}
+        )
+    if spec.reentrant_checkpointing and spec.adapter == "lora":
+        model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     unreached = reach.unreached(model)
     if spec.adapter == "lora":
         model = lora.attach(model, spec, unreached)
@@ -223,7 +231,7 @@ def _quantisation(spec: TrialSpec) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type=spec.precision,
             bnb_4bit_use_double_quant=spec.double_quantization,
-            bnb_4bit_compute_dtype=_COMPUTE[spec.precision],
+            bnb_4bit_compute_dtype=_weights_dtype(spec),
         )
     }
 
@@ -238,7 +246,7 @@ def _set_up_4bit(model: Any, spec: TrialSpec) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = _COMPUTE[spec.precision]
+            module.compute_dtype = _weights_dtype(spec)
 
 
 def unquantised(spec: TrialSpec) -> TrialSpec:
@@ -260,6 +268,8 @@ def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
     """Type of autocast; null: none, for fp32 and for full fine-tuning in 16 bit."""
     if spec.adapter == "none" and spec.precision in ("bf16", "fp16"):
         return None
+    if spec.compute_dtype is not None:
+        return None if spec.compute_dtype == "fp32" else _WEIGHTS[spec.compute_dtype]
     return _COMPUTE.get(spec.precision)
 
 

@@ -46,18 +46,25 @@ def check_rates(spec: TrialSpec, examples: int) -> None:
     """
     samples = spec.samples(examples)
     steps = math.ceil(samples / spec.effective_batch_size)
-    if not spec.warmup_ratio or spec.lr_scheduler == "constant":
+    warm_up = warm_up_steps(spec, steps)
+    if not warm_up or spec.lr_scheduler == "constant":
         return
-    given = f"warmup_ratio {spec.warmup_ratio:g} of {steps} optimizer step{'s' * (steps > 1)}"
-    if spec.lr_scheduler == "polynomial" and math.ceil(spec.warmup_ratio * steps) == steps:
-        most = math.floor(100 * (steps - 1) / steps) / 100
-        raise InputError(f"{given} leaves none to lr_scheduler polynomial; use warmup_ratio: {most:g} at most")
+    key = "warmup_ratio" if spec.warmup_steps is None else "warmup_steps"
+    given = f"{key} {getattr(spec, key):g} of {steps} optimizer step{'s' * (steps > 1)}"
+    if spec.lr_scheduler == "polynomial" and warm_up >= steps:
+        most = steps - 1 if key == "warmup_steps" else math.floor(100 * (steps - 1) / steps) / 100
+        raise InputError(f"{given} leaves none to lr_scheduler polynomial; use {key}: {most:g} at most")
     if steps == 1:
         more = "max_steps: 2" if spec.max_steps is not None else f"train_samples: {spec.effective_batch_size + 1}"
         raise InputError(
             f"{given} ({samples} examples in effective batches of {spec.effective_batch_size}): its learning rate is "
-            f"0; use warmup_ratio: 0, or {more} or more"
+            f"0; use {key}: 0, or {more} or more"
         )
+
+
+def warm_up_steps(spec: TrialSpec, steps: int) -> int:
+    """Over how many of its optimizer steps the learning rate of a spec rises."""
+    return math.ceil(spec.warmup_ratio * steps) if spec.warmup_steps is None else spec.warmup_steps
 
 
 def training_order(examples: Sequence[Example], samples: int, size: int, seed: int) -> list[Example]:

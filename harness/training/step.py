@@ -14,7 +14,7 @@ import torch
 
 from harness.record import Phase
 from harness.spec import TrialSpec
-from harness.training import distributed, loss
+from harness.training import distributed, loss, order
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
@@ -192,6 +192,9 @@ def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
         optim=spec.optimizer,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
+        adam_beta1=spec.adam_beta1,
+        adam_beta2=spec.adam_beta2,
+        adam_epsilon=spec.adam_epsilon,
         report_to=[],
         use_cpu=True,  # keeps it from initialising CUDA; nothing is moved
     )
@@ -212,6 +215,6 @@ def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) ->
     return get_scheduler(
         spec.lr_scheduler,
         optimizer,
-        num_warmup_steps=math.ceil(spec.warmup_ratio * steps),
+        num_warmup_steps=order.warm_up_steps(spec, steps),
         num_training_steps=steps,
     )
