@@ -75,7 +75,7 @@ def set_optimizer(reader: Reader, name: str) -> None:
         name: of the key, which may be absent from the file.
     """
     given = _name(reader.get(name))
-    if given in OPTIMIZERS:
+    if given is not None and given in OPTIMIZERS:
         here, note = OPTIMIZERS[given]
         reader.set("optimizer", here, name, note=note)
     elif given is not None:
