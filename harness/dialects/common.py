@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from harness.dialects.rules import Reader
+from harness.dialects.rules import Reader, Rule
 from harness.spec import Optimizer, Scheduler
 
 NOT_MEASURED = "leave it out: not measured here yet"
@@ -28,18 +28,17 @@ OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_ar
 }
 """Names of optimizers in other tools' files: the name here, and what is other than there, in a few words."""
 
-UNLIKE_OPTIMIZERS: Mapping[str, str] = {
-    name: "use adamw_torch, or adamw_bnb_8bit where its state is too large"
-    for name in (
-        "adamw_anyprecision adamw_torch_4bit ao_adamw_4bit ao_adamw_fp8 "
-        "galore_adamw galore_adamw_8bit galore_adafactor "
-        "galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise "
-        "lomo adalomo grokadamw stable_adamw apollo_adamw apollo_adamw_layerwise adam_mini "
-        "schedule_free_radam schedule_free_adamw schedule_free_sgd "
-        "muon dion optimi_adamw came_pytorch lion_pytorch q_galore_adamw8bit flash_adamw flash_adam flash_sgd flash_lion"
-    ).split()
-}
-"""Names of optimizers that harness has no counterpart of, with what would do."""
+UNLIKE_OPTIMIZERS: frozenset[str] = frozenset(
+    {
+        *("adamw_anyprecision", "adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "adam_mini", "stable_adamw"),
+        *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit", "grokadamw", "optimi_adamw"),
+        *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo"),
+        *("apollo_adamw", "apollo_adamw_layerwise", "muon", "dion", "came_pytorch", "lion_pytorch"),
+        *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+        *("flash_adamw", "flash_adam", "flash_sgd", "flash_lion"),
+    }
+)
+"""Names of optimizers that harness has no counterpart of."""
 
 SCHEDULERS: frozenset[str] = frozenset(get_args(Scheduler))
 UNLIKE_SCHEDULERS: Mapping[str, str] = {
@@ -52,6 +51,22 @@ UNLIKE_SCHEDULERS: Mapping[str, str] = {
 """Names of schedules that harness has no counterpart of, with what would do."""
 
 
+def each(rule: Rule, names: str) -> dict[str, Rule]:
+    """The same rule for several keys.
+
+    Args:
+        rule: of each.
+        names: of the keys, with spaces between them.
+    """
+    return dict.fromkeys(names.split(), rule)
+
+
+def derive(reader: Reader, key: str, value: Any, *names: str, note: str = "") -> None:
+    """As `reader.set`, for a spec key that the file may have under its own name, which then holds."""
+    if key not in reader.given:
+        reader.set(key, value, *names, note=note)
+
+
 def set_optimizer(reader: Reader, name: str) -> None:
     """Take over the optimizer that a key of the file names; one without a counterpart is refused.
 
@@ -60,11 +75,13 @@ def set_optimizer(reader: Reader, name: str) -> None:
         name: of the key, which may be absent from the file.
     """
     given = _name(reader.get(name))
-    if given in OPTIMIZERS:
+    if given is not None and given in OPTIMIZERS:
         here, note = OPTIMIZERS[given]
         reader.set("optimizer", here, name, note=note)
     elif given is not None:
-        reader.refuse(name, UNLIKE_OPTIMIZERS.get(given, f"no optimizer here; use {', '.join(get_args(Optimizer))}"))
+        known = given in UNLIKE_OPTIMIZERS
+        names = "adamw_torch, or adamw_bnb_8bit where its state is too large"
+        reader.refuse(name, f"use {names}" if known else f"no optimizer here; use {', '.join(get_args(Optimizer))}")
 
 
 def set_scheduler(reader: Reader, name: str) -> None:
