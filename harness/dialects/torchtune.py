@@ -392,10 +392,10 @@ def _memory(reader: Reader) -> None:
     keys = ("enable_activation_checkpointing", "ac_mode")
     if wanted and mode is not None:
         reader.set("gradient_checkpointing", False, *keys, note="with both keys torchtune checkpoints nothing")
-    elif mode not in (None, "full"):
-        reader.refuse("ac_mode", "every layer is checkpointed or none; use enable_activation_checkpointing")
     else:
         reader.set("gradient_checkpointing", wanted or mode == "full", *keys)
+    if mode not in (None, "full"):
+        reader.refuse("ac_mode", "every layer is checkpointed or none; use enable_activation_checkpointing")
     compiled = reader.get("compile", False)
     if any(compiled.values()) if isinstance(compiled, Mapping) else compiled:
         reader.refuse("compile", "models are not compiled here; use compile: false")
