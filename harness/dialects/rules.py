@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness._util.messages import as_written
+from harness._util.messages import as_written, one_line
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
+
+_LONGEST = 120
+"""Characters of a value in a message."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Dialect:
     """Spec keys at the tool's own defaults, where these differ from a spec's."""
     combine: Callable[[Reader], None]
     """Reads the keys that the table marks `Together`."""
+    prepare: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]] = lambda document: (
+        document,
+        {},
+    )
+    """The file before its keys are looked up, and keys that are left out with what they are about: for references."""
 
 
 @dataclass
@@ -104,14 +112,13 @@ class Reader:
             note: what is other than in the file, in a few words.
         """
         self.values[key] = value
-        text = f"{key}: {as_written(value)}" + (f" ({note})" if note else "")
-        for name in names:
-            if name in self.given:
-                self.mapped[name] = text
+        self.note(f"{key}: {as_written(value)}" + (f" ({note})" if note else ""), *names)
 
     def note(self, text: str, *names: str) -> None:
-        """Say of keys what they became, where that is no single spec key."""
-        self.mapped |= {name: text for name in names if name in self.given}
+        """Say of keys what they became, where that is no single spec key; several texts are joined."""
+        for name in names:
+            if name in self.given:
+                self.mapped[name] = f"{self.mapped[name]}; {text}" if name in self.mapped else text
 
     def ignore(self, why: str, *names: str) -> None:
         """Count keys as without effect."""
@@ -125,12 +132,19 @@ class Reader:
             instead: what would do.
             value: of the key, if `name` is not one of the file.
         """
-        shown = as_written(self.given.get(name) if value is ... else value)
+        shown = _brief(self.given.get(name) if value is ... else value)
         self.unsupported[name] = f"{name}: {shown} ({instead})"
 
     def other_task(self, name: str, task: str) -> None:
         """Count a key as one of another task."""
-        self.other_tasks[name] = f"{name}: {as_written(self.given.get(name))}: {task}"
+        self.other_tasks[name] = f"{name}: {_brief(self.given.get(name))}: {task}"
+
+
+def _brief(value: Any) -> str:
+    """A value as it is written, of a component its name alone, cut where it is long."""
+    named = value.get("_component_", value) if isinstance(value, Mapping) else value
+    text = one_line(as_written(named))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str]) -> tuple[Reader, list[str]]:
@@ -145,12 +159,13 @@ def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str])
         what became of the keys, and the names of those that are in no table.
     """
     known, own = dialect.table, {*own_keys}
+    document, left_out = dialect.prepare(document)
     given = {
         key: value
         for key, value in document.items()
         if value not in EMPTY and not (value is False and key not in known and key not in own)
     }
-    reader = Reader(given, dict(dialect.defaults))
+    reader = Reader(given, dict(dialect.defaults), no_effect=dict(left_out))
     unknown = []
     for name, value in given.items():
         rule = known.get(name)
