@@ -83,6 +83,11 @@ def named_type(name: str) -> dict[str, Any]:
     return dict(_TYPES[name])
 
 
+def name_of_type(keys: Mapping[str, Any]) -> str | None:
+    """The name of `type` that stands for some prompt keys; null: there is none."""
+    return next((name for name, stands_for in _TYPES.items() if stands_for == keys), None)
+
+
 class PromptSpec(Frozen):
     """How a row becomes an example: a prompt and a completion, the turns of a chat, or a text."""
 

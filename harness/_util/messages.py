@@ -32,10 +32,10 @@ def as_written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def one_line(text: str) -> str:
-    """A text as one printable line, cut in the middle where it is longer than 600 characters."""
+def one_line(text: str, most: int = 600) -> str:
+    """A text as one printable line, cut in the middle where it is longer than `most` characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 600 else f"{line[:300]} … {line[-250:]}"
+    return line if len(line) <= most else f"{line[: most // 2]} … {line[50 - most // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from harness._util.messages import explain, one_line
 from harness._util.terminal import printable
 from harness.analysis import stats
 from harness.analysis.measurements import SPEC_KEYS, Measurements
+from harness.dialects.training_file import TrainingFile
 from harness.environment import Environment, cards, current
 from harness.errors import InputError
 from harness.grids.claims import CONDITIONS, Claim
@@ -87,6 +88,7 @@ def load(
         environment=described,
         environment_id=chosen,
         left_out=tuple(left_out),
+        training_file=TrainingFile.recorded(about.get("training_file")),
         _codes=codes,
         alpha=stats.ALPHA / looks_of(about),
     )

@@ -19,6 +19,7 @@ from harness.analysis.estimate import Basis, Estimate
 from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.pilot import PILOT
 from harness.analysis.undecided import with_power
+from harness.dialects.training_file import TrainingFile
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
 from harness.results.schema import spec_of
@@ -63,6 +64,8 @@ class Measurements:
     environment_id: str
     left_out: tuple[str, ...]
     """Excluded rows, in words."""
+    training_file: TrainingFile | None
+    """What the training file that the base comes from means; null: the base is harness's own."""
     _codes: pandas.DataFrame
     """By configuration, each condition as a small integer."""
     alpha: float = stats.ALPHA

@@ -14,7 +14,7 @@ import typer
 
 from harness import __version__
 from harness._util.terminal import plain, print_anything
-from harness.cli import adapters, doctor, plan, reports, results, run, tune
+from harness.cli import adapters, doctor, plan, reports, results, run, training_files, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
 from harness.sources import home
@@ -42,6 +42,10 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
             "harness plan my.yml --memory 24GiB --output plans/my",
             "harness plan my.yml --gpu l4 --largest micro_batch_size",
             "harness plan --calibrate results",
+        ),
+        training_files.import_file: (
+            "harness import my_axolotl.yml -o grids/mine.yml",
+            "harness import train_lora.yaml",
         ),
         tune.tune: (
             "harness tune grids/tune.yml --from results/techniques",
@@ -95,7 +99,8 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
 for _group, _commands in _COMMANDS.items():
     for _command, _examples in _commands.items():
         _epilog = "\n\n".join(("[dim]Examples:[/]", *_examples)) if _examples else None
-        app.command(rich_help_panel=_group, epilog=_epilog)(_command)
+        _name = {training_files.import_file: "import"}.get(_command)  # a word of Python's
+        app.command(_name, rich_help_panel=_group, epilog=_epilog)(_command)
 
 
 def main() -> None:

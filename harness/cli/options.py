@@ -28,6 +28,14 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", rich_help_panel=OUTPUT, help="Let models from the hub run their own code here."
     ),
 ]
+WithoutUnsupported = Annotated[
+    bool,
+    typer.Option(
+        "--without-unsupported",
+        rich_help_panel=TRIALS,
+        help="Leave out what a training file of another tool asks for and harness has not; the report names it.",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(metavar="MODEL", rich_help_panel=TRIALS, help="Base model of every trial, instead of the file's."),

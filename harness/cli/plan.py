@@ -11,6 +11,7 @@ from harness._util.terminal import plain
 from harness.cli import options
 from harness.cli.console import out
 from harness.cli.predictions import device_rates, predict_all
+from harness.cli.training_files import print_training_file
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
@@ -83,6 +84,7 @@ def plan(
     ] = None,
     results: options.Results = Path("results"),
     max_trials: options.MaxTrials = None,
+    without_unsupported: options.WithoutUnsupported = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Predict the peak memory and time of every trial, without a GPU and without weights, and say what fits."""
@@ -108,7 +110,14 @@ def plan(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
     overrides = {} if device is None else {"device": device}
-    loaded = load(grid, repeats=1, overrides=overrides, max_trials=max_trials or MAX_TRIALS)
+    loaded = load(
+        grid,
+        repeats=1,
+        overrides=overrides,
+        max_trials=max_trials or MAX_TRIALS,
+        without_unsupported=without_unsupported,
+    )
+    print_training_file(loaded.training_file, grid)
     preflight.preflight(loaded, to_plan=True)
     trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)
     targets = {environment.resolve_device("cuda" if gpu else trial.spec.device) for trial in trials}

@@ -16,6 +16,7 @@ from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import predict_trials
+from harness.cli.training_files import print_training_file
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
@@ -77,6 +78,7 @@ def run(
         typer.Option(min=1, metavar="N", rich_help_panel=options.TRIALS, help="Run at most N trials now."),
     ] = None,
     max_trials: options.MaxTrials = None,
+    without_unsupported: options.WithoutUnsupported = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -137,7 +139,13 @@ def run(
 
     def grid_of(times: int | None, stories: int | None = None) -> Grid:
         held_out = {} if stories is None else {"val_set_size": float(stories)}
-        loaded = load(grid, repeats=times, overrides=overrides | held_out, max_trials=most_trials)
+        loaded = load(
+            grid,
+            repeats=times,
+            overrides=overrides | held_out,
+            max_trials=most_trials,
+            without_unsupported=without_unsupported,
+        )
         return loaded.only(labels_like(loaded, only)) if only else loaded
 
     where = LauncherOptions(engine, workers, address, cpus, accelerator)
@@ -146,6 +154,7 @@ def run(
         _refuse_with_size(repeats, until_decided, where)
         budget = beforehand.seconds_of(size)
     loaded = grid_of(repeats)
+    print_training_file(loaded.training_file, grid)
     if until_decided is not None and until_decided < loaded.repeats:
         raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
     if skip_infeasible and not predict:

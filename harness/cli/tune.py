@@ -15,6 +15,7 @@ from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import device_rates
+from harness.cli.training_files import print_training_file
 from harness.errors import InputError, TrialsFailed
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
@@ -79,6 +80,7 @@ def tune(
             metavar="FILE", rich_help_panel=options.OUTPUT, help="Write the recommended configuration as a grid file."
         ),
     ] = None,
+    without_unsupported: options.WithoutUnsupported = False,
     results: options.Results = Path("results"),
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -93,7 +95,8 @@ def tune(
     where = LauncherOptions(engine, workers, address, cpus, accelerator)
     where.check()
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
-    search = search_file.load(grid, overrides)
+    search = search_file.load(grid, overrides, without_unsupported=without_unsupported)
+    print_training_file(search.training_file, grid)
     search = search_file.with_limits(search, trials=trials, timeout=timeout, sampler=sampler, seed=seed)
     bases = [search.base.model_copy(update={"num_processes": n}) for n in sorted(search.processes)]
     base = Grid(search.name, search.title, "list", tuple(Trial(spec, "tune", None, None) for spec in bases))

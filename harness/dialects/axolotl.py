@@ -99,8 +99,6 @@ def _read_adapter(reader: Reader) -> None:
         reader.refuse("adapter", "use lora or qlora, or leave it out for full fine-tuning")
         return
     reader.set("adapter", "lora", "adapter")
-    if kind == "qlora":
-        reader.note("adapter: lora over nf4 weights", "adapter")
     # An empty rank or alpha leaves peft's own.
     reader.set("lora_r", reader.get("lora_r", 8), "lora_r")
     reader.set("lora_alpha", reader.get("lora_alpha", 8), "lora_alpha")

@@ -241,4 +241,3 @@ def _special_tokens(reader: Reader) -> None:
         reader.refuse(f"special_tokens.{name}", "give a checkpoint whose vocabulary has it", kept.pop(name))
     if kept:
         reader.set("special_tokens", kept, "special_tokens")
-        reader.note(", ".join(f"{key} {value}" for key, value in kept.items()), "special_tokens")

@@ -91,6 +91,8 @@ class Reader:
     """Spec keys."""
     mapped: dict[str, str] = field(default_factory=dict)
     """For each key of the file that became something: what, in words or as `sequence_length: 1024`."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """The same for those that became something else than their own."""
     no_effect: dict[str, str] = field(default_factory=dict)
     """For each key without effect on what is measured: what it is about."""
     unsupported: dict[str, str] = field(default_factory=dict)
@@ -112,10 +114,17 @@ class Reader:
             note: what is other than in the file, in a few words.
         """
         self.values[key] = value
-        self.note(f"{key}: {as_written(value)}" + (f" ({note})" if note else ""), *names)
+        if note:
+            self.note(f"{key}: {as_written(value)} ({note})", *names)
+        else:
+            self._map(f"{key}: {as_written(value)}", *names)
 
     def note(self, text: str, *names: str) -> None:
-        """Say of keys what they became, where that is no single spec key; several texts are joined."""
+        """Say of keys what they became, where that is not just a spec key; several texts are joined."""
+        self._map(text, *names)
+        self.notes |= {name: self.mapped[name] for name in names if name in self.given}
+
+    def _map(self, text: str, *names: str) -> None:
         for name in names:
             if name in self.given:
                 self.mapped[name] = f"{self.mapped[name]}; {text}" if name in self.mapped else text

@@ -12,6 +12,8 @@ from typing import Any
 
 from harness._util.messages import kind_of, one_line, unknown
 from harness._util.redact import redact_home
+from harness.dialects.training_file import TrainingFile, interpret
+from harness.errors import InputError
 from harness.grids.levels import SPEC_KEYS, normalised
 from harness.grids.yaml_file import read_yaml
 from harness.sources import models, stories
@@ -32,6 +34,9 @@ class Timing:
     seconds: float = 4.0
     """Least undisturbed seconds of each visit."""
 
+
+_MOST_OF_REASONS = 20_000
+"""Characters of a message that names all that is not supported in a training file."""
 
 DEFAULT_TIMING = Timing()
 NO_TIMING = Timing(visits=0)
@@ -61,7 +66,7 @@ def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
     for key in document:
         if key not in GRID_KEYS:
             raise ValueError(unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
-    name = document.get("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "grid")
+    name = document.get("name", grid_name(path))
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ValueError(f"name is {kind_of(name)}, not a folder name; use letters, digits, '.', '_' and '-'")
     title = document.get("title", name)
@@ -70,22 +75,58 @@ def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
     return name, one_line(title)
 
 
+def grid_name(path: Path) -> str:
+    """The name of a grid that its file does not name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "grid"
+
+
 def _belongs_in_base(key: Any) -> str:
     return f" (did you mean to put {key} under base:?)" if key in SPEC_KEYS else ""
 
 
-def base_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The spec keys of `base`, or of the training file that it names.
+def base_of(
+    document: Mapping[str, Any], path: Path, *, without_unsupported: bool = False
+) -> tuple[dict[str, Any], TrainingFile]:
+    """The spec keys of `base`, or of the training file that it names, and what that file means.
+
+    Args:
+        document: of the grid file.
+        path: of the grid file.
+        without_unsupported: leave out keys of other tools that are not supported.
 
     Raises:
         ValueError: there is no base, or a key is unknown.
+        InputError: the training file asks for what is not supported.
     """
     base = document.get("base")
+    file = None
     if isinstance(base, str) and base.isprintable():
-        base = read_yaml(path.parent / os.path.expanduser(base))  # Path.expanduser raises for ~nobody
+        file = path.parent / os.path.expanduser(base)  # Path.expanduser raises for ~nobody
+        base = read_yaml(file)
     if not isinstance(base, dict):
         raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
-    return normalised(base, "base")
+    meant = means(base, file or path, inline=file is None, without_unsupported=without_unsupported)
+    return normalised(meant.values, "base"), meant
+
+
+def means(
+    document: Mapping[str, Any], path: Path, *, inline: bool = False, without_unsupported: bool = False
+) -> TrainingFile:
+    """What a training file means.
+
+    Args:
+        document: its keys and values.
+        path: of the file that it stands in.
+        inline: it is the `base` of a grid file.
+        without_unsupported: leave out what is not supported.
+
+    Raises:
+        InputError: in one line with all its reasons, why it cannot be taken over.
+    """
+    try:
+        return interpret(document, SPEC_KEYS, inline=inline, without_unsupported=without_unsupported)
+    except ValueError as error:
+        raise InputError(one_line(f"{path.name}: {error}", _MOST_OF_REASONS)) from None
 
 
 def located(spec: TrialSpec, path: Path, variants: Iterable[TrialSpec] = ()) -> TrialSpec:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from harness._util.messages import as_written, explain, kind_of, one_line, unknown
+from harness.dialects.training_file import OWN, TrainingFile, is_training_file
 from harness.environment import DeviceType, resolve_device
 from harness.errors import InputError
 from harness.grids.claims import Claim, unique
@@ -79,6 +80,8 @@ class Grid:
     """How much is timed."""
     looks: int = 1
     """How often its rows are looked at, at most, to see whether more are needed."""
+    training_file: TrainingFile | None = None
+    """What the training file that its base comes from means; null: the base is harness's own."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -89,6 +92,8 @@ class Grid:
         }
         if self.looks > 1:
             about["looks"] = self.looks
+        if self.training_file is not None:
+            about["training_file"] = self.training_file.about
         known = [trial for trial in self.trials if trial.contents != NO_CONTENTS]
         if known:
             about["contents"] = {
@@ -118,7 +123,12 @@ class Grid:
 
 
 def load(
-    path: Path, *, repeats: int | None = None, overrides: Mapping[str, Any] | None = None, max_trials: int = MAX_TRIALS
+    path: Path,
+    *,
+    repeats: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    max_trials: int = MAX_TRIALS,
+    without_unsupported: bool = False,
 ) -> Grid:
     """Read a grid file, or a training configuration as a grid of one trial.
 
@@ -127,15 +137,20 @@ def load(
         repeats: replaces the file's own.
         overrides: spec keys that replace those of every trial (`memory_budget`).
         max_trials: largest number of trials that is accepted.
+        without_unsupported: leave out keys of another tool's training file that are not supported.
 
     Raises:
         InputError: the file is not a valid grid.
     """
     document = read_yaml(path)
     try:
-        if "base_model" in document and not document.keys() & set(GRID_KEYS):
-            document = {"base": document, "design": "list"}
-        return _build(document, path, repeats, dict(overrides or {}), max_trials)
+        if is_training_file(document) and not document.keys() & set(GRID_KEYS):
+            document = {"base": str(path.absolute()), "design": "list"}
+        base, meant = base_of(document, path, without_unsupported=without_unsupported)
+        grid = _build(document, base, path, repeats, dict(overrides or {}), max_trials)
+        return grid if meant.tool == OWN else replace(grid, training_file=meant, title=grid.title + meant.suffix)
+    except InputError:  # of a training file, with all its reasons
+        raise
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 
@@ -157,7 +172,12 @@ def labels_like(grid: Grid, patterns: Sequence[str]) -> set[str]:
 
 
 def _build(
-    document: dict[str, Any], path: Path, repeats: int | None, overrides: dict[str, Any], max_trials: int
+    document: dict[str, Any],
+    base: dict[str, Any],
+    path: Path,
+    repeats: int | None,
+    overrides: dict[str, Any],
+    max_trials: int,
 ) -> Grid:
     name, title = header(document, path)
     if "tune" in document and not document.keys() & {"vary", "trials"}:
@@ -168,7 +188,6 @@ def _build(
     times = _count(document, "repeats", repeats)
     of_baseline = max(times, _count(document, "baseline_repeats"))
 
-    base = base_of(document, path)
     base_spec = make_spec(merge(base, overrides), "base")
     factors = _factors(document, design)
     _refuse_too_many(design, factors, times, max_trials)

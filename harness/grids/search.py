@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from harness._util.messages import as_written, one_line
+from harness.dialects.training_file import TrainingFile
 from harness.grids.document import NO_TIMING, Timing
 from harness.grids.levels import ACCUMULATION, hold_effective_batch, make_spec
 from harness.grids.spellings import merge
@@ -151,6 +152,8 @@ class Search:
     """`base` and `tune` as plain JSON values, from which `search_file.parse` makes an equal search."""
     timing: Timing = NO_TIMING
     """How much is timed: each trial of the search in one visit, those that confirm it in all of them."""
+    training_file: TrainingFile | None = None
+    """What the training file that its base comes from means; null: the base is harness's own."""
 
     # -------------------------------------------------------------------------------- walking
 

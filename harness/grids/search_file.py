@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from harness._util.messages import as_written, kind_of, one_line, unknown
 from harness._util.units import parse_bytes
+from harness.dialects.training_file import OWN
 from harness.errors import InputError
 from harness.grids.document import base_of, header, located, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
@@ -31,12 +32,13 @@ _MOST_TRIALS = 100_000
 _CONSTRAINT = re.compile(r"\s*(?P<metric>\w+)\s*(?P<sign><=|>=)\s*(?P<bound>.+?)\s*")
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
+def load(path: Path, overrides: Mapping[str, Any] | None = None, *, without_unsupported: bool = False) -> Search:
     """Read the `tune:` section of a grid file.
 
     Args:
         path: the YAML file.
         overrides: spec keys that apply to every trial (`memory_budget`, `device`).
+        without_unsupported: leave out keys of another tool's training file that are not supported.
 
     Raises:
         InputError: it is not a valid search.
@@ -47,11 +49,12 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
         if not isinstance(document.get("tune"), dict):
             given = kind_of(document["tune"]) if "tune" in document else "missing"
             raise ValueError(f"tune is {given}; it must be a mapping with at least space, as in grids/tune.yml")
-        values, changed = base_of(document, path), dict(overrides or {})
+        values, meant = base_of(document, path, without_unsupported=without_unsupported)
+        changed = dict(overrides or {})
         bounded = any(c.metric == "peak_memory_bytes" for c in _constraints(document["tune"].get("constraints", [])))
         if bounded and values.get("memory_budget") is not None and "memory_budget" not in changed:
             raise ValueError("base has a memory_budget and tune a bound on peak_memory_bytes; keep one of them")
-        search = parse(name, title, values | changed, document["tune"])
+        search = parse(name, title + meant.suffix, values | changed, document["tune"])
         timing = timing_of(document)
         asked = [each.metric for each in search.objectives] + [each.metric for each in search.constraints]
         timed = [metric for metric in asked if metric in TIMED_FIGURES]
@@ -59,7 +62,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Search:
             raise ValueError(f"visits is 0, and tune needs {timed[0]}, which visits time; leave visits out")
         base_spec = located(search.base, path, search.reading)
         about = {**search.given, "base": base_spec.model_dump(mode="json")}
-        return replace(search, base=base_spec, given=about, timing=timing)
+        file = None if meant.tool == OWN else meant
+        return replace(search, base=base_spec, given=about, timing=timing, training_file=file)
+    except InputError:  # of a training file, with all its reasons
+        raise
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}")) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT_MODEL
+from harness.dialects.training_file import TrainingFile
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS, MOSTLY_IN_FORMAT
 from harness.report import inference_tables, plots, tables, tuning
@@ -89,7 +90,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
     first, *rest = tables.all_tables(comparison)
     steps = _steps(measurements, folder)
     charts = plots.all_charts(comparison, steps)
-    return Document(
+    whole = Document(
         name=measurements.name,
         title=measurements.title,
         where=measurements.where,
@@ -112,6 +113,29 @@ def document(measurements: Measurements, folder: Path) -> Document:
         thresholds=tuple(words.thresholds()),
         snippets=tuple(_snippets(comparison, folder)),
     )
+    return _with_what_is_left_out(whole)
+
+
+def _with_what_is_left_out(document: Document) -> Document:
+    """Each table and chart names what of the training file was left out: it may be shown alone."""
+    file = document.comparison.measurements.training_file
+    if file is None or not file.without:
+        return document
+    shown = tuple(replace(table, title=table.title + file.suffix) for table in document.tables)
+    charts = tuple(replace(chart, title=chart.title + file.suffix) for chart in document.charts)
+    return replace(document, tables=shown, charts=charts)
+
+
+def _of_training_file(file: TrainingFile | None) -> list[str]:
+    if file is None:
+        return []
+    lines = [f"The base is a training file of {file.tool}, read with its defaults."]
+    if file.without:
+        lines.append(f"Left out of it, so another training than the file's: {'; '.join(file.without.values())}.")
+    if file.notes:
+        listed = "; ".join(f"{key}: {text}" for key, text in file.notes.items())
+        lines.append(f"Other than there: {listed}.")
+    return lines
 
 
 def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
@@ -234,7 +258,7 @@ _THROTTLED = 0.05
 
 def _caveats(comparison: Comparison) -> list[str]:
     m = comparison.measurements
-    lines = [f"Left out: {what}." for what in m.left_out]
+    lines = _of_training_file(m.training_file) + [f"Left out: {what}." for what in m.left_out]
     if m.baseline is None:
         lines.append("The grid has no baseline: figures are shown, and nothing is compared.")
     elif m.baseline not in comparison.means.index:

@@ -54,9 +54,9 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
     keep("report.md", markdown(document))
     keep("comparisons.csv", comparisons_csv(document))
     claims = ([Cell(text) for text in row] for row in _claim_rows(document))
-    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims))
+    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims, document))
     for table in document.tables:
-        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows))
+        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows, document))
         keep(f"tables/{table.id}.tex", latex(table))
     for chart in document.charts:
         svg, png = images(chart)
@@ -182,12 +182,21 @@ def _claim_rows(document: Document) -> list[list[str]]:
     ]
 
 
-def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]], document: Document) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_no_formula, headings))
-    writer.writerows([_no_formula(c.text) if c.value is None else c.text for c in row] for row in rows)
+    last = _without(document)
+    writer.writerow([*map(_no_formula, headings), *last])
+    writer.writerows(
+        [*(_no_formula(c.text) if c.value is None else c.text for c in row), *last.values()] for row in rows
+    )
     return out.getvalue()
+
+
+def _without(document: Document) -> dict[str, str]:
+    """A last column for what of the training file was left out; none where nothing was."""
+    file = document.comparison.measurements.training_file
+    return {"without": _no_formula(", ".join(file.without))} if file is not None and file.without else {}
 
 
 def _no_formula(text: str) -> str:
@@ -203,7 +212,8 @@ def comparisons_csv(document: Document) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     effect = ("effect", "low", "high", "n", "seeds", "basis", "p_family", "verdict", "detectable", "needed", "unit")
-    writer.writerow(("technique", "metric", "figure", *effect))
+    last = _without(document)
+    writer.writerow(("technique", "metric", "figure", *effect, *last))
     labels = m.configs["label"].astype(str).to_dict()
     for metric, estimates in comparison.estimates.items():
         for config, figure in comparison.means[metric].dropna().items():
@@ -213,7 +223,7 @@ def comparisons_csv(document: Document) -> str:
                 if e
                 else (None,) * len(effect)
             )
-            writer.writerow((_no_formula(labels[config]), metric, figure, *values))
+            writer.writerow((_no_formula(labels[config]), metric, figure, *values, *last.values()))
     return out.getvalue()
 
 

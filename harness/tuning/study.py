@@ -141,7 +141,11 @@ class _StudyProcess:
         self.best: float | None = None
         self.snapshot = Snapshot()
         self.read = tuple(Trial(spec, "", None, None, contents=self.snapshot.of(spec)) for spec in search.reading)
-        store.describe(Grid(search.name, search.title, "list", self.read, tune=search.given).about)
+        store.describe(
+            Grid(
+                search.name, search.title, "list", self.read, tune=search.given, training_file=search.training_file
+            ).about
+        )
         self.sampler = sampler(search)
         # One process at a time recovers abandoned trials and queues the first ones.
         with FileLock(store.folder / ".study.lock"):
@@ -375,7 +379,15 @@ class _StudyProcess:
         # Repeat 0 was recorded by the search, except for the baseline's second run.
         trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
         ordered = tuple(interleave(trials, search.name))
-        grid = Grid(search.name, search.title, "list", ordered, tune=search.given, timing=search.timing)
+        grid = Grid(
+            search.name,
+            search.title,
+            "list",
+            ordered,
+            tune=search.given,
+            timing=search.timing,
+            training_file=search.training_file,
+        )
         summary = run_grid(
             grid,
             self.store,
