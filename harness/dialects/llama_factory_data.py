@@ -210,14 +210,11 @@ def _chat(columns: Mapping[str, str], tags: Mapping[str, str], *, openai: bool) 
         "field_tools": columns.get("tools"),
     }
     if tags.keys() - {"role_tag", "content_tag"}:
-        answers = [
-            tags.get("assistant_tag", "assistant" if openai else "gpt"),
-            tags.get("function_tag", "function_call"),
-        ]
+        answer = tags.get("assistant_tag", "assistant" if openai else "gpt")
         keys["roles"] = {
             "system": [tags.get("system_tag", "system")],
             "user": [tags.get("user_tag", "user" if openai else "human")],
-            "assistant": [answer, call or "function_call"],
+            "assistant": [answer, tags.get("function_tag", "function_call")],
             "tool": [tags.get("observation_tag", "observation")],
         }
     return {key: value for key, value in keys.items() if value is not None}

@@ -54,6 +54,10 @@ _TABLE: dict[str, Rule] = {
     ),
     # Launching
     "accelerate_config": Together(),
+    **each(
+        Unsupported("use accelerate_config: zero2, zero3 or fsdp2"),
+        "config_file use_deepspeed use_fsdp deepspeed_config_file zero_stage",
+    ),
     "env": NoEffect("variables of the environment"),
     **each(
         NoEffect(_LAUNCHING),
@@ -273,6 +277,9 @@ def _read_datasets(reader: Reader) -> None:
             entry.update({"type": "completion", "field_text": column})
 
 
+_BUILDERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
+
+
 def _dataset(reader: Reader, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of a mixture, as in a grid file."""
     entry = {key: value for key, value in given.items() if value not in (None, "", [], {})}
@@ -285,6 +292,14 @@ def _dataset(reader: Reader, index: int, given: Mapping[str, Any]) -> dict[str, 
             reader.refuse(f"datasets[{index}].{key}", "name files by data_files", entry.pop(key))
     if entry.get("split") == "train":
         del entry["split"]
+    if entry.get("path") in _BUILDERS and "data_files" in entry:
+        # The name of a format stands where the path would; the files are then named from the current folder.
+        files = entry.pop("data_files")
+        files = [files] if isinstance(files, str) else files
+        entry |= {
+            "ds_type": entry["path"],
+            **({"path": files[0]} if len(files) == 1 else {"path": ".", "data_files": files}),
+        }
     return entry
 
 
