@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.dialects import hf_arguments, llama_factory, trl
+from harness.dialects import hf_arguments, llama_factory, training_file, trl
 from harness.dialects.llama_factory_data import datasets_from, datasets_of, info_path
 from harness.dialects.rules import Dialect, Reader, read
 from harness.grids.levels import SPEC_KEYS, make_spec, normalised
@@ -96,6 +97,29 @@ def test_most_files_are_taken_as_they_stand() -> None:
         taken = [name for name in names if name not in OTHER_TASKS and name not in REFUSED]
         assert len(names) >= 18
         assert len(taken) >= 2 / 3 * len(names)
+
+
+def test_all_reasons_stand_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_file, "recognise", lambda document, own: llama_factory.DIALECT)
+    document = read_yaml(FILES / "llama_factory" / "unsloth.yml") | {"finetunning_type": "lora"}
+    with pytest.raises(ValueError, match="did you mean finetuning_type") as caught:
+        training_file.interpret(document, SPEC_KEYS)
+    assert all(name in str(caught.value) for name in REFUSED["llama_factory/unsloth"])
+    del document["finetunning_type"]
+    left = training_file.interpret(document, SPEC_KEYS, without_unsupported=True)
+    assert left.without.keys() == REFUSED["llama_factory/unsloth"]
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5, True, "text", ["a"], [1], {"a": 1}, [{"path": "a"}]], ids=repr)
+@pytest.mark.parametrize("tool", DIALECTS)
+def test_no_value_of_a_key_is_more_than_refused(tool: str, value: Any) -> None:
+    dialect = DIALECTS[tool]
+    for key in dialect.table:
+        reader, _ = read(
+            dialect, {"model_name_or_path": "m", "dataset": "d", "dataset_name": "d", key: value}, SPEC_KEYS
+        )
+        with contextlib.suppress(ValueError):
+            spec_of(reader)
 
 
 def test_files_are_recognised() -> None:
@@ -247,9 +271,9 @@ def test_warmup() -> None:
 
 
 def test_a_value_of_the_wrong_type_is_reported_by_the_spec() -> None:
-    with pytest.raises(ValueError, match="warmup_steps must be a whole number"):
+    with pytest.raises(ValueError, match="warmup_steps is 'many'; it must be a whole number"):
         spec_of(lf(warmup_steps="many"))
-    with pytest.raises(ValueError, match="num_epochs must be a number"):
+    with pytest.raises(ValueError, match="num_epochs is 'many'; it must be a number"):
         spec_of(lf(num_train_epochs="many"))
 
 
@@ -332,7 +356,7 @@ def test_values_at_the_tools_defaults_ask_for_nothing() -> None:
     assert not reader.unsupported
 
 
-def test_loss_of_trl_is_on_all_tokens_and_said() -> None:
+def test_loss_of_trl_is_on_all_tokens_and_noted() -> None:
     assert "loss on all tokens" in of_trl().mapped["dataset_name"]
     assert spec_of(of_trl(completion_only_loss=True)).train_on_inputs is False
     assert spec_of(of_trl(completion_only_loss=False)).train_on_inputs is True

@@ -181,7 +181,7 @@ def _combine(reader: Reader) -> None:
 
 
 def _read_task(reader: Reader) -> None:
-    stage = reader.get("stage", "sft")
+    stage = str(reader.get("stage", "sft"))
     if stage in _TASKS:
         reader.other_task("stage", _TASKS[stage])
     elif stage not in ("sft", "pt"):

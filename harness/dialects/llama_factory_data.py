@@ -24,10 +24,10 @@ _VISION = re.compile(r"(^|_)(omni|audio|vision|mllm)|vl(m|_|$)|llava|paligemma|p
 
 def read_template(reader: Reader) -> None:
     """Take over the template. One of a model family is the model's own, which is in its tokenizer."""
-    name = reader.get("template")
-    if name is None:
+    if "template" not in reader.given:
         return
-    if _VISION.search(str(name)):
+    name = str(reader.get("template"))
+    if _VISION.search(name):
         reader.other_task("template", "a model of images or sounds")
     elif reader.get("stage") == "pt":
         reader.ignore("chats, and these are texts", "template")

@@ -171,8 +171,8 @@ _ATTENTION = {
 
 def _read_attention(reader: Reader) -> None:
     given, name = _argument(reader, "attn_implementation")
-    if given in _ATTENTION:
-        derive(reader, "attention", _ATTENTION[given], name)
+    if str(given) in _ATTENTION:
+        derive(reader, "attention", _ATTENTION[str(given)], name)
     elif given is not None:
         reader.refuse(name, "use sdpa, eager or flash_attention_2")
     elif reader.get("use_flash_attention_2") is True:
@@ -286,13 +286,13 @@ def _dataset(reader: Reader, index: int, given: Mapping[str, Any]) -> dict[str, 
     for key in [*entry]:
         if key == "columns":
             # The columns that are kept say what the rows are.
-            if {"prompt", "completion"} <= {*entry.pop("columns")}:
+            if {"prompt", "completion"} <= {*map(str, entry.pop("columns"))}:
                 entry["type"] = "prompt_completion"
         elif key not in DatasetSpec.model_fields and key not in PromptSpec.model_fields:
             reader.refuse(f"datasets[{index}].{key}", "name files by data_files", entry.pop(key))
     if entry.get("split") == "train":
         del entry["split"]
-    if entry.get("path") in _BUILDERS and "data_files" in entry:
+    if str(entry.get("path")) in _BUILDERS and "data_files" in entry:
         # The name of a format stands where the path would; the files are then named from the current folder.
         files = entry.pop("data_files")
         files = [files] if isinstance(files, str) else files
