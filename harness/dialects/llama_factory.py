@@ -36,7 +36,8 @@ _TABLE: dict[str, Rule] = {
     "flash_attn": Together(),
     **each(Together(), "quantization_bit quantization_method quantization_type double_quantization"),
     **each(Together(), "disable_gradient_checkpointing use_reentrant_gc pure_bf16"),
-    **each(NoEffect("details of what is reported as not supported"), "init_special_tokens fp8_backend"),
+    **each(NoEffect("details of what is reported as not supported"), "init_special_tokens freeze_original_embeddings"),
+    **each(NoEffect("details of fp8"), "fp8_backend"),
     **each(NoEffect("details of fp8"), "fp8_enable_fsdp_float8_all_gather"),
     **each(NoEffect("details of use_kt"), "kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph"),
     **each(NoEffect("details of use_kt"), "kt_mode kt_force_think"),
@@ -180,7 +181,7 @@ def _combine(reader: Reader) -> None:
 
 
 def _read_task(reader: Reader) -> None:
-    stage = reader.get("stage", "sft")
+    stage = str(reader.get("stage", "sft"))
     if stage in _TASKS:
         reader.other_task("stage", _TASKS[stage])
     elif stage not in ("sft", "pt"):
@@ -234,7 +235,10 @@ def _read_method(reader: Reader) -> None:
     elif isinstance(rank, int):
         reader.set("lora_alpha", 2 * rank)
     targets = _split(reader.get("lora_target", "all"))
-    if targets == ["all"]:
+    if "lora_target_modules" in reader.given:
+        reader.values.pop("lora_target_linear", None)
+        reader.note("lora_target_modules, which stand before it", "lora_target")
+    elif targets == ["all"]:
         reader.note("lora_target_linear: true", "lora_target")
     else:
         reader.values.pop("lora_target_linear", None)
@@ -291,15 +295,15 @@ def _read_quantisation(reader: Reader, compute: str | None) -> None:
     method = str(reader.get("quantization_method", "bnb")).lower()
     if method not in ("bnb", "bitsandbytes"):
         reader.refuse("quantization_method", "use bnb: bitsandbytes' formats are those that there are")
-        return
-    reader.note("bitsandbytes", "quantization_method")
+    else:
+        reader.note("bitsandbytes", "quantization_method")
     bits = reader.get("quantization_bit")
     if bits == 8:
         derive(reader, "precision", "int8", "quantization_bit")
         reader.ignore("4 bit, and these are 8", "quantization_type", "double_quantization")
     elif bits == 4:
         derive(reader, "precision", reader.get("quantization_type", "nf4"), "quantization_bit", "quantization_type")
-        derive(reader, "double_quantization", reader.get("double_quantization", True), "double_quantization")
+        reader.set("double_quantization", reader.get("double_quantization", True), "double_quantization")
     else:
         reader.refuse("quantization_bit", "use 4 or 8")
     if compute:

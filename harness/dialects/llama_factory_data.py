@@ -24,10 +24,10 @@ _VISION = re.compile(r"(^|_)(omni|audio|vision|mllm)|vl(m|_|$)|llava|paligemma|p
 
 def read_template(reader: Reader) -> None:
     """Take over the template. One of a model family is the model's own, which is in its tokenizer."""
-    name = reader.get("template")
-    if name is None:
+    if "template" not in reader.given:
         return
-    if _VISION.search(str(name)):
+    name = str(reader.get("template"))
+    if _VISION.search(name):
         reader.other_task("template", "a model of images or sounds")
     elif reader.get("stage") == "pt":
         reader.ignore("chats, and these are texts", "template")
@@ -210,14 +210,11 @@ def _chat(columns: Mapping[str, str], tags: Mapping[str, str], *, openai: bool) 
         "field_tools": columns.get("tools"),
     }
     if tags.keys() - {"role_tag", "content_tag"}:
-        answers = [
-            tags.get("assistant_tag", "assistant" if openai else "gpt"),
-            tags.get("function_tag", "function_call"),
-        ]
+        answer = tags.get("assistant_tag", "assistant" if openai else "gpt")
         keys["roles"] = {
             "system": [tags.get("system_tag", "system")],
             "user": [tags.get("user_tag", "user" if openai else "human")],
-            "assistant": [answer, call or "function_call"],
+            "assistant": [answer, tags.get("function_tag", "function_call")],
             "tool": [tags.get("observation_tag", "observation")],
         }
     return {key: value for key, value in keys.items() if value is not None}

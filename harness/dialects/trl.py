@@ -54,6 +54,10 @@ _TABLE: dict[str, Rule] = {
     ),
     # Launching
     "accelerate_config": Together(),
+    **each(
+        Unsupported("use accelerate_config: zero2, zero3 or fsdp2"),
+        "config_file use_deepspeed use_fsdp deepspeed_config_file zero_stage",
+    ),
     "env": NoEffect("variables of the environment"),
     **each(
         NoEffect(_LAUNCHING),
@@ -167,8 +171,8 @@ _ATTENTION = {
 
 def _read_attention(reader: Reader) -> None:
     given, name = _argument(reader, "attn_implementation")
-    if given in _ATTENTION:
-        derive(reader, "attention", _ATTENTION[given], name)
+    if str(given) in _ATTENTION:
+        derive(reader, "attention", _ATTENTION[str(given)], name)
     elif given is not None:
         reader.refuse(name, "use sdpa, eager or flash_attention_2")
     elif reader.get("use_flash_attention_2") is True:
@@ -273,18 +277,29 @@ def _read_datasets(reader: Reader) -> None:
             entry.update({"type": "completion", "field_text": column})
 
 
+_BUILDERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
+
+
 def _dataset(reader: Reader, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of a mixture, as in a grid file."""
     entry = {key: value for key, value in given.items() if value not in (None, "", [], {})}
     for key in [*entry]:
         if key == "columns":
             # The columns that are kept say what the rows are.
-            if {"prompt", "completion"} <= {*entry.pop("columns")}:
+            if {"prompt", "completion"} <= {*map(str, entry.pop("columns"))}:
                 entry["type"] = "prompt_completion"
         elif key not in DatasetSpec.model_fields and key not in PromptSpec.model_fields:
             reader.refuse(f"datasets[{index}].{key}", "name files by data_files", entry.pop(key))
     if entry.get("split") == "train":
         del entry["split"]
+    if str(entry.get("path")) in _BUILDERS and "data_files" in entry:
+        # The name of a format stands where the path would; the files are then named from the current folder.
+        files = entry.pop("data_files")
+        files = [files] if isinstance(files, str) else files
+        entry |= {
+            "ds_type": entry["path"],
+            **({"path": files[0]} if len(files) == 1 else {"path": ".", "data_files": files}),
+        }
     return entry
 
 
