@@ -78,7 +78,7 @@ def _optimizer(reader: Reader, optimizer: Component) -> None:
     if optimizer.name == "Adam" and reader.values["weight_decay"]:
         optimizer.refuse("weight_decay", "Adam's is coupled; use torch.optim.AdamW", reader.values["weight_decay"])
     _betas(reader, optimizer, known)
-    if "adam" in known.name:
+    if optimizer.arguments.get("eps") is not None and "adam" in known.name:
         _set_number(reader, optimizer, "eps", "adam_epsilon", 1e-8)
     optimizer.drop("foreach", "capturable", "differentiable")
     optimizer.refuse_rest(off=(0, 0.0))
