@@ -282,7 +282,7 @@ def _adapter(reader: Reader, model: Component) -> None:
     reader.set("adapter", "lora", "model")
     reader.set("lora_r", model.take("lora_rank", 8), "model")
     alpha = model.take("lora_alpha", 16)
-    if not isinstance(alpha, int | float) or alpha != int(alpha) or alpha < 1:
+    if alpha != int(alpha) or alpha < 1:
         model.refuse("lora_alpha", "use a whole number", alpha)
     else:
         reader.set("lora_alpha", int(alpha), "model")
@@ -301,7 +301,7 @@ def _targets(reader: Reader, model: Component) -> None:
     """Layers with adapters by their names in transformers."""
     names, note = [], ""
     for name in model.take("lora_attn_modules", []):
-        if name in _ATTENTION:
+        if isinstance(name, str) and name in _ATTENTION:
             names.append(_ATTENTION[name])
         else:
             model.refuse("lora_attn_modules", f"use some of {', '.join(_ATTENTION)}", name)
@@ -334,8 +334,8 @@ def _checkpointer(reader: Reader) -> None:
     checkpointer = Component.of(reader, "checkpointer")
     if checkpointer is None:
         return
-    folder = checkpointer.take("checkpoint_dir", None)
-    if not isinstance(folder, str) or is_reference(folder):
+    folder = checkpointer.text("checkpoint_dir")
+    if folder is None or is_reference(folder):
         checkpointer.refuse("checkpoint_dir", "give the folder of the model", folder)
     else:
         reader.set("base_model", folder.rstrip("/") or folder, "checkpointer")

@@ -173,12 +173,12 @@ def _entries(reader: Reader, dataset: Component, around: _Around, loss_on_prompt
         dataset.refuse("_component_", f"use one of torchtune.datasets: {', '.join(_BUILDERS)}; {_ELSE}")
         return []
     columns = dataset.take("column_map", {})
-    kind = builder.kind(dataset, columns if isinstance(columns, Mapping) else {})
+    kind = builder.kind(dataset, columns)
     sources = _sources(dataset, builder)
     dataset.reader.note(" + ".join(source["path"] for source in sources), "dataset")
     if kind["type"] != "completion":
         loss_on_prompts.append(_loss_on_prompts(dataset, kind, builder.train_on_input))
-        if system := dataset.take("new_system_prompt", None):
+        if system := dataset.text("new_system_prompt"):
             kind["system_prompt"] = system
         _around(dataset, kind, around)
     _refuse_options(dataset)
@@ -214,13 +214,13 @@ def _loss_on_prompts(dataset: Component, kind: dict[str, Any], default: bool) ->
 
 def _sources(dataset: Component, builder: _Builder) -> list[dict[str, Any]]:
     """Paths, parts and configurations; several files of a named format are one entry each."""
-    path = dataset.take("source", builder.source)
-    common = {"name": dataset.take("subset", dataset.take("name", builder.name)), "split": dataset.take("split", None)}
+    path = dataset.text("source", builder.source)
+    common = {"name": dataset.text("subset", dataset.text("name", builder.name)), "split": dataset.text("split")}
     common = {key: value for key, value in common.items() if value is not None}
-    files = dataset.take("data_files", [])
+    files = dataset.take("data_files", None)
     if isinstance(files, Mapping):
         files = files.get(str(common.get("split", "train")).partition("[")[0], [])
-    files = [files] if isinstance(files, str) else list(files)
+    files = files if isinstance(files, list) else [files] if files else []
     for text in (path, *files):
         if not isinstance(text, str) or is_reference(text) or "://" in text:
             dataset.refuse("source", "give a dataset of the hub or local files", text)
@@ -275,7 +275,7 @@ def _pairs(prompt: str, answer: str) -> _Kind:
 
 
 def _turns(dataset: Component, columns: Mapping[str, Any]) -> dict[str, Any]:
-    column, style = dataset.take("conversation_column", None), dataset.take("conversation_style", None)
+    column, style = dataset.text("conversation_column"), dataset.text("conversation_style")
     if style not in ("sharegpt", "openai"):
         dataset.refuse("conversation_style", "use sharegpt or openai", style)
     named = {} if column is None else {"field_messages": column}
@@ -291,7 +291,7 @@ def _text(column: str) -> _Kind:
         if dataset.arguments.get("add_eos") is False:
             dataset.refuse("add_eos", "a text ends with its end token; use true", "false")
         dataset.drop("add_eos")
-        return {"type": "completion", "field_text": dataset.take("column", column)}
+        return {"type": "completion", "field_text": dataset.text("column", column)}
 
     return kind
 
