@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -456,7 +457,11 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 @pytest.mark.parametrize("name", ["llama3_8b_lora_two_datasets", "gemma_2b_lora_single_device", "mistral_7b_ppo"])
-@pytest.mark.parametrize("value", [None, 5, -0.5, True, "text", "${a", [], [None, 1], {}, {"_component_": 7}, {"a": 1}])
+@pytest.mark.parametrize(
+    "value",
+    [None, 5, -0.5, True, "text", "${a", [], [None, 1], {}, {"_component_": 7}, {"a": 1}, 10**400, math.inf, math.nan],
+    ids=lambda value: str(value)[:12],
+)
 def test_no_value_anywhere_breaks_the_reading(name: str, value: Any) -> None:
     whole = document(name)
     for path in places(whole):

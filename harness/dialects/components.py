@@ -10,6 +10,7 @@ from typing import Any
 from harness.dialects.rules import Reader, Unlike
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LARGEST = 1e300
 _ABSENT = object()
 _TYPES: tuple[tuple[type, tuple[type, ...], str], ...] = (
     (bool, (bool,), "true or false"),
@@ -71,10 +72,10 @@ class Component:
         if value is None:
             return default
         if isinstance(default, float) and isinstance(value, str) and _NUMBER.fullmatch(value):
-            return float(value)
+            value = float(value)
         for kind, wanted, words in _TYPES:
             if default is not None and isinstance(default, kind):
-                if isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)):
+                if isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)) and _finite(value):
                     return value
                 self.refuse(key, f"use {words}", value)
                 return default
@@ -102,6 +103,10 @@ class Component:
                 self.refuse(key, "harness has no counterpart; remove it", value)
 
 
+def _finite(value: Any) -> bool:
+    return not isinstance(value, int | float) or abs(value) < _LARGEST  # which nothing is that is no number
+
+
 def number(value: Any) -> float:
     """A number, which YAML reads as text where it is written like 2e-5.
 
@@ -110,7 +115,7 @@ def number(value: Any) -> float:
     """
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
         raise Unlike("use a number")
     return float(value)
 

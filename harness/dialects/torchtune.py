@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.dialects import torchtune_data, torchtune_optimizer
-from harness.dialects.components import Component, whole_number
+from harness.dialects.components import Component, number, whole_number
 from harness.dialects.references import is_reference, resolve
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unlike, Unsupported
 
@@ -40,9 +40,7 @@ def _seed(value: Any) -> int:
 def _clipping(value: Any) -> float:
     if value in ("inf", ".inf", float("inf")):  # torchtune then measures the norm, and clips nothing
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unlike("use a number, or null")
-    return float(value)
+    return number(value)
 
 
 _TABLE: dict[str, Rule] = {
