@@ -381,6 +381,33 @@ def test_an_argument_without_counterpart_is_refused(key: str, argument: str, val
     assert refusal(content, f"{key}.{argument}").startswith(f"{key}.{argument}: ")
 
 
+def test_what_needs_two_arguments_to_be_refused() -> None:
+    adam = {"_component_": "torch.optim.Adam", "weight_decay": 0.1}
+    assert "coupled" in refusal(minimal() | {"optimizer": adam}, "optimizer.weight_decay")
+    waves = {"_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_cycles": 2}
+    assert "half a wave" in refusal(minimal() | {"lr_scheduler": waves}, "lr_scheduler.num_cycles")
+    half = {"_component_": "torchtune.modules.get_cosine_schedule_with_warmup", "num_cycles": "0.5"}
+    assert spec(accepted(minimal() | {"lr_scheduler": half})).warmup_steps == 0
+
+
+def test_loss_on_the_last_turn_alone() -> None:
+    """It is that on the answer, where there is one; of a chat it has no counterpart."""
+    last = {"_component_": "torchtune.datasets.alpaca_dataset", "masking_strategy": "train_on_last"}
+    assert not spec(accepted(minimal() | {"dataset": last})).train_on_inputs
+    chat = last | {"_component_": "torchtune.datasets.slimorca_dataset"}
+    assert "train_on_last" in refusal(minimal() | {"dataset": chat}, "dataset.masking_strategy")
+
+
+def test_a_file_in_fp16_goes_on_in_bf16() -> None:
+    training_file = interpret(minimal() | {"dtype": "fp16"}, OWN, without_unsupported=True)
+    assert training_file.values["precision"] == "bf16"
+
+
+def test_a_folder_is_named_without_its_last_slash() -> None:
+    checkpointer = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "models/llama/"}
+    assert spec(accepted(minimal() | {"checkpointer": checkpointer})).base_model == "models/llama"
+
+
 @pytest.mark.parametrize("key", ["model", "dataset", "optimizer"])
 def test_what_torchtune_has_no_default_for_is_asked_for(key: str) -> None:
     content = minimal()
