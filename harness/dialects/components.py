@@ -10,7 +10,17 @@ from typing import Any
 from harness.dialects.rules import Reader, Unlike
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LARGEST = 1e300
 _ABSENT = object()
+_TYPES: tuple[tuple[type, tuple[type, ...], str], ...] = (
+    (bool, (bool,), "true or false"),
+    (int, (int, float), "a number"),
+    (float, (int, float), "a number"),
+    (str, (str,), "text"),
+    (list, (list,), "a list"),
+    (dict, (dict,), "a mapping"),
+)
+"""Types of an argument's default, what a value may be, and the words for it; true and false are no numbers."""
 
 
 @dataclass
@@ -52,9 +62,29 @@ class Component:
         return parts[2] if parts[:2] == ["torchtune", "models"] and len(parts) > 3 else ""
 
     def take(self, key: str, default: Any) -> Any:
-        """An argument, which counts as read; the default where it is absent or null."""
+        """An argument, which counts as read; the default where it is absent, null, or of another type (and refused).
+
+        Args:
+            key: its name.
+            default: true or false, a number, a list, a mapping or a text; null: any value will do.
+        """
         value = self.arguments.pop(key, None)
-        return default if value is None else value
+        if value is None:
+            return default
+        if isinstance(default, float) and isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value)
+        for kind, wanted, words in _TYPES:
+            if default is not None and isinstance(default, kind):
+                if isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)) and _finite(value):
+                    return value
+                self.refuse(key, f"use {words}", value)
+                return default
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """As `take`, for a text that may be absent."""
+        value = self.take(key, "")
+        return value or default
 
     def drop(self, *keys: str) -> None:
         """Pass over arguments."""
@@ -73,6 +103,10 @@ class Component:
                 self.refuse(key, "harness has no counterpart; remove it", value)
 
 
+def _finite(value: Any) -> bool:
+    return not isinstance(value, int | float) or abs(value) < _LARGEST  # which nothing is that is no number
+
+
 def number(value: Any) -> float:
     """A number, which YAML reads as text where it is written like 2e-5.
 
@@ -81,7 +115,7 @@ def number(value: Any) -> float:
     """
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
         raise Unlike("use a number")
     return float(value)
 

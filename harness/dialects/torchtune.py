@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.dialects import torchtune_data, torchtune_optimizer
-from harness.dialects.components import Component, whole_number
+from harness.dialects.components import Component, number, whole_number
 from harness.dialects.references import is_reference, resolve
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unlike, Unsupported
 
@@ -40,9 +40,7 @@ def _seed(value: Any) -> int:
 def _clipping(value: Any) -> float:
     if value in ("inf", ".inf", float("inf")):  # torchtune then measures the norm, and clips nothing
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unlike("use a number, or null")
-    return float(value)
+    return number(value)
 
 
 _TABLE: dict[str, Rule] = {
@@ -282,7 +280,7 @@ def _adapter(reader: Reader, model: Component) -> None:
     reader.set("adapter", "lora", "model")
     reader.set("lora_r", model.take("lora_rank", 8), "model")
     alpha = model.take("lora_alpha", 16)
-    if not isinstance(alpha, int | float) or alpha != int(alpha) or alpha < 1:
+    if alpha != int(alpha) or alpha < 1:
         model.refuse("lora_alpha", "use a whole number", alpha)
     else:
         reader.set("lora_alpha", int(alpha), "model")
@@ -301,7 +299,7 @@ def _targets(reader: Reader, model: Component) -> None:
     """Layers with adapters by their names in transformers."""
     names, note = [], ""
     for name in model.take("lora_attn_modules", []):
-        if name in _ATTENTION:
+        if isinstance(name, str) and name in _ATTENTION:
             names.append(_ATTENTION[name])
         else:
             model.refuse("lora_attn_modules", f"use some of {', '.join(_ATTENTION)}", name)
@@ -334,8 +332,8 @@ def _checkpointer(reader: Reader) -> None:
     checkpointer = Component.of(reader, "checkpointer")
     if checkpointer is None:
         return
-    folder = checkpointer.take("checkpoint_dir", None)
-    if not isinstance(folder, str) or is_reference(folder):
+    folder = checkpointer.text("checkpoint_dir")
+    if folder is None or is_reference(folder):
         checkpointer.refuse("checkpoint_dir", "give the folder of the model", folder)
     else:
         reader.set("base_model", folder.rstrip("/") or folder, "checkpointer")

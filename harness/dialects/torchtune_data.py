@@ -31,6 +31,8 @@ _NO_TEMPLATE = "give the text as format under the dataset's type, or a chat temp
 _ELSE = "without a dataset the bundled stories are trained on"
 _PREFERENCES = ("preference", "hh_rlhf", "stack_exchange", "Preference")
 _IMAGES = ("multimodal", "vqa", "llava", "cauldron", "image")
+_WITHOUT_TURNS = ("gemma_tokenizer", "llama2_tokenizer", "mistral_tokenizer")
+"""Tokenizers that mark no turns of themselves: what a prompt template puts around a prompt is all there is."""
 _TOKENIZER_FILES = (
     "path", "vocab_path", "merges_path", "merges_file", "special_tokens_path", "tokenizer_json_path",
     "tokenizer_config_json_path", "generation_config_path", "max_num_tiles", "image_size",
@@ -44,6 +46,8 @@ class _Around:
     format: str | None = None
     system: str = "{system}"
     """How a system prompt stands before it, where there is one."""
+    turns: bool = True
+    """Whether torchtune's tokenizer puts the prompt into a turn of a chat."""
 
 
 def read(reader: Reader) -> None:
@@ -75,28 +79,30 @@ def _sequence_length(reader: Reader, length: Any) -> None:
             reader.refuse("tokenizer.max_seq_len", str(error), length)
     given = reader.get("model")
     path = str(given.get("_component_", "")) if isinstance(given, Mapping) else ""
-    positions = _POSITIONS.get((path.split(".") + [""] * 3)[2], _MOST_POSITIONS)
-    note = "torchtune cuts nothing without max_seq_len; these are the positions of its model"
-    reader.set("sequence_length", positions, "tokenizer", note=note)
+    positions = _POSITIONS.get((path.split(".") + [""] * 3)[2])
+    note = "torchtune cuts nothing without max_seq_len" + "; its model has so many positions" * (positions is not None)
+    reader.set("sequence_length", positions or _MOST_POSITIONS, "tokenizer", note=note)
 
 
 def _prompt_template(reader: Reader, tokenizer: Component) -> _Around:
+    plain = tokenizer.name in _WITHOUT_TURNS
+    # Without the key, those of Llama 2 and Mistral have the template of their chats.
+    bare = plain and (tokenizer.name == "gemma_tokenizer" or "prompt_template" in tokenizer.arguments)
     template = tokenizer.take("prompt_template", None)
     if template is None:
-        return _Around()
+        return _Around("{instruction}", turns=False) if bare else _Around()
     if isinstance(template, Mapping):
         return _custom_template(tokenizer, template)
     name = str(template).rpartition(".")[2]
     if name in _TEXTS:
         before, after = _TEXTS[name]
-        return _Around(f"{before}{{instruction}}{after}")
+        return _Around(f"{before}{{instruction}}{after}", turns=not plain)
     if name == "ChatMLTemplate":
         reader.set("chat_template", "chatml", "tokenizer")
     elif name in _OWN_TEMPLATES:
         reader.note(f"{name}: the base model's own chat template", "tokenizer")
     else:
         tokenizer.refuse("prompt_template", _NO_TEMPLATE, template)
-        return _Around()
     return _Around()
 
 
@@ -111,7 +117,8 @@ def _custom_template(tokenizer: Component, template: Mapping[str, Any]) -> _Arou
         tokenizer.refuse("prompt_template", _NO_TEMPLATE, str(dict(template)))
         return _Around()
     system, user = (tuple(map(_escaped, tags.get(role, ("", "")))) for role in ("system", "user"))
-    return _Around(f"{user[0]}{{instruction}}{user[1]}{_escaped(lead)}", f"{system[0]}{{system}}{system[1]}")
+    text = f"{user[0]}{{instruction}}{user[1]}{_escaped(lead)}"
+    return _Around(text, f"{system[0]}{{system}}{system[1]}", turns=tokenizer.name not in _WITHOUT_TURNS)
 
 
 def _escaped(text: str) -> str:
@@ -139,7 +146,6 @@ def _datasets(reader: Reader, given: Any, around: _Around) -> Any:
             entries += _entries(reader, dataset, around, loss_on_prompts)
     if entries:
         reader.values["datasets"] = entries
-        reader.note(" + ".join(dict.fromkeys(entry["path"] for entry in entries)), "dataset")
     _same_loss(reader, loss_on_prompts)
     if len(set(map(str, lengths))) > 1:
         reader.refuse("dataset[].max_seq_len", "one length for all; give it to the tokenizer", lengths)
@@ -167,27 +173,31 @@ def _entries(reader: Reader, dataset: Component, around: _Around, loss_on_prompt
         dataset.refuse("_component_", f"use one of torchtune.datasets: {', '.join(_BUILDERS)}; {_ELSE}")
         return []
     columns = dataset.take("column_map", {})
-    kind = builder.kind(dataset, columns if isinstance(columns, Mapping) else {})
+    kind = builder.kind(dataset, columns)
+    sources = _sources(dataset, builder)
+    dataset.reader.note(" + ".join(source["path"] for source in sources), "dataset")
     if kind["type"] != "completion":
         loss_on_prompts.append(_loss_on_prompts(dataset, kind, builder.train_on_input))
-        if system := dataset.take("new_system_prompt", None):
+        if system := dataset.text("new_system_prompt"):
             kind["system_prompt"] = system
         _around(dataset, kind, around)
-    sources = _sources(dataset, builder)
     _refuse_options(dataset)
     return [source | kind for source in sources]
 
 
 def _around(dataset: Component, kind: dict[str, Any], around: _Around) -> None:
     """The text of a prompt template, which a spec has under each dataset."""
-    note = "torchtune puts it into a turn of the model's chat"
-    if around.format is not None and not isinstance(kind["type"], dict):
-        dataset.reader.refuse("tokenizer.prompt_template", _NO_TEMPLATE, around.format)
-    elif around.format is not None:
+    within = "; torchtune puts it into a turn of the model's chat" if around.turns else ""
+    if isinstance(kind["type"], dict) and around.format is not None:
         kind["format"] = (around.system if "system_prompt" in kind else "") + around.format
-        dataset.reader.note(f"the prompt template alone; {note}", "dataset")
-    if kind["type"] == "alpaca":
-        dataset.reader.note(f"the prompt of Alpaca alone; {note}", "dataset")
+        dataset.reader.note(f"the prompt template alone{within}", "dataset")
+    elif around.format == "{instruction}":
+        if kind["type"] != "alpaca":
+            dataset.reader.note("turns as the model's chat marks them; torchtune's tokenizer marks none", "dataset")
+    elif around.format is not None:
+        dataset.reader.refuse("tokenizer.prompt_template", _NO_TEMPLATE, around.format)
+    if kind["type"] == "alpaca" and within:
+        dataset.reader.note(f"the prompt of Alpaca alone{within}", "dataset")
 
 
 def _loss_on_prompts(dataset: Component, kind: dict[str, Any], default: bool) -> bool:
@@ -204,13 +214,13 @@ def _loss_on_prompts(dataset: Component, kind: dict[str, Any], default: bool) ->
 
 def _sources(dataset: Component, builder: _Builder) -> list[dict[str, Any]]:
     """Paths, parts and configurations; several files of a named format are one entry each."""
-    path = dataset.take("source", builder.source)
-    common = {"name": dataset.take("subset", dataset.take("name", builder.name)), "split": dataset.take("split", None)}
+    path = dataset.text("source", builder.source)
+    common = {"name": dataset.text("subset", dataset.text("name", builder.name)), "split": dataset.text("split")}
     common = {key: value for key, value in common.items() if value is not None}
-    files = dataset.take("data_files", [])
+    files = dataset.take("data_files", None)
     if isinstance(files, Mapping):
         files = files.get(str(common.get("split", "train")).partition("[")[0], [])
-    files = [files] if isinstance(files, str) else list(files)
+    files = files if isinstance(files, list) else [files] if files else []
     for text in (path, *files):
         if not isinstance(text, str) or is_reference(text) or "://" in text:
             dataset.refuse("source", "give a dataset of the hub or local files", text)
@@ -265,7 +275,7 @@ def _pairs(prompt: str, answer: str) -> _Kind:
 
 
 def _turns(dataset: Component, columns: Mapping[str, Any]) -> dict[str, Any]:
-    column, style = dataset.take("conversation_column", None), dataset.take("conversation_style", None)
+    column, style = dataset.text("conversation_column"), dataset.text("conversation_style")
     if style not in ("sharegpt", "openai"):
         dataset.refuse("conversation_style", "use sharegpt or openai", style)
     named = {} if column is None else {"field_messages": column}
@@ -281,7 +291,7 @@ def _text(column: str) -> _Kind:
         if dataset.arguments.get("add_eos") is False:
             dataset.refuse("add_eos", "a text ends with its end token; use true", "false")
         dataset.drop("add_eos")
-        return {"type": "completion", "field_text": dataset.take("column", column)}
+        return {"type": "completion", "field_text": dataset.text("column", column)}
 
     return kind
 

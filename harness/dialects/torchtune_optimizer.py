@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from harness.dialects.components import Component, number, whole_number
 from harness.dialects.rules import Reader, Unlike
@@ -78,7 +77,7 @@ def _optimizer(reader: Reader, optimizer: Component) -> None:
     if optimizer.name == "Adam" and reader.values["weight_decay"]:
         optimizer.refuse("weight_decay", "Adam's is coupled; use torch.optim.AdamW", reader.values["weight_decay"])
     _betas(reader, optimizer, known)
-    if "adam" in known.name:
+    if optimizer.arguments.get("eps") is not None and "adam" in known.name:
         _set_number(reader, optimizer, "eps", "adam_epsilon", 1e-8)
     optimizer.drop("foreach", "capturable", "differentiable")
     optimizer.refuse_rest(off=(0, 0.0))
@@ -96,15 +95,10 @@ def _betas(reader: Reader, optimizer: Component, known: _Known) -> None:
         reader.set("adam_beta2", second, "optimizer")
 
 
-def _set_number(reader: Reader, component: Component, argument: str, key: str, default: float) -> None:
-    given: Any = component.take(argument, default)
-    try:
-        value = number(given)
-    except Unlike as error:
-        component.refuse(argument, str(error), given)
-        value = default
+def _set_number(reader: Reader, optimizer: Component, argument: str, key: str, default: float) -> None:
+    value = float(optimizer.take(argument, default))
     decayed = key == "weight_decay" and value and reader.values["adapter"] == "none"
-    reader.set(key, value, component.place, note="not on biases and norms here" if decayed else "")
+    reader.set(key, value, "optimizer", note="not on biases and norms here" if decayed else "")
 
 
 def _schedule(reader: Reader, schedule: Component) -> None:
