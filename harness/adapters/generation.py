@@ -29,7 +29,7 @@ def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Seque
         return synopsis, prompts.token_ids(rendered.text, session.tokenizer)
     if not session.held_out:
         raise InputError("the trial held out no stories; give a --synopsis")
-    first = session.request(session.held_out[0])
+    first = session.question(session.held_out[0])
     return first.text, first.prompt
 
 

@@ -86,11 +86,11 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
     with meter.phase(breakdown=True):
         network, at = session.make(name)
     meter.adopt_model(network, [])
-    longest = max(len(session.request(example).prompt) for example in session.held_out[:_PROMPTS])
+    longest = max(len(session.question(example).prompt) for example in session.held_out[:_PROMPTS])
     limits.check_generation(network, longest, _NEW_TOKENS)
     loaded = meter.tracker.total
     with meter.phase(breakdown=False):
-        for _ in _tokens(network, session.request(session.held_out[0]).prompt, session.device, _NEW_TOKENS):
+        for _ in _tokens(network, session.question(session.held_out[0]).prompt, session.device, _NEW_TOKENS):
             pass
     footprint = ModelFootprint(
         model=name, precision=model.weights_format(at), model_bytes=loaded, peak_inference_bytes=meter.peak()
@@ -100,10 +100,10 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
 
 def _requests(session: AdapterSession, network: Any, name: Model, number: int) -> Iterator[Request]:
     """The timed requests of a round, after an untimed one: the first after loading is slower."""
-    for _ in _tokens(network, session.request(session.held_out[0]).prompt, session.device, _WARM_UP):
+    for _ in _tokens(network, session.question(session.held_out[0]).prompt, session.device, _WARM_UP):
         pass
     for example in session.held_out[:_PROMPTS]:
-        prompt = session.request(example).prompt
+        prompt = session.question(example).prompt
         answered = _tokens(network, prompt, session.device, _NEW_TOKENS)
         moments = [time.perf_counter(), *(time.perf_counter() for _ in answered)]
         seconds = [after - before for before, after in itertools.pairwise(moments)]
@@ -137,10 +137,10 @@ def _answers(
     for position, (story_id, loss, tokens) in enumerate(session.losses(network, at)):
         story_fields: dict[str, Any] = {}
         if position < generated_stories and name != "unmerged":
-            request = session.request(examples[story_id])
+            question = session.question(examples[story_id])
             pieces: list[str] = []
-            generate_story(session, network, request.prompt, pieces.append, most_tokens=most_tokens)
-            story_fields = _story_fields(request.text, request.reference, "".join(pieces))
+            generate_story(session, network, question.prompt, pieces.append, most_tokens=most_tokens)
+            story_fields = _story_fields(question.text, question.reference, "".join(pieces))
         yield Answer(model=name, story_id=story_id, loss=loss, tokens=tokens, **story_fields)
 
 

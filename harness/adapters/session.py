@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from harness import environment
+from harness.errors import InputError
 from harness.record import Model
 from harness.sources import models, stories
 from harness.sources.stories import Chat, Passage, Row, Story
@@ -29,7 +30,7 @@ _KINDS: dict[str, type[Row]] = {"instruction": Story, "chat": Chat, "text": Pass
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """What a model is asked with a held-out story."""
 
     text: str
@@ -76,18 +77,18 @@ class AdapterSession:
         read = stories.read_all(self.spec)
         return {story.id: story for story in (*read.stories, *read.held_out)}
 
-    def request(self, example: Example) -> Request:
+    def question(self, example: Example) -> Question:
         """What is asked with a held-out story: of a chat its last trained turn, of a text how it goes on."""
         row = self.texts[example.story_id]
         if isinstance(row, Passage):
             count = min(_BEGINNING, max(1, len(example) // 2))
             ids = example.input_ids
-            return Request(self._decode(ids[:count]), ids[:count], self._decode(ids[count:]))
+            return Question(self._decode(ids[:count]), ids[:count], self._decode(ids[count:]))
         if isinstance(row, Chat):  # an example that was cut has fewer turns than the row
             start, end = example.completions[-1]
             text = chat.instruction_before(row, len(example.completions))
-            return Request(text, example.prompt, self._decode(example.input_ids[start:end]).strip())
-        return Request(row.instruction, example.prompt, row.completion)
+            return Question(text, example.prompt, self._decode(example.input_ids[start:end]).strip())
+        return Question(row.instruction, example.prompt, row.completion)
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -98,7 +99,10 @@ class AdapterSession:
         declared = self.spec.datasets[0].type.kind
         if declared in _KINDS:
             return _KINDS[declared]
-        return type(next(iter(self.texts.values())))
+        try:
+            return type(next(iter(self.texts.values())))
+        except InputError:  # a synopsis needs no data, which may be gone since
+            return Story
 
     @property
     def end_ids(self) -> list[int]:
