@@ -46,7 +46,8 @@ HAS_MARKS = (
 )
 DROPS_THINKING = (
     "{% set ns = namespace(last=-1) %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|{{ m['role'] }}|>{{ '\\n' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ '\\n' }}"
     "{% if m['role'] == 'assistant' %}"
     "{% set answer = m['content'].split('</think>')[-1].lstrip('\\n') %}"
     "{% set thought = m['content'].split('</think>')[0].split('<think>')[-1] if '</think>' in m['content'] else '' %}"
@@ -63,7 +64,8 @@ HAS_TOOLS = (
 )
 TOOLS_BEFORE_THE_LAST_USER = (
     "{% set ns = namespace(last=-1) %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% if tools and loop.index0 == ns.last %}[T]{{ tools | tojson }}[/T]{% endif %}[U]{{ m['content'] }}[/U]"
     "{% elif m['role'] == 'tool' %}[R]{{ m['content'] }}[/R]"
     "{% elif m['tool_calls'] %}[C]{% for c in m['tool_calls'] %}{{ c['function'] | tojson }}{% endfor %}</s>"
@@ -261,6 +263,30 @@ def test_trained_are_the_roles_and_turns_that_are_given() -> None:
     assert learnt(row, byte_tokenizer(chat_template=CHATML)) == ["S</s>"]
     tooled = chat_of(TALK, roles_to_train=["tool"], tools=[WEATHER])
     assert learnt(tooled, byte_tokenizer(chat_template=HAS_TOOLS)) == ["rain</response></s>"]
+
+
+def test_marks_that_are_not_on_each_turn_are_not_relied_on() -> None:
+    last_alone = HAS_MARKS.replace(
+        "{% if m['role'] == 'assistant' %}", "{% if m['role'] == 'assistant' and loop.last %}"
+    )
+    assert learnt(chat_of(FOUR), byte_tokenizer(chat_template=last_alone)) == ["Hello  you\n</s>", "Ciao</s>"]
+
+
+def test_a_turn_without_an_end_token_ends_with_the_space_after_it() -> None:
+    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+    tokenizer = byte_tokenizer(chat_template=bare + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert learnt(chat_of(turns("Hi", "Hello", "Bye", "Ciao ")), tokenizer) == ["Hello\n\n", "Ciao \n\n"]
+
+
+def test_the_end_token_is_known_where_the_chat_until_then_is_refused() -> None:
+    refuses = "{% if messages[-1]['role'] == 'user' %}{{ raise_exception('Answer first') }}{% endif %}" + CHATML
+    row = chat_of(FOUR, roles_to_train=["user"])
+    assert learnt(row, byte_tokenizer(chat_template=refuses)) == ["Hi</s>", "Bye</s>"]
+
+
+def test_the_first_token_has_nothing_to_be_predicted_from() -> None:
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    assert learnt(chat_of(FOUR, roles_to_train=["user", "assistant"]), tokenizer)[0] == "i</s>"
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])

@@ -26,7 +26,6 @@ Message = dict[str, Any]
 
 _ASSISTANT = frozenset({"assistant"})
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _PROBE = 0xF0000
 """First character of a private area, of which no text is made: what stands in place of a turn's own words."""
 _OTHER = "use another chat_template (a name, or Jinja text)"
@@ -55,7 +54,7 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
         raise InputError("format under datasets: type: is of prompts, and the rows are chats; use chat_template")
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
-    first = max(0, chat.trained_from - folded)
+    first = chat.trained_from - folded
     numbers = [n for n, message in enumerate(rendering.messages) if message["role"] in roles and n >= first]
     if folded and "system" in roles:
         raise InputError(f"roles_to_train: the chat template has no system turn; leave system out, or {_OTHER}")
@@ -270,7 +269,7 @@ def _with_other_words(messages: Sequence[Message], number: int) -> list[Message]
 
 def _altered(message: Message, words: str) -> Message:
     """A message of the same kind with other words."""
-    other = message | {"content": words} | {key: words for key in _REASONING if isinstance(message.get(key), str)}
+    other = message | {"content": words}
     if message.get("tool_calls"):
         other["tool_calls"] = [_altered_call(call, words) for call in message["tool_calls"]]
     return other
