@@ -9,24 +9,28 @@ import torch
 
 from harness.adapters.session import AdapterSession
 from harness.errors import InputError
-from harness.sources.stories import Story
+from harness.sources.stories import Passage, Story
 from harness.training import limits, prompts
 
 
 def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Sequence[int]]:
     """A synopsis (the first held-out one where none is given), and the tokens of its prompt as in training.
 
+    Of a text without a prompt, the synopsis is its beginning; of a chat, what the user says.
+
     Raises:
         InputError: none is given and none was held out.
     """
+    if synopsis is not None and session.kind is Passage:
+        return synopsis, prompts.token_ids(synopsis, session.tokenizer)
     if synopsis is not None:
         prompt = session.spec.datasets[0].type
         rendered = prompts.render(Story(synopsis, "", prompt.system_prompt, None, prompt), session.tokenizer)
         return synopsis, prompts.token_ids(rendered.text, session.tokenizer)
     if not session.held_out:
         raise InputError("the trial held out no stories; give a --synopsis")
-    first = session.held_out[0]
-    return session.texts[first.story_id].instruction, first.prompt
+    first = session.question(session.held_out[0])
+    return first.text, first.prompt
 
 
 def generate_story(
@@ -66,7 +70,7 @@ def generate_story(
     settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     network.generation_config = GenerationConfig(
         max_new_tokens=most_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=session.end_ids or None,
         pad_token_id=session.pad_id(network),
         **settings,
     )

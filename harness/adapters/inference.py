@@ -17,7 +17,6 @@ from harness.errors import InputError
 from harness.record import Answer, InferenceRecord, Model, ModelFootprint, Request
 from harness.spec import TrialSpec
 from harness.training import limits, model
-from harness.training.batches import Example
 from harness.training.memory import MemoryMeter
 
 _PROMPTS = 2
@@ -87,11 +86,11 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
     with meter.phase(breakdown=True):
         network, at = session.make(name)
     meter.adopt_model(network, [])
-    longest = max(len(example.prompt) for example in session.held_out[:_PROMPTS])
+    longest = max(len(session.question(example).prompt) for example in session.held_out[:_PROMPTS])
     limits.check_generation(network, longest, _NEW_TOKENS)
     loaded = meter.tracker.total
     with meter.phase(breakdown=False):
-        for _ in _tokens(network, session.held_out[0], session.device, _NEW_TOKENS):
+        for _ in _tokens(network, session.question(session.held_out[0]).prompt, session.device, _NEW_TOKENS):
             pass
     footprint = ModelFootprint(
         model=name, precision=model.weights_format(at), model_bytes=loaded, peak_inference_bytes=meter.peak()
@@ -101,26 +100,27 @@ def _footprint(session: AdapterSession, name: Model) -> tuple[Any, TrialSpec, Mo
 
 def _requests(session: AdapterSession, network: Any, name: Model, number: int) -> Iterator[Request]:
     """The timed requests of a round, after an untimed one: the first after loading is slower."""
-    for _ in _tokens(network, session.held_out[0], session.device, _WARM_UP):
+    for _ in _tokens(network, session.question(session.held_out[0]).prompt, session.device, _WARM_UP):
         pass
     for example in session.held_out[:_PROMPTS]:
-        answered = _tokens(network, example, session.device, _NEW_TOKENS)
+        prompt = session.question(example).prompt
+        answered = _tokens(network, prompt, session.device, _NEW_TOKENS)
         moments = [time.perf_counter(), *(time.perf_counter() for _ in answered)]
         seconds = [after - before for before, after in itertools.pairwise(moments)]
         yield Request(
             model=name,
             round=number,
             story_id=example.story_id,
-            prompt_tokens=len(example.prompt),
+            prompt_tokens=len(prompt),
             prefill_seconds=seconds[0],
             token_seconds=tuple(seconds[1:]),
         )
 
 
 @torch.no_grad()
-def _tokens(network: Any, example: Example, device: torch.device, count: int) -> Iterator[int]:
-    """Greedy new tokens after a story's prompt. Their number is fixed: an early end would be another workload."""
-    inputs = torch.tensor([example.prompt], device=device)
+def _tokens(network: Any, prompt: tuple[int, ...], device: torch.device, count: int) -> Iterator[int]:
+    """Greedy new tokens after a prompt. Their number is fixed: an early end would be another workload."""
+    inputs = torch.tensor([prompt], device=device)
     cache = None
     for _ in range(count):
         out = network(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -137,11 +137,10 @@ def _answers(
     for position, (story_id, loss, tokens) in enumerate(session.losses(network, at)):
         story_fields: dict[str, Any] = {}
         if position < generated_stories and name != "unmerged":
-            example, story = examples[story_id], session.texts[story_id]
+            question = session.question(examples[story_id])
             pieces: list[str] = []
-            prompt = example.prompt
-            generate_story(session, network, prompt, pieces.append, most_tokens=most_tokens)
-            story_fields = _story_fields(story.instruction, story.completion, "".join(pieces))
+            generate_story(session, network, question.prompt, pieces.append, most_tokens=most_tokens)
+            story_fields = _story_fields(question.text, question.reference, "".join(pieces))
         yield Answer(model=name, story_id=story_id, loss=loss, tokens=tokens, **story_fields)
 
 

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import functools
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from harness import environment
+from harness.errors import InputError
 from harness.record import Model
 from harness.sources import models, stories
-from harness.sources.stories import Row
+from harness.sources.stories import Chat, Passage, Row, Story
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
+from harness.training import batches, chat, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
 from harness.training.batches import Example
 
 MODELS: tuple[Model, ...] = get_args(Model)
 _COMPARED = 4
 """Stories whose logits are compared."""
+_BEGINNING = 32
+"""Most tokens of a text without a prompt that stand for one; of a short text half of them."""
+
+_KINDS: dict[str, type[Row]] = {"instruction": Story, "chat": Chat, "text": Passage}
+"""What rows are by a declared `kind`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked with a held-out story."""
+
+    text: str
+    """A synopsis, the user's last turn, or the beginning of a text."""
+    prompt: tuple[int, ...]
+    """Tokens after which the model goes on."""
+    reference: str
+    """How the story goes on."""
 
 
 class AdapterSession:
@@ -55,7 +74,41 @@ class AdapterSession:
     @functools.cached_property
     def texts(self) -> dict[str, Row]:
         """All stories by their ids."""
-        return {story.id: story for story in stories.read_all(self.spec).stories}
+        read = stories.read_all(self.spec)
+        return {story.id: story for story in (*read.stories, *read.held_out)}
+
+    def question(self, example: Example) -> Question:
+        """What is asked with a held-out story: of a chat its last trained turn, of a text how it goes on."""
+        row = self.texts[example.story_id]
+        if isinstance(row, Passage):
+            count = min(_BEGINNING, max(1, len(example) // 2))
+            ids = example.input_ids
+            return Question(self._decode(ids[:count]), ids[:count], self._decode(ids[count:]))
+        if isinstance(row, Chat):  # an example that was cut has fewer turns than the row
+            start, end = example.completions[-1]
+            text = chat.instruction_before(row, len(example.completions))
+            return Question(text, example.prompt, self._decode(example.input_ids[start:end]).strip())
+        return Question(row.instruction, example.prompt, row.completion)
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @functools.cached_property
+    def kind(self) -> type[Row]:
+        """What the rows are."""
+        declared = self.spec.datasets[0].type.kind
+        if declared in _KINDS:
+            return _KINDS[declared]
+        try:
+            return type(next(iter(self.texts.values())))
+        except InputError:  # a synopsis needs no data, which may be gone since
+            return Story
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens at which a generated text ends: the tokenizer's own, and that of a chat's turns."""
+        ends = (self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer) if self.kind is Chat else None)
+        return list(dict.fromkeys(end for end in ends if end is not None))
 
     def make(self, name: Model, *, unquantised: bool = False) -> tuple[Any, TrialSpec]:
         """One of the models, ready to answer, and its spec.

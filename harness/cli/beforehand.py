@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.grids.grid import Grid
     from harness.launch.launcher import Launcher
     from harness.results.store import Store
+    from harness.sources.splits import Counts
     from harness.spec import TrialSpec
 
 _LEAD = "can show: "
@@ -71,28 +72,26 @@ def recorded(store: Store, here: Sequence[Environment]) -> Measurements | None:
 
 def _held_out(grid: Grid) -> int:
     """Held-out stories of the baseline, or of the first trial; 0 where no loss is measured."""
-    from harness.sources import models, stories
+    from harness.sources import models
 
     spec = _typical(grid)
     if not spec.val_set_size or not models.pretrained(spec.base_model):
         return 0
-    if spec.val_set_size >= 1:
-        return int(spec.val_set_size)
     try:
-        return stories.held_out(spec.val_set_size, _distinct(spec))
+        return _counts(spec).held_out(spec.val_set_size)
     except InputError:  # the run itself says what is wrong with the data
-        return 0
+        return int(spec.val_set_size)
 
 
 def _typical(grid: Grid) -> TrialSpec:
     return next((trial.spec for trial in grid.trials if trial.baseline), grid.trials[0].spec)
 
 
-def _distinct(spec: TrialSpec) -> int:
+def _counts(spec: TrialSpec) -> Counts:
     """Distinct stories of a spec's datasets."""
-    from harness.sources import stories
+    from harness.sources import splits, stories
 
-    return len({story.id for story in stories.read_all(spec).stories})
+    return splits.counts(stories.read_all(spec))
 
 
 # ------------------------------------------------------------------------------------ --size
@@ -162,7 +161,7 @@ def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work
     unknown = [spec for spec in specs if sizes.cost_key(spec) not in costs]
     if unknown and sizing.predict:
         predictions = predict_trials(unknown, sizing.trust_remote_code, with_rates=True)
-        costs |= sizes.predicted_costs(unknown, predictions, _distinct(specs[0]) - _held_out(grid))
+        costs |= sizes.predicted_costs(unknown, predictions, _counts(specs[0]).trained_on(_held_out(grid)))
     every = sizes.completed(costs, specs)
     if every is None:
         raise InputError(f"--size: it is not known how long a trial of {grid.name} takes; run it once without --size")
@@ -178,10 +177,11 @@ def _choices(grid: Grid, sizing: Sizing) -> Choices:
     stories = [held_out]
     # A number of epochs is one of the stories that are left: it would train on others.
     if held_out and all(spec.train_samples is not None or spec.max_steps is not None for spec in specs):
-        distinct = _distinct(_typical(grid))
-        kept = max(min(spec.samples(distinct), distinct - held_out) for spec in specs)
-        if distinct - kept >= sizes.LEAST_STORIES:
-            stories = sizes.story_counts(sizes.LEAST_STORIES, distinct - kept)
+        counts = _counts(_typical(grid))
+        kept = max(min(spec.samples(counts.others), counts.trained_on(held_out)) for spec in specs)
+        most = counts.given or counts.others - kept
+        if most >= sizes.LEAST_STORIES:
+            stories = sizes.story_counts(sizes.LEAST_STORIES, most)
     repeats = range(1, max(1, sizing.most_trials // len(specs)) + 1)
     choices = sizes.Choices(stories)
     return replace(

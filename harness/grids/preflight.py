@@ -7,7 +7,8 @@ from typing import Any
 from harness.environment import cards, current, resolve_device
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
-from harness.sources import stories
+from harness.sources import splits, stories
+from harness.sources.splits import Counts
 
 
 def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> None:
@@ -32,12 +33,12 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
     if runs_locally:
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
-    distinct: dict[Any, int] = {}
+    counted: dict[Any, Counts] = {}
     for spec in (t.spec for t in grid.trials):
         data = (spec.datasets, spec.folder, spec.skip_empty_rows)
-        if data not in distinct:
-            distinct[data] = len({story.id for story in stories.read_all(spec).stories})
-        stories.held_out(spec.val_set_size, distinct[data])
+        if data not in counted:
+            counted[data] = splits.counts(stories.read_all(spec))
+        counted[data].held_out(spec.val_set_size)
     for name, folder in dict.fromkeys((t.spec.base_model, t.spec.folder) for t in grid.trials):
         models.check(name, folder, weights=not to_plan)
 

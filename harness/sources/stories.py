@@ -130,6 +130,8 @@ class Rows:
     """In the order of datasets and files."""
     skipped: int
     """Rows without text that were passed over."""
+    held_out: tuple[Row, ...] = ()
+    """Rows that the data themselves hold out; empty: some of the others are."""
 
 
 def read_all(spec: TrialSpec) -> Rows:

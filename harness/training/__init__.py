@@ -3,12 +3,13 @@
 worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run) with limits
 (of a model), processes and distributed (several processes), step (the training step), order (which examples a step
 has), schedule (of a timing visit), waiting (for a processor), model with lora (where adapters are), reach (what text
-reaches) and formats (of weights), loss, checkpoints, saved_adapters, prompts, batches, evaluation; memory with
-live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
+reaches) and formats (of weights), loss, checkpoints, saved_adapters, prompts, chat (of several turns) with
+chat_templates, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [
     "batches",
+    "chat",
     "checkpoints",
     "distributed",
     "evaluation",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from harness.errors import InputError
-from harness.sources import models, stories
-from harness.sources.stories import Row, Story
+from harness.sources import models, splits, stories
+from harness.sources.stories import Chat, Passage, Row, Story
 from harness.spec import TrialSpec
-from harness.training import distributed, prompts
+from harness.training import chat, distributed, prompts
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -32,6 +32,8 @@ class Example:
     """Whether the rest carries loss too."""
     system_folded: bool = False
     """Whether the system text stands in the user's turn."""
+    tools_left_out: bool = False
+    """Whether the chat template does not show the tools of the chat."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -92,11 +94,18 @@ class Data:
     """Training stories that were left out."""
     short: int
     """Stories that were passed over when those held out were chosen."""
+    unused: int = 0
+    """Stories that the data hold out, and that are not among those held out here; they are not trained on either."""
 
     @property
     def folded(self) -> int:
         """Examples whose system text stands in the user's turn."""
         return sum(example.system_folded for example in (*self.train, *self.held_out))
+
+    @property
+    def without_tools(self) -> int:
+        """Examples whose chat template does not show their tools."""
+        return sum(example.tools_left_out for example in (*self.train, *self.held_out))
 
     @property
     def metrics(self) -> dict[str, int]:
@@ -121,9 +130,10 @@ class Data:
             f"of those held out cut to {evaluated_length(spec)} tokens": self.truncated_held_out,
             f"left out ({too_long} {length} tokens)": self.dropped,
             "left out (copies of held-out ones)": self.copies,
+            "neither trained nor evaluated on (held out by the data)": self.unused,
             "skipped (empty)": self.skipped,
         }
-        rows = len(self.train) + len(self.held_out) + self.dropped + self.copies + self.skipped
+        rows = len(self.train) + len(self.held_out) + self.dropped + self.copies + self.skipped + self.unused
         fewer = f" of {self.wanted} asked for" if len(self.held_out) < self.wanted else ""
         kept = f"{rows} stories: {len(self.held_out)} held out{fewer}, {len(self.train)} to train on"
         lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
@@ -133,8 +143,10 @@ class Data:
 def load(spec: TrialSpec, tokenizer: Any) -> Data:
     """Read, split, render and tokenise the stories of a spec.
 
-    The split is by hash of the text: the same stories are held out for every seed and order of rows. Those with too few
-    completion tokens to be judged are passed over, and trained on.
+    Where the data themselves hold out stories, those to evaluate on are the first of these, as many as `val_set_size`
+    counts, or all where it is a fraction; none of them is trained on. Else the split is by hash of the text: the same
+    stories are held out for every seed and order of rows. Those with too few completion tokens to be judged are passed
+    over, and, of the latter kind, trained on.
 
     Raises:
         InputError: nothing is left to train on, no story has enough completion tokens, `excess_length: raise` meets a
@@ -142,12 +154,14 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     """
     read = stories.read_all(spec)
     rows = sorted(read.stories, key=lambda s: s.id)
-    distinct = list({s.id: s for s in rows}.values())
-    wanted = stories.held_out(spec.val_set_size, len(distinct))
-    held_out = _choose_held_out(distinct, wanted, spec, tokenizer)
+    given = splits.distinct(read.held_out)
+    candidates = given or splits.distinct(rows)
+    wanted = splits.counts(read).held_out(spec.val_set_size)
+    held_out = _choose_held_out(candidates, wanted, spec, tokenizer)
     held_out_ids = {example.story_id for example in held_out.examples}
+    left_out_ids = {story.id for story in given} or held_out_ids
 
-    whole = [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in held_out_ids]
+    whole = [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in left_out_ids]
     train = _fit(whole, spec.sequence_length, spec.excess_length)
     if not train.examples:
         raise _nothing_to_train_on(whole, spec)
@@ -158,15 +172,23 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
         general=tuple(general(tokenizer)) if measured else (),
         wanted=wanted,
         skipped=read.skipped,
-        copies=len(rows) - len(whole) - len(held_out_ids),
+        copies=len(rows) - len(whole) - (0 if given else len(held_out_ids)),
         truncated=train.truncated,
         truncated_held_out=held_out.truncated,
         dropped=train.dropped,
         short=held_out.dropped,
+        unused=len(read.held_out) - len(held_out_ids) if given else 0,
     )
 
 
 def _nothing_to_train_on(examples: Sequence[Example], spec: TrialSpec) -> InputError:
+    if not any(example.completions for example in examples):
+        roles = ", ".join(dict.fromkeys(role for d in spec.datasets for role in d.type.roles_to_train))
+        return InputError(
+            f"nothing to train on: no chat of {spec.dataset_paths} has a turn that may carry loss; roles_to_train is "
+            f"{roles}: give other roles with it, or the names that roles have in the data with roles"
+        )
+    examples = [example for example in examples if example.completions]
     if spec.excess_length == "drop":
         kept, least = "no training story, since excess_length is drop", min(map(len, examples))
     else:
@@ -194,14 +216,17 @@ class _Fitted:
 
 def _fit(examples: list[Example], length: int, excess: str) -> _Fitted:
     """Truncate, drop or refuse examples of more than `length` tokens, as `excess_length` says."""
-    fitted = [each for each in (_fit_one(example, length, excess) for example in examples) if each is not None]
-    # An example that is left, of those that were longer, was cut.
-    truncated = sum(len(example) > length for example in examples) - (len(examples) - len(fitted))
+    fits = [_fit_one(example, length, excess) for example in examples]
+    fitted = [each for each in fits if each is not None]
+    # One that is left, of those that were longer, was cut.
+    truncated = sum(len(one) > len(other) for one, other in zip(examples, fits, strict=True) if other is not None)
     return _Fitted(tuple(fitted), truncated, len(examples) - len(fitted))
 
 
 def _fit_one(example: Example, length: int, excess: str) -> Example | None:
     """The example within `length` tokens; null where it is to be left out, or no completion token would be left."""
+    if not example.completions:
+        return None
     if len(example) <= length:
         return example
     if excess == "raise":
@@ -263,6 +288,8 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
     if within and (2 * len(within) >= wanted or len(within) == len(lengths(within[-1]))):
         ways.append(f"min_completion_tokens: {within[-1]}")
     longest = max(e.completion_tokens for e in examples)
+    if not longest:
+        raise _nothing_to_train_on(examples, spec)
     if not ways:
         ways.append(f"min_completion_tokens: {longest} with eval_sequence_length: {lengths(longest)[-1]}")
     ways.append(f"val_set_size: {there}" if there else "val_set_size: 0 (no evaluation)")
@@ -277,7 +304,9 @@ def _refuse_too_few(examples: Sequence[Example], there: int, wanted: int, spec: 
 def _tokenise(row: Row, tokenizer: Any, supervise_prompt: bool) -> Example:
     if isinstance(row, Story):
         return _tokenise_story(row, tokenizer, supervise_prompt)
-    raise NotImplementedError
+    if isinstance(row, Chat):
+        return _tokenise_chat(row, tokenizer, supervise_prompt)
+    return _tokenise_passage(row, tokenizer)
 
 
 def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
@@ -288,6 +317,20 @@ def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Exa
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = (*head, *tail, *end)
     return Example(story.id, ids, ((max(1, len(head)), len(ids)),), supervise_prompt, prompt.system_folded)
+
+
+def _tokenise_chat(row: Chat, tokenizer: Any, supervise_prompt: bool) -> Example:
+    tokens = chat.tokenise(row, tokenizer)
+    return Example(
+        row.id, tokens.ids, tokens.completions, supervise_prompt, tokens.system_folded, tokens.tools_left_out
+    )
+
+
+def _tokenise_passage(passage: Passage, tokenizer: Any) -> Example:
+    """The whole text is the completion: only its first token has nothing to be predicted from."""
+    ids = prompts.token_ids(passage.completion, tokenizer)
+    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Example(passage.id, tuple(ids), ((1, len(ids)),) if len(ids) > 1 else ())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
 from harness.spec import TrialSpec
+from harness.training import chat_templates
 
 
 class NoTokenizer(InputError):
@@ -24,13 +26,25 @@ class NoTokenizer(InputError):
 
 
 def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
-    """The base model's tokenizer; for random weights `byte_tokenizer`.
+    """The base model's tokenizer with the chat template and the special tokens of the spec.
+
+    For random weights it is `byte_tokenizer`, which has no chat template, and few special tokens: its losses are null,
+    and its examples are longer than any other's, if anything.
 
     Raises:
         NoTokenizer: there is none, or it needs its own code.
+        InputError: the chat template is unknown or no Jinja, or a special token is not in the vocabulary.
     """
-    if not models.pretrained(spec.base_model):
-        return byte_tokenizer()
+    template = None if spec.chat_template is None else chat_templates.resolve(spec.chat_template)
+    trained = models.pretrained(spec.base_model)
+    tokenizer = _own_tokenizer(spec, trust_remote_code) if trained else byte_tokenizer()
+    _set_special_tokens(tokenizer, spec, refuse_unknown=trained)
+    if template is not None and trained:
+        chat_templates.install(template, tokenizer)
+    return tokenizer
+
+
+def _own_tokenizer(spec: TrialSpec, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     folder = checkpoint_folder(spec.base_model, spec.folder)
@@ -42,6 +56,25 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
             f"base_model {spec.base_model} has no tokenizer that can be loaded ({reason}); put tokenizer.json and "
             "tokenizer_config.json next to its weights"
         ) from None
+
+
+def _set_special_tokens(tokenizer: Any, spec: TrialSpec, *, refuse_unknown: bool) -> None:
+    """Give tokens of the vocabulary their roles.
+
+    A padding token that is not there is passed over: padding is masked, so any id will do, and a new one would have no
+    embedding.
+    """
+    vocabulary = tokenizer.get_vocab() if spec.special_tokens else {}
+    for role, token in spec.special_tokens or ():
+        if token in vocabulary:
+            tokenizer.add_special_tokens({role: token})
+        elif refuse_unknown and role != "pad_token":
+            own = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+            near = difflib.get_close_matches(token, own, n=1) or [getattr(tokenizer, role) or min(own, default="")]
+            raise InputError(
+                f"special_tokens: {role} {token!r} is not in the vocabulary of {spec.base_model}, and tokens are not "
+                f"added to it; use one that is, like {near[0]!r}"
+            )
 
 
 def pad_id(tokenizer: Any, embeddings: int | None) -> int:

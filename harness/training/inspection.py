@@ -27,6 +27,8 @@ _DATA_KEYS = (
     "val_set_size",
     "min_completion_tokens",
     "measure_forgetting",
+    "chat_template",
+    "special_tokens",
 )
 """Spec keys that `batches.load` depends on."""
 _MODEL_KEYS = (
@@ -130,6 +132,11 @@ def _look_at_data(spec: TrialSpec, trust_remote_code: bool) -> _Data:
         warnings.append(
             f"base_model {spec.base_model}: its chat template has no system turn; the system text of {data.folded} "
             "prompts begins the user's turn"
+        )
+    if data.without_tools:
+        warnings.append(
+            f"base_model {spec.base_model}: its chat template does not show the tools of {data.without_tools} chats, "
+            "which are trained on without them"
         )
     return _Data(data.describe(spec), limits.of_texts(data, tokenizer), len(data.train), tuple(warnings))
 

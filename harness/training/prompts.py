@@ -47,12 +47,18 @@ def render(story: Story, tokenizer: Any) -> Prompt:
     return Prompt(lead + _PLAIN_TURN.format(instruction=instruction))
 
 
-def token_ids(text: str, tokenizer: Any) -> list[int]:
+def token_ids(text: str, tokenizer: Any, own: list[int] | None = None) -> list[int]:
     """Tokens of a prompt, with what the tokenizer puts before a text, once: a template may have it already.
 
     What it puts after a text is left out: the completion follows.
+
+    Args:
+        text: of the prompt.
+        tokenizer: of the model.
+        own: tokens of the text alone; null: the tokenizer makes them.
     """
-    own, whole = (list(tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (False, True))
+    whole = list(tokenizer(text)["input_ids"])
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"]) if own is None else own
     start = next((i for i in range(len(whole)) if whole[i : i + len(own)] == own), 0)
     return own if own[:start] == whole[:start] else whole[:start] + own
 
