@@ -155,7 +155,8 @@ class DatasetSpec(Frozen):
     """Where stories come from."""
 
     path: NameOrPath
-    """Bundled name (`storyteller`, `storyteller-openings`), a file or a pattern of files, a folder, or a hub id."""
+    """Bundled name (`storyteller`, `storyteller-openings`), a file (.jsonl, .csv, .parquet, …) or a pattern of files, a
+    folder, or a hub id."""
     name: Line | None = _later(None)
     """Configuration of a dataset of the hub."""
     split: Line | None = _later(None)

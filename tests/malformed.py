@@ -120,7 +120,7 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     ),
     "base names a folder": ("base: .\n", r"is a folder; give a grid file"),
     "base names a file with a list": ("base: base_list.yml\n", r"base_list\.yml: holds a list"),
-    "base names another grid": ("base: grid_base.yml\n", r"base: unknown key 'base'"),
+    "base names another grid": ("base: grid_base.yml\n", r"base: grid_base\.yml has base:, so it is a grid file"),
     "base name too long for a file": (f"base: {'x' * 5000}\n", r"cannot be read \(File name too long\)"),
     # ---- the grid's own keys
     "name leaves the results folder": ("name: ../x\n" + BASE, r"name is '\.\./x', not a folder name; use letters"),
@@ -266,7 +266,7 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     ),
     "all-linear in a list of layers": (
         _base("lora_target_modules: [q_proj, all-linear]"),
-        r"all-linear stands alone",
+        r"all-linear stands first",
     ),
     "all-linear against lora_target_linear": (
         _base("lora_target_linear: false, lora_target_modules: all-linear"),
@@ -328,7 +328,10 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "no datasets": (_base("datasets: []"), r"datasets is an empty list; it must have at least one entry"),
     "datasets as text": (_base("datasets: storyteller"), r"datasets is 'storyteller'; it must be a list"),
     "datasets as a list of text": (_base("datasets: [storyteller]"), r"datasets\.0 is 'storyteller'; it must be a map"),
-    "type as text": (_base("datasets: [{path: storyteller, type: alpaca}]"), r"type is 'alpaca'; it must be a mapping"),
+    "type as text": (
+        _base("datasets: [{path: storyteller, type: alpacca}]"),
+        r"type 'alpacca' is unknown; use alpaca, chat_template, .*, or a mapping of prompt keys",
+    ),
     "dataset without a path": (_base("datasets: [{type: {}}]"), r"datasets\.0\.path is missing; give one: .*jsonl"),
     "path of two lines": (_data('"a\\nb.jsonl"'), r"datasets\.0\.path: 'a\\nb\.jsonl' is not one line"),
     "missing dataset file": (_data("nowhere.jsonl"), r"dataset nowhere\.jsonl: no such file \(looked in /"),

@@ -247,7 +247,7 @@ def test_lesson_configuration_is_read_as_it_stands(
 
 
 def test_base_path_is_relative_to_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.yml").write_text("base_model: random:tiny\nlora_r: 5\n")
+    (tmp_path / "mine.yml").write_text("base_model: random:tiny\nadapter: lora\nlora_r: 5\n")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert spec(load(tmp_path, "base: mine.yml\n"), "baseline").lora_r == 5
@@ -614,7 +614,10 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "train_on_inputs": True,
         "measure_forgetting": True,
         "val_set_size": 8.0,
+        "test_datasets": [{"path": "a.csv"}],
         "min_completion_tokens": 8,
+        "chat_template": "chatml",
+        "special_tokens": {"pad_token": "<pad>"},
         "precision": "nf4",
         "tf32": True,
         "attention": "eager",
@@ -627,6 +630,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "lora_bias": "all",
         "lora_target_linear": True,
         "lora_target_modules": ["q_proj"],
+        "lora_modules_to_save": ["lm_head"],
         "use_rslora": True,
         "use_dora": True,
         "save_adapter": True,
@@ -641,12 +645,16 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "learning_rate": 1.0,
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.1,
+        "warmup_steps": 1,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,
         "weight_decay": 0.1,
         "max_grad_norm": 0.0,
         "seed": 1,
     }
-    # Of which the one goes with 4 bits only, the other with several processes.
-    bound = {"double_quantization", "sharding"}
+    # Those that go with another key: with quantised weights, several processes, checkpointing.
+    bound = {"double_quantization", "compute_dtype", "sharding", "reentrant_checkpointing"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
     assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}

@@ -103,6 +103,8 @@ def base_of(
     if isinstance(base, str) and base.isprintable():
         file = path.parent / os.path.expanduser(base)  # Path.expanduser raises for ~nobody
         base = read_yaml(file)
+        if grid_keys := [key for key in base if key in GRID_KEYS]:
+            raise ValueError(f"base: {file.name} has {grid_keys[0]}:, so it is a grid file; name a training file")
     if not isinstance(base, dict):
         raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
     meant = means(base, file or path, inline=file is None, without_unsupported=without_unsupported)

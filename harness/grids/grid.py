@@ -146,9 +146,7 @@ def load(
     try:
         if is_training_file(document) and not document.keys() & set(GRID_KEYS):
             document = {"base": str(path.absolute()), "design": "list"}
-        base, meant = base_of(document, path, without_unsupported=without_unsupported)
-        grid = _build(document, base, path, repeats, dict(overrides or {}), max_trials)
-        return grid if meant.tool == OWN else replace(grid, training_file=meant, title=grid.title + meant.suffix)
+        return _build(document, path, repeats, dict(overrides or {}), max_trials, without_unsupported)
     except InputError:  # of a training file, with all its reasons
         raise
     except ValueError as error:
@@ -173,11 +171,11 @@ def labels_like(grid: Grid, patterns: Sequence[str]) -> set[str]:
 
 def _build(
     document: dict[str, Any],
-    base: dict[str, Any],
     path: Path,
     repeats: int | None,
     overrides: dict[str, Any],
     max_trials: int,
+    without_unsupported: bool,
 ) -> Grid:
     name, title = header(document, path)
     if "tune" in document and not document.keys() & {"vary", "trials"}:
@@ -188,6 +186,7 @@ def _build(
     times = _count(document, "repeats", repeats)
     of_baseline = max(times, _count(document, "baseline_repeats"))
 
+    base, meant = base_of(document, path, without_unsupported=without_unsupported)
     base_spec = make_spec(merge(base, overrides), "base")
     factors = _factors(document, design)
     _refuse_too_many(design, factors, times, max_trials)
@@ -205,7 +204,15 @@ def _build(
     baseline = [trial for trial in trials if trial.spec.id == base_spec.id]
     repeated += [trial for k in range(times, of_baseline) for trial in repeat(baseline, base_spec, k)]
     claims = _claims(document.get("claims", []))
-    return Grid(name, title, design, tuple(interleave(repeated, name)), claims, timing=timing)
+    return Grid(
+        name,
+        title + meant.suffix,
+        design,
+        tuple(interleave(repeated, name)),
+        claims,
+        timing=timing,
+        training_file=None if meant.tool == OWN else meant,
+    )
 
 
 def _count(document: Mapping[str, Any], key: str, instead: int | None = None) -> int:
