@@ -50,9 +50,7 @@ def _are_rows(lines: list[tuple[int, str]], as_lines: bool) -> bool:
         return False
     if len(lines) > 1:
         return isinstance(first, dict) or as_lines
-    if not as_lines or isinstance(first, list):
-        return False
-    return not (isinstance(first, dict) and len(first) == 1 and _lists_of_rows(first))
+    return as_lines and not isinstance(first, list)
 
 
 def _of_lines(lines: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:

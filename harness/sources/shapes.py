@@ -77,10 +77,24 @@ def shape_of(path: str, prompt: PromptSpec, rows: Sequence[dict[str, Any]]) -> S
     shape = _BY_KIND[kind](prompt, columns)
     if shape is None:
         raise _no_column(path, columns, CHAT_COLUMNS[0] if kind == "chat" else _missing_default(columns))
-    for column in shape.needed:
+    return shape
+
+
+def check_columns(path: str, shape: Shape, rows: Sequence[dict[str, Any]]) -> None:
+    """Check that rows have the columns of a shape, each in some row.
+
+    Args:
+        path: of the dataset and the file, for messages.
+        shape: as which they will be read.
+        rows: of one file or part; without any, nothing is wrong.
+
+    Raises:
+        InputError: a column is not there.
+    """
+    columns = {column for row in rows for column in row}
+    for column in shape.needed if rows else ():
         if column not in columns:
             raise _no_column(path, columns, column)
-    return shape
 
 
 def _kind_of_keys(path: str, prompt: PromptSpec) -> str | None:
@@ -158,7 +172,8 @@ class _Pair:
 
     @property
     def needed(self) -> Sequence[str]:
-        return tuple(column for column in (self.instruction, self.input, self.output) if column is not None)
+        given = self.input if self.prompt.field_input is not None else None
+        return tuple(column for column in (self.instruction, given, self.output) if column is not None)
 
     def read(self, row: dict[str, Any], where: str) -> Row:
         question, answer = row.get(self.instruction), row.get(self.output)

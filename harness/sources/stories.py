@@ -5,6 +5,7 @@ tokenizer.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,13 +80,16 @@ def read(dataset: DatasetSpec, folder: str | None = None, *, skip_empty: bool = 
     """
     to_train, to_hold_out = parts.read(dataset, folder)
     shape = shapes.shape_of(dataset.path, dataset.type, [row.values for row in to_train])
+    for of, rows in itertools.groupby((*to_train, *to_hold_out), key=lambda row: row.of):
+        name = f"{dataset.path}, {of}," if of else dataset.path
+        shapes.check_columns(name, shape, [row.values for row in rows])
     stories = _examples(dataset, shape, to_train, skip_empty)
     held = _examples(dataset, shape, to_hold_out, skip_empty)
-    for rows, kept in ((to_train, stories), (to_hold_out, held)):
-        if rows and not kept:
-            of = f" of {rows[0].of}" if rows[0].of else ""
+    for part, kept in ((to_train, stories), (to_hold_out, held)):
+        if part and not kept:
+            which = " that are held out" if part is to_hold_out else ""
             raise InputError(
-                f"dataset {dataset.path}: each of its {len(rows)} rows{of} has an empty {' or '.join(shape.columns)}"
+                f"dataset {dataset.path}: each of its {len(part)} rows{which} has an empty {' or '.join(shape.columns)}"
             )
     skipped = len(to_train) - len(stories) + len(to_hold_out) - len(held)
     return Rows(tuple(stories), skipped, tuple(held))
