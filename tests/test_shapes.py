@@ -1,4 +1,4 @@
-"""Shapes of data: the same rows in any kind of file are the same examples, and data of other kinds say what they are."""
+"""Shapes of data: equal rows in any kind of file are equal examples, and data of other kinds say what they are."""
 
 from __future__ import annotations
 
