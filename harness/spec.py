@@ -364,7 +364,7 @@ class TrialSpec(Frozen):
     @property
     def dataset_paths(self) -> str:
         """The paths of its datasets, for a message."""
-        return ", ".join(dataset.path for dataset in self.datasets)
+        return ", ".join(dataset.path for dataset in (*self.datasets, *(self.test_datasets or ())))
 
     @property
     def datasets_json(self) -> str:

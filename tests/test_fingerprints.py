@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ base: {{base_model: {base}, datasets: [{{path: {data}}}], precision: fp32, lora_
 """
 
 
-def write(file: Path, rows: list[Row]) -> Path:
+def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
 
@@ -183,6 +183,86 @@ def test_digests_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pyte
     assert data_of(file) == before
     monkeypatch.setenv("HARNESS_CACHE", str(file))  # no folder, so nothing can be kept
     assert data_of(file) == before
+
+
+def test_data_keep_the_fingerprints_that_records_have(tmp_path: Path) -> None:
+    assert data_of(write(tmp_path / "d.jsonl", ROWS)) == "05e095d15945"
+    assert fingerprints.data(spec_with(datasets=[{"path": "storyteller"}])) == "0faff91d43d3"
+
+
+def test_rows_of_a_chat_and_of_a_text_count(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    tool = {"type": "function", "function": {"name": "rain"}}
+    other = [turns[0], turns[1] | {"reasoning_content": "Hm."}]
+    rows: list[list[dict[str, Any]]] = [
+        [{"messages": turns}], [{"messages": other}], [{"messages": turns, "tools": [tool]}],
+        [{"prompt": turns[:1], "completion": turns[1:]}], [{"text": "So."}], [{"text": "No."}],
+    ]  # fmt: skip
+    assert len({data_of(write(tmp_path / "d.jsonl", each)) for each in rows}) == len(rows)
+    lines = write(tmp_path / "d.jsonl", [{"messages": turns}, {"messages": other}])
+    before = data_of(lines)
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": json.dumps(each)} for each in (other, turns)]))
+    assert data_of(tmp_path / "d.json") == before, "another order, and another way to write the turns"
+
+
+def test_a_folder_counts_by_its_rows_and_which_of_them_are_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", 0.0)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS[:6])
+    without = data_of(folder)
+    assert without == data_of(write(tmp_path / "d.jsonl", ROWS[:6])), "whether a file or a folder of one"
+    write(folder / "test.jsonl", ROWS[6:])
+    before = data_of(folder)
+    assert before != without
+    assert before != data_of(write(tmp_path / "d.jsonl", ROWS)), "held out by the data is not held out by the split"
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", ROWS[:6]), ("test", ROWS[6:]))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    assert data_of(tmp_path / "saved") == before
+    replace_in(folder / "test.jsonl", b"never", b"NEVER")
+    assert data_of(folder) != before
+    replace_in(folder / "test.jsonl", b"NEVER", b"never")
+    assert data_of(folder) == before
+    (folder / "test.jsonl").rename(folder / "notes.jsonl")
+    assert data_of(folder) == without, "no state of a file has changed, and yet it is another part"
+
+
+def test_digests_of_patterns_and_folders_are_never_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", 0.0)
+    write(tmp_path / "a.jsonl", ROWS[:2])
+    write(tmp_path / "b.jsonl", ROWS[2:4])
+    (tmp_path / "aside").mkdir()
+    write(tmp_path / "aside" / "c.jsonl", ROWS[4:])
+    pattern = tmp_path / "*.jsonl"
+    before = data_of(pattern)
+    (kept,) = models.cache_folder().glob("fingerprint-*")
+    known = json.loads(kept.read_bytes())
+    kept.write_text(json.dumps(known | {"digest": "kept"}))
+    assert data_of(pattern) == fingerprints._short(fingerprints._digest(["kept"])), "nothing was read again"
+    (tmp_path / "aside" / "c.jsonl").rename(tmp_path / "c.jsonl")
+    assert data_of(pattern) == data_of(write(tmp_path / "aside" / "all.jsonl", ROWS))
+    (tmp_path / "c.jsonl").unlink()
+    kept.unlink()
+    assert data_of(pattern) == before
+    replace_in(tmp_path / "b.jsonl", b"never", b"NEVER")
+    assert data_of(pattern) != before
+    replace_in(tmp_path / "b.jsonl", b"NEVER", b"never")
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.txt")
+    assert data_of(pattern) == data_of(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="no file matches"):
+        data_of(tmp_path / "*.csv")
+
+
+def test_keys_that_choose_rows_have_their_own_fingerprints(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", ROWS)
+    chosen: list[dict[str, Any]] = [{}, {"split": "train[:4]"}, {"split": "train[4:]"}, {"shards": 2}]
+    prints = [fingerprints.data(spec_with(datasets=[{"path": str(file)} | keys])) for keys in chosen]
+    assert len({*prints}) == len(chosen)
+    assert prints[1] == data_of(write(tmp_path / "e.jsonl", ROWS[:4]))
 
 
 # ------------------------------------------------------------------------------------ runs

@@ -146,5 +146,7 @@ def located(spec: TrialSpec, path: Path, variants: Iterable[TrialSpec] = ()) -> 
 
 
 def _has_relative_path(spec: TrialSpec, folder: str) -> bool:
-    of_data = any(stories.is_relative_file(dataset.path) for dataset in spec.datasets)
+    of_data = any(
+        stories.is_relative_file(dataset.path, folder) for dataset in (*spec.datasets, *(spec.test_datasets or ()))
+    )
     return of_data or models.is_relative_path(spec.base_model, folder)

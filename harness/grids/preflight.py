@@ -35,7 +35,7 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
             _refuse_too_many_processes(trial)
     counted: dict[Any, Counts] = {}
     for spec in (t.spec for t in grid.trials):
-        data = (spec.datasets, spec.folder, spec.skip_empty_rows)
+        data = (spec.datasets, spec.test_datasets, spec.folder, spec.skip_empty_rows)
         if data not in counted:
             counted[data] = splits.counts(stories.read_all(spec))
         counted[data].held_out(spec.val_set_size)

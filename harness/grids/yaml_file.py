@@ -119,7 +119,7 @@ def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False) -> str:
     given = {key: value for key, value in spec.canonical().items() if value is not None}
     if full_paths and spec.folder is not None:
         given["base_model"] = redact_home(models.absolute(spec.base_model, spec.folder))
-        for dataset in given["datasets"]:
+        for dataset in (*given["datasets"], *given.get("test_datasets", ())):
             dataset["path"] = redact_home(stories.absolute(dataset["path"], spec.folder))
     return str(yaml.dump(given, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 

@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from harness._util.files import write_whole
 from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.record import Contents
-from harness.sources import hub, models, stories
+from harness.sources import hub, models, places, stories
+from harness.sources.examples import Row
 from harness.spec import TrialSpec
 
 CACHE_NAME = "fingerprint-*.json"
@@ -29,11 +31,14 @@ _SETTLED_SECONDS = 2.0
 """A file that changed less than this ago may change again without another time: its digest is not kept."""
 
 
+_Datasets = tuple[DatasetSpec, ...]
+
+
 class Snapshot:
     """Fingerprints as they are when first asked for: what is edited later does not change them."""
 
     def __init__(self) -> None:
-        self._data: dict[tuple[tuple[DatasetSpec, ...], str | None, bool], str] = {}
+        self._data: dict[tuple[_Datasets, _Datasets | None, str | None, bool], str] = {}
         self._bases: dict[tuple[str, str | None], str] = {}
 
     def of(self, spec: TrialSpec) -> Contents:
@@ -42,7 +47,7 @@ class Snapshot:
         Raises:
             InputError: the data or the base model cannot be read.
         """
-        of_data = spec.datasets, spec.folder, spec.skip_empty_rows
+        of_data = spec.datasets, spec.test_datasets, spec.folder, spec.skip_empty_rows
         of_base = spec.base_model, spec.folder
         if of_data not in self._data:
             self._data[of_data] = data(spec)
@@ -66,7 +71,10 @@ def data(spec: TrialSpec) -> str:
     Raises:
         InputError: they cannot be read.
     """
-    return _short(_digest(_of_dataset(dataset, spec) for dataset in spec.datasets))
+    digests: list[str | None] = [_of_dataset(dataset, spec) for dataset in spec.datasets]
+    if spec.test_datasets:
+        digests += [None, *(_of_dataset(dataset, spec) for dataset in spec.test_datasets)]
+    return _short(_digest(digests))
 
 
 def base(spec: TrialSpec) -> str:
@@ -92,16 +100,21 @@ def base(spec: TrialSpec) -> str:
 
 
 def _of_dataset(dataset: DatasetSpec, spec: TrialSpec) -> str:
-    """Digest of a dataset's rows; that of a file is kept."""
+    """Digest of a dataset's rows; that of files is kept."""
 
     def of_rows() -> str:
-        rows = stories.read(dataset, spec.folder, skip_empty=spec.skip_empty_rows).stories
-        return _digest(sorted(_digest(row.texts) for row in rows))
+        rows = stories.read(dataset, spec.folder, skip_empty=spec.skip_empty_rows)
+        to_train = _of_examples(rows.stories)
+        return _digest([to_train, _of_examples(rows.held_out)]) if rows.held_out else to_train
 
-    file = stories.file_of(dataset.path, spec.folder)
-    if file is None or not file.is_file():
-        return of_rows()
-    return _kept(file, f"{dataset.model_dump_json()} {spec.skip_empty_rows}", of_rows)
+    def files() -> list[Path]:
+        return places.locate(dataset, spec.folder).files
+
+    return _kept(files, f"{dataset.model_dump_json()} {spec.skip_empty_rows}", of_rows) if files() else of_rows()
+
+
+def _of_examples(examples: Iterable[Row]) -> str:
+    return _digest(sorted(_digest(example.texts) for example in examples))
 
 
 def _of_file(file: Path) -> str:
@@ -111,39 +124,48 @@ def _of_file(file: Path) -> str:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
-    return _kept(file, "bytes", of_bytes)
+    return _kept(lambda: [file], "bytes", of_bytes)
 
 
-def _kept(file: Path, what: str, compute: Callable[[], str]) -> str:
-    """The digest of a file in the cache, where the file has not changed since; else computed and put there.
+def _kept(files: Callable[[], list[Path]], what: str, compute: Callable[[], str]) -> str:
+    """The digest of files in the cache, where none has changed since, come or gone; else computed and put there.
 
     Args:
-        file: that the digest depends on.
-        what: of the file is digested.
+        files: that the digest depends on, as they are now.
+        what: of the files is digested.
         compute: the digest.
     """
-    place = hashlib.sha256(f"{file.absolute()}\0{what}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     try:
-        cached = models.cache_folder() / CACHE_NAME.replace("*", place)
-    except InputError:  # a cache that cannot be written only costs time
+        cached = models.cache_folder() / CACHE_NAME.replace("*", _place(files(), what))
+        state = _state(files())
+    except (InputError, OSError):  # a cache that cannot be written only costs time; a file may have gone just now
         return compute()
-    state = _state(file)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(cached.read_bytes())
         if known["state"] == state:
             return str(known["digest"])
     digest = compute()
-    changed_at = max(state[1:3]) / 1e9
-    if state == _state(file) and time.time() - changed_at > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):
+    changed_at = max(max(times) for _, _, *times, _ in state) / 1e9
+    with contextlib.suppress(OSError, InputError):
+        if state == _state(files()) and time.time() - changed_at > _SETTLED_SECONDS:
             write_whole(cached, json.dumps({"state": state, "digest": digest}).encode())
     return digest
 
 
-def _state(file: Path) -> list[int]:
-    """Size, times and inode: a file in which none of these changed is the same."""
-    there = os.stat(file)
-    return [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino]
+def _place(files: Iterable[Path], what: str) -> str:
+    """Part of the name under which a digest is kept."""
+    names = "\0".join(str(file.absolute()) for file in files)
+    return hashlib.sha256(f"{names}\0{what}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _state(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size, times and inode of each file: one in which none of these changed is the same."""
+    state: list[list[Any]] = []
+    for file in files:
+        there = os.stat(file)
+        name = hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:16]
+        state.append([name, there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino])
+    return state
 
 
 def _digest(parts: Iterable[str | None]) -> str:

@@ -9,27 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from harness._util.messages import first_line, one_line
+from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def read_hub(path: str) -> list[dict[str, Any]]:
-    """The training rows of a dataset of the hub, or of the local cache.
+def read_hub(dataset: DatasetSpec) -> list[dict[str, Any]]:
+    """The training rows of a dataset of the hub, or of the local cache, or those that its `split` names.
 
     Raises:
         InputError: it cannot be read.
     """
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
+    path, options = dataset.path, _options(dataset)
     check_hub_or_cache(path, "dataset")
     try:
-        return [dict(row) for row in load_dataset(path, split="train")]
+        loaded = load_dataset(options.pop("path"), split=dataset.split or "train", **options)
+        return loaded.to_list() if isinstance(loaded, Dataset) else [dict(row) for row in loaded]
     except Exception as error:  # a foreign dataset and four libraries can raise anything
         raise InputError(
             f"dataset {path} cannot be read from the hub ({one_line(first_line(error))}); "
             "check the name, or give a local file or storyteller (bundled)"
         ) from None
+
+
+def _options(dataset: DatasetSpec) -> dict[str, Any]:
+    """What `load_dataset` takes to read a dataset, but for its split. The format of files is given as a loader of that
+    name, which takes their addresses in full.
+    """
+    options: dict[str, Any] = {"path": dataset.path}
+    if dataset.name is not None:
+        options["name"] = dataset.name
+    if dataset.data_files and dataset.ds_type:
+        options["path"] = dataset.ds_type
+        options["data_files"] = [f"hf://datasets/{dataset.path}/{file}" for file in dataset.data_files]
+    elif dataset.data_files:
+        options["data_files"] = [*dataset.data_files]
+    return options
 
 
 def downloads(name: str, kind: str) -> Path:

@@ -19,6 +19,7 @@ _DATA_KEYS = (
     "base_model",
     "folder",
     "datasets",
+    "test_datasets",
     "sequence_length",
     "eval_sequence_length",
     "excess_length",
@@ -42,6 +43,8 @@ _MODEL_KEYS = (
     "lora_bias",
     "lora_target_linear",
     "lora_target_modules",
+    "compute_dtype",
+    "lora_modules_to_save",
     "use_dora",
 )
 """Spec keys that decide whether a model can be built, and of what."""
