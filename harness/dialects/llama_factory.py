@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.dialects import hf_arguments, trl
 from harness.dialects.common import NOT_MEASURED, derive, each
-from harness.dialects.llama_factory_data import read_datasets, read_template
+from harness.dialects.llama_factory_data import TOOL, read_datasets, read_template
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unsupported
 
 _INFERENCE = "inference"
@@ -317,4 +317,4 @@ def is_one(document: Mapping[str, Any]) -> bool:
     return len(keys & (_TABLE.keys() - of_trl)) > len(keys & (of_trl - _TABLE.keys()))
 
 
-DIALECT = Dialect("LLaMA-Factory", _TABLE, _DEFAULTS, _combine)
+DIALECT = Dialect(TOOL, _TABLE, _DEFAULTS, _combine)

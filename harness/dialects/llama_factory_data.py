@@ -11,6 +11,7 @@ from harness._util.messages import unknown
 from harness.dialects.common import derive
 from harness.dialects.rules import Reader
 
+TOOL = "LLaMA-Factory"
 _FILES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"})
 _ONLINE = "ONLINE"
 """What `dataset_dir` is where names are those of the hub."""

@@ -97,6 +97,7 @@ class Reader:
     """For each key without effect on what is measured: what it is about."""
     unsupported: dict[str, str] = field(default_factory=dict)
     """For each key that is not supported: its value, and what would do."""
+    _advice: dict[str, tuple[str, str]] = field(default_factory=dict)
     other_tasks: dict[str, str] = field(default_factory=dict)
     """For each key that asks for another task: which."""
 
@@ -143,6 +144,16 @@ class Reader:
         """
         shown = _brief(self.given.get(name) if value is ... else value)
         self.unsupported[name] = f"{name}: {shown} ({instead})"
+        self._advice[name] = f"{name}: {shown}", instead
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is not supported, with the advice of several keys once."""
+        by_advice: dict[str, list[str]] = {}
+        for name in self.unsupported:
+            what, instead = self._advice[name]
+            by_advice.setdefault(instead, []).append(what)
+        return [f"{', '.join(what)} ({instead})" for instead, what in by_advice.items()]
 
     def other_task(self, name: str, task: str) -> None:
         """Count a key as one of another task."""

@@ -59,9 +59,16 @@ class TrainingFile:
         return f", without {', '.join(self.without)}" if self.without else ""
 
 
-def is_training_file(document: Mapping[str, Any]) -> bool:
-    """Whether a document without grid keys is a training file of some tool."""
-    return bool(document.keys() & {"base_model", "model_name_or_path"}) or torchtune.is_one(document)
+def is_training_file(document: Mapping[str, Any], grid_keys: Iterable[str]) -> bool:
+    """Whether a document is a training file of some tool, not a grid file.
+
+    Args:
+        document: keys and values.
+        grid_keys: keys of a grid file. Other tools have keys like `name` too, where `base_model` is none of theirs.
+    """
+    if "model_name_or_path" in document or torchtune.is_one(document):
+        return "base" not in document
+    return "base_model" in document and not document.keys() & {*grid_keys}
 
 
 def recognise(document: Mapping[str, Any], own_keys: Iterable[str], *, inline: bool = False) -> Dialect | None:
@@ -113,7 +120,7 @@ def interpret(
         count = len(reader.unsupported)
         wrong.append(
             f"{f'{count} keys' if count > 1 else 'a key'} would change what is measured and cannot be taken over: "
-            f"{'; '.join(reader.unsupported.values())}; change the file, or go on without with --without-unsupported"
+            f"{'; '.join(reader.reasons)}; change the file, or go on without with --without-unsupported"
         )
     if wrong:
         raise ValueError(f"{dialect.tool}: {'; '.join(wrong)}")

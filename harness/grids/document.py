@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness._util.messages import kind_of, one_line, unknown
+from harness._util.messages import first_line, kind_of, one_line, unknown
 from harness._util.redact import redact_home
-from harness.dialects.training_file import TrainingFile, interpret
+from harness.dialects import llama_factory_data
+from harness.dialects.training_file import TrainingFile, interpret, is_training_file
 from harness.errors import InputError
 from harness.grids.levels import SPEC_KEYS, normalised
 from harness.grids.yaml_file import read_yaml
@@ -103,7 +105,8 @@ def base_of(
     if isinstance(base, str) and base.isprintable():
         file = path.parent / os.path.expanduser(base)  # Path.expanduser raises for ~nobody
         base = read_yaml(file)
-        if grid_keys := [key for key in base if key in GRID_KEYS]:
+        grid_keys = [key for key in base if key in GRID_KEYS]
+        if grid_keys and not is_training_file(base, GRID_KEYS):
             raise ValueError(f"base: {file.name} has {grid_keys[0]}:, so it is a grid file; name a training file")
     if not isinstance(base, dict):
         raise ValueError(f"base is {kind_of(base)}; it must be a mapping of spec keys, or the path of a training file")
@@ -126,9 +129,40 @@ def means(
         InputError: in one line with all its reasons, why it cannot be taken over.
     """
     try:
-        return interpret(document, SPEC_KEYS, inline=inline, without_unsupported=without_unsupported)
+        meant = interpret(document, SPEC_KEYS, inline=inline, without_unsupported=without_unsupported)
+        return _with_listed_datasets(meant, document, path)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}", _MOST_OF_REASONS)) from None
+
+
+def _with_listed_datasets(meant: TrainingFile, document: Mapping[str, Any], path: Path) -> TrainingFile:
+    """LLaMA-Factory's files name datasets that a dataset_info.json describes, from the folder in which it is run: that
+    of the training file here, or one above it.
+    """
+    listed = llama_factory_data.info_path(document) if meant.tool == llama_factory_data.TOOL else None
+    if listed is None or "datasets" in document:
+        return meant
+    for folder in (path.parent, *path.absolute().parents):
+        if (info := folder / listed).is_file():
+            datasets = llama_factory_data.datasets_from(document, _json_mapping(info))
+            moved = [each | {"path": _from(path.parent, folder, each["path"])} for each in datasets]
+            return replace(meant, values={**meant.values, "datasets": moved})
+    return meant
+
+
+def _json_mapping(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {kind_of(content)}; it must be a mapping of datasets")
+    return content
+
+
+def _from(folder: Path, other: Path, path: str) -> str:
+    """A path that begins at another folder, from this one; what is no file there is on the hub."""
+    return os.path.relpath(other / path, folder) if (other / path).exists() else path
 
 
 def located(spec: TrialSpec, path: Path, variants: Iterable[TrialSpec] = ()) -> TrialSpec:

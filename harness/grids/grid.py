@@ -144,7 +144,7 @@ def load(
     """
     document = read_yaml(path)
     try:
-        if is_training_file(document) and not document.keys() & set(GRID_KEYS):
+        if is_training_file(document, GRID_KEYS):
             document = {"base": str(path.absolute()), "design": "list"}
         return _build(document, path, repeats, dict(overrides or {}), max_trials, without_unsupported)
     except InputError:  # of a training file, with all its reasons

@@ -37,7 +37,7 @@ def read(path: Path) -> TrainingFile:
         InputError: it is none, is for another task, has a key that no table has, or a value that cannot be.
     """
     document = read_yaml(path)
-    if document.keys() & {*GRID_KEYS} or not is_training_file(document):
+    if not is_training_file(document, GRID_KEYS):
         raise InputError(f"{path.name} is no training file of another tool; a grid file is run as it is")
     meant = means(document, path, without_unsupported=True)
     try:
