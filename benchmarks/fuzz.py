@@ -401,19 +401,43 @@ _VALUES: tuple[Any, ...] = (
     *_TEXTS, None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), [], {}, ["a"], {"a": None}, [[["a"]]],
 )  # fmt: skip
 _COLUMNS = ("synopsis", "short_story", "system", "", "\ufeffsynopsis", "synopsis ", "\x1b[31m", "c" * 5000, "\ud800")
+_TURNS: tuple[Any, ...] = (
+    {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}, {"from": "gpt", "value": "So."},
+    {"from": "human", "value": None}, {"role": "wolf", "content": "Grr."}, {"role": "assistant", "tool_calls": [{}]},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, {}, "Why?", None,
+    {"role": "assistant", "content": "a", "name": "\ud800"}, {"role": "\x1b[31m", "content": "\x1b[31m"},
+)  # fmt: skip
+_CHATS: tuple[Any, ...] = (
+    [*_TURNS[:2]], [*_TURNS[2:4]], [_TURNS[0]], [], None, json.dumps(_TURNS[:2]), "[", {"role": "user"}, [[[]]],
+)  # fmt: skip
+_OTHER_COLUMNS = (
+    "messages", "conversations", "prompt", "completion", "instruction", "output", "input", "text", "label", "labels",
+    "chosen", "rejected", "images", "input_ids", "tools",
+)  # fmt: skip
 
 
 def _rows_of(chance: random.Random) -> list[dict[str, Any]]:
-    """Rows that are mostly stories."""
-    rows = []
+    """Rows that are mostly stories, or mostly of one other shape."""
+    rows, other = [], chance.random() < 0.4
     for _ in range(chance.choice((0, 1, 1, 2, 5))):
         row: dict[str, Any] = {"synopsis": "A fox.", "short_story": "It ran."}
+        if other:
+            row = {column: _cell(chance) for column in chance.sample(_OTHER_COLUMNS, chance.choice((1, 2, 3)))}
         for _ in range(chance.choice((0, 0, 0, 1, 2))):
             row[chance.choice(_COLUMNS)] = chance.choice(_VALUES)
         if chance.random() < 0.1:
             row.pop(chance.choice(list(row)))
         rows.append(row)
     return rows
+
+
+def _cell(chance: random.Random) -> Any:
+    """A text, a chat, or whatever else."""
+    if chance.random() < 0.4:
+        return chance.choice(_CHATS)
+    if chance.random() < 0.3:
+        return [chance.choice(_TURNS) for _ in range(chance.choice((1, 2, 4)))]
+    return chance.choice(_VALUES)
 
 
 def _nested(chance: random.Random) -> str:
@@ -434,10 +458,14 @@ def _json_text(chance: random.Random, *, lines: bool) -> bytes:
                     f'{{"synopsis": {"9" * 5000}, {story}}}', '{"synopsis": "a", "synopsis": "b", ' + story + "}",
                     "{'synopsis': 1}", f'{{"synopsis": "\\ud800", {story}}}', f'{{"synopsis": NaN, {story}}}',
                     f'{{"synopsis": -Infinity, {story}}}', f'{{"synopsis": "a\tb", {story}}}',
+                    f'{{"messages": [{{"role": "user", "content": {_nested(chance)}}}]}}',
+                    f'{{"messages": [{{"role": "user", "content": "a", "more": {_nested(chance)}}}]}}',
                 )
             )
         )  # fmt: skip
     text = chance.choice(("\n", "\r\n", "\r", "\n\n", "\u2028")).join(rows) if lines else f"[{', '.join(rows)}]"
+    if chance.random() < 0.1:
+        text = f'{{"data": {text}, "more": {chance.choice(("1", "[]", "[{}]", text))}}}'
     return text.encode(chance.choice(("utf-8", "utf-8-sig", "utf-8", "utf-8", "utf-16")), "surrogatepass")
 
 
@@ -446,13 +474,13 @@ def _csv_text(chance: random.Random) -> bytes:
     header = chance.choice(
         (*[["synopsis", "short_story"]] * 5, ["synopsis"] * 2, [""], ["synopsis", "short_story", "c"], [])
     )
-    comma, quote = chance.choice((",", ",", ",", ";", "\t")), chance.choice(('"', '"', "", "'"))
+    comma, quote = chance.choice((",", ",", ",", ";", "\t", "|")), chance.choice(('"', '"', "", "'"))
     lines = [comma.join(f"{quote}{cell}{quote}" for cell in row) for row in (header, *rows)]
     text = chance.choice(("\n", "\r\n", "\r", "\n\r")).join(lines)
     return text.encode(chance.choice(("utf-8", "utf-8-sig", "utf-8", "utf-8", "utf-16")), "surrogatepass")
 
 
-def _parquet(chance: random.Random) -> bytes:
+def _arrow(chance: random.Random, suffix: str) -> bytes:
     """Columns of every type that Arrow has and parquet holds, two of them perhaps of one name."""
     count = chance.choice((0, 1, 3))
     texts = ["A fox."] * count
@@ -480,9 +508,26 @@ def _parquet(chance: random.Random) -> bytes:
     names = [chance.choice(("synopsis", "short_story", *_COLUMNS[:-1])) for _ in range(chance.choice((0, 1, 3)))]
     names += ["synopsis", "short_story"] if chance.random() < 0.8 else []
     columns = [made[0]() if chance.random() < 0.5 else chance.choice(made)() for _ in names]
-    out = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, names=names), out, compression=chance.choice(("snappy", "zstd", "gzip", "none")))
+    out, table = pa.BufferOutputStream(), pa.table(columns, names=names)
+    if suffix == ".parquet":
+        pq.write_table(table, out, compression=chance.choice(("snappy", "zstd", "gzip", "none")))
+    else:
+        kind = chance.choice((pa.ipc.new_file, pa.ipc.new_stream))
+        options = pa.ipc.IpcWriteOptions(compression=chance.choice(("zstd", "lz4", None)))
+        with kind(out, table.schema, options=options) as writer:
+            writer.write_table(table)
     return bytes(out.getvalue().to_pybytes())
+
+
+def _compressed(suffix: str, content: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """The file as it is, or compressed, and perhaps spoilt once more."""
+    if chance.random() < 0.8:
+        return suffix, content
+    end, how = chance.choice(((".gz", "gzip"), (".zst", "zstd")))
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, how) as stream:
+        stream.write(content)
+    return suffix + end, _spoilt(bytes(out.getvalue().to_pybytes()), chance)
 
 
 def _spoilt(content: bytes, chance: random.Random) -> bytes:
@@ -511,10 +556,13 @@ def dataset(chance: random.Random) -> tuple[str, bytes]:
     if chance.random() < 0.01:  # a row of 10 MB
         row = json.dumps({"synopsis": "x" * _BIG, "short_story": "It ran."}).encode()
         return ".jsonl", row
-    if suffix == ".parquet":
-        return suffix, _spoilt(_parquet(chance), chance)
-    content = _csv_text(chance) if suffix == ".csv" else _json_text(chance, lines=suffix == ".jsonl")
-    return suffix, _spoilt(content, chance)
+    if suffix in (".parquet", ".arrow", ".feather"):
+        content = _arrow(chance, suffix)
+    elif suffix in (".csv", ".tsv"):
+        content = _csv_text(chance)
+    else:
+        content = _json_text(chance, lines=(suffix == ".jsonl") != (chance.random() < 0.2))
+    return _compressed(suffix, _spoilt(content, chance), chance)
 
 
 def fuzz_datasets(count: int, seed: int, keep: Path) -> Tally:
@@ -530,7 +578,7 @@ def fuzz_datasets(count: int, seed: int, keep: Path) -> Tally:
             try:
                 read = stories.read(DatasetSpec(path=str(file))).stories
                 for story in read:
-                    "".join((story.id, story.instruction, story.completion, story.system or "")).encode()
+                    "".join((story.id, story.instruction, story.completion, *map(str, story.texts))).encode()
                 tally.ends["read" if read else "read as nothing"] += 1
                 if not read:
                     tally.fail(case, "no stories and no error")
