@@ -66,7 +66,9 @@ def is_training_file(document: Mapping[str, Any], grid_keys: Iterable[str]) -> b
         document: keys and values.
         grid_keys: keys of a grid file. Other tools have keys like `name` too, where `base_model` is none of theirs.
     """
-    if "model_name_or_path" in document or torchtune.is_one(document):
+    if torchtune.is_one(document):
+        return not isinstance(document.get("base"), Mapping)
+    if "model_name_or_path" in document:
         return "base" not in document
     return "base_model" in document and not document.keys() & {*grid_keys}
 
