@@ -142,6 +142,8 @@ def _read_length(reader: Reader) -> None:
     if limited:
         reader.set("max_steps", steps, "max_steps")
         reader.note("max_steps ends the training", "num_epochs")
+    elif "train_samples" in reader.given:
+        reader.note("train_samples ends the training", "num_epochs", "max_steps")
     else:
         reader.ignore("no limit", "max_steps")
         reader.set("num_epochs", reader.get("num_epochs", 1.0), "num_epochs")
@@ -195,7 +197,7 @@ def _read_attention(reader: Reader) -> None:
         if value in (None, False):
             reader.ignore("off", name)
             continue
-        kernel = _ATTENTION.get(value if name == "attn_implementation" else name)
+        kernel = _ATTENTION.get(str(value) if name == "attn_implementation" else name)
         if kernel is None:
             reader.refuse(name, "use sdpa, eager or flash_attention_2")
         else:

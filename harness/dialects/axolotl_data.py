@@ -191,11 +191,17 @@ def _sharegpt(given: dict[str, Any]) -> dict[str, Any]:
     return {"roles": roles} if roles else {}
 
 
-def _template(reader: Reader) -> Any:
-    return reader.get("chat_template_jinja") or reader.get("chat_template")
+def _template(reader: Reader) -> str | None:
+    for name in ("chat_template_jinja", "chat_template"):
+        given = reader.get(name)
+        if isinstance(given, str):
+            return given
+        if given is not None:
+            reader.refuse(name, "give a name or Jinja text")
+    return None
 
 
-def _set_template(reader: Reader, template: Any, entries: Sequence[Any]) -> None:
+def _set_template(reader: Reader, template: str | None, entries: Sequence[Any]) -> None:
     """One template for all datasets: that of the file, else the one that the entries agree on."""
     of_entries = {_of_entry(entry) for entry in entries if isinstance(entry, Mapping)} - {None}
     names: tuple[str, ...] = ("chat_template", "chat_template_jinja")
@@ -221,13 +227,11 @@ def _set_template(reader: Reader, template: Any, entries: Sequence[Any]) -> None
         )
 
 
-def _of_entry(entry: Mapping[Any, Any]) -> Any:
+def _of_entry(entry: Mapping[Any, Any]) -> str | None:
     conversation = entry.get("conversation")
-    return (
-        entry.get("chat_template_jinja")
-        or entry.get("chat_template")
-        or (_CONVERSATIONS.get(str(conversation), conversation) if conversation else None)
-    )
+    of_conversation = _CONVERSATIONS.get(str(conversation), conversation) if conversation else None
+    named = entry.get("chat_template_jinja") or entry.get("chat_template") or of_conversation
+    return None if named is None else str(named)
 
 
 def _special_tokens(reader: Reader) -> None:

@@ -210,4 +210,5 @@ def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str])
         elif rule is None:
             unknown.append(str(name))
     dialect.combine(reader)
+    reader.values |= {name: value for name, value in given.items() if name in own and name not in known}
     return reader, unknown

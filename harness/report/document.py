@@ -122,7 +122,7 @@ def _with_what_is_left_out(document: Document) -> Document:
     if file is None or not file.without:
         return document
     shown = tuple(replace(table, title=table.title + file.suffix) for table in document.tables)
-    charts = tuple(replace(chart, title=chart.title + file.suffix) for chart in document.charts)
+    charts = tuple(plots.titled(chart, chart.title + file.suffix) for chart in document.charts)
     return replace(document, tables=shown, charts=charts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair
@@ -38,6 +38,11 @@ class Chart:
         """Vega-Lite, without the colours of a light or dark scheme."""
         vega_lite: dict[str, Any] = self.chart.to_dict()
         return vega_lite
+
+
+def titled(chart: Chart, title: str) -> Chart:
+    """A chart with another title, which stands in the image too."""
+    return replace(chart, title=title, chart=chart.chart.properties(title=title))
 
 
 def axis_title(metric: str, unit: str) -> str:
