@@ -537,7 +537,7 @@ def test_shards_are_every_nth_row(tmp_path: Path) -> None:
 
 def test_format_of_files_of_any_name(tmp_path: Path) -> None:
     (tmp_path / "rows").write_bytes((filled(tmp_path / "d", a=(0, 2)) / "a.jsonl").read_bytes())
-    (tmp_path / "lines.txt").write_text("A fox.\n\nA hen.\n", encoding="utf-16")
+    (tmp_path / "lines.txt").write_text("A\u2028fox.\r\n\r\nA hen.", encoding="utf-16", newline="")
     assert read_numbers(spec_read(tmp_path / "rows", ds_type="json").stories) == [0, 1]
     assert refused(tmp_path / "rows").endswith("ds_type says the format (json, csv, parquet, arrow, text)")
     assert [text.completion for text in spec_read(tmp_path / "lines.txt", ds_type="text").stories] == [

@@ -92,7 +92,8 @@ def read_file(file: Path, ds_type: str | None = None) -> Iterator[dict[str, Any]
     elif kind == "csv":
         yield from _csv_rows(_text(content), "\t" if suffix == ".tsv" else None)
     elif kind == "text":
-        yield from ({"text": line} for line in _text(content).splitlines() if line.strip())
+        lines = io.StringIO(_text(content), newline=None)  # U+2028 and the like end no line
+        yield from ({"text": line.rstrip("\n")} for line in lines if line.strip())
     elif kind == "arrow":
         yield from _arrow_rows(content)
     else:
