@@ -492,6 +492,8 @@ def test_a_chat_template_by_name_or_as_text_replaces_the_models_own(small: Small
 def test_an_unknown_chat_template_is_refused_beforehand(small: Small, tmp_path: Path, given: str, reason: str) -> None:
     base = tiny_model(tmp_path / "model")
     assert re.search(f"^trial 1: {reason}", refusal(small(base_model=base, chat_template=given)))
+    valid = small(base_model=base, chat_template="zephyr")
+    assert re.search(f"^trial 2: {reason}", refusal(valid, small(base_model=base, chat_template=given)))
     if "unknown" in reason:
         assert re.search(reason, refusal(small(chat_template=given))), "random weights or not"
 
@@ -511,6 +513,7 @@ def test_special_tokens_are_tokens_of_the_vocabulary(small: Small, tmp_path: Pat
     assert (padded.pad_token, len(padded)) == (own.pad_token, len(own))
     text = refusal(small(base_model=base, special_tokens={"eos_token": "<|usr|>"}))
     assert re.search(r"eos_token '<\|usr\|>' is not in the vocabulary of .*; use one that is, like '<\|user\|>'$", text)
+    assert refusal(spec, small(base_model=base, special_tokens={"eos_token": "<|usr|>"})).startswith("trial 2: special")
     quiet = checkpoints.load_tokenizer(small(special_tokens={"eos_token": "<|im_end|>", "unk_token": "<unk>"}))
     assert (quiet.eos_token, len(quiet)) == ("<|end|>", len(checkpoints.byte_tokenizer()))
 
