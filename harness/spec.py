@@ -389,6 +389,8 @@ class TrialSpec(Frozen):
         }
         # An omitted key equals the value that it stands for; sdpa where a model has none is refused.
         values["attention"] = {"auto": "sdpa"}.get(self.attention, self.attention)
+        if self.compute_dtype == "bf16":
+            del values["compute_dtype"]
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0

@@ -21,7 +21,7 @@ from pages import GENERATED, filled, phrase
 from harness._util.units import GIB, parse_bytes, show_scientific
 from harness.cli import app
 from harness.environment import DeviceType
-from harness.grids import grid, search_file
+from harness.grids import grid, imported, search_file
 from harness.grids.claims import lesson
 from harness.metrics import COMPONENTS
 from harness.predict import cards, peak
@@ -390,3 +390,16 @@ def test_files_of_the_repository_are_valid() -> None:
     for target in ("make check", "make test"):
         assert target in texts["ci.yml"]
     assert "secrets." not in texts["ci.yml"]
+
+
+def test_training_files_in_the_docs_become_what_stands_below_them(tmp_path: Path) -> None:
+    pairs = re.findall(
+        r"`([\w.-]+)`:\n\n```yaml\n(.*?)```\n\nbecomes\n\n```yaml\n(.*?)```",
+        (ROOT / "docs/files.md").read_text(),
+        re.DOTALL,
+    )
+    assert len(pairs) == 4
+    for name, text, expected in pairs:
+        file = tmp_path / name
+        file.write_text(text)
+        assert imported.grid_file(imported.read(file), file, tmp_path) == expected

@@ -48,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full, 8-bit": {"adapter": "none", "optimizer": "adamw_bnb_8bit"},
     "paged 8-bit, nf4, checkpointing": {
         "precision": "nf4", "optimizer": "paged_adamw_8bit", "gradient_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True, "reentrant_checkpointing": True},
+    "nf4 in fp16": {"precision": "nf4", "compute_dtype": "fp16"},
+    "a whole head": {"precision": "bf16", "lora_modules_to_save": ["lm_head"]},
     "dropout": {"lora_dropout": 0.1},
     "DoRA": {"use_dora": True},
     "four": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},

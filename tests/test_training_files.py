@@ -110,7 +110,7 @@ def test_what_axolotls_files_mean() -> None:
     assert str(lora.datasets[0].type.format).startswith("Below is an instruction")
 
     qlora = of("mistral-qlora")
-    assert (qlora.precision, qlora.double_quantization, qlora.compute_dtype) == ("nf4", True, None)
+    assert (qlora.precision, qlora.double_quantization, qlora.compute_dtype) == ("nf4", True, "bf16")
     assert qlora.lora_target_modules is not None
     assert qlora.lora_target_modules[0] == "all-linear"
     assert (qlora.warmup_ratio, qlora.max_grad_norm, qlora.weight_decay, qlora.seed) == (0.1, 0.3, 0.01, 7)

@@ -61,9 +61,7 @@ def _read_precision(reader: Reader) -> None:
         reader.set("precision", arithmetic, *names, "load_in_8bit", "load_in_4bit")
         return
     reader.set("precision", "int8" if quantised == "load_in_8bit" else "nf4", "load_in_8bit", "load_in_4bit")
-    if arithmetic != "bf16":
-        reader.set("compute_dtype", arithmetic, *names)
-    reader.note("the type of arithmetic over quantised weights", *(n for n in names if n not in reader.mapped))
+    reader.set("compute_dtype", arithmetic, *names)
     if quantised != "load_in_8bit":
         _read_4bit(reader)
 

@@ -123,12 +123,14 @@ class Reader:
     def note(self, text: str, *names: str) -> None:
         """Say of keys what they became, where that is not just a spec key; several texts are joined."""
         self._map(text, *names)
-        self.notes |= {name: self.mapped[name] for name in names if name in self.given}
+        for name in names:
+            if name in self.given:
+                self.notes[name] = _joined(self.notes.get(name), text)
 
     def _map(self, text: str, *names: str) -> None:
         for name in names:
             if name in self.given:
-                self.mapped[name] = f"{self.mapped[name]}; {text}" if name in self.mapped else text
+                self.mapped[name] = _joined(self.mapped.get(name), text)
 
     def ignore(self, why: str, *names: str) -> None:
         """Count keys as without effect."""
@@ -158,6 +160,11 @@ class Reader:
     def other_task(self, name: str, task: str) -> None:
         """Count a key as one of another task."""
         self.other_tasks[name] = f"{name}: {_brief(self.given.get(name))}: {task}"
+
+
+def _joined(before: str | None, text: str) -> str:
+    parts = before.split("; ") if before else []
+    return "; ".join([*parts, *(part for part in text.split("; ") if part not in parts)])
 
 
 def _brief(value: Any) -> str:

@@ -304,7 +304,7 @@ def _dataset(reader: Reader, index: int, given: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_held_out(reader: Reader) -> None:
-    """A part of the rows, or the split `test`, is held out only where the file evaluates."""
+    """A part of the rows, or a split of its own, is held out only where the file evaluates."""
     name = "evaluation_strategy" if "evaluation_strategy" in reader.given else "eval_strategy"
     # YAML reads a bare `no` as false.
     evaluates = reader.get(name, "no") not in ("no", False)
@@ -314,15 +314,13 @@ def _read_held_out(reader: Reader) -> None:
         reader.ignore("evaluation, of the rows that test_split_size holds out", name, "dataset_test_split")
     elif not evaluates:
         reader.ignore("evaluation, which is off", name, "dataset_test_split")
-    elif split != "test":
-        reader.refuse(
-            "dataset_test_split", "leave it out: held-out rows are of `test`, or of those that are trained on"
-        )
-        reader.ignore("evaluation", name)
+    elif "datasets" in reader.given:
+        reader.ignore("evaluation, for which nothing is held out", name, "dataset_test_split")
     else:
+        reader.set("test_datasets", [{"split": split}], "dataset_test_split")
         if "val_set_size" not in reader.given:
             reader.values.pop("val_set_size", None)
-        reader.note("rows held out: those of `test` where there is one", name, "dataset_test_split")
+        reader.note(f"evaluated on {split}, before and after training", name)
 
 
 def _read_loss(reader: Reader) -> None:
@@ -348,6 +346,9 @@ def _read_loss(reader: Reader) -> None:
     for entry in entries:
         if "type" not in entry and (completions is True or answers):
             entry["type"] = "prompt_completion" if completions is True else "chat_template"
+    tests = reader.values.get("test_datasets", [])
+    if entries and tests:  # the same but for its split
+        tests[0] |= {key: value for key, value in entries[0].items() if key != "split"}
 
 
 def is_one(document: Mapping[str, Any]) -> bool:

@@ -74,9 +74,9 @@ def _sources(meant: TrainingFile) -> dict[str, list[str]]:
     """By spec key, the keys of the training file that it comes from."""
     sources: dict[str, list[str]] = {}
     for name, text in meant.mapped.items():
-        for part in text.split("; "):
-            if match := _KEY.match(part):
-                sources.setdefault(match[1], []).append(name)
+        keys = {match[1] for part in text.split("; ") if (match := _KEY.match(part))}
+        for key in keys or {"datasets"} & {f"{name}s"}:
+            sources.setdefault(key, []).append(name)
     return sources
 
 

@@ -1,0 +1,112 @@
+"""Keys of a spec that other tools' training files have: arithmetic, whole layers, reentrant checkpointing, rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from trials import run
+
+from harness.errors import InputError
+from harness.spec import TrialSpec
+from harness.training import model, order
+from harness.training.step import Trainer
+
+Small = Callable[..., TrialSpec]
+CPU = torch.device("cpu")
+
+
+def losses(spec: TrialSpec) -> list[float]:
+    record = run(spec)
+    assert record.status == "ok", record.error
+    return [step.loss for step in record.steps]
+
+
+def test_the_reentrant_variant_learns_the_same(small: Small) -> None:
+    for adapter in ("lora", "none"):
+        plain, usual, reentrant = (
+            losses(small(adapter=adapter, max_steps=3, train_samples=None, **keys))
+            for keys in (
+                {},
+                {"gradient_checkpointing": True},
+                {"gradient_checkpointing": True, "reentrant_checkpointing": True},
+            )
+        )
+        assert usual == pytest.approx(plain, abs=1e-5)
+        assert reentrant == pytest.approx(usual, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute"), [("nf4", "fp16"), ("nf4", "fp32"), ("int8", "fp16"), ("int8", "fp32")]
+)
+def test_arithmetic_over_quantised_weights(precision: str, compute: str, small: Small) -> None:
+    wanted = {"fp16": torch.float16, "fp32": torch.float32}[compute]
+    spec = small(precision=precision, compute_dtype=compute)
+    network = model.load(spec, CPU)
+    assert network.get_input_embeddings().weight.dtype == wanted
+    computed = {m.compute_dtype for m in network.modules() if getattr(m, "compute_dtype", None) is not None}
+    assert computed == ({wanted} if precision == "nf4" else set())
+    assert model.compute_dtype(spec) == (None if compute == "fp32" else wanted)
+    assert (Trainer(network, spec, CPU, 2).scaler is not None) == (compute == "fp16")
+    assert model.compute_dtype(small(precision=precision)) == torch.bfloat16
+    assert small(precision=precision, compute_dtype="bf16").id == small(precision=precision).id != spec.id
+
+
+def test_whole_layers_are_trained_next_to_adapters(small: Small) -> None:
+    spec = small(lora_modules_to_save=["lm_head"], lora_target_modules=["q_proj"])
+    network = model.load(spec, CPU)
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        name for name in trained if name.endswith("lm_head.modules_to_save.default.weight")
+    }
+    assert any("lm_head" in name for name in trained)
+    assert all("q_proj" in name or "lm_head" in name for name in trained)
+    assert len(losses(spec)) >= 1
+    with pytest.raises(InputError, match=r"lora_modules_to_save: .* has no module lm_haed; did you mean lm_head\?"):
+        model.skeleton(small(lora_modules_to_save=["lm_haed"]))
+
+
+def test_all_linear_layers_and_named_ones_add_up(small: Small) -> None:
+    def adapted(**keys: Any) -> set[str]:
+        network = model.skeleton(small(**keys))
+        return {name.partition(".lora_")[0] for name, _ in network.named_parameters() if ".lora_" in name}
+
+    linear = adapted()
+    more = adapted(lora_target_modules=["all-linear", "lm_head", "embed_tokens"])
+    assert {name.rpartition(".")[2] for name in more - linear} == {"lm_head", "embed_tokens"}
+    assert linear < more
+
+
+def test_warm_up_in_steps(small: Small) -> None:
+    spec = small(warmup_steps=2, max_steps=4, train_samples=None, lr_scheduler="linear", learning_rate=1.0)
+    trainer = Trainer(model.load(spec, CPU), spec, CPU, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.scheduler.step()
+    assert rates == [0.0, 0.5, 1.0, 0.5]
+    with pytest.raises(InputError, match=r"warmup_steps 1 of 1 optimizer step .* use warmup_steps: 0"):
+        order.check_rates(small(warmup_steps=1, max_steps=1, train_samples=None), 8)
+
+
+def test_moments_of_adam(small: Small) -> None:
+    spec = small(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    optimizer = Trainer(model.load(spec, CPU), spec, CPU, 2).optimizer
+    assert optimizer.defaults["betas"] == (0.8, 0.95)
+    assert optimizer.defaults["eps"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"compute_dtype": "fp16"}, "compute_dtype is for precision int8, nf4 or fp4"),
+        ({"reentrant_checkpointing": True}, "reentrant_checkpointing without gradient_checkpointing"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio exclude each other"),
+        ({"lora_target_modules": ["lm_head", "all-linear"]}, "all-linear stands first"),
+    ],
+)
+def test_impossible_combinations(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrialSpec.model_validate({"base_model": "random:tiny", **keys})
