@@ -155,7 +155,7 @@ def test_axolotls_defaults(tmp_path: Path) -> None:
 
 
 def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
-    said_all = refusal(FILES / "axolotl/packed-liger.yml")
+    message = refusal(FILES / "axolotl/packed-liger.yml")
     for key in (
         "liger_rope: true",
         "sample_packing: true",
@@ -163,9 +163,9 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
         "lora_mlp_kernel: true",
         "LigerPlugin",
     ):
-        assert key in said_all
-    assert "--without-unsupported" in said_all
-    assert "\n" not in said_all
+        assert key in message
+    assert "--without-unsupported" in message
+    assert "\n" not in message
     many = "".join(f"liger_{n}: true\n" for n in ("rope", "rms_norm", "layer_norm", "glu_activation"))
     others = (
         "neftune_noise_alpha: 5\ntorch_compile: true\ngroup_by_length: true\nrelora: true\nearly_stopping_patience: 3\n"

@@ -46,6 +46,8 @@ def read(reader: Reader) -> None:
         read_entries = [entry | {"type": _text(entry)} for entry in read_entries]
     if read_entries:
         reader.set("datasets", read_entries, "datasets", "pretraining_dataset")
+    elif "datasets" not in reader.unsupported:
+        reader.notes["datasets"] = "none in the file: the bundled stories (storyteller)"
     reader.note("system_prompt of each dataset", "default_system_message")
     _set_template(reader, template, entries)
     _special_tokens(reader)
