@@ -112,7 +112,7 @@ class PromptSpec(Frozen):
     roles: tuple[tuple[StrictStr, tuple[StrictStr, ...]], ...] = _later(())
     """Names of roles in the data, by the template's: `{assistant: [gpt, model]}`; the usual ones are known."""
     roles_to_train: Annotated[tuple[StrictStr, ...], Field(min_length=1)] = _later(("assistant",))
-    """Roles whose turns carry loss."""
+    """Roles whose turns carry loss; `all`: every token of a chat, as TRL has it without `assistant_only_loss`."""
     field_tools: StrictStr | None = _later(None)
     """Column of a chat's tools; null: `tools`, where it is there."""
     field_text: StrictStr | None = _later(None)
@@ -121,6 +121,15 @@ class PromptSpec(Frozen):
     """Prompt text with `{instruction}`, `{input}` and `{system}`; replaces the chat template."""
     no_input_format: StrictStr | None = None
     """As `format`, for rows without input."""
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every token of a chat carries loss."""
+        return "all" in self.roles_to_train
+
+    def trains(self, role: str) -> bool:
+        """Whether turns of a role carry loss."""
+        return self.trains_all or role in self.roles_to_train
 
     @field_validator("roles", mode="before")
     @classmethod

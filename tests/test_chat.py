@@ -265,6 +265,17 @@ def test_trained_are_the_roles_and_turns_that_are_given() -> None:
     assert learnt(tooled, byte_tokenizer(chat_template=HAS_TOOLS)) == ["rain</response></s>"]
 
 
+def test_all_roles_are_every_token_of_a_chat_and_of_what_answers_a_prompt() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    row = chat_of(FOUR, roles_to_train="all")
+    example = example_of(row, tokenizer)
+    assert example.completions == ((1, len(example)),)
+    assert list(example.input_ids) == rendered(row, tokenizer)
+    assert learnt(chat_of(FOUR, roles_to_train="all", trained_from=3), tokenizer) == learnt(
+        chat_of(FOUR, trained_from=3), tokenizer
+    )
+
+
 def test_marks_that_are_not_on_each_turn_are_not_relied_on() -> None:
     last_alone = HAS_MARKS.replace(
         "{% if m['role'] == 'assistant' %}", "{% if m['role'] == 'assistant' and loop.last %}"

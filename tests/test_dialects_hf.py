@@ -166,7 +166,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "trl/minimal": {
         "adapter": "none", "sequence_length": 1024, "micro_batch_size": 8, "num_epochs": 3.0, "learning_rate": 2e-5,
         "lr_scheduler": "linear", "optimizer": "adamw_torch_fused", "seed": 42, "precision": "bf16-mixed",
-        "gradient_checkpointing": True, "reentrant_checkpointing": False, "train_on_inputs": True,
+        "gradient_checkpointing": True, "reentrant_checkpointing": False, "train_on_inputs": False,
         "val_set_size": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
     },
     "trl/full": {
@@ -359,6 +359,9 @@ def test_loss_of_trl_is_on_all_tokens_and_noted() -> None:
     assert "loss on all tokens" in of_trl().mapped["dataset_name"]
     assert spec_of(of_trl(completion_only_loss=True)).train_on_inputs is False
     assert spec_of(of_trl(completion_only_loss=False)).train_on_inputs is True
+    plain = spec_of(of_trl())
+    assert (plain.train_on_inputs, plain.datasets[0].type.roles_to_train) == (False, ("all",))
+    assert spec_of(of_trl(assistant_only_loss=True)).datasets[0].type.roles_to_train == ("assistant",)
     assert spec_of(of_trl(assistant_only_loss=True)).datasets[0].type.kind == "chat"
 
 

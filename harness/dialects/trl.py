@@ -95,7 +95,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "lora_target_linear": False,
     "sequence_length": 1024,
     "val_set_size": 0,
-    "train_on_inputs": True,
 }
 
 
@@ -337,11 +336,14 @@ def _read_loss(reader: Reader) -> None:
         derive(reader, "train_on_inputs", False, "completion_only_loss")
     elif answers or (completions is None and entries and all(e.get("type") == "prompt_completion" for e in entries)):
         derive(reader, "train_on_inputs", False, "assistant_only_loss")
-    else:
+    elif completions is False:
         derive(reader, "train_on_inputs", True, "completion_only_loss", "assistant_only_loss")
-        text = f"datasets: {', '.join(str(entry.get('path')) for entry in entries)}"
-        note = "loss on all tokens: completion_only_loss or assistant_only_loss leave out prompts"
-        reader.note(f"{text} ({note})", "dataset_name", "datasets")
+    else:
+        for entry in entries:
+            if "type" not in entry:
+                entry["roles_to_train"] = ["all"]
+        note = "loss on all tokens of a chat: assistant_only_loss leaves out the others"
+        reader.note(note, "dataset_name", "datasets")
     reader.ignore("off", *([] if answers or "assistant_only_loss" in reader.mapped else ["assistant_only_loss"]))
     for entry in entries:
         if "type" not in entry and (completions is True or answers):

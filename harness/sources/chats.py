@@ -62,7 +62,7 @@ def chat(
 
 
 def _is_trained(message: dict[str, Any], prompt: PromptSpec) -> bool:
-    return message["role"] in prompt.roles_to_train and bool(message["content"].strip() or message.get("tool_calls"))
+    return prompt.trains(message["role"]) and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _messages(turns: Any, prompt: PromptSpec, where: str) -> list[dict[str, Any]]:

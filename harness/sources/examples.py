@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +57,16 @@ class Chat:
     @property
     def instruction(self) -> str:
         """What the last trained turn answers."""
-        return self._last(self.messages[:-1], ("user",))
+        return self._last(self.messages[:-1], lambda role: role == "user")
 
     @property
     def completion(self) -> str:
         """The last trained turn."""
-        return self._last(self.messages, self.prompt.roles_to_train)
+        return self._last(self.messages, self.prompt.trains)
 
     @staticmethod
-    def _last(messages: Sequence[dict[str, Any]], roles: Collection[str]) -> str:
-        texts = [message.get("content") for message in messages if message["role"] in roles]
+    def _last(messages: Sequence[dict[str, Any]], wanted: Callable[[str], bool]) -> str:
+        texts = [message.get("content") for message in messages if wanted(message["role"])]
         return next((text for text in reversed(texts) if isinstance(text, str)), "")
 
 

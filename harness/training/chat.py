@@ -55,10 +55,14 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
     first = chat.trained_from - folded
-    numbers = [n for n, message in enumerate(rendering.messages) if message["role"] in roles and n >= first]
+    wanted = chat.prompt.trains
+    numbers = [n for n, message in enumerate(rendering.messages) if wanted(message["role"]) and n >= first]
     if folded and "system" in roles:
         raise InputError(f"roles_to_train: the chat template has no system turn; leave system out, or {_OTHER}")
     own = _own_tokens(rendering.text, tokenizer)
+    if chat.prompt.trains_all and not chat.trained_from:
+        every = prompts.token_ids(rendering.text, tokenizer, own.ids)
+        return ChatTokens(tuple(every), ((1, len(every)),), folded, not rendering.shows_tools)
     spans = _marked(rendering, own, numbers) if roles == _ASSISTANT else None
     if spans is None:
         turns = [rendering.turn(number) for number in numbers]
@@ -69,8 +73,8 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
 
 def instruction_before(chat: Chat, trained: int) -> str:
     """What the last of so many trained turns answers: the user's turn before it."""
-    roles = chat.prompt.roles_to_train
-    numbers = [n for n, m in enumerate(chat.messages) if m["role"] in roles and n >= chat.trained_from]
+    wanted = chat.prompt.trains
+    numbers = [n for n, m in enumerate(chat.messages) if wanted(m["role"]) and n >= chat.trained_from]
     before = chat.messages[: numbers[min(trained, len(numbers)) - 1]] if numbers else chat.messages
     return next((_content(m) for m in reversed(before) if m["role"] == "user"), "")
 
