@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.table import Table as RichTable
 
@@ -54,9 +55,9 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
     keep("report.md", markdown(document))
     keep("comparisons.csv", comparisons_csv(document))
     claims = ([Cell(text) for text in row] for row in _claim_rows(document))
-    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims, document))
+    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims, _without(document)))
     for table in document.tables:
-        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows, document))
+        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows, _without(document)))
         keep(f"tables/{table.id}.tex", latex(table))
     for chart in document.charts:
         svg, png = images(chart)
@@ -182,10 +183,12 @@ def _claim_rows(document: Document) -> list[list[str]]:
     ]
 
 
-def _csv(headings: Sequence[str], rows: Iterable[Sequence[Cell]], document: Document) -> str:
+def _csv(
+    headings: Sequence[str], rows: Iterable[Sequence[Cell]], last: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A table as CSV, with a last column that has the same text in each row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    last = _without(document)
     writer.writerow([*map(_no_formula, headings), *last])
     writer.writerows(
         [*(_no_formula(c.text) if c.value is None else c.text for c in row), *last.values()] for row in rows
