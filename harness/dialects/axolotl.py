@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.dialects import axolotl_data
-from harness.dialects.axolotl_keys import CLASSES, TABLE
+from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
 from harness.dialects.common import NOT_MEASURED, set_optimizer, set_scheduler, shard
 from harness.dialects.rules import Dialect, Reader, Together
 from harness.spec import ALL_LINEAR
@@ -256,4 +256,5 @@ DIALECT = Dialect(
         "seed": 42,
     },
     _combine,
+    families=FAMILIES,
 )

@@ -117,7 +117,8 @@ TABLE: dict[str, Rule] = {
     ),
     **_all(
         Unsupported("leave it out: these kernels are Axolotl's own"),
-        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel lora_norm_kernel gemma4_hybrid_attn_impl",
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel lora_norm_kernel "
+        "fused_attn_kernel gemma4_hybrid_attn_impl",
     ),
     "pad_to_sequence_len": Unsupported("leave it out: micro-batches are padded to their longest example here"),
     "pad_to_multiple_of": Unsupported("leave it out: micro-batches are padded to their longest example here", (1,)),
@@ -183,10 +184,8 @@ TABLE: dict[str, Rule] = {
         "use_eaft eaft_alpha eaft_k use_dynamic_finetuning use_pose pose_split_on_token_ids pose_max_context_len "
         "pose_num_chunks pretraining_sample_concatenation min_sample_len label_smoothing_factor trainer_cls",
     ),
-    **_all(
-        Unsupported("leave it out: the end of a turn is as the chat template has it"),
-        "eot_tokens chat_template_kwargs",
-    ),
+    "eot_tokens": NoEffect("the end of a turn is as the chat template has it"),
+    "chat_template_kwargs": Unsupported("leave it out: a chat template gets the messages and tools alone"),
     "max_prompt_len": NoEffect("reinforcement learning alone"),
     **_all(NoEffect("preference training alone"), "dpo_use_weighting precompute_ref_log_probs dpo_beta rl_beta"),
     **_all(NoEffect("preference training alone"), "dpo_label_smoothing dpo_use_liger_kernel dpo_padding_free"),
@@ -200,3 +199,17 @@ TABLE: dict[str, Rule] = {
     "diffusion": OtherTask("diffusion of text"),
     **_all(OtherTask("distillation"), "kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_zscore_base_temp kd_top_k"),
 }
+
+FAMILIES: dict[str, Rule] = {
+    **_all(NoEffect("tracking"), "swanlab_ use_swanlab dreadnode_ otel_"),
+    **_all(NoEffect("evaluation during training"), "benchmark_ lm_eval_"),
+    **_all(
+        Unsupported(NOT_MEASURED),
+        "liger_ use_liger_ moe_ expert_ nonexpert_ use_dsv4_ use_glm_ dsv4_ glm_ gemma4_ nvfp4_ scattermoe_ sonicmoe_ "
+        "grokfast_ dense_mixer cce_ cut_cross_entropy_ torchao_ tiled_mlp_ spectrum_",
+    ),
+    **_all(OtherTask("distillation"), "kd_ gkd_"),
+    **_all(OtherTask(_PREFERENCES), "nemo_gym_ ebft_ grpo_"),
+    "diffusion_": OtherTask("diffusion of text"),
+}
+"""Keys of plug-ins, by what their names begin with."""

@@ -79,6 +79,13 @@ class Dialect:
         {},
     )
     """The file before its keys are looked up, and keys that are left out with what they are about: for references."""
+    families: Mapping[str, Rule] = field(default_factory=dict)
+    """By what their names begin with, keys of the tool's plug-ins, which come and go."""
+
+    def rule(self, name: str) -> Rule | None:
+        """What a key is; null: the tool has none of this name."""
+        of_family = next((rule for start, rule in self.families.items() if str(name).startswith(start)), None)
+        return self.table.get(name, of_family)
 
 
 @dataclass
@@ -190,12 +197,12 @@ def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str])
     given = {
         key: value
         for key, value in document.items()
-        if value not in EMPTY and not (value is False and key not in known and key not in own)
+        if value not in EMPTY and not (value is False and dialect.rule(key) is None and key not in own)
     }
     reader = Reader(given, dict(dialect.defaults), no_effect=dict(left_out))
     unknown = []
     for name, value in given.items():
-        rule = known.get(name)
+        rule = dialect.rule(name)
         if isinstance(rule, To):
             try:
                 reader.set(rule.key, rule.convert(value), name)
