@@ -237,7 +237,7 @@ def _read_plugins(reader: Reader) -> None:
     """Plug-ins that change the step are named by their keys too; those that do not are about saving and evaluating."""
     plugins = reader.get("plugins", [])
     for plugin in plugins if isinstance(plugins, list) else [plugins]:
-        if any(word in str(plugin).lower() for word in ("lm_eval", "llm_compressor", "swanlab")):
+        if any(word in str(plugin).lower() for word in ("lm_eval", "swanlab")):
             continue
         reader.refuse("plugins", NOT_MEASURED, str(plugin).rpartition(".")[2])
         return

@@ -64,7 +64,7 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("saving"), "save_steps saves_per_epoch save_strategy save_total_limit save_only_model"),
     **_all(NoEffect("saving"), "save_safetensors save_first_step resume_from_checkpoint auto_resume_from_checkpoints"),
     **_all(NoEffect("saving"), "fsdp_final_state_dict_type dynamic_checkpoint merge_lora merge_method lora_on_cpu"),
-    **_all(NoEffect("saving"), "save_compressed llmcompressor"),
+    **_all(NoEffect("saving"), "save_compressed lora_out_dir hub_private_repo"),
     **_all(NoEffect("the hub"), "hub_model_id hub_strategy hub_revision push_dataset_to_hub hf_use_auth_token"),
     **_all(NoEffect("tracking"), "use_wandb wandb_name wandb_run_id wandb_mode wandb_project wandb_entity"),
     **_all(NoEffect("tracking"), "wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri"),
@@ -84,16 +84,23 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("preparing the data"), "streaming_multipack_buffer_size pretrain_multipack_buffer_size"),
     **_all(NoEffect("preparing the data"), "pretrain_multipack_attn sample_packing_group_size shuffle_merged_datasets"),
     **_all(NoEffect("preparing the data"), "sample_packing_bin_size sample_packing_sequentially"),
-    **_all(NoEffect("preparing the data"), "sample_packing_mp_start_method sample_packing_eff_est total_num_tokens"),
     **_all(
-        NoEffect("preparing the data"), "total_supervised_tokens multipack_real_batches dataset_exact_deduplication"
+        NoEffect("preparing the data"),
+        "sample_packing_mp_start_method sample_packing_eff_est sample_packing_seq_len_multiplier",
+    ),
+    **_all(
+        NoEffect("preparing the data"),
+        "total_num_tokens total_supervised_tokens multipack_real_batches dataset_exact_deduplication",
     ),
     **_all(NoEffect("loading the data"), "dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor"),
     **_all(NoEffect("loading the data"), "dataloader_drop_last shuffle_before_merging_datasets"),
     **_all(NoEffect("launching"), "strict world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb device_map"),
     **_all(NoEffect("launching"), "ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config use_ray"),
     **_all(NoEffect("launching"), "ray_run_name ray_num_workers resources_per_worker axolotl_config_path gc_steps"),
-    **_all(NoEffect("launching"), "low_cpu_mem_usage cloud gradio_title gradio_share gradio_server_name"),
+    **_all(
+        NoEffect("launching"),
+        "low_cpu_mem_usage cloud inference base_model_ignore_patterns gradio_title gradio_share gradio_server_name",
+    ),
     **_all(NoEffect("launching"), "gradio_server_port gradio_max_new_tokens gradio_temperature"),
     **_all(NoEffect("watching for a loss that explodes"), "loss_watchdog_threshold loss_watchdog_patience"),
     **_all(NoEffect("the tokenizer's class"), "tokenizer_type tokenizer_use_fast tokenizer_legacy"),
@@ -105,7 +112,8 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("adapters are fp32 here, as in peft"), "peft_autocast_adapter_dtype"),
     **_all(
         Unsupported(NOT_MEASURED),
-        "sample_packing batch_flattening group_by_length neftune_noise_alpha noisy_embedding_alpha torch_compile "
+        "sample_packing max_packed_sequence_len batch_flattening group_by_length neftune_noise_alpha "
+        "noisy_embedding_alpha torch_compile "
         "torch_compile_backend torch_compile_mode deepcompile flex_attn_compile_kwargs activation_offloading "
         "layer_offloading selective_checkpointing chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp "
         "tiled_mlp_num_shards cut_cross_entropy liger_rope liger_rms_norm liger_glu_activation liger_swiglu "
@@ -120,6 +128,9 @@ TABLE: dict[str, Rule] = {
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel lora_norm_kernel "
         "fused_attn_kernel gemma4_hybrid_attn_impl",
     ),
+    "llmcompressor": Unsupported("leave it out: weights are as dense as those of base_model"),
+    "conversation": Unsupported("name the format by chat_template"),
+    "collator_pad_to_longest": NoEffect("micro-batches are padded to their longest example here"),
     "pad_to_sequence_len": Unsupported("leave it out: micro-batches are padded to their longest example here"),
     "pad_to_multiple_of": Unsupported("leave it out: micro-batches are padded to their longest example here", (1,)),
     **_all(
@@ -138,7 +149,8 @@ TABLE: dict[str, Rule] = {
     **_all(
         Unsupported("leave it out: a schedule is named by lr_scheduler alone here"),
         "lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio lr_div_factor "
-        "jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
+        "log_sweep_min_lr log_sweep_max_lr jagged_restart_steps jagged_restart_warmup_steps "
+        "jagged_restart_anneal_steps",
     ),
     **_all(
         Unsupported("leave it out: optimizers have their own defaults here"),
@@ -191,7 +203,10 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("preference training alone"), "dpo_label_smoothing dpo_use_liger_kernel dpo_padding_free"),
     **_all(NoEffect("preference training alone"), "dpo_loss_type dpo_loss_weights dpo_use_logits_to_keep rpo_alpha"),
     **_all(NoEffect("preference training alone"), "dpo_generate_during_eval dpo_norm_loss orpo_alpha simpo_gamma"),
-    **_all(NoEffect("preference training alone"), "cpo_alpha kto_desirable_weight kto_undesirable_weight trl vllm"),
+    **_all(
+        NoEffect("preference training alone"),
+        "cpo_alpha kto_desirable_weight kto_undesirable_weight trl vllm rl_adapter_ref_model",
+    ),
     "rl": OtherTask(_PREFERENCES),
     "ebft": OtherTask(_PREFERENCES),
     **_all(OtherTask(CLASSES), "reward_model process_reward_model num_labels center_rewards_coefficient"),
