@@ -30,7 +30,7 @@ from harness.record import NO_CONTENTS, Contents, Job, Visit, trial_id
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner import grid_run
-from harness.sources import fingerprints, models
+from harness.sources import fingerprints, models, stories
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, trial
 from harness.tuning.study import study_name
@@ -255,6 +255,22 @@ def test_digests_of_patterns_and_folders_are_never_stale(tmp_path: Path, monkeyp
     assert data_of(pattern) == data_of(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="no file matches"):
         data_of(tmp_path / "*.csv")
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", 0.0)
+    file, read = write(tmp_path / "d.jsonl", ROWS), stories.read
+
+    def read_and_edit(*given: Any, **options: Any) -> stories.Rows:
+        rows = read(*given, **options)
+        replace_in(file, b"never", b"NEVER")
+        return rows
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stories, "read", read_and_edit)
+        before = data_of(file)
+    assert not list(models.cache_folder().glob("fingerprint-*"))
+    assert data_of(file) != before
 
 
 def test_keys_that_choose_rows_have_their_own_fingerprints(tmp_path: Path) -> None:

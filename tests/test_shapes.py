@@ -79,6 +79,7 @@ Refusal = Callable[..., str]
         ({"prompt": "Once", "response": "upon", "id": 3}, ("Once", None, "upon", None)),
         # The columns of the bundled stories come before all others.
         ({"synopsis": "S", "short_story": "T", "messages": TURNS, "text": "U", "label": 1}, ("S", None, "T", None)),
+        ({"synopsis": "S", "short_story": "T", "chosen": "U", "rejected": "V"}, ("S", None, "T", None)),
         ({"synopsis": "S", "instruction": "I", "output": "O"}, ("I", None, "O", None)),
     ],
 )
@@ -430,7 +431,8 @@ def data(draw: st.DrawFn) -> Data:
             inputs = st.just("") | TEXTS
             return [{"instruction": draw(TEXTS), "input": draw(inputs), "output": draw(TEXTS)} for _ in range(count)]
         case "text":
-            return [{"text": draw(TEXTS)} for _ in range(count)]
+            # A header of one column does not say what separates.
+            return [{"id": str(number), "text": draw(TEXTS)} for number in range(count)]
     role, content, column = ("role", "content", "messages") if shape == "chat" else ("from", "value", "conversations")
     rows = []
     for number in range(count):
@@ -489,6 +491,29 @@ def test_any_rows_are_read_or_refused_in_a_line(
         message = str(error)
     assert message.isprintable()
     assert len(message) < 1000
+
+
+def test_a_stream_that_breaks_off_between_two_batches_is_refused(tmp_path: Path) -> None:
+    batch = pa.RecordBatch.from_pylist([{"text": "A"}])
+    file, ends = tmp_path / "d.arrow", []
+    with file.open("wb") as sink, pa.ipc.new_stream(sink, batch.schema) as out:
+        for _ in range(2):
+            out.write_batch(batch)
+            ends.append(sink.tell())
+    assert len(read_all(file).stories) == 2
+    file.write_bytes(file.read_bytes()[: ends[0]])
+    with pytest.raises(InputError, match=r"d\.arrow cannot be read as \.arrow: its end is missing"):
+        read_all(file)
+
+
+def test_lengths_of_a_damaged_stream_are_not_followed(tmp_path: Path) -> None:
+    _stream(tmp_path / "d.arrow", [{"text": "A" * 77}])
+    content = (tmp_path / "d.arrow").read_bytes()
+    before, after = (b"\0\0\0\0" + end.to_bytes(4, "little") for end in (77, 2**30))
+    at = content.rindex(before)
+    (tmp_path / "d.arrow").write_bytes(content[:at] + after + content[at + 8 :])
+    with pytest.raises(InputError, match=r"d\.arrow cannot be read as \.arrow: "):
+        read_all(tmp_path / "d.arrow")
 
 
 @pytest.mark.parametrize("suffix", [*files.SUFFIXES, ".jsonl.gz", ".csv.zst", ".parquet.gz"])

@@ -423,6 +423,12 @@ def test_folder_that_is_not_clear(tmp_path: Path) -> None:
     assert read_numbers(spec_read(empty, split="train").stories) == [0, 1]
 
 
+def test_what_only_describes_data_is_not_read(tmp_path: Path) -> None:
+    folder = filled(tmp_path, b=(0, 2))
+    (folder / "dataset_info.json").write_text('{"features": {}}')
+    assert read_numbers(spec_read(folder).stories) == [0, 1]
+
+
 def test_rows_of_several_files_are_named_by_their_file(tmp_path: Path) -> None:
     folder = filled(tmp_path, train=(0, 3), sub__test=(3, 5))
     (folder / "train.jsonl").write_text('{"synopsis": "A", "short_story": "B"}\n{"synopsis": "C", "short_story": 7}\n')
@@ -540,10 +546,8 @@ def test_format_of_files_of_any_name(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("A\u2028fox.\r\n\r\nA hen.", encoding="utf-16", newline="")
     assert read_numbers(spec_read(tmp_path / "rows", ds_type="json").stories) == [0, 1]
     assert refused(tmp_path / "rows").endswith("ds_type says the format (json, csv, parquet, arrow, text)")
-    assert [text.completion for text in spec_read(tmp_path / "lines.txt", ds_type="text").stories] == [
-        "A\u2028fox.",
-        "A hen.",
-    ]
+    texts = spec_read(tmp_path / "lines.txt", ds_type="text").stories
+    assert [text.completion for text in texts] == ["A\u2028fox.", "A hen."]
     assert refused(tmp_path / "rows", ds_type="parquet").startswith("cannot be read as parquet: ")
 
 
@@ -562,6 +566,7 @@ def test_format_of_files_of_any_name(tmp_path: Path) -> None:
         ("a.json", b'{"synopsis": {"0": "A"}, "short_story": {"0": "C"}}', r"a mapping for each column \('syn"),
         ("a.json", b'{"synopsis": "A", "short_story": "B"}', r"it holds \{'synopsis': .*, not a list of rows"),
         ("a.json", b'{"messages": [{"role": "user", "content": "A"}]}', r"it holds .*, not a list of rows"),
+        ("a.json", b'{"messages": [{"who": "A", "says": "B"}]}', r"it holds .*'messages'.*, not a list of rows"),
         ("a.jsonl", b'["A"]\n["B"]\n', r"line 1 is \['A'\], not an object with columns"),
         ("a.jsonl", b'{"synopsis": "A"}\n{"syn', r"line 2, column "),
         ("a.csv", b"synopsis;short_story\nA;B;C\n", r"row 1 has more fields .*; quote texts with semicolons"),
