@@ -194,6 +194,11 @@ def test_keys_of_plug_ins_are_known_by_what_they_begin_with(tmp_path: Path) -> N
     assert spec(tmp_path, AXOLOTLS + "moe_bnb_fast: false\neot_tokens: [x]\n").adapter == "none"
 
 
+def test_roles_to_train_by_their_names_in_the_data(tmp_path: Path) -> None:
+    given = "datasets: [{path: a.jsonl, type: chat_template, roles_to_train: [gpt, assistant, human]}]\n"
+    assert spec(tmp_path, AXOLOTLS + given).datasets[0].type.roles_to_train == ("assistant", "user")
+
+
 def test_harness_keys_stand_in_axolotls_files_too(tmp_path: Path) -> None:
     own = spec(tmp_path, AXOLOTLS + "wandb_project: x\ntrain_samples: 4\ndevice: cpu\nnum_processes: 2\n")
     assert (own.train_samples, own.device, own.num_processes) == (4, "cpu", 2)

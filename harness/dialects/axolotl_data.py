@@ -22,6 +22,8 @@ _CONVERSATIONS = {"chatml": "chatml", "llama-3": "llama3", "llama3": "llama3", "
                   "vicuna_v1.1": "vicuna", "zephyr": "zephyr", "phi3": "phi_3"}  # fmt: skip
 """Values of `conversation`, an older name for the template of a ShareGPT dataset."""
 
+_SHAREGPT_ROLES = {"gpt": "assistant", "human": "user"}
+
 _PLAIN_KEYS = ("path", "name", "split", "ds_type", "shards", "data_files")
 _PROMPT_KEYS = ("field_messages", "message_field_role", "message_field_content", "roles_to_train", "field_tools")
 _NO_EFFECT = ("trust_remote_code", "preprocess_shards", "input_format", "hf_use_auth_token")
@@ -146,6 +148,10 @@ def _mappings(reader: Reader, where: str, given: dict[str, Any], prompt: dict[st
             reader.refuse(f"{where}.message_property_mappings.{name}", f"name it {name} in the data", column)
     if isinstance(given.get("roles"), Mapping):
         prompt["roles"] = given.pop("roles")
+    trained = prompt.get("roles_to_train")
+    if isinstance(trained, list) and all(isinstance(name, str) for name in trained):
+        # Axolotl takes the names of ShareGPT's data for the roles that they are.
+        prompt["roles_to_train"] = list(dict.fromkeys(_SHAREGPT_ROLES.get(name, name) for name in trained))
 
 
 def _own_prompt(reader: Reader, where: str, kind: Mapping[Any, Any]) -> dict[str, Any]:
