@@ -108,7 +108,7 @@ def test_cards_and_cores_of_a_trial_over_several_processes(
 
 @pytest.mark.timeout(900)  # Ray's processes start four times slower beside another worker on two cores
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
-    """Eight trials on two nodes, one of which is killed in the middle: all rows, each once, with the losses of local."""
+    """Eight trials on two nodes, of which one is killed amid them: all rows, once, with the losses of local."""
     same = {"train_samples": 12, "device": "cpu"}
     grid = grid_of(
         pair=small(num_processes=2, sharding="full_shard", **same),
