@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from harness._util.redact import redact_home
 
@@ -28,6 +30,34 @@ class Frozen(BaseModel):
     """A declaration that validates itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Metadata of a field in its `Annotated`: what is known of it besides its type."""
+
+    measured: bool = True
+    """Whether it changes what is measured; else it is left out of the id."""
+    memory: bool = True
+    """Whether it changes the memory of a training step."""
+    untrained: bool = True
+    """Whether it may change a bit of the untrained model's loss on held-out stories."""
+    given: bool = True
+    """Whether a grid file may give it; else harness sets it."""
+    absent: Any = ...
+    """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
+
+    @classmethod
+    def of(cls, field: FieldInfo) -> Facts:
+        """The facts of a field; the defaults where it declares none.
+
+        Raises:
+            TypeError: it declares several.
+        """
+        declared = [each for each in field.metadata if isinstance(each, cls)]
+        if len(declared) > 1:
+            raise TypeError(f"{field.description!r}: declare one Facts with all of them")
+        return declared[0] if declared else cls()
 
 
 def _one_line(text: str) -> str:

@@ -7,7 +7,6 @@ prints them.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -24,11 +23,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from harness._util.redact import redact_home
 from harness._util.units import parse_bytes
-from harness.data_spec import MOST, DatasetSpec, Frozen, Line, NameOrPath, PositiveInt
+from harness.data_spec import MOST, DatasetSpec, Facts, Frozen, Line, NameOrPath, PositiveInt
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
@@ -72,34 +70,6 @@ Scheduler = Literal[
 
 _POLYNOMIAL_END = 1e-7
 """Last learning rate of `polynomial` in transformers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """Metadata of a field in its `Annotated`: what is known of it besides its type."""
-
-    measured: bool = True
-    """Whether it changes what is measured; else it is left out of the id."""
-    memory: bool = True
-    """Whether it changes the memory of a training step."""
-    untrained: bool = True
-    """Whether it may change a bit of the untrained model's loss on held-out stories."""
-    given: bool = True
-    """Whether a grid file may give it; else harness sets it."""
-    absent: Any = ...
-    """For a field that was added later: its value in rows and ids from before. `...`: it was there from the start."""
-
-    @classmethod
-    def of(cls, field: FieldInfo) -> Facts:
-        """The facts of a field; the defaults where it declares none.
-
-        Raises:
-            TypeError: it declares several.
-        """
-        declared = [each for each in field.metadata if isinstance(each, cls)]
-        if len(declared) > 1:
-            raise TypeError(f"{field.description!r}: declare one Facts with all of them")
-        return declared[0] if declared else cls()
 
 
 _UNMEASURED = Facts(measured=False)
@@ -173,6 +143,10 @@ class TrialSpec(Frozen):
     """Quantise the scales of nf4 and fp4 too."""
     compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
     """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
+    upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
+    """Make what is not quantised of a quantised base (embeddings, head, norms) fp32, as peft's preparation does."""
+    autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
+    """Run 16-bit arithmetic under autocast, so that fp32 adapters compute in 16 bit too; null: with adapters only."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -210,6 +184,9 @@ class TrialSpec(Frozen):
 
     micro_batch_size: PositiveInt = 1
     """Examples in one forward and backward pass."""
+    pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None)] = None
+    """Pad examples to `sequence_length`; otherwise to the longest of their micro-batch (null: `harness plan` at full
+    length takes some for shorter than that)."""
     gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
@@ -221,6 +198,8 @@ class TrialSpec(Frozen):
 
     reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
+    keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Hold a model's outputs until those of the next micro-batch replace them, as a plain training loop does."""
 
     train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
@@ -330,8 +309,8 @@ class TrialSpec(Frozen):
             raise ValueError(
                 f"compute_dtype is for precision int8, nf4 or fp4; {self.precision} names its own arithmetic"
             )
-        if self.reentrant_checkpointing and not self.gradient_checkpointing:
-            raise ValueError("reentrant_checkpointing without gradient_checkpointing: true; drop one of them")
+        if self.autocast is False and self.precision.endswith("-mixed"):
+            raise ValueError(f"precision {self.precision} is 16 bit under autocast, and autocast is false; use fp32")
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
@@ -362,6 +341,13 @@ class TrialSpec(Frozen):
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
     @property
+    def autocasts(self) -> bool:
+        """Whether forward passes run under autocast: never where arithmetic is fp32."""
+        if "fp32" in (self.precision, self.compute_dtype):
+            return False
+        return self.adapter == "lora" or self.precision.endswith("-mixed") if self.autocast is None else self.autocast
+
+    @property
     def dataset_paths(self) -> str:
         """The paths of its datasets, for a message."""
         return ", ".join(dataset.path for dataset in (*self.datasets, *(self.test_datasets or ())))
@@ -389,8 +375,17 @@ class TrialSpec(Frozen):
         }
         # An omitted key equals the value that it stands for; sdpa where a model has none is refused.
         values["attention"] = {"auto": "sdpa"}.get(self.attention, self.attention)
+        # Keys that change nothing here: a preset, or the base of a grid, gives them to trials of every kind.
         if self.compute_dtype == "bf16":
             del values["compute_dtype"]
+        if self.precision not in QUANTISED:
+            values.pop("upcast_unquantized", None)
+        if not self.gradient_checkpointing:
+            values.pop("reentrant_checkpointing", None)
+        if self.autocasts == self.model_copy(update={"autocast": None}).autocasts:
+            values.pop("autocast", None)
+        if not self.pad_to_sequence_len:
+            values.pop("pad_to_sequence_len", None)
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0
@@ -408,7 +403,8 @@ class TrialSpec(Frozen):
     @property
     def memory_key(self) -> str:
         """As `id`, but equal for specs that differ only in keys without effect on memory."""
-        return _digest({k: v for k, v in self.canonical().items() if FACTS[k].memory})
+        held = {k: v for k, v in self.canonical().items() if FACTS[k].memory}
+        return _digest(held | {"pad_to_sequence_len": self.pad_to_sequence_len})  # null and false: planned differently
 
     @property
     def untrained_key(self) -> str:

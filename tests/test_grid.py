@@ -635,6 +635,9 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "use_dora": True,
         "save_adapter": True,
         "micro_batch_size": 2,
+        "pad_to_sequence_len": True,
+        "keep_outputs": True,
+        "autocast": False,
         "gradient_accumulation_steps": 2,
         "num_processes": 2,
         "gradient_checkpointing": True,
@@ -654,7 +657,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "seed": 1,
     }
     # Those that go with another key: with quantised weights, several processes, checkpointing.
-    bound = {"double_quantization", "compute_dtype", "sharding", "reentrant_checkpointing"}
+    bound = {"double_quantization", "compute_dtype", "upcast_unquantized", "sharding", "reentrant_checkpointing"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
     assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}

@@ -126,7 +126,7 @@ def test_other_specs_are_predicted_where_one_cannot_be(small: Small, monkeypatch
 
 def test_which_8b_trials_of_the_lesson_fit_24_gib() -> None:
     trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
-    verdicts = {"full fine-tuning": "no", "gradient_checkpointing=false": "no", "baseline": "fits"}
+    verdicts = {"full fine-tuning": "does not fit", "gradient_checkpointing=false": "does not fit", "baseline": "fits"}
     for label, verdict in verdicts.items():
         predicted = peak.predict(trials[label], "cuda").peak_memory_bytes
         assert fits(predicted, 24 * 2**30, MARGIN["cuda"]) == verdict, label
@@ -160,7 +160,7 @@ def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
     assert next(iter(rows)) == "baseline"
     peaks = {label: row["predicted_peak_memory_bytes"] for label, row in rows.items()}
     assert peaks["lora_alpha=64"] == peaks["baseline"] < peaks["lora_r=64"]
-    assert rows["baseline"]["fits 1MiB"] == "no"
+    assert rows["baseline"]["fits 1MiB"] == "does not fit"
     assert rows["baseline"]["fits t4"] == rows["baseline"]["fits h100"] == "fits"
     for row in rows.values():
         assert sum(row[f"memory_{name}_bytes"] for name in COMPONENTS) == row["predicted_peak_memory_bytes"]
@@ -169,7 +169,7 @@ def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
         )
     assert pandas.read_parquet(folder / "plan/plan.parquet")["label"].tolist() == list(rows)
     assert (folder / "plan/plan.svg").read_text().startswith("<svg")
-    assert "no (" in output
+    assert "does not fit (" in " ".join(output.split())
     assert "6.0%" in output  # the margin is stated
 
 
@@ -273,7 +273,7 @@ def test_processes_divide_this_machine_and_nothing_else(small: Small) -> None:
     (row,) = predictions.rows(predictions.Plan("g", "cpu", (line,), capacities))
     assert line.prediction is not None
     assert 5 * 2**20 < line.prediction.peak_memory_bytes < 9 * 2**20
-    assert (row[f"fits {LOCAL_MACHINE}"], row["fits 10MiB"]) == ("no", "fits")
+    assert (row[f"fits {LOCAL_MACHINE}"], row["fits 10MiB"]) == ("does not fit", "fits")
     here = environment.current("cpu")
     assert capacity_for(two, here) == capacity_for(small(), here) // 2
     assert capacity_for(small(num_processes=2, memory_budget="1GiB"), here) == 2**30, "of each"

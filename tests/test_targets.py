@@ -226,7 +226,12 @@ def without_gradient(one: TrialSpec) -> list[str]:
     network = model.load(one, torch.device("cpu"))
     tokenizer = checkpoints.load_tokenizer(one)
     train = batches.load(one, tokenizer).train
-    (batch, *_) = batches.micro_batches(train[:2], 2, checkpoints.pad_id(tokenizer, None), torch.device("cpu"))
+    (batch, *_) = batches.micro_batches(
+        train[:2],
+        one.model_copy(update={"micro_batch_size": 2}),
+        checkpoints.pad_id(tokenizer, None),
+        torch.device("cpu"),
+    )
     network(**batch.inputs).loss.backward()
     trained_ = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     assert trained_

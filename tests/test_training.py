@@ -35,9 +35,7 @@ def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     size = spec.effective_batch_size
     groups = [examples[i : i + size] for i in range(0, len(examples), size)]
     trainer = Trainer(network, spec, CPU, len(groups))
-    losses = [
-        trainer.step(list(batches.micro_batches(group, spec.micro_batch_size, pad, CPU))).loss for group in groups
-    ]
+    losses = [trainer.step(list(batches.micro_batches(group, spec, pad, CPU))).loss for group in groups]
     return losses, {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
 
 

@@ -230,7 +230,7 @@ class _StepReplay:
             self.peak, self.breakdown = self.tracker.peak, dict(self.tracker.peak_breakdown)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
-        return list(batches.micro_batches(step, self.spec.micro_batch_size, _ANY_ID, _CPU))
+        return list(batches.micro_batches(step, self.spec, _ANY_ID, _CPU))
 
     def _accumulate(self) -> None:
         """Gradients as a backward pass leaves them."""

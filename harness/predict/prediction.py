@@ -20,7 +20,7 @@ MARGIN: dict[DeviceType, float] = {"cpu": 0.005, "cuda": 0.06}
 """Fraction by which a measured peak may exceed its prediction, where there is no calibration. CPU: both come from
 the same tracker. CUDA: what the allocator reserves beyond what is allocated; chosen on four published peaks
 (tests/test_published.py)."""
-Verdict = Literal["fits", "tight", "no"]
+Verdict = Literal["fits", "tight", "does not fit"]
 
 
 class Prediction(BaseModel):
@@ -59,8 +59,8 @@ class SpecPrediction:
 
 
 def fits(peak: float, capacity: int, margin: float) -> Verdict:
-    """Whether a predicted peak fits: `no`, `tight` (without its margin only), or `fits`. All in bytes."""
-    return "no" if peak > capacity else "fits" if peak * (1 + margin) <= capacity else "tight"
+    """Whether a predicted peak fits: `does not fit`, `tight` (without its margin only), or `fits`. All in bytes."""
+    return "does not fit" if peak > capacity else "fits" if peak * (1 + margin) <= capacity else "tight"
 
 
 def capacity_of(environment: Environment) -> int:

@@ -22,7 +22,7 @@ from harness.metrics import COMPONENTS, METRICS
 from harness.predict.calibration import Calibration
 from harness.predict.cards import CARDS
 from harness.predict.largest import NO_EFFECT, Largest
-from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, capacity_per_process, fits
+from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, Verdict, capacity_per_process, fits
 from harness.predict.roofline import Rates, predicted_seconds, roofline_seconds
 from harness.record import Phase
 from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart, axis_title
@@ -31,7 +31,7 @@ from harness.spec import TrialSpec
 
 _WIDE = 130
 """Columns of a terminal that fits every column."""
-_COLOURS = {"fits": "green", "tight": "yellow", "no": "red"}
+_COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ class Plan:
     def need(self, prediction: Prediction) -> int:
         """Predicted bytes with the margin."""
         return round(self.peak(prediction) * (1 + self.margin))
+
+    def verdict(self, line: Line, name: str) -> Verdict | None:
+        """Whether a trial fits a capacity; null where it is not predicted."""
+        if line.prediction is None:
+            return None
+        return fits(self.peak(line.prediction), _capacity(self, line, name), self.margin)
 
     def step_seconds(self, prediction: Prediction) -> float | None:
         """Predicted seconds of a step, corrected by the calibration; null without rates."""
@@ -139,7 +145,7 @@ def terminal(plan: Plan, width: int) -> RichTable:
             f"[bold]{peak / size:.2f}[/]",
             *(details if wide else ()),
             *((_step(plan, prediction),) if step else ()),
-            *(_verdict(plan, peak, _capacity(plan, line, name)) for name in plan.capacities),
+            *(_verdict(plan, line, name) for name in plan.capacities),
         )
     return table
 
@@ -159,9 +165,12 @@ def _capacity(plan: Plan, line: Line, name: str) -> int:
     return min(capacity, line.spec.memory_budget or capacity)
 
 
-def _verdict(plan: Plan, peak: int, capacity: int) -> str:
-    verdict = fits(peak, capacity, plan.margin)
-    return f"[{_COLOURS[verdict]}]{verdict}[/] ({peak / capacity:.0%})"
+def _verdict(plan: Plan, line: Line, name: str) -> str:
+    verdict = plan.verdict(line, name)
+    if verdict is None or line.prediction is None:
+        return ""
+    used = plan.peak(line.prediction) / _capacity(plan, line, name)
+    return f"[{_COLOURS[verdict]}]{verdict}[/] ({used:.0%})"
 
 
 def terminal_largest(
@@ -221,8 +230,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "step_seconds": plan.step_seconds(p) if p else None,
                 "step_seconds_at_rates": roofline_seconds(p.work, plan.rates) if p and plan.rates else None,
                 **{
-                    f"fits {name}": fits(plan.peak(p), _capacity(plan, line, name), plan.margin) if p else None
-                    for name in plan.capacities
+                    f"fits {name}": plan.verdict(line, name) for name in plan.capacities
                 },
                 "error": line.error,
             }

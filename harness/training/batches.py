@@ -345,11 +345,11 @@ class Batch:
     padded_tokens: int
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
-    """Pad to the longest example, on the right. The mask marks padding, not the id: a tokenizer may pad with its end
-    token, which carries loss.
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device, length: int | None = None) -> Batch:
+    """Pad to `length`, or to the longest example, on the right. The mask marks padding, not the id: a tokenizer may pad
+    with its end token, which carries loss.
     """
-    width = max(map(len, examples))
+    width = length or max(map(len, examples))
 
     def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
@@ -369,17 +369,18 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     )
 
 
-def micro_batches(examples: Sequence[Example], size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    """This rank's slice of consecutive micro-batches of at most `size` examples.
+def micro_batches(examples: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    """This rank's slice of consecutive micro-batches of at most `micro_batch_size` examples.
 
     Each rank gets equally many, since ranks go through a step together; the last one may have no loss.
     """
+    size, length = spec.micro_batch_size, spec.sequence_length if spec.pad_to_sequence_len else None
     groups = [examples[start : start + size] for start in range(0, len(examples), size)]
     own = distributed.rank_slice(groups)
     for group in own:
-        yield collate(group, pad_id, device)
+        yield collate(group, pad_id, device, length)
     for _ in range(math.ceil(len(groups) / distributed.world_size()) - len(own)):
-        yield _without_loss(collate(groups[0], pad_id, device))
+        yield _without_loss(collate(groups[0], pad_id, device, length))
 
 
 def _without_loss(batch: Batch) -> Batch:

@@ -44,6 +44,7 @@ _MODEL_KEYS = (
     "lora_target_linear",
     "lora_target_modules",
     "compute_dtype",
+    "upcast_unquantized",
     "lora_modules_to_save",
     "use_dora",
 )

@@ -210,6 +210,8 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         )
     if spec.reentrant_checkpointing and spec.adapter == "lora":
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
+    if spec.upcast_unquantized and spec.precision in QUANTISED:
+        _upcast_unquantized(model)
     unreached = reach.unreached(model)
     if spec.adapter == "lora":
         model = lora.attach(model, spec, unreached)
@@ -217,6 +219,21 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         parameter.requires_grad_(False)
     model.train()
     return model
+
+
+def _upcast_unquantized(model: Any) -> None:
+    """Make 16-bit weights fp32, all of which are of layers that are not quantised.
+
+    As `prepare_model_for_kbit_training` of peft (0.21), which also freezes the base and sets up checkpointing.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # On `meta` the weights of quantised layers are still in 16 bit.
+            quantised = isinstance(module, Linear4bit | Linear8bitLt) and name == "weight"
+            if parameter.dtype in (torch.bfloat16, torch.float16) and not quantised:
+                parameter.data = parameter.data.to(torch.float32)
 
 
 def _quantisation(spec: TrialSpec) -> dict[str, Any]:
@@ -265,8 +282,10 @@ def format_of_linear_weights(spec: TrialSpec) -> str:
 
 
 def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
-    """Type of autocast; null: none, for fp32 and for full fine-tuning in 16 bit."""
-    if spec.adapter == "none" and spec.precision in ("bf16", "fp16"):
+    """Type of 16-bit arithmetic over weights that are of another type in part; null: none, for fp32 and for full
+    fine-tuning in 16 bit.
+    """
+    if spec.adapter == "none" and spec.precision in ("bf16", "fp16") and not spec.autocasts:
         return None
     if spec.compute_dtype is not None:
         return None if spec.compute_dtype == "fp32" else _WEIGHTS[spec.compute_dtype]
@@ -275,8 +294,9 @@ def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
 
 def autocast(spec: TrialSpec, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast for a forward pass at the spec's precision."""
-    dtype = compute_dtype(spec)
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    if not spec.autocasts:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=compute_dtype(spec))
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:

@@ -153,8 +153,8 @@ def kinds(step: Sequence[Example], spec: TrialSpec) -> list[MicroBatchKind]:
     step_kinds = []
     for number, start in enumerate(range(0, len(step), spec.micro_batch_size)):
         lengths = [len(example) for example in step[start : start + spec.micro_batch_size]]
-        padded = min(lengths) < max(lengths)
-        step_kinds.append(MicroBatchKind(len(lengths), max(lengths), padded, number >= spec.num_processes))
+        width = spec.sequence_length if spec.pad_to_sequence_len else max(lengths)
+        step_kinds.append(MicroBatchKind(len(lengths), width, min(lengths) < width, number >= spec.num_processes))
     return step_kinds
 
 

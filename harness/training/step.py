@@ -70,6 +70,7 @@ class Trainer:
         self._parameters = trainable(model)
         self.on_phase = on_phase
         self._read = read
+        self._kept_outputs: Any = None
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of one effective batch, or this rank's slice of them.
@@ -115,6 +116,7 @@ class Trainer:
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
         with autocast(self.spec, self.device), loss.auxiliary_by_example(self._module):
             outputs = self.model(**inputs)
+            self._kept_outputs = outputs if self.spec.keep_outputs else None
             terms = [loss.summed_cross_entropy(outputs.logits, batch.inputs["labels"]) / supervised]
             auxiliary = loss.auxiliary(self._module, outputs)
         return terms if auxiliary is None else [*terms, auxiliary * batch.tokens / tokens]

@@ -287,7 +287,7 @@ class _Trial:
         self.on_progress("step", (number, of))
 
     def _micro_batches(self, examples: list[batches.Example]) -> list[batches.Batch]:
-        return list(batches.micro_batches(examples, self.spec.micro_batch_size, self.pad_id, self.device))
+        return list(batches.micro_batches(examples, self.spec, self.pad_id, self.device))
 
     def _record_step(
         self, number: int, micro_batches: list[batches.Batch], result: StepResult, seconds: float, **fields: Any
