@@ -142,6 +142,12 @@ _TABLE = (
         None,
     ),
     _bytes(
+        "predicted_reserved_bytes",
+        "predicted reserve",
+        "What was predicted for peak_reserved_bytes, of the whole trial; null where nothing predicted it.",
+        None,
+    ),
+    _bytes(
         "memory_weights_bytes",
         "weights",
         "Share of the peak held by the base model's weights, quantisation scales included.",

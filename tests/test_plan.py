@@ -19,11 +19,12 @@ from test_launch import Watch
 from trials import run
 
 from harness import environment
+from harness._util.units import MIB
 from harness.errors import InputError
 from harness.grids import grid
 from harness.launch.local import LocalLauncher
 from harness.metrics import COMPONENTS
-from harness.predict import calibration, peak, predictor, replay
+from harness.predict import calibration, cards, peak, predictor, replay
 from harness.predict.calibration import Calibration, Pair
 from harness.predict.cards import CARDS, capacity
 from harness.predict.largest import largest
@@ -112,7 +113,8 @@ def test_other_specs_are_predicted_where_one_cannot_be(small: Small, monkeypatch
 
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x)[x.sum() > 0])
-    answer = predictor._predict(small().model_dump_json(), "cpu", {"full_length": False, "trust_remote_code": False})
+    options = {"full_length": False, "trust_remote_code": False}
+    answer = predictor._predict(small().model_dump_json(), "cpu", cards.AMPERE, options)
     assert re.search(r"aten\.\w+\S* cannot be replayed on fake tensors", answer["error"])
     monkeypatch.undo()
     lines = (
@@ -128,7 +130,7 @@ def test_which_8b_trials_of_the_lesson_fit_24_gib() -> None:
     trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
     verdicts = {"full fine-tuning": "does not fit", "gradient_checkpointing=false": "does not fit", "baseline": "fits"}
     for label, verdict in verdicts.items():
-        predicted = peak.predict(trials[label], "cuda").peak_memory_bytes
+        predicted = peak.predict(trials[label], "cuda")
         assert fits(predicted, 24 * 2**30, MARGIN["cuda"]) == verdict, label
 
 
@@ -377,9 +379,21 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:
-    assert all(0.9 * size < capacity(name) < size for name, size in CARDS.items())
-    here = environment.current("cpu").model_copy(update={"device_type": "cuda", "device_memory_bytes": CARDS["l4"]})
+    assert all(0.9 * card.memory_bytes < capacity(name) < card.memory_bytes for name, card in CARDS.items())
+    driver = {"device_type": "cuda", "device_name": "NVIDIA L4", "device_memory_bytes": 23034 * MIB}
+    here = environment.current("cpu").model_copy(update=driver)
     assert capacity_of(here) == capacity("l4")
+
+
+def test_cards_are_known_by_the_names_of_their_driver() -> None:
+    for name, gib, key in [
+        ("Tesla T4", 15, "t4"), ("NVIDIA L40S", 45, "l40s"), ("NVIDIA A10G", 22.5, "a10"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40"), ("NVIDIA A100-SXM4-80GB", 80, "a100-80"),
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"), ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+    ]:  # fmt: skip
+        assert cards.of_device(name, int(gib * 2**30)) == CARDS[key], name
+    unknown = cards.of_device("NVIDIA GeForce RTX 7777", 2**34)
+    assert (unknown.memory_bytes, unknown.context_bytes) == (2**34, cards.CONTEXT_BYTES)
 
 
 def test_a_spec_that_kills_its_process_leaves_the_others_predicted(

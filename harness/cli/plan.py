@@ -10,12 +10,14 @@ import typer
 from harness._util.terminal import plain
 from harness.cli import options
 from harness.cli.console import out
-from harness.cli.predictions import device_rates, predict_all
+from harness.cli.predictions import capability_of, device_rates, predict_all
 from harness.cli.training_files import print_training_file
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.environment import Environment
     from harness.grids.grid import Trial
+    from harness.predict.cards import Capability
     from harness.predict.predictor import Predictor
     from harness.report.predictions import Plan
     from harness.spec import TrialSpec
@@ -140,14 +142,28 @@ def plan(
     elif is_here and not gpu and largest is None:
         about["rates"] = device_rates(target)
     full_length = full_length or largest is not None
+    capabilities = _capabilities(capacities, here)
+    first_card = next((cards.CARDS[name] for name in capacities if name in cards.CARDS), None)
+    about["context_bytes"] = first_card.context_bytes if first_card else cards.CONTEXT_BYTES
     with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
         if largest is not None:
             specs = {trial.label: trial.spec for trial in trials}
             _print_largest(predictions.Plan(lines=(), **about), predictor, specs, largest)
             return
-        by_id = {each.spec.id: each for each in predict_all(predictor, [trial.spec for trial in trials])}
+        predicted = {
+            each: {p.spec.id: p for p in predict_all(predictor, [trial.spec for trial in trials], each)}
+            for each in dict.fromkeys(capabilities.values())
+        }
+    first = next(iter(predicted.values()))
+    by_card = {name: predicted[capability] for name, capability in capabilities.items()}
     lines = tuple(
-        predictions.Line(trial.label, trial.spec, by_id[trial.spec.id].prediction, by_id[trial.spec.id].error)
+        predictions.Line(
+            trial.label,
+            trial.spec,
+            first[trial.spec.id].prediction,
+            first[trial.spec.id].error,
+            {name: each for name, by_id in by_card.items() if (each := by_id[trial.spec.id].prediction) is not None},
+        )
         for trial in trials
     )
     made = predictions.Plan(lines=lines, **about)
@@ -183,6 +199,17 @@ def _capacities(memory: list[str], gpu: list[str]) -> dict[str, int]:
         except ValueError as error:
             raise InputError(f"--gpu: {error}") from None
     return capacities
+
+
+def _capabilities(capacities: dict[str, int], here: Environment) -> dict[str, Capability]:
+    """The generation of each card, and for an amount of memory that of this machine's card; the most common without."""
+    from harness.predict import cards
+
+    other = capability_of(here)
+    named = {
+        name: cards.generation(cards.CARDS[name].capability) if name in cards.CARDS else other for name in capacities
+    }
+    return named or {"": other}
 
 
 def _print_largest(plan: Plan, predictor: Predictor, trials: dict[str, TrialSpec], key: str) -> None:
@@ -228,7 +255,7 @@ def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:
         environment = Environment.model_validate_json(text)
         mine = [row for row in rows if row["environment"] == text]
         with Predictor(environment.device_type, trust_remote_code=trust_remote_code) as predictor:
-            predicted = predict_all(predictor, [spec_of(row) for row in mine])
+            predicted = predict_all(predictor, [spec_of(row) for row in mine], capability_of(environment))
         try:
             fitted = calibration.fit_rows(mine, {p.spec.memory_key: p.prediction for p in predicted}, environment)
         except ValueError as error:

@@ -8,6 +8,8 @@ from harness._util.terminal import plain
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.environment import Environment
+    from harness.predict.cards import Capability
     from harness.predict.prediction import Predictions, SpecPrediction
     from harness.predict.predictor import Predictor
     from harness.predict.roofline import Rates
@@ -30,15 +32,32 @@ def predict_trials(specs: list[TrialSpec], trust_remote_code: bool, *, with_rate
     if not specs:
         return NO_PREDICTIONS
     rates = device_rates(environment.resolve_device(specs[0].device)) if with_rates else None
+    here = environment.current(environment.resolve_device(specs[0].device))
     with Predictor(trust_remote_code=trust_remote_code) as predictor:
-        return Predictions.of(predict_all(predictor, specs), rates)
+        return Predictions.of(predict_all(predictor, specs, capability_of(here)), rates)
 
 
-def predict_all(predictor: Predictor, specs: list[TrialSpec]) -> list[SpecPrediction]:
-    """Predictions with a bar while they are made."""
+def capability_of(environment: Environment) -> Capability:
+    """The generation of a machine's card; the most common one without."""
+    from harness.predict import cards
+
+    if environment.device_type == "cpu":
+        return cards.AMPERE
+    return cards.generation(cards.of_device(environment.device_name, environment.device_memory_bytes).capability)
+
+
+def predict_all(predictor: Predictor, specs: list[TrialSpec], capability: Capability) -> list[SpecPrediction]:
+    """Predictions with a bar while they are made.
+
+    Args:
+        predictor: for the device.
+        specs: of the trials.
+        capability: compute capability of a CUDA device.
+    """
     from rich.progress import track
 
-    return list(track(predictor.predict(specs), "predicting peaks", total=len(specs), console=out, transient=True))
+    predicted = predictor.predict(specs, capability)
+    return list(track(predicted, "predicting peaks", total=len(specs), console=out, transient=True))
 
 
 def device_rates(device_type: Literal["cpu", "cuda"]) -> Rates | None:

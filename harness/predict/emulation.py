@@ -17,18 +17,19 @@ from unittest import mock
 import torch
 from torch import _meta_registrations
 
-from harness._util.units import MIB
 from harness.environment import DeviceType
+from harness.predict import cuda_kernels
+from harness.predict.cards import Capability
 from harness.predict.replay import Replay
 
-WORKSPACE: dict[DeviceType, int] = {"cpu": 0, "cuda": 32 * MIB}
-"""Bytes of cuBLAS's workspace within the allocator: 32 MiB on compute capability 9.0, 8.1 MiB before."""
 _PAGED_ABOVE = 100_000
 """Elements of the smallest optimizer state that bitsandbytes (0.50) pages: optim/optimizer.py, get_state_buffer."""
 
 
 @contextlib.contextmanager
-def emulate_device(device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
+def emulate_device(
+    device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay, capability: Capability
+) -> Iterator[None]:
     """Within, a step on the CPU holds what it would hold on the device."""
     if device_type == "cpu":
         with _grouped_products_of_any_type():
@@ -37,9 +38,13 @@ def emulate_device(device_type: DeviceType, optimizer: torch.optim.Optimizer, tr
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # torch's default on CUDA
-    # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, and autocast treats
-    # layer norms differently. Not needed once fake tensors of the device `cuda` work without a CUDA build of torch.
-    functions = mock.patch.multiple(torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm)
+    # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, autocast treats
+    # layer norms differently, and attention has other kernels. Not needed once fake tensors of the device `cuda` work
+    # without a CUDA build of torch.
+    attention = cuda_kernels.attention(capability)
+    functions = mock.patch.multiple(
+        torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm, scaled_dot_product_attention=attention
+    )
     with functions, _paged_state_uncounted(optimizer, tracker), _grouped_products_of_any_type():
         yield
 

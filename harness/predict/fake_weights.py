@@ -74,6 +74,19 @@ def fill(network: Any) -> None:
                 module._buffers[name] = replacements[id(buffer)][1]
 
 
+def scales(module: Any) -> list[torch.Tensor]:
+    """Tensors that a quantised layer has next to its weight; none for other layers."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    if isinstance(module, Linear8bitLt):
+        return [module.state.SCB]  # type: ignore[list-item]  # set as the weights are
+    if not isinstance(module, Linear4bit):
+        return []
+    outer: Any = module.quant_state
+    nested = [outer.offset, outer.state2.absmax, outer.state2.code] if outer.state2 is not None else []
+    return [outer.absmax, outer.code, *nested]
+
+
 _BLOCK, _OUTER_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (double quantisation): bitsandbytes' defaults (0.50)."""
 
@@ -113,4 +126,5 @@ def _fill_8bit(module: Any) -> None:
     weight.CB = weight.SCB = None
     module._parameters["weight"] = weight
     module.state.CB = weight.data
+    module.state.threshold = 0.0  # columns of outliers depend on values
     module.state.SCB = torch.empty(module.weight.shape[0])

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -23,20 +23,24 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
-from harness.predict import fake_weights
-from harness.predict.emulation import WORKSPACE, emulate_device
+from harness.predict import fake_weights, loading
+from harness.predict.allocator import CachingAllocator, Event, least_limit
+from harness.predict.cards import AMPERE, Capability
+from harness.predict.emulation import emulate_device
 from harness.predict.prediction import Prediction
 from harness.predict.replay import Replay
 from harness.predict.roofline import Work
 from harness.record import Phase
 from harness.spec import TrialSpec
-from harness.training import batches, checkpoints, distributed, model, order
+from harness.training import batches, checkpoints, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer
 
 _CPU = torch.device("cpu")
 _ANY_STORY = 16_384
 """Tokens that no story exceeds."""
+_COPY = -(1 << 60)
+"""Key of the first event of a copied trace; those after it have lower ones."""
 _ANY_ID = 0
 """Padding, whose value nothing reads."""
 
@@ -46,14 +50,21 @@ class Unpredictable(Exception):
 
 
 def predict(
-    spec: TrialSpec, device_type: DeviceType, *, full_length: bool = False, trust_remote_code: bool = False
+    spec: TrialSpec,
+    device_type: DeviceType,
+    *,
+    capability: Capability = AMPERE,
+    full_length: bool = False,
+    trust_remote_code: bool = False,
 ) -> Prediction:
     """Replay those micro-batches of a spec of which one holds most memory, chosen from all its steps.
 
     Args:
         spec: what to train.
         device_type: device to train on.
-        full_length: as if every example filled the sequence.
+        capability: compute capability of a CUDA device.
+        full_length: as if every example filled the sequence; where `pad_to_sequence_len` does not say otherwise, with
+            padding in micro-batches of several.
         trust_remote_code: let models from the hub run their own code.
 
     Raises:
@@ -61,11 +72,12 @@ def predict(
         Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
     """
     started = time.perf_counter()
-    steps = _steps(spec, full_length, trust_remote_code)
+    data = _data(spec, full_length, trust_remote_code)
+    steps = order.optimizer_steps(spec, data.train)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
         with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
-            prediction = _StepReplay(network, spec, device_type).run(steps)
+            prediction = _StepReplay(network, spec, device_type, capability, full_length).run(steps, data.held_out)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
@@ -73,18 +85,20 @@ def predict(
     return prediction.model_copy(update={"seconds": time.perf_counter() - started})
 
 
-def _steps(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> list[list[Example]]:
+def _data(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> batches.Data:
     try:
         tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
     except checkpoints.NoTokenizer:  # examples in bytes are longer, if anything
         tokenizer = checkpoints.byte_tokenizer()
     if full_length:  # stories are read whole: a short sequence would leave no completion of them
         whole = {"sequence_length": _ANY_STORY, "eval_sequence_length": _ANY_STORY}
-        train = batches.load(spec.model_copy(update=whole), tokenizer).train
-        train = tuple(_filled(example, spec.sequence_length) for example in train)
-    else:
-        train = batches.load(spec, tokenizer).train
-    return order.optimizer_steps(spec, train)
+        data = batches.load(spec.model_copy(update=whole), tokenizer)
+        return replace(
+            data,
+            train=tuple(_filled(example, spec.sequence_length) for example in data.train),
+            held_out=tuple(_filled(example, batches.evaluated_length(spec)) for example in data.held_out),
+        )
+    return batches.load(spec, tokenizer)
 
 
 def _filled(example: Example, length: int) -> Example:
@@ -96,14 +110,19 @@ def _filled(example: Example, length: int) -> Example:
 class _StepReplay:
     """Takes steps of a spec, or parts of them, with a model on `meta`."""
 
-    def __init__(self, network: Any, spec: TrialSpec, device_type: DeviceType) -> None:
-        self.network, self.spec, self.device_type = network, spec, device_type
+    def __init__(
+        self, network: Any, spec: TrialSpec, device_type: DeviceType, capability: Capability, full_length: bool
+    ) -> None:
+        self.network, self.spec, self.full_length = network, spec, full_length
+        self.device_type, self.capability = device_type, capability
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.tracker = Replay(device_type, self.fake)
+        self.tracker = Replay(device_type, self.fake, capability)
         self.peak, self.breakdown = 0, dict(self.tracker.live)
+        self._updates_from = 0
+        """Where in the trace the last update begins."""
 
-    def run(self, steps: Sequence[Sequence[Example]]) -> Prediction:
-        """Give the model fake weights, then take what holds most of the steps."""
+    def run(self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]) -> Prediction:
+        """Give the model fake weights, evaluate, then take what holds most of the steps."""
         tracker = self.tracker
         tracker.component = "weights"
         # Made outside the fake mode: it reads the ranks from a tensor.
@@ -113,9 +132,12 @@ class _StepReplay:
             if mesh is not None:
                 distributed.shard(self.network, self.spec.sharding, mesh)
         gc.collect()
+        adapters = model.adapters(self.network, self.spec)
         tracker.adopt((*self.network.parameters(), *self.network.buffers()), "weights")
-        tracker.adopt(model.adapters(self.network, self.spec), "adapters")
+        tracker.adopt(adapters, "adapters")
         tracker.component = "activations"
+        loaded = self._load_trace(adapters)
+        load_peak, evaluation_peak = tracker.peak, None
         # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
         trainer = Trainer(
             self.network,
@@ -127,26 +149,58 @@ class _StepReplay:
             wrap=self._replica,
         )
         trainer.scaler = None  # it reads whether gradients are finite; its state is two numbers
-        tracker.phases.clear()
-        tracker.take_work()
-        with emulate_device(self.device_type, trainer.optimizer, tracker):
+        with emulate_device(self.device_type, trainer.optimizer, tracker, self.capability):
+            if held_out:
+                evaluation_peak = self._evaluate(held_out)
+            evaluated, tracker.trace = tracker.trace, []
+            tracker.phases.clear()
+            tracker.take_work()
             # DDP moves gradients to buckets in the last micro-batch of a step: there whole steps are replayed.
             ddp = self.spec.num_processes > 1 and self.spec.sharding == "none"
             work, positions = (self._replay_steps if ddp else self._replay_micro_batches)(trainer, steps)
         processes = self.spec.num_processes
         if self.device_type == "cpu":  # the CPU executes those of all processes
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
-        workspace = WORKSPACE[self.device_type]
-        self.breakdown["activations"] += workspace
-        return Prediction(
+        prediction = Prediction(
             device_type=self.device_type,
-            peak_memory_bytes=self.peak + workspace,
+            peak_memory_bytes=self.peak,
+            peak_load_bytes=load_peak,
+            peak_evaluate_bytes=evaluation_peak,
             breakdown={f"memory_{name}_bytes": size for name, size in self.breakdown.items()},
-            phases={phase: size + workspace for phase, size in tracker.phases.items()},
+            phases=dict(tracker.phases),
             work=tuple(work),
             positions=processes * positions,
             seconds=0.0,
         )
+        if self.device_type == "cpu":
+            return prediction
+        return _with_allocator(prediction, loaded, evaluated, tracker.trace)
+
+    def _load_trace(self, adapters: Sequence[torch.Tensor]) -> list[Event]:
+        """The trace of loading, in place of that of making fake weights."""
+        tracker = self.tracker
+        made, tracker.trace = tracker.trace, []
+        if self.spec.num_processes > 1:  # shards are made of a model in the machine's memory
+            return made
+        upcast = self.spec.upcast_unquantized and model.is_quantised(self.spec)
+        return loading.events(self.network, adapters, tracker.size_of, upcast=upcast)
+
+    def _evaluate(self, held_out: Sequence[Example]) -> int:
+        """Peak of evaluating the heaviest micro-batch of held-out examples."""
+        spec = self.spec.model_copy(update={"pad_to_sequence_len": None, "num_processes": 1})
+        of_all = order.kinds(held_out, spec)
+        self.network.eval()
+        self.tracker.restart()
+        for kind in order.heaviest(replace(each, later=False) for each in of_all):
+            number = next(n for n, each in enumerate(of_all) if replace(each, later=False) == kind)
+            start = number * spec.micro_batch_size
+            batch = batches.collate(held_out[start : start + spec.micro_batch_size], _ANY_ID, _CPU)
+            with self.fake, self.tracker, _masks_from_counts([self._is_unpadded(batch)]) as enter:
+                self.tracker.enter("evaluate")
+                enter()
+                evaluation.summed_losses(self.network, _fake_batch(batch), self.spec, _CPU)
+        self.network.train()
+        return self.tracker.peak
 
     def _replica(self, network: Any, device: torch.device) -> Any:
         """The model as in DistributedDataParallel, where several processes hold all weights each."""
@@ -175,17 +229,34 @@ class _StepReplay:
         Returns:
             The work of a step whose micro-batches are all like the heaviest, and its positions.
         """
-        first, later = steps[:1], steps[1:]
-        with mock.patch.object(trainer, "update", _without_update(trainer)):
-            work, positions = self._replay_kinds(trainer, first)
-        for _ in range(min(2, len(steps))):  # the first update also creates the optimizer's state
-            self.tracker.take_work()
+        if self._is_covered(steps[0], steps[1:]):
+            evaluated = len(self.tracker.trace)
             self._update(trainer)
-        update = self.tracker.take_work()
-        if later:
-            with mock.patch.object(trainer, "update", _without_update(trainer)):
-                work, positions = self._replay_kinds(trainer, later)
+            updated = len(self.tracker.trace)
+            work, positions, update = self._replay_part(trainer, steps[1:])
+            trace = self.tracker.trace
+            trace[evaluated:evaluated] = _as_first_step(trace[updated : self._updates_from])
+            return update + work, positions
+        for part in filter(None, (steps[:1], steps[1:])):
+            work, positions, update = self._replay_part(trainer, part)
         return update + work, positions
+
+    def _is_covered(self, first: Sequence[Example], later: Sequence[Sequence[Example]]) -> bool:
+        """Whether a later step has what is heaviest in the first one, so that the trace of both can be of one replay.
+
+        Kept outputs are of the step before.
+        """
+        of_later = {kind for step in later for kind in order.kinds(step, self.spec)}
+        return not self.spec.keep_outputs and of_later.issuperset(order.heaviest(order.kinds(first, self.spec)))
+
+    def _replay_part(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int, list[Work]]:
+        """The heaviest micro-batches of some steps, and an update: work and positions, and the work of the update."""
+        with mock.patch.object(trainer, "update", _without_update):
+            work, positions = self._replay_kinds(trainer, steps)
+        self._updates_from = len(self.tracker.trace)
+        self.tracker.take_work()
+        self._update(trainer)  # the first one also creates the optimizer's state
+        return work, positions, self.tracker.take_work()
 
     def _replay_kinds(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
         """A micro-batch of each of the heaviest kinds; returns the work and the positions of a step that is made of the
@@ -200,6 +271,8 @@ class _StepReplay:
             number = next(n for n, each in enumerate(of_step) if kind in each)
             if kind.later:
                 self._accumulate()
+            else:
+                trainer.optimizer.zero_grad(set_to_none=True)
             self.tracker.take_work()
             self._step(trainer, self._batches(steps[number]), [of_step[number].index(kind) // processes])
             if kind.examples * kind.width >= positions:
@@ -219,11 +292,21 @@ class _StepReplay:
     def _step(self, trainer: Trainer, batches: Sequence[Batch], chosen: Sequence[int]) -> None:
         """A step over some of its micro-batches, while the inputs of all of them are held."""
         self.tracker.restart()
-        with self.fake, self.tracker, _masks_from_counts(trainer, [batches[number] for number in chosen]):
+        unpadded = [self._is_unpadded(batches[number]) for number in chosen]
+        with (
+            self.fake,
+            self.tracker,
+            _masks_from_counts(unpadded) as enter_forward,
+            _before_forward(trainer, enter_forward),
+        ):
             batches = [_fake_batch(batch) for batch in batches]
             trainer.tracked_step([batches[number] for number in chosen], self.tracker)
             del batches
         self._keep_peak()
+
+    def _is_unpadded(self, batch: Batch) -> bool:
+        assumed = self.full_length and self.spec.pad_to_sequence_len is None and batch.samples > 1
+        return batch.tokens == batch.padded_tokens and not assumed
 
     def _keep_peak(self) -> None:
         if self.tracker.peak >= self.peak:
@@ -233,9 +316,10 @@ class _StepReplay:
         return list(batches.micro_batches(step, self.spec, _ANY_ID, _CPU))
 
     def _accumulate(self) -> None:
-        """Gradients as a backward pass leaves them."""
+        """Gradients as a backward pass leaves them, where there are none yet."""
+        self.tracker.phase = "backward"
         with self.fake, self.tracker:
-            for parameter in model.trainable(self.network):
+            for parameter in (each for each in model.trainable(self.network) if each.grad is None):
                 parameter.grad = torch.empty_like(parameter)
                 self.tracker.adopt([parameter.grad], "gradients")
 
@@ -245,38 +329,102 @@ def _fake_batch(batch: Batch) -> Batch:
     return replace(batch, inputs={name: torch.empty_like(tensor) for name, tensor in batch.inputs.items()})
 
 
-def _without_update(trainer: Trainer) -> Any:
-    def update(loss: float, auxiliary_loss: float | None = None) -> StepResult:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, auxiliary_loss, None, 0.0)
+def _with_allocator(
+    prediction: Prediction, loaded: Sequence[Event], evaluated: Sequence[Event], trained: Sequence[Event]
+) -> Prediction:
+    """The prediction with the figures of torch's allocator, whose blocks may be larger than what is asked for."""
+    live = set[int]()
+    loaded, evaluated, trained = (_known_only(events, live) for events in (loaded, evaluated, trained))
+    allocator = CachingAllocator()
+    peaks = []
+    for events in (loaded, evaluated, trained):
+        allocator.restart_peak()
+        allocator.run(events)
+        peaks.append(allocator.peak_allocated)
+    load, evaluation, training = peaks
+    breakdown = prediction.breakdown
+    larger = training - prediction.peak_memory_bytes
+    return prediction.model_copy(
+        update={
+            "peak_memory_bytes": training,
+            "peak_load_bytes": load,
+            "peak_evaluate_bytes": None if prediction.peak_evaluate_bytes is None else evaluation,
+            "peak_reserved_bytes": allocator.peak_reserved,
+            "least_reserved_bytes": least_limit([*loaded, *evaluated, *trained]),
+            "breakdown": breakdown | {"memory_activations_bytes": breakdown["memory_activations_bytes"] + larger},
+        }
+    )
 
-    return update
+
+def _known_only(events: Sequence[Event], live: set[int]) -> list[Event]:
+    """The events without releases of what was allocated before the traces begin; `live` are the keys in use."""
+    known = list[Event]()
+    for key, size in events:
+        if size:
+            live.add(key)
+        elif key not in live:
+            continue
+        else:
+            live.remove(key)
+        known.append((key, size))
+    return known
+
+
+def _as_first_step(trace: Sequence[Event]) -> list[Event]:
+    """The trace of a step's micro-batches as of another step, which ends with the release of all that it holds."""
+    copied, held = list[Event](), dict[int, int]()
+    for number, (key, size) in enumerate(trace):
+        if size:
+            held[key] = _COPY - number
+            copied.append((held[key], size))
+        elif key in held:
+            copied.append((held.pop(key), 0))
+    return copied + [(key, 0) for key in held.values()]
+
+
+def _without_update(loss: float, auxiliary_loss: float | None = None) -> StepResult:
+    """In place of a trainer's update: gradients stay."""
+    return StepResult(loss, auxiliary_loss, None, 0.0)
 
 
 @contextlib.contextmanager
-def _masks_from_counts(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[None]:
+def _before_forward(trainer: Trainer, call: Callable[[], None]) -> Iterator[None]:
+    """Within, calls it as each forward pass begins."""
+    report = trainer.on_phase
+
+    def enter(phase: Phase) -> None:
+        if phase == "forward":
+            call()
+        report(phase)
+
+    trainer.on_phase = enter
+    try:
+        yield
+    finally:
+        trainer.on_phase = report
+
+
+@contextlib.contextmanager
+def _masks_from_counts(unpadded: Sequence[bool]) -> Iterator[Callable[[], None]]:
     """Within, transformers omits the masks of micro-batches without padding, as it does by a mask's values in a real
     step.
+
+    Args:
+        unpadded: whether each micro-batch has no padding.
+
+    Yields:
+        What is to be called before each forward pass.
 
     Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask. A public way to say that
     nothing is padded would replace it.
     """
     from transformers import masking_utils
 
-    unpadded = iter([batch.tokens == batch.padded_tokens for batch in batches])
-    nothing_padded, report = False, trainer.on_phase
+    following, nothing_padded = iter(unpadded), False
 
-    def enter(phase: Phase) -> None:
+    def enter() -> None:
         nonlocal nothing_padded
-        if phase == "forward":  # of the next micro-batch; a failed loss enters it once more
-            nothing_padded = next(unpadded, nothing_padded)
-        report(phase)
+        nothing_padded = next(following, nothing_padded)  # a failed loss enters the forward pass once more
 
-    trainer.on_phase = enter
-    try:
-        with mock.patch.multiple(
-            masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded
-        ):
-            yield
-    finally:
-        trainer.on_phase = report
+    with mock.patch.multiple(masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded):
+        yield enter

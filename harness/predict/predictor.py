@@ -17,10 +17,11 @@ from harness._util.messages import first_line
 from harness._util.redact import redact
 from harness.environment import DeviceType
 from harness.launch import fork_server
+from harness.predict.cards import AMPERE, Capability
 from harness.predict.prediction import Prediction, SpecPrediction
 from harness.spec import TrialSpec
 
-_Key = tuple[str, str | None, DeviceType]
+_Key = tuple[str, str | None, DeviceType, Capability]
 """Memory key, folder that paths begin at, and device."""
 
 
@@ -52,12 +53,17 @@ class Predictor:
     def __exit__(self, *error: object) -> None:
         self._stop()
 
-    def predict(self, specs: Iterable[TrialSpec]) -> Iterator[SpecPrediction]:
-        """Predict each spec, in the order of completion. Specs that need equal memory and time are predicted once."""
+    def predict(self, specs: Iterable[TrialSpec], capability: Capability = AMPERE) -> Iterator[SpecPrediction]:
+        """Predict each spec, in the order of completion. Specs that need equal memory and time are predicted once.
+
+        Args:
+            specs: of the trials.
+            capability: compute capability of the device, where it is CUDA's.
+        """
         groups: dict[_Key, list[TrialSpec]] = {}
         for spec in specs:
             device_type = self._device_type or environment.resolve_device(spec.device)
-            groups.setdefault((spec.memory_key, spec.folder, device_type), []).append(spec)
+            groups.setdefault((spec.memory_key, spec.folder, device_type, capability), []).append(spec)
         running: dict[Future[dict[str, Any]], _Key] = {}
         for key, group in groups.items():
             if key in self._answers:
@@ -65,7 +71,7 @@ class Predictor:
             else:
                 text = group[0].model_dump_json()
                 with fork_server.main_module_hidden():
-                    running[self._executor().submit(_predict, text, key[-1], self._options)] = key
+                    running[self._executor().submit(_predict, text, *key[2:], self._options)] = key
         broken = []
         for future in as_completed(running):
             try:
@@ -75,14 +81,15 @@ class Predictor:
                 continue
             yield from _spec_predictions(groups[running[future]], self._answers[running[future]])
         for key in broken:  # one at a time: a process that dies takes the whole pool with it
-            self._answers[key] = self._predict_alone(groups[key][0], key[-1])
+            self._answers[key] = self._predict_alone(groups[key][0], *key[2:])
             yield from _spec_predictions(groups[key], self._answers[key])
 
-    def _predict_alone(self, spec: TrialSpec, device_type: DeviceType) -> dict[str, Any]:
+    def _predict_alone(self, spec: TrialSpec, device_type: DeviceType, capability: Capability) -> dict[str, Any]:
         self._stop()
         try:
             with fork_server.main_module_hidden():
-                return self._executor().submit(_predict, spec.model_dump_json(), device_type, self._options).result()
+                arguments = (spec.model_dump_json(), device_type, capability, self._options)
+                return self._executor().submit(_predict, *arguments).result()
         except BrokenProcessPool:
             self._stop()
             return {"error": "the process that predicted it was killed"}
@@ -126,7 +133,7 @@ def _exit_at_eof(held_open: Connection) -> None:
     os._exit(1)
 
 
-def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> dict[str, Any]:
+def _predict(text: str, device_type: DeviceType, capability: Capability, options: dict[str, bool]) -> dict[str, Any]:
     """In the child: the fields of a `Prediction`, or the first line of the error."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
@@ -135,7 +142,8 @@ def _predict(text: str, device_type: DeviceType, options: dict[str, bool]) -> di
         except Exception as error:  # a broken installation: the trial meets it too, and its log says more
             return {"error": f"{type(error).__name__}: {redact(first_line(error))}"}
         try:
-            prediction = peak.predict(TrialSpec.model_validate_json(text), device_type, **options)
+            spec = TrialSpec.model_validate_json(text)
+            prediction = peak.predict(spec, device_type, capability=capability, **options)
         except Exception as error:  # a model's own code may raise anything; other specs are still predicted
             first = redact(first_line(error))
             return {"error": first if isinstance(error, peak.Unpredictable) else f"{type(error).__name__}: {first}"}

@@ -11,6 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from harness.environment import DeviceType
+from harness.predict import cuda_kernels
+from harness.predict.allocator import Event
+from harness.predict.cards import Capability
 from harness.predict.roofline import Work
 from harness.record import Phase
 from harness.training import distributed
@@ -19,6 +22,8 @@ from harness.training.live_tensors import Component, LiveTensors
 _ROUNDING: dict[DeviceType, int] = {"cpu": 1, "cuda": 512}
 """Smallest block of the allocator, in bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""
 _CPU = torch.device("cpu")
+_TRANSIENT = -1
+"""Key in the trace of what a kernel holds while it runs."""
 _device = torch.ops.prim.device.default
 _WITHOUT_TRAFFIC = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -35,6 +40,8 @@ class _Output:
     """Into the storage of the first argument, of which it is a view; null: a storage of its own."""
     work: tuple[str | None, int, int] | None
     """Type, operations and bytes; null: none."""
+    transient: int
+    """Bytes that the kernel holds for a moment next to it."""
 
 
 _cache: dict[tuple[Any, ...], _Output] = {}
@@ -52,10 +59,13 @@ class Replay(LiveTensors):
     Args:
         device_type: target device.
         fake: the mode that makes the tensors.
+        capability: compute capability of a CUDA device.
     """
 
-    def __init__(self, device_type: DeviceType, fake: FakeTensorMode) -> None:
+    def __init__(self, device_type: DeviceType, fake: FakeTensorMode, capability: Capability) -> None:
         super().__init__("cpu")
+        self.trace: list[Event] = []
+        """Every allocation and release so far, in order."""
         self.phases: dict[Phase, int] = {}
         """Highest sum by phase."""
         self.phase: Phase = "load"
@@ -64,6 +74,10 @@ class Replay(LiveTensors):
         self._work: Counter[tuple[str | None, int, int]] = Counter()
         self._rounding = _ROUNDING[device_type]
         self._fake = fake
+        self._cuda = device_type == "cuda"
+        self._workspaces: dict[Phase, Any] = {}
+        """cuBLAS's, of the threads of the forward and of the backward pass."""
+        self._workspace_bytes = cuda_kernels.workspace_bytes(capability)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _device:  # two thirds of all calls, and slow in FakeTensorMode
@@ -77,8 +91,10 @@ class Replay(LiveTensors):
         work = _work_of(func, args, out, self.flops - before)
         if work is not None:
             self._work[work] += 1
+        transient = cuda_kernels.transient_bytes(func, args, kwargs or {})
+        self._hold_for_a_moment(transient)
         if key is not None:
-            _store(key, args, out, work)
+            _store(key, args, out, work, transient)
         return out
 
     def _from_cache(self, cached: _Output, args: Any) -> torch.Tensor:
@@ -93,7 +109,38 @@ class Replay(LiveTensors):
         if cached.work is not None:
             self._work[cached.work] += 1
         self._add(out, self.component)
+        self._hold_for_a_moment(cached.transient)
         return out
+
+    def _hold_for_a_moment(self, size: int) -> None:
+        if size and self._cuda:
+            size = self._rounded(size)
+            self._count(size, "activations")
+            self.trace += [(_TRANSIENT, size), (_TRANSIENT, 0)]
+            self.live["activations"] -= size
+            self.total -= size
+
+    def _add(self, tensor: torch.Tensor, component: Component) -> None:
+        known = len(self._storages)
+        super()._add(tensor, component)
+        if len(self._storages) > known:
+            key = next(reversed(self._storages))
+            size = self._storages[key][1]
+            if size:
+                self.trace.append((key, size))
+
+    def _freed(self, key: int, reference: Any) -> None:
+        if key in self._storages and self._storages[key][1]:
+            self.trace.append((key, 0))
+        super()._freed(key, reference)
+
+    def _update_size(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        before = self._storages[key][1] if key in self._storages else 0
+        super()._update_size(storage)
+        after = self._storages[key][1] if key in self._storages else 0
+        if after != before:
+            self.trace += [(key, 0)] * bool(before) + [(key, after)] * bool(after)
 
     def _count(self, size: int, component: Component) -> None:
         super()._count(size, component)
@@ -104,12 +151,28 @@ class Replay(LiveTensors):
         return self.counting and tensor.device.type == "cpu"
 
     def _size(self, storage: torch.UntypedStorage) -> int:
-        return -(-storage.nbytes() // self._rounding) * self._rounding
+        return self._rounded(storage.nbytes())
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self._rounding) * self._rounding
 
     def enter(self, phase: Phase) -> None:
         """Start a phase; its peak is at least what is live now."""
+        if self._cuda:
+            self._hold_workspace("backward" if phase == "backward" else "forward")
         self.phase = phase
         self.phases[phase] = max(self.phases.get(phase, 0), self.total)
+
+    def _hold_workspace(self, thread: Phase) -> None:
+        """From a thread's first product on."""
+        if thread not in self._workspaces:
+            component, self.component = self.component, "activations"
+            self._workspaces[thread] = torch.empty(self._workspace_bytes, dtype=torch.uint8)
+            self.component = component
+
+    def size_of(self, tensor: torch.Tensor) -> int:
+        """Bytes that a tensor's storage takes on the device."""
+        return self._size(tensor.untyped_storage())
 
     def take_work(self, times: int = 1) -> list[Work]:
         """The operations since the last call, with `times` their calls."""
@@ -145,7 +208,7 @@ def _signature(value: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _store(key: tuple[Any, ...], args: Any, out: Any, work: tuple[str | None, int, int] | None) -> None:
+def _store(key: tuple[Any, ...], args: Any, out: Any, work: tuple[str | None, int, int] | None, transient: int) -> None:
     if type(out) is not FakeTensor or out.constant is not None or out.fake_device != _CPU:
         return
     storage = out.untyped_storage()._cdata
@@ -153,7 +216,7 @@ def _store(key: tuple[Any, ...], args: Any, out: Any, work: tuple[str | None, in
     if owners not in ([], [0]) or (not owners and out.storage_offset()):
         return
     offset = int(out.storage_offset()) if owners else None
-    _cache[key] = _Output(tuple(out.shape), out.stride(), out.dtype, offset, work)
+    _cache[key] = _Output(tuple(out.shape), out.stride(), out.dtype, offset, work, transient)
 
 
 def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from harness._util.units import byte_unit, show_bytes, show_scientific, show_sec
 from harness.environment import DeviceType
 from harness.metrics import COMPONENTS, METRICS
 from harness.predict.calibration import Calibration
-from harness.predict.cards import CARDS
+from harness.predict.cards import CONTEXT_BYTES
 from harness.predict.largest import NO_EFFECT, Largest
 from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, Verdict, capacity_per_process, fits
 from harness.predict.roofline import Rates, predicted_seconds, roofline_seconds
@@ -43,6 +43,12 @@ class Line:
     prediction: Prediction | None
     error: str | None
     """Why there is no prediction."""
+    by_card: Mapping[str, Prediction] = field(default_factory=dict)
+    """Those for cards of another generation than the first one's, by name."""
+
+    def on(self, capacity: str) -> Prediction | None:
+        """The prediction for a card or an amount of memory."""
+        return self.by_card.get(capacity, self.prediction)
 
 
 @dataclass(frozen=True)
@@ -60,27 +66,39 @@ class Plan:
     """Of the device; null: unknown."""
     rates_from: str = "this device's measured rates"
     """Source of the rates."""
+    context_bytes: int = CONTEXT_BYTES
+    """What CUDA takes beyond the reserve."""
 
     @property
     def margin(self) -> float:
         """Fraction by which a need may exceed its prediction."""
         least = MARGIN[self.device_type]
-        # On CUDA the default covers the allocator's reserve, which calibrated peaks do not include.
         return least if self.calibration is None else max(least, self.calibration.margin)
+
+    def factor(self, prediction: Prediction) -> float:
+        """What the calibration multiplies a prediction with."""
+        return self.peak(prediction) / prediction.peak_memory_bytes
 
     def peak(self, prediction: Prediction) -> int:
         """Predicted bytes, corrected by the calibration."""
         return prediction.peak_memory_bytes if self.calibration is None else self.calibration.peak(prediction)
 
     def need(self, prediction: Prediction) -> int:
-        """Predicted bytes with the margin."""
-        return round(self.peak(prediction) * (1 + self.margin))
+        """Predicted bytes that a trial takes, with the margin."""
+        return round(self.factor(prediction) * prediction.needed_bytes * (1 + self.margin))
+
+    def process(self, prediction: Prediction) -> int | None:
+        """Predicted bytes of a process on a card, corrected by the calibration; null on a CPU."""
+        if prediction.peak_reserved_bytes is None:
+            return None
+        return round(self.factor(prediction) * prediction.peak_reserved_bytes) + self.context_bytes
 
     def verdict(self, line: Line, name: str) -> Verdict | None:
         """Whether a trial fits a capacity; null where it is not predicted."""
-        if line.prediction is None:
+        prediction = line.on(name)
+        if prediction is None:
             return None
-        return fits(self.peak(line.prediction), _capacity(self, line, name), self.margin)
+        return fits(prediction, _capacity(self, line, name), self.margin, self.factor(prediction))
 
     def step_seconds(self, prediction: Prediction) -> float | None:
         """Predicted seconds of a step, corrected by the calibration; null without rates."""
@@ -108,46 +126,56 @@ class Plan:
             notes.append("Of several processes, the memory of each; a step's time is without communication.")
         if self.calibration is not None:
             notes.append(f"Calibrated on {self.calibration.describe()}.")
+        taken = "What the allocator reserves" if self.device_type == "cuda" else "The highest of the three peaks"
         notes.append(
-            f"A need may exceed its prediction by {self.margin:.1%}: fits includes this margin, tight fits without it."
+            f"{taken} decides, and may exceed its prediction by {self.margin:.1%}: fits includes this margin; tight "
+            + ("may depend on it and on the allocator's cache." if self.device_type == "cuda" else "depends on it.")
             + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
         )
-        if self.device_type == "cuda" and self.capacities.keys() & CARDS.keys():
-            notes.append("A card's capacity excludes the CUDA context (0.5 GiB).")
+        if self.device_type == "cuda":
+            notes.append("process: the reserve and the CUDA context, which a card's capacity leaves out.")
         if self.rates is not None:
             notes.append(f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at these rates.")
         return notes
 
 
 def terminal(plan: Plan, width: int) -> RichTable:
-    """A row for each trial: peak and whether it fits; in a wide terminal, components, phase and work too."""
+    """A row for each trial: its memory and whether it fits; in a wide terminal, components, phase and work too."""
     unit, size = plan.unit
     wide = width >= _WIDE
-    table = RichTable(title=f"{plain(plan.title)}: predicted peaks, {unit}", title_justify="left")
+    table = RichTable(title=f"{plain(plan.title)}: predicted memory, {unit}", title_justify="left")
     table.add_column("trial", overflow="fold")
-    more = (*COMPONENTS, "in", "FLOP/step") if wide else ()
+    more = (*COMPONENTS, "in", "FLOP/step", "load", "evaluate") if wide else ()
     step = ("step",) if plan.rates is not None else ()
-    for heading in ("peak", *more, *step, *plan.capacities):
+    memory = ("allocated", "reserved", "process") if plan.device_type == "cuda" else ("peak",)
+    for heading in (*memory, *more, *step, *plan.capacities):
         table.add_column(heading, justify="right", no_wrap=True)
     for line in plan.lines:
         prediction = line.prediction
         if prediction is None:
             table.add_row(plain(line.label), "[red]–[/]")
             continue
-        peak = plan.peak(prediction)
         details = (
             *(f"{prediction.breakdown[f'memory_{name}_bytes'] / size:.2f}" for name in COMPONENTS),
             max(prediction.phases, key=prediction.phases.__getitem__),
             show_scientific(prediction.flops),
+            f"{prediction.peak_load_bytes / size:.2f}",
+            "–" if prediction.peak_evaluate_bytes is None else f"{prediction.peak_evaluate_bytes / size:.2f}",
         )
         table.add_row(
             plain(line.label),
-            f"[bold]{peak / size:.2f}[/]",
+            *(f"[bold]{each / size:.2f}[/]" for each in _memory(plan, prediction)),
             *(details if wide else ()),
             *((_step(plan, prediction),) if step else ()),
             *(_verdict(plan, line, name) for name in plan.capacities),
         )
     return table
+
+
+def _memory(plan: Plan, prediction: Prediction) -> tuple[int, ...]:
+    """Bytes allocated and reserved, and of the process; on a CPU the first only."""
+    peak, process = plan.peak(prediction), plan.process(prediction)
+    return (peak,) if process is None else (peak, process - plan.context_bytes, process)
 
 
 def _step(plan: Plan, prediction: Prediction) -> str:
@@ -166,10 +194,10 @@ def _capacity(plan: Plan, line: Line, name: str) -> int:
 
 
 def _verdict(plan: Plan, line: Line, name: str) -> str:
-    verdict = plan.verdict(line, name)
-    if verdict is None or line.prediction is None:
+    verdict, prediction = plan.verdict(line, name), line.on(name)
+    if verdict is None or prediction is None:
         return ""
-    used = plan.peak(line.prediction) / _capacity(plan, line, name)
+    used = plan.factor(prediction) * prediction.needed_bytes / _capacity(plan, line, name)
     return f"[{_COLOURS[verdict]}]{verdict}[/] ({used:.0%})"
 
 
@@ -221,6 +249,11 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "device_type": plan.device_type,
                 "predicted_peak_memory_bytes": plan.peak(p) if p else None,
                 "uncorrected_peak_memory_bytes": p.peak_memory_bytes if p else None,
+                "predicted_load_bytes": p.peak_load_bytes if p else None,
+                "predicted_evaluate_bytes": p.peak_evaluate_bytes if p else None,
+                "predicted_reserved_bytes": p.peak_reserved_bytes if p else None,
+                "least_reserved_bytes": p.least_reserved_bytes if p else None,
+                "predicted_process_bytes": plan.process(p) if p else None,
                 "margin": plan.margin,
                 **{f"memory_{c}_bytes": p.breakdown[f"memory_{c}_bytes"] if p else None for c in COMPONENTS},
                 **{f"peak_{phase}_bytes": p.phases.get(phase) if p else None for phase in _PHASES},

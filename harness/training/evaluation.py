@@ -9,7 +9,7 @@ import torch
 
 from harness.spec import TrialSpec
 from harness.training import distributed
-from harness.training.batches import IGNORED, Example, collate
+from harness.training.batches import IGNORED, Batch, Example, collate
 from harness.training.loss import summed_cross_entropy
 from harness.training.model import autocast
 
@@ -39,16 +39,22 @@ def _batch_losses(
     model: Any, group: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device
 ) -> list[tuple[str, float, int]]:
     batch = collate(group, pad_id, device)
-    labels = batch.inputs.pop("labels")
+    tokens = [int((target != IGNORED).sum()) for target in batch.inputs["labels"]]
+    sums = summed_losses(model, batch, spec, device)
+    return [(e.story_id, float(loss) / n, n) for e, loss, n in zip(group, sums, tokens, strict=True)]
+
+
+@torch.no_grad()
+def summed_losses(model: Any, batch: Batch, spec: TrialSpec, device: torch.device) -> list[torch.Tensor]:
+    """Sum of the cross entropies of each example of a batch, in nats."""
+    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
     with autocast(spec, device):
-        logits = model(**batch.inputs).logits
+        logits = model(**inputs).logits
     # One story at a time keeps the fp32 copy of the logits small.
-    losses = []
-    for example, row, target in zip(group, logits, labels, strict=True):
-        tokens = int((target != IGNORED).sum())
-        loss = summed_cross_entropy(row[None], target[None])
-        losses.append((example.story_id, float(loss) / tokens, tokens))
-    return losses
+    return [
+        summed_cross_entropy(row[None], target[None])
+        for row, target in zip(logits, batch.inputs["labels"], strict=True)
+    ]
 
 
 def token_mean(losses: Sequence[tuple[str, float, int]]) -> float | None:

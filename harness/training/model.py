@@ -266,6 +266,11 @@ def _set_up_4bit(model: Any, spec: TrialSpec) -> None:
             module.compute_dtype = _weights_dtype(spec)
 
 
+def is_quantised(spec: TrialSpec) -> bool:
+    """Whether the base has 8-bit or 4-bit weights."""
+    return spec.precision in QUANTISED
+
+
 def unquantised(spec: TrialSpec) -> TrialSpec:
     """The spec with a base that adapters can be merged into: bf16 instead of 8 or 4 bit."""
     return spec.model_copy(update={"precision": "bf16"}) if spec.precision in QUANTISED else spec
