@@ -275,34 +275,35 @@ def dry_run(card: str) -> None:
         raise SystemExit(f"--card {card}: no data sheet; there are {', '.join(cards.RATES)}")
     console, total = Console(), 0.0
     capacity, rates = cards.capacity(card), cards.RATES[card]
+    capability = cards.generation(cards.CARDS[card].capability)
     repeats = {part.grid: max(p.repeats for p in PARTS if p.grid == part.grid) for part in PARTS}
     with Predictor("cuda") as predictor:
         for file, times in repeats.items():
             # Repeats differ in their seed alone: the first stands for all.
             loaded = grid.load(file, repeats=1)
             predicted = track(
-                predictor.predict([trial.spec for trial in loaded.trials if not trial.twin]),
+                predictor.predict([trial.spec for trial in loaded.trials if not trial.twin], capability),
                 loaded.name,
                 sum(not trial.twin for trial in loaded.trials),
                 console=console,
                 transient=True,
             )
             predictions = {p.spec.id: p.prediction for p in predicted}
-            table = Table("trial", "predicted peak", card, "step", "trial", title=f"{loaded.title}, {times} times")
+            table = Table("trial", "predicted peak", "reserve", card, "step", "trial", title=f"{loaded.title}, {times} times")
             seconds = 0.0
             for trial in loaded.trials:
                 prediction = predictions[trial.spec.id]
                 if prediction is None:
-                    table.add_row(trial.label, "–", "", "", "")
+                    table.add_row(trial.label, "–", "", "", "", "")
                     continue
                 limit = min(capacity, trial.spec.memory_budget or capacity)
-                verdict = fits(prediction.peak_memory_bytes, limit, MARGIN["cuda"])
+                verdict = fits(prediction, limit, MARGIN["cuda"])
                 step = _SLOWER * predicted_seconds(prediction.work, rates)
                 load = prediction.breakdown["memory_weights_bytes"] / _LOAD_BYTES_PER_SECOND
-                lasts = _START_SECONDS + load + step * (0 if verdict == "no" else trial.spec.max_steps or 0)
+                lasts = _START_SECONDS + load + step * (0 if verdict == "does not fit" else trial.spec.max_steps or 0)
                 seconds += times * lasts
-                peak = show_bytes(prediction.peak_memory_bytes)
-                table.add_row(trial.label, peak, verdict, show_seconds(step), show_seconds(lasts))
+                peak, reserve = (show_bytes(each) for each in (prediction.peak_memory_bytes, prediction.needed_bytes))
+                table.add_row(trial.label, peak, reserve, verdict, show_seconds(step), show_seconds(lasts))
             total += seconds
             console.print(table)
             count = times * len(loaded.trials)

@@ -85,6 +85,9 @@ def test_predicted_is_measured(case: str, small: Small) -> None:
     measured = record.metrics["peak_memory_bytes"]
     assert measured is not None
     assert predicted.peak_memory_bytes == pytest.approx(measured, rel=0.005)
+    for_a_moment = 3 * 4 * 64 * 128 if spec.use_dora else 4096  # DoRA's norms are of merged weights
+    assert predicted.peak_load_bytes == pytest.approx(record.metrics["peak_load_bytes"], rel=0.005, abs=for_a_moment)
+    assert predicted.peak_evaluate_bytes == pytest.approx(record.metrics["peak_evaluate_bytes"], rel=0.005)
     assert sum(predicted.breakdown.values()) == predicted.peak_memory_bytes
     for name, size in predicted.breakdown.items():
         if name != "memory_activations_bytes":
@@ -128,7 +131,7 @@ def test_other_specs_are_predicted_where_one_cannot_be(small: Small, monkeypatch
 
 def test_which_8b_trials_of_the_lesson_fit_24_gib() -> None:
     trials = {t.label: t.spec for t in grid.load(Path(__file__).parent.parent / "grids/llama3-8b.yml").trials}
-    verdicts = {"full fine-tuning": "does not fit", "gradient_checkpointing=false": "does not fit", "baseline": "fits"}
+    verdicts = {"full fine-tuning": "does not fit", "gradient_checkpointing=false": "does not fit", "baseline": "tight"}
     for label, verdict in verdicts.items():
         predicted = peak.predict(trials[label], "cuda")
         assert fits(predicted, 24 * 2**30, MARGIN["cuda"]) == verdict, label

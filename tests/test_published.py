@@ -23,9 +23,9 @@ PEFT: dict[str, Any] = {
 }  # fmt: skip
 QUERY_VALUE = {"lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 RESERVED: dict[str, tuple[dict[str, Any], float, float]] = {
-    "LoRA r 32": (PEFT | QUERY_VALUE | {"lora_r": 32, "lora_alpha": 64}, 20.76, 0.03),
-    "LoRA r 64": (PEFT | QUERY_VALUE | {"lora_r": 64, "lora_alpha": 128}, 21.00, 0.03),
-    "full": (PEFT | {"adapter": "none"}, 36.20, 0.07),
+    "LoRA r 32": (PEFT | QUERY_VALUE | {"lora_r": 32, "lora_alpha": 64}, 20.76, 0.05),
+    "LoRA r 64": (PEFT | QUERY_VALUE | {"lora_r": 64, "lora_alpha": 128}, 21.00, 0.05),
+    "full": (PEFT | {"adapter": "none"}, 36.20, 0.05),
 }
 
 
@@ -39,4 +39,4 @@ def test_published_reserves(case: str) -> None:
 def test_published_peak_of_packed_sequences() -> None:
     given = PEFT | {"adapter": "none", "micro_batch_size": 2, "sequence_length": 4096, "pad_to_sequence_len": False}
     predicted = peak.predict(TrialSpec.model_validate(given), "cuda", full_length=True).peak_memory_bytes
-    assert predicted == pytest.approx(60.0 * GIB, rel=0.07)
+    assert predicted == pytest.approx(60.0 * GIB, rel=0.04)

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness._util.messages import as_written, explain, kind_of, one_line, unknown
+from harness.grids.presets import LIKE
 from harness.grids.spellings import PRECISION_FLAGS, normalise
 from harness.spec import FACTS, TrialSpec
 
-SPEC_KEYS = (*(key for key, facts in FACTS.items() if facts.given), "sequence_len", *PRECISION_FLAGS)
+SPEC_KEYS = (*(key for key, facts in FACTS.items() if facts.given), "sequence_len", LIKE, *PRECISION_FLAGS)
 HOLDING = ("micro_batch_size", "num_processes")
 """Factors that may hold the effective batch."""
 ACCUMULATION = "gradient_accumulation_steps"
@@ -115,7 +116,7 @@ def levels_of(factor: Any, given: Any, where: str = "vary") -> list[Level]:
     levels = []
     for value in given:
         changes = changes_of({factor: value}, f"{where}: {factor}")
-        name = factor if factor in changes else next(iter(changes))
+        name = factor if factor in changes or factor == LIKE else next(iter(changes))
         # `adapter: qlora` sets two keys: the text as written names both.
         text = value if name == factor and isinstance(value, str) and len(changes) > 1 else changes[name]
         levels.append(Level(name, one_line(as_written(text)), changes, hold))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from harness.grids import presets
 from harness.spec import ALL_LINEAR, QUANTISED, Precision, TrialSpec
 
 PRECISION_FLAGS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "load_in_8bit": "int8", "load_in_4bit": "nf4"}
@@ -30,13 +31,13 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the spellings of a training file to the keys of `TrialSpec`.
 
     ``bf16``/``fp16``/``load_in_8bit``/``load_in_4bit``/``adapter: qlora`` become `precision`,
-    ``sequence_len`` becomes `sequence_length`, and ``auto`` flags become true (bf16) or false (tf32).
+    ``sequence_len`` becomes `sequence_length`, `like` the keys of a preset, and ``auto`` flags true (bf16) or false (tf32).
     ``bf16: false`` with no other precision is fp32: it must not fall back to the default, bf16.
 
     Raises:
         ValueError: two spellings contradict each other.
     """
-    values = dict(given)
+    values = presets.expand(given)
     if "sequence_len" in values:
         length = values.pop("sequence_len")
         if values.setdefault("sequence_length", length) != length:
