@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from harness._util.terminal import plain
-from harness.cli import options
-from harness.cli.console import out
+from harness.cli import options, plan_fix
+from harness.cli.console import out, stdout_for_data
 from harness.cli.predictions import capability_of, device_rates, predict_all
 from harness.cli.training_files import print_training_file
 from harness.errors import InputError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.spec import TrialSpec
 
 TARGET = "What it must fit"
+DOES_NOT_FIT = 4
+"""Exit code where a trial does not fit."""
 
 
 def plan(
@@ -74,6 +78,14 @@ def plan(
             help="Learn the error of predictions from these results; kept for later plans.",
         ),
     ] = None,
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix",
+            rich_help_panel=options.PREDICTION,
+            help="For trials that do not surely fit: the changes that make them fit, cheapest first.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -81,15 +93,45 @@ def plan(
             "-o",
             metavar="DIR",
             rich_help_panel=options.OUTPUT,
-            help="Folder for plan.json, plan.parquet, plan.svg and plan.png.",
+            help="Folder for plan.json, plan.parquet, plan.svg and plan.png, and for what --fix proposes first.",
         ),
     ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", rich_help_panel=options.OUTPUT, help="Print JSON, and everything else to stderr."),
+    ] = False,
     results: options.Results = Path("results"),
     max_trials: options.MaxTrials = None,
     without_unsupported: options.WithoutUnsupported = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Predict the peak memory and time of every trial, without a GPU and without weights, and say what fits."""
+    """Predict memory and time of every trial, without a GPU and without weights, and say what fits.
+
+    The exit code is 4 where a trial does not fit.
+    """
+    with stdout_for_data() if as_json else contextlib.nullcontext():
+        _plan(
+            grid, memory or [], gpu or [], device, largest, full_length, calibrate, fix, output, as_json, results,
+            max_trials, without_unsupported, trust_remote_code,
+        )  # fmt: skip
+
+
+def _plan(
+    grid: Path | None,
+    memory: list[str],
+    gpu: list[str],
+    device: str | None,
+    largest: str | None,
+    full_length: bool,
+    calibrate: Path | None,
+    fix: bool,
+    output: Path | None,
+    as_json: bool,
+    results: Path,
+    max_trials: int | None,
+    without_unsupported: bool,
+    trust_remote_code: bool,
+) -> None:
     if calibrate is not None:
         _calibrate(calibrate, results, trust_remote_code)
         if grid is None:
@@ -104,11 +146,15 @@ def plan(
     from harness.predict.predictor import Predictor
     from harness.report import predictions
 
-    capacities = _capacities(memory or [], gpu or [])
+    capacities = _capacities(memory, gpu)
     if gpu and device == "cpu":
         raise InputError("--gpu names CUDA cards, and --device is cpu; leave one of them out")
     if largest is not None and output is not None:
         raise InputError("--largest writes no files; leave --output out")
+    if largest is not None and (fix or as_json):
+        raise InputError(f"--largest does not go with {'--fix' if fix else '--json'}; leave one of them out")
+    if fix and len(capacities) > 1:
+        raise InputError(f"--fix is for one card or amount of memory, and {', '.join(capacities)} are given; give one")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
     overrides = {} if device is None else {"device": device}
@@ -170,9 +216,21 @@ def plan(
     out.print(predictions.terminal(made, out.width))
     for note in made.footnotes():
         out.print(plain(note), style="dim", highlight=False)
-    if output is not None:
-        names = ", ".join(file.name for file in predictions.write(made, output))
+    written = predictions.write(made, output) if output is not None else []
+    proposed = []
+    if fix:
+        with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
+            for proposals in plan_fix.propose(made, predictor, next(iter(capabilities.values())), results, here):
+                proposed += proposals.rows
+                written += plan_fix.show(proposals, output)
+    if written:
+        names = ", ".join(file.name for file in written)
         out.print(f"{names} written to {plain(str(output))}", highlight=False, soft_wrap=True)
+    if as_json:
+        document = {"trials": predictions.rows(made)} | ({"fixes": proposed} if fix else {})
+        print(json.dumps(document, indent=1))
+    if any(made.verdict(line, name) == "does not fit" for line in lines for name in capacities):
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 def _by_factor(trial: Trial) -> tuple[Any, ...]:

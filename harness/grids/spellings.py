@@ -31,7 +31,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the spellings of a training file to the keys of `TrialSpec`.
 
     ``bf16``/``fp16``/``load_in_8bit``/``load_in_4bit``/``adapter: qlora`` become `precision`,
-    ``sequence_len`` becomes `sequence_length`, `like` the keys of a preset, and ``auto`` flags true (bf16) or false (tf32).
+    ``sequence_len`` becomes `sequence_length`, `like` a preset, and ``auto`` flags become true (bf16) or false (tf32).
     ``bf16: false`` with no other precision is fp32: it must not fall back to the default, bf16.
 
     Raises:

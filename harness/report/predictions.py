@@ -96,9 +96,23 @@ class Plan:
     def verdict(self, line: Line, name: str) -> Verdict | None:
         """Whether a trial fits a capacity; null where it is not predicted."""
         prediction = line.on(name)
-        if prediction is None:
-            return None
-        return fits(prediction, _capacity(self, line, name), self.margin, self.factor(prediction))
+        return None if prediction is None else self.verdict_of(line.spec, prediction, name)
+
+    def verdict_of(self, spec: TrialSpec, prediction: Prediction, name: str) -> Verdict:
+        """Whether a spec with that prediction fits a capacity."""
+        return fits(prediction, self.capacity_of(spec, name), self.margin, self.factor(prediction))
+
+    def capacity_of(self, spec: TrialSpec, name: str) -> int:
+        """Bytes that a process of a trial may take, within its own budget."""
+        capacity = self.capacities[name]
+        if name == LOCAL_MACHINE:
+            capacity = capacity_per_process(capacity, spec, self.device_type)
+        return min(capacity, spec.memory_budget or capacity)
+
+    def seconds_per_token(self, prediction: Prediction) -> float:
+        """Predicted seconds of a step over its padded tokens; without rates, at a rate of one operation a second."""
+        seconds = self.step_seconds(prediction)
+        return (float(prediction.flops) if seconds is None else seconds) / prediction.positions
 
     def step_seconds(self, prediction: Prediction) -> float | None:
         """Predicted seconds of a step, corrected by the calibration; null without rates."""
@@ -185,19 +199,11 @@ def _step(plan: Plan, prediction: Prediction) -> str:
     return f"{show_seconds(seconds)} ({roofline_seconds(prediction.work, plan.rates) / seconds:.0%})"
 
 
-def _capacity(plan: Plan, line: Line, name: str) -> int:
-    """Bytes that a process of a trial may take, within its own budget."""
-    capacity = plan.capacities[name]
-    if name == LOCAL_MACHINE:
-        capacity = capacity_per_process(capacity, line.spec, plan.device_type)
-    return min(capacity, line.spec.memory_budget or capacity)
-
-
 def _verdict(plan: Plan, line: Line, name: str) -> str:
     verdict, prediction = plan.verdict(line, name), line.on(name)
     if verdict is None or prediction is None:
         return ""
-    used = plan.factor(prediction) * prediction.needed_bytes / _capacity(plan, line, name)
+    used = plan.factor(prediction) * prediction.needed_bytes / plan.capacity_of(line.spec, name)
     return f"[{_COLOURS[verdict]}]{verdict}[/] ({used:.0%})"
 
 

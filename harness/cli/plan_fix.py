@@ -1,0 +1,121 @@
+"""`harness plan --fix`: what makes the trials of a plan fit, and the best of it as a training file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness._util.terminal import plain
+from harness.cli.console import out
+from harness.cli.predictions import predict_all
+
+if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.environment import Environment
+    from harness.predict.cards import Capability
+    from harness.predict.fixes import Proposal
+    from harness.predict.prediction import Prediction, SpecPrediction, Verdict
+    from harness.predict.predictor import Predictor
+    from harness.report.predictions import Line, Plan
+    from harness.spec import TrialSpec
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What was proposed for one trial."""
+
+    line: Line
+    capacity_name: str
+    capacity: int
+    """Bytes that the trial may take."""
+    now_seconds: float
+    """Per token, as the trial is."""
+    proposals: Sequence[Proposal]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Records, cheapest first."""
+        from harness.report import fixes
+
+        return fixes.rows(self.line.label, self.capacity_name, self.now_seconds, self.proposals)
+
+
+def propose(
+    plan: Plan, predictor: Predictor, capability: Capability, results: Path, here: Environment
+) -> Iterator[Proposals]:
+    """Proposals for each trial that does not surely fit.
+
+    Args:
+        plan: for one capacity.
+        predictor: for its device.
+        capability: compute capability of a CUDA device.
+        results: folder with measured speeds of this environment.
+        here: this environment.
+    """
+    from harness.predict import fixes
+
+    (name,) = plan.capacities or ("",)
+    measured = _measured_seconds(results, here) if plan.rates_from.startswith("this device") else {}
+
+    def predict(specs: Sequence[TrialSpec]) -> Mapping[str, SpecPrediction]:
+        return {each.spec.id: each for each in predict_all(predictor, list(specs), capability)}
+
+    def seconds_per_token(spec: TrialSpec, prediction: Prediction) -> float:
+        known = measured.get(spec.id)
+        return known if known is not None else plan.seconds_per_token(prediction)
+
+    def verdict(spec: TrialSpec, prediction: Prediction) -> Verdict:
+        return plan.verdict_of(spec, prediction, name)
+
+    for line in plan.lines:
+        now = line.on(name)
+        if now is None or plan.verdict(line, name) == "fits":
+            continue
+        capacity = plan.capacity_of(line.spec, name)
+        proposals = fixes.proposals(line.spec, now, predict, verdict, seconds_per_token, capacity)
+        yield Proposals(line, name, capacity, seconds_per_token(line.spec, now), proposals)
+
+
+def _measured_seconds(results: Path, here: Environment) -> dict[str, float]:
+    """Measured seconds per padded token in this environment, by spec id."""
+    from harness.results.store import Store
+
+    folders = sorted(results.glob("*/trials"))
+    rows = [row for folder in folders for row in Store(folder.parent).read("trials").to_pylist()]
+    return {
+        row["spec_id"]: 1 / row["padded_tokens_per_second"]
+        for row in rows
+        if row["environment_id"] == here.id and row["status"] == "ok" and row["padded_tokens_per_second"]
+    }
+
+
+def show(proposals: Proposals, output: Path | None) -> list[Path]:
+    """Print what was proposed; the first one that fits is written, or printed where there is no folder."""
+    from harness._util.files import write_whole
+    from harness._util.units import show_bytes
+    from harness.grids.yaml_file import spec_to_yaml
+    from harness.report import fixes
+
+    label, made = proposals.line.label, proposals.proposals
+    if not made:
+        out.print(f"{plain(label)}: there is nothing to change", highlight=False)
+        return []
+    out.print(fixes.terminal(label, proposals.capacity_name, proposals.capacity, proposals.now_seconds, made))
+    best = made[0]
+    if best.verdict != "fits":
+        least = min(made, key=lambda each: each.prediction.needed_bytes)
+        out.print(
+            f"nothing here makes it fit; the least is {show_bytes(least.prediction.needed_bytes)}, with "
+            f"{plain(least.text)}",
+            style="yellow",
+            highlight=False,
+        )
+        return []
+    if output is None:
+        out.print(f"{plain(label)} fits with {plain(best.text)}; -o DIR writes it as a training file", highlight=False)
+        return []
+    file = output / f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-')}.fixed.yml"
+    write_whole(file, spec_to_yaml(best.spec, full_paths=True).encode())
+    return [file]

@@ -1,0 +1,248 @@
+"""Changes that make a trial fit, cheapest first, by a search over predictions.
+
+Cheapest is what alters least: first changes that leave what is learned as it is (up to rounding), then those of
+arithmetic, then those that need another card, then those of the model or of the data; among equals, the least
+predicted time per token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from harness.predict.prediction import Prediction, SpecPrediction, Verdict
+from harness.spec import QUANTISED, SHARDED_OPTIMIZERS, TrialSpec
+
+Alters = Literal["nothing", "arithmetic", "hardware", "model"]
+_ORDER: tuple[Alters, ...] = ("nothing", "arithmetic", "hardware", "model")
+_MOST_CHANGES = 4
+"""Changes in one combination."""
+_TRIED = 6
+"""Combinations that are predicted of each size, at most."""
+_SHORT = 0.9
+"""Combinations are predicted whose estimate exceeds the capacity by less than a ninth: savings do not add exactly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One change of a spec."""
+
+    kind: str
+    """Of several of a kind one is taken."""
+    alters: Alters
+    keys: Mapping[str, Any]
+    """The keys that it sets."""
+
+    @property
+    def text(self) -> str:
+        """The change in the words of a grid file."""
+        keys = {key: value for key, value in self.keys.items() if key != "lora_target_linear"}  # said by the modules
+        return ", ".join(f"{key}={_written(value)}" for key, value in keys.items())
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Changes of a trial, and what is predicted with them."""
+
+    changes: tuple[Change, ...]
+    spec: TrialSpec
+    prediction: Prediction
+    verdict: Verdict
+    seconds_per_token: float
+    """Of an optimizer step, over its padded tokens."""
+
+    @property
+    def text(self) -> str:
+        """The changes in the words of a grid file."""
+        return ", ".join(change.text for change in self.changes)
+
+    @property
+    def alters(self) -> Alters:
+        """What the changes alter at most."""
+        return max((change.alters for change in self.changes), key=_ORDER.index)
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """By which proposals are ranked."""
+        return _ORDER.index(self.alters), self.seconds_per_token
+
+
+def _written(value: Any) -> str:
+    return "+".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _micro_batches(spec: TrialSpec) -> Iterator[Change]:
+    size, steps = spec.micro_batch_size, spec.gradient_accumulation_steps
+    while size > 1 and size % 2 == 0:
+        size, steps = size // 2, steps * 2
+        keys = {"micro_batch_size": size, "gradient_accumulation_steps": steps}
+        yield Change("micro-batch", "nothing", keys)
+    if size > 1:
+        yield Change("micro-batch", "nothing", {"micro_batch_size": 1, "gradient_accumulation_steps": steps * size})
+
+
+def _checkpointing(spec: TrialSpec) -> Iterator[Change]:
+    if not spec.gradient_checkpointing:
+        yield Change("checkpointing", "nothing", {"gradient_checkpointing": True})
+
+
+def _outputs(spec: TrialSpec) -> Iterator[Change]:
+    if spec.keep_outputs:
+        yield Change("outputs", "nothing", {"keep_outputs": False})
+    if spec.upcast_unquantized and spec.precision in QUANTISED:
+        yield Change("upcast", "arithmetic", {"upcast_unquantized": False})
+
+
+_PAGED = {
+    "adamw_torch": "paged_adamw_32bit", "adamw_torch_fused": "paged_adamw_32bit", "adamw_bnb_8bit": "paged_adamw_8bit",
+    "adamw_8bit": "paged_adamw_8bit", "lion_32bit": "paged_lion_32bit", "lion_8bit": "paged_lion_8bit",
+    "ademamix": "paged_ademamix_32bit", "ademamix_8bit": "paged_ademamix_8bit",
+}  # fmt: skip
+_IN_8_BIT = {
+    "adamw_torch": "adamw_bnb_8bit", "adamw_torch_fused": "adamw_bnb_8bit", "paged_adamw_32bit": "paged_adamw_8bit",
+    "lion_32bit": "lion_8bit", "paged_lion_32bit": "paged_lion_8bit", "ademamix": "ademamix_8bit",
+    "paged_ademamix_32bit": "paged_ademamix_8bit", "rmsprop_bnb": "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit": "rmsprop_bnb_8bit",
+}  # fmt: skip
+
+
+def _optimizers(spec: TrialSpec) -> Iterator[Change]:
+    if spec.sharding != "none":
+        return
+    paged, small = _PAGED.get(spec.optimizer), _IN_8_BIT.get(spec.optimizer)
+    if paged is not None:
+        yield Change("optimizer", "nothing", {"optimizer": paged})
+    if small is not None:
+        yield Change("optimizer", "arithmetic", {"optimizer": small})
+        if small in _PAGED:
+            yield Change("optimizer", "arithmetic", {"optimizer": _PAGED[small]})
+
+
+def _precisions(spec: TrialSpec) -> Iterator[Change]:
+    if spec.precision in ("fp32", "bf16-mixed"):
+        yield Change("precision", "arithmetic", {"precision": "bf16"})
+    if spec.precision == "fp16-mixed":
+        yield Change("precision", "arithmetic", {"precision": "fp16"})
+    if spec.adapter == "none" or spec.sharding != "none" or spec.lora_bias != "none":
+        return
+    if spec.precision not in QUANTISED:
+        yield Change("precision", "arithmetic", {"precision": "int8"})
+    if spec.precision not in ("nf4", "fp4"):
+        yield Change("precision", "arithmetic", {"precision": "nf4"})
+    if not spec.double_quantization:
+        changed = {} if spec.precision in ("nf4", "fp4") else {"precision": "nf4"}
+        yield Change("precision", "arithmetic", {**changed, "double_quantization": True})
+
+
+def _cards(spec: TrialSpec) -> Iterator[Change]:
+    if spec.num_processes == 1 and spec.precision not in QUANTISED and spec.optimizer in SHARDED_OPTIMIZERS:
+        steps = max(1, spec.gradient_accumulation_steps // 2)
+        keys = {"num_processes": 2, "sharding": "full_shard", "gradient_accumulation_steps": steps}
+        yield Change("cards", "hardware", keys)
+
+
+def _adapters(spec: TrialSpec) -> Iterator[Change]:
+    if spec.adapter == "none":
+        yield Change("adapter", "model", {"adapter": "lora"})
+        return
+    for rank in (spec.lora_r // 2, spec.lora_r // 4):
+        if rank >= 1:
+            yield Change("rank", "model", {"lora_r": rank})
+    if spec.lora_target_modules is None and spec.lora_target_linear:
+        keys = {"lora_target_modules": ["q_proj", "v_proj"], "lora_target_linear": False}
+        yield Change("targets", "model", keys)
+
+
+def _lengths(spec: TrialSpec) -> Iterator[Change]:
+    evaluated = spec.eval_sequence_length
+    for length in (spec.sequence_length // 2, spec.sequence_length // 4):
+        if length >= 8:
+            own = {} if evaluated is None else {"eval_sequence_length": min(evaluated, length)}
+            yield Change("length", "model", {"sequence_length": length, **own})
+
+
+_CHANGES: tuple[Callable[[TrialSpec], Iterator[Change]], ...] = (
+    _micro_batches,
+    _checkpointing,
+    _outputs,
+    _optimizers,
+    _precisions,
+    _cards,
+    _adapters,
+    _lengths,
+)
+"""What is tried; each yields the changes of a kind that apply to a spec."""
+
+
+def changes_of(spec: TrialSpec) -> list[Change]:
+    """The single changes that apply to a spec."""
+    return [change for of_kind in _CHANGES for change in of_kind(spec)]
+
+
+def proposals(
+    spec: TrialSpec,
+    now: Prediction,
+    predict: Callable[[Sequence[TrialSpec]], Mapping[str, SpecPrediction]],
+    verdict: Callable[[TrialSpec, Prediction], Verdict],
+    seconds_per_token: Callable[[TrialSpec, Prediction], float],
+    capacity: int,
+) -> list[Proposal]:
+    """Changes with which a trial fits, cheapest first, and after them single changes with which it does not.
+
+    Single changes are all predicted; combinations of a size only while nothing smaller fits without altering more than
+    arithmetic, and of these the cheapest whose single savings together are about enough.
+
+    Args:
+        spec: of the trial.
+        now: its prediction.
+        predict: predictions of specs, by id.
+        verdict: whether a spec fits.
+        seconds_per_token: predicted or measured.
+        capacity: bytes that the trial may take.
+    """
+
+    def made(candidates: Sequence[tuple[Change, ...]]) -> list[Proposal]:
+        specs = {each: changed for each in candidates if (changed := _changed(spec, each)) is not None}
+        predicted = predict(list(specs.values()))
+        return [
+            Proposal(each, changed, p, verdict(changed, p), seconds_per_token(changed, p))
+            for each, changed in specs.items()
+            if (p := predicted[changed.id].prediction) is not None
+        ]
+
+    single = made([(change,) for change in changes_of(spec)])
+    saved = {each.changes[0]: now.needed_bytes - each.prediction.needed_bytes for each in single}
+    slower = {each.changes[0]: each.seconds_per_token for each in single}
+    useful = [change for change in saved if saved[change] > 0]
+    every = list(single)
+    for size in range(2, _MOST_CHANGES + 1):
+        if any(each.verdict == "fits" and each.alters in ("nothing", "arithmetic") for each in every):
+            break
+        together = [
+            each
+            for each in itertools.combinations(useful, size)
+            if len({change.kind for change in each}) == size
+            and now.needed_bytes - sum(saved[change] for change in each) <= capacity / _SHORT
+        ]
+        together.sort(key=lambda each: (max(_ORDER.index(c.alters) for c in each), sum(slower[c] for c in each)))
+        every += made(together[:_TRIED])
+    enough = [set(each.changes) for each in every if each.verdict == "fits"]
+    every = [each for each in every if not any(less < set(each.changes) for less in enough)]
+    fitting = sorted((each for each in every if each.verdict == "fits"), key=lambda each: each.cost)
+    others = sorted((each for each in every if each.verdict != "fits"), key=lambda each: each.prediction.needed_bytes)
+    return fitting + others
+
+
+def _changed(spec: TrialSpec, changes: Sequence[Change]) -> TrialSpec | None:
+    """The spec with the changes; null where they cannot be trained together."""
+    keys: dict[str, Any] = {}
+    for change in changes:
+        keys |= change.keys
+    try:
+        return TrialSpec.model_validate(spec.model_dump() | keys)
+    except ValidationError:
+        return None

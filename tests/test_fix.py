@@ -1,0 +1,78 @@
+"""`harness plan --fix`, `--json`, and the exit code that says that something does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FEW, Answer
+
+from harness.predict import fixes
+from harness.spec import TrialSpec
+
+GRID = (
+    "name: g\nbase: {base_model: random:smollm2-135m, precision: bf16, sequence_length: 512, max_steps: 2, "
+    f"val_set_size: 0, micro_batch_size: 4, device: cuda, pad_to_sequence_len: true, datasets: [{{path: {FEW}}}]}}\n"
+    "trials: [{seed: 0}]\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "g.yml").write_text(GRID)
+    return tmp_path
+
+
+def test_what_is_proposed_first_fits_when_it_is_planned(folder: Path, ask: Callable[..., Answer]) -> None:
+    code, output, errors = ask("plan", "g.yml", "--memory", "2500MiB", "--fix", "--json", "-o", "out")
+    assert code == 4, errors
+    document = json.loads(output)
+    (trial,) = document["trials"]
+    assert trial["fits 2500MiB"] == "does not fit"
+    ranked = [each["alters"] for each in document["fixes"] if each["fits"] == "fits"]
+    assert ranked == sorted(ranked, key=["nothing", "arithmetic", "hardware", "model"].index)
+    best = document["fixes"][0]
+    assert best["fits"] == "fits"
+    assert best["alters"] == "nothing"
+    assert best["time_ratio"] > 1, "what alters nothing costs time"
+    (file,) = (folder / "out").glob("*.fixed.yml")
+    code, output, errors = ask("plan", str(file), "--memory", "2500MiB", "--device", "cuda", "--json")
+    assert code == 0, errors
+    (again,) = json.loads(output)["trials"]
+    assert again["fits 2500MiB"] == "fits"
+    assert again["predicted_reserved_bytes"] == best["predicted_reserved_bytes"]
+    for key, value in best["keys"].items():
+        assert f"{key}: {str(value).lower()}" in file.read_text()
+
+
+def test_where_nothing_makes_it_fit_the_least_is_named(ask: Callable[..., Answer]) -> None:
+    code, output, _ = ask("plan", "g.yml", "--memory", "100MiB", "--fix")
+    assert code == 4
+    assert "nothing here makes it fit; the least is" in " ".join(output.split())
+
+
+def test_the_exit_code_says_whether_all_fits(ask: Callable[..., Answer]) -> None:
+    assert ask("plan", "g.yml", "--gpu", "rtx4090")[0] == 0
+    code, output, errors = ask("plan", "g.yml", "--memory", "2GiB", "--gpu", "rtx4090", "--json")
+    assert code == 4
+    assert "predicted memory" in errors
+    assert json.loads(output)["trials"][0]["fits rtx4090"] == "fits"
+    code, _, errors = ask("plan", "g.yml", "--memory", "2GiB", "--gpu", "rtx4090", "--fix")
+    assert (code, "give one" in errors) == (2, True)
+
+
+def test_changes_hold_the_effective_batch_and_can_be_trained() -> None:
+    spec = TrialSpec(
+        base_model="random:tiny", micro_batch_size=6, keep_outputs=True, precision="fp32", optimizer="lion_32bit"
+    )
+    for change in fixes.changes_of(spec):
+        changed = TrialSpec.model_validate(spec.model_dump() | dict(change.keys))
+        assert changed.id != spec.id, change.text
+        if change.alters != "hardware":
+            assert changed.effective_batch_size == spec.effective_batch_size, change.text
+    kinds = {change.kind for change in fixes.changes_of(spec)}
+    assert kinds == {"micro-batch", "checkpointing", "outputs", "optimizer", "precision", "rank", "targets", "length"}
+    full = spec.model_copy(update={"adapter": "none", "optimizer": "adamw_torch"})
+    assert {"adapter", "cards"} <= {change.kind for change in fixes.changes_of(full)}
