@@ -13,7 +13,7 @@ Sizes and addresses inside are counted in units of 512 bytes, to which every siz
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Event = tuple[int, int]
 """A key and a size in bytes: size > 0 allocates under the key, size 0 releases the key; EMPTY_CACHE is the third."""
@@ -65,6 +65,18 @@ class _Pool:
         self.holes: list[tuple[int, int]] = [(0, _ENDLESS)]
         """Start and end of what an expandable segment has not mapped, by address."""
 
+    def open(self, start: int, end: int) -> None:
+        """Add a hole, merged with holes that touch it; the last one lies behind every block."""
+        place = bisect_left(self.holes, (start, 0))
+        following = place
+        if self.holes[place][0] == end:
+            end = self.holes[place][1]
+            following += 1
+        if place and self.holes[place - 1][1] == start:
+            place -= 1
+            start = self.holes[place][0]
+        self.holes[place:following] = [(start, end)]
+
     def put(self, start: int, end: int) -> None:
         """Add a free block, merged with free blocks that touch it."""
         starts, ends, free = self.starts, self.ends, self.free
@@ -96,7 +108,7 @@ class CachingAllocator:
     where up to 1 MiB of it is more than was requested.
     """
 
-    __slots__ = ("_allocated", "_expandable", "_large", "_limit", "_live", "_next", "_peak", "_peak_reserved",
+    __slots__ = ("_allocated", "_expandable", "_large", "_limit", "_live", "_new", "_next", "_peak", "_peak_reserved",
                  "_reserved", "_small")  # fmt: skip
 
     def __init__(self, limit: int | None = None, *, expandable_segments: bool = False) -> None:
@@ -112,7 +124,15 @@ class CachingAllocator:
         self._large = _Pool(_LARGE_SEGMENT, 0 if expandable_segments else _SMALL)
         self._live: dict[int, tuple[int, int]] = {}
         self._next = 0
+        """Address of the next segment."""
+        self._new = 0
+        """Address of the free block that the driver gave last."""
         self._allocated = self._peak = self._reserved = self._peak_reserved = 0
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the driver gives at most."""
+        return self._limit * UNIT
 
     @property
     def allocated(self) -> int:
@@ -192,9 +212,24 @@ class CachingAllocator:
                     del pool.segments[start]
                     self._reserved -= size
 
+    def run(self, events: Iterable[Event]) -> None:
+        """Allocate and release one after another.
+
+        Raises:
+            OutOfMemory: the limit is reached, and the cache does not help.
+        """
+        allocate, release = self.allocate, self.release
+        for key, size in events:
+            if size > 0:
+                allocate(key, size)
+            elif size == 0:
+                release(key)
+            else:
+                self.empty_cache()
+
     def _grow(self, pool: _Pool, units: int) -> tuple[int, int]:
-        """A free block from the driver, out of the free list: start and size. The cache is given back where the first
-        attempt fails.
+        """A free block with memory from the driver, taken out of the free list: start and size. The cache is given
+        back where the first attempt fails.
         """
         attempt = self._extend if self._expandable else self._segment
         wanted = attempt(pool, units)
@@ -203,5 +238,153 @@ class CachingAllocator:
             wanted = attempt(pool, units)
             if wanted:
                 raise OutOfMemory(self._reserved * UNIT, wanted * UNIT)
-        block = pool.free[bisect_left(pool.free, units << _SHIFT)]
-        return block & _ADDRESS, block >> _SHIFT
+        start = self._new
+        size = pool.starts.pop(start)
+        del pool.free[bisect_left(pool.free, size << _SHIFT | start)]
+        return start, size
+
+    def _segment(self, pool: _Pool, units: int) -> int:
+        """Take a segment for a request from the driver. Returns what the limit lacks room for, 0 where it was taken."""
+        if units <= _SMALL:
+            size = _SMALL_SEGMENT
+        elif units < _OWN_SEGMENT:
+            size = _LARGE_SEGMENT
+        else:
+            size = -(-units // _ROUND) * _ROUND
+        if self._reserved + size > self._limit:
+            return size
+        self._new = start = self._next
+        self._next += size + 1  # blocks of two segments never touch, and so never merge
+        pool.segments[start] = size
+        pool.put(start, start + size)
+        self._took(size)
+        return 0
+
+    def _extend(self, pool: _Pool, units: int) -> int:
+        """Map pages of an expandable segment for a request, at the lowest address where it fits among free blocks and
+        holes. Returns what the limit did not allow, 0 where all is mapped; what was mapped before stays.
+
+        A card reserves addresses for 9/8 of its memory, and begins another segment after that; here there is no end.
+        """
+        start = _lowest(pool, units)
+        while (have := pool.starts.get(start, 0)) < units:
+            page, hole = pool.page, start + have
+            place = bisect_left(pool.holes, (hole, 0))
+            end = pool.holes[place][1]
+            size = min(-(-(units - have) // page) * page, end - hole)
+            if self._reserved + size > self._limit:
+                return size
+            pool.holes[place : place + 1] = [(hole + size, end)] if hole + size < end else []
+            pool.put(hole, hole + size)
+            self._took(size)
+        self._new = start
+        return 0
+
+    def _unmap(self, pool: _Pool) -> None:
+        """Give back the pages of an expandable segment that lie within free blocks."""
+        for start, size in list(pool.starts.items()):
+            first = -(-start // pool.page) * pool.page
+            last = (start + size) // pool.page * pool.page
+            if first >= last:
+                continue
+            pool.take(start)
+            if start < first:
+                pool.put(start, first)
+            if last < start + size:
+                pool.put(last, start + size)
+            pool.open(first, last)
+            self._reserved -= last - first
+
+    def _took(self, size: int) -> None:
+        self._reserved += size
+        self._peak_reserved = max(self._peak_reserved, self._reserved)
+
+
+def _least_expandable(pool: _Pool, place: int) -> int:
+    """The free block to use in expandable segments, from the best fit on: as large as it can become counts."""
+
+    def size(place: int) -> int:
+        start, size = pool.free[place] & _ADDRESS, pool.free[place] >> _SHIFT
+        hole = bisect_left(pool.holes, (start + size, 0))
+        begin, end = pool.holes[hole]  # the last one begins behind every block
+        return size + (end - begin if begin == start + size else 0)
+
+    while place + 1 < len(pool.free) and size(place + 1) < size(place):
+        place += 1
+    return place
+
+
+def _lowest(pool: _Pool, units: int) -> int:
+    """Lowest address where a hole, or a free block right before one, begins a row of holes and free blocks that a
+    request fits into.
+    """
+    ends_of_holes = dict(pool.holes)
+    for begin in ends_of_holes:
+        start = end = pool.ends.get(begin, begin)
+        while end - start < units:
+            size = pool.starts.get(end, 0)
+            following = end + size if size else ends_of_holes.get(end, end)
+            if following == end:
+                break
+            end = following
+        else:
+            return start
+    raise AssertionError("the last hole is endless")
+
+
+def replay(events: Iterable[Event], limit: int | None = None, *, expandable_segments: bool = False) -> CachingAllocator:
+    """Run all events under a limit in bytes, and return the allocator as it is then.
+
+    Raises:
+        OutOfMemory: the trace needs more than the limit.
+    """
+    allocator = CachingAllocator(limit, expandable_segments=expandable_segments)
+    allocator.run(events)
+    return allocator
+
+
+class _Rising(CachingAllocator):
+    """Its limit rises to what each failing request needs."""
+
+    __slots__ = ()
+
+    def _grow(self, pool: _Pool, units: int) -> tuple[int, int]:
+        while True:
+            try:
+                return super()._grow(pool, units)
+            except OutOfMemory as error:
+                self._limit = (error.reached + error.requested) // UNIT
+
+
+def least_limit(events: Sequence[Event], *, precision: float = 0.01, expandable_segments: bool = False) -> int:
+    """Smallest limit, in bytes of reserved memory, under which a trace completes because cached segments are given
+    back.
+
+    It completes under what is returned. That is more by a fraction `precision` at most than a limit under which it
+    fails, or than the peak of what is allocated.
+    """
+
+    def completes(limit: int) -> bool:
+        try:
+            replay(events, limit, expandable_segments=expandable_segments)
+        except OutOfMemory:
+            return False
+        return True
+
+    unlimited = replay(events, expandable_segments=expandable_segments)
+    low, high = unlimited.peak_allocated, unlimited.peak_reserved
+    guesses: list[int] = []
+    if high - low > precision * high:
+        # The limit that rises as needed mostly ends at the least one: it and one just below are tried first.
+        rising = _Rising(low, expandable_segments=expandable_segments)
+        rising.run(events)
+        guesses = [int(rising.limit / (1 + precision)), rising.limit]
+    while high - low > precision * high:
+        guess = guesses.pop() if guesses else (low + high) // 2
+        if not low < guess < high:
+            continue
+        if completes(guess):
+            high = guess
+        else:
+            low = guess
+    return high
