@@ -47,7 +47,7 @@ class OutOfMemory(Exception):
 class _Pool:
     """Free blocks of the small or the large pool."""
 
-    __slots__ = ("ends", "free", "holes", "page", "segments", "split_above", "starts")
+    __slots__ = ("ends", "free", "hole_ends", "holes", "page", "segments", "split_above", "starts")
 
     def __init__(self, page: int, split_above: int) -> None:
         self.page = page
@@ -62,20 +62,31 @@ class _Pool:
         """Start of the free block that ends at an address."""
         self.segments: dict[int, int] = {}
         """Size of the segment that starts at an address."""
-        self.holes: list[tuple[int, int]] = [(0, _ENDLESS)]
-        """Start and end of what an expandable segment has not mapped, by address."""
+        self.holes: list[int] = [0]
+        """Starts of what an expandable segment has not mapped, by address; the last lies behind every block."""
+        self.hole_ends: dict[int, int] = {0: _ENDLESS}
+        """End of the hole that starts at an address."""
 
     def open(self, start: int, end: int) -> None:
-        """Add a hole, merged with holes that touch it; the last one lies behind every block."""
-        place = bisect_left(self.holes, (start, 0))
-        following = place
-        if self.holes[place][0] == end:
-            end = self.holes[place][1]
-            following += 1
-        if place and self.holes[place - 1][1] == start:
-            place -= 1
-            start = self.holes[place][0]
-        self.holes[place:following] = [(start, end)]
+        """Add a hole, merged with holes that touch it."""
+        place = bisect_left(self.holes, start)
+        if self.holes[place] == end:
+            end = self.hole_ends.pop(self.holes.pop(place))
+        if place and self.hole_ends[self.holes[place - 1]] == start:
+            start = self.holes.pop(place - 1)
+        insort(self.holes, start)
+        self.hole_ends[start] = end
+
+    def fill(self, start: int, size: int) -> None:
+        """Map the first units of a hole: they become a free block."""
+        end = self.hole_ends.pop(start)
+        place = bisect_left(self.holes, start)
+        if start + size < end:
+            self.holes[place] = start + size
+            self.hole_ends[start + size] = end
+        else:
+            del self.holes[place]
+        self.put(start, start + size)
 
     def put(self, start: int, end: int) -> None:
         """Add a free block, merged with free blocks that touch it."""
@@ -269,13 +280,10 @@ class CachingAllocator:
         start = _lowest(pool, units)
         while (have := pool.starts.get(start, 0)) < units:
             page, hole = pool.page, start + have
-            place = bisect_left(pool.holes, (hole, 0))
-            end = pool.holes[place][1]
-            size = min(-(-(units - have) // page) * page, end - hole)
+            size = min(-(-(units - have) // page) * page, pool.hole_ends[hole] - hole)
             if self._reserved + size > self._limit:
                 return size
-            pool.holes[place : place + 1] = [(hole + size, end)] if hole + size < end else []
-            pool.put(hole, hole + size)
+            pool.fill(hole, size)
             self._took(size)
         self._new = start
         return 0
@@ -301,29 +309,31 @@ class CachingAllocator:
 
 
 def _least_expandable(pool: _Pool, place: int) -> int:
-    """The free block to use in expandable segments, from the best fit on: as large as it can become counts."""
-
-    def size(place: int) -> int:
-        start, size = pool.free[place] & _ADDRESS, pool.free[place] >> _SHIFT
-        hole = bisect_left(pool.holes, (start + size, 0))
-        begin, end = pool.holes[hole]  # the last one begins behind every block
-        return size + (end - begin if begin == start + size else 0)
-
-    while place + 1 < len(pool.free) and size(place + 1) < size(place):
+    """The free block to use in expandable segments, from the best fit on: with the hole behind it, as large as it could
+    become, a block counts.
+    """
+    free = pool.free
+    largest = len(free) - 1
+    while place < largest and _with_hole(pool, free[place + 1]) < _with_hole(pool, free[place]):
         place += 1
     return place
+
+
+def _with_hole(pool: _Pool, block: int) -> int:
+    """Size of a free block and of the hole behind it."""
+    end = (block & _ADDRESS) + (block >> _SHIFT)
+    return pool.hole_ends.get(end, end) - (block & _ADDRESS)
 
 
 def _lowest(pool: _Pool, units: int) -> int:
     """Lowest address where a hole, or a free block right before one, begins a row of holes and free blocks that a
     request fits into.
     """
-    ends_of_holes = dict(pool.holes)
-    for begin in ends_of_holes:
+    for begin in pool.holes:
         start = end = pool.ends.get(begin, begin)
         while end - start < units:
             size = pool.starts.get(end, 0)
-            following = end + size if size else ends_of_holes.get(end, end)
+            following = end + size if size else pool.hole_ends.get(end, end)
             if following == end:
                 break
             end = following
