@@ -19,6 +19,7 @@ from test_launch import Watch
 from trials import run
 
 from harness import environment
+from harness._util.units import MIB
 from harness.errors import InputError
 from harness.grids import grid
 from harness.launch.local import LocalLauncher
@@ -377,9 +378,39 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:
-    assert all(0.9 * size < capacity(name) < size for name, size in CARDS.items())
-    here = environment.current("cpu").model_copy(update={"device_type": "cuda", "device_memory_bytes": CARDS["l4"]})
-    assert capacity_of(here) == capacity("l4")
+    for name, card in CARDS.items():
+        assert 0.88 * card.driver_bytes < capacity(name) == card.torch_bytes - card.context_bytes
+        assert 0.96 * card.driver_bytes < card.torch_bytes < card.driver_bytes
+    assert capacity("t4") == (14912 - 141) * MIB
+
+
+def test_a_card_of_this_machine_is_known_by_its_name() -> None:
+    here = environment.current("cpu").model_copy(update={"device_type": "cuda"})
+    names = {
+        "Tesla T4": (15360, "t4"),
+        "NVIDIA A100-SXM4-80GB": (81920, "a100-80"),
+        "NVIDIA A100-PCIE-40GB": (40960, "a100-40"),
+        "NVIDIA A10G": (23028, "a10g"),
+        "NVIDIA H100 NVL": (95830, "h100-nvl"),
+        "NVIDIA GeForce RTX 4070 Ti SUPER": (16376, "rtx4070ti-super"),
+        "NVIDIA GeForce RTX 3080 Ti": (12288, "rtx3080ti"),
+        "NVIDIA RTX 6000 Ada Generation": (49140, "rtx6000-ada"),
+    }
+    for device, (mebibytes, card) in names.items():
+        there = here.model_copy(update={"device_name": device, "device_memory_bytes": mebibytes * MIB})
+        assert capacity_of(there) == capacity(card), device
+    for device, mebibytes in {
+        "NVIDIA GeForce RTX 4090 Laptop GPU": 16376,
+        "NVIDIA A100 1g.10gb": 9856,
+        "X": 8192,
+    }.items():
+        there = here.model_copy(update={"device_name": device, "device_memory_bytes": mebibytes * MIB})
+        assert capacity_of(there) == (mebibytes - 1024) * MIB, "what the driver keeps, and the context"
+
+
+def test_workspaces_of_cublas_are_larger_from_hopper_on() -> None:
+    assert CARDS["t4"].workspace_bytes == CARDS["rtx4090"].workspace_bytes == 8_519_680
+    assert CARDS["h100"].workspace_bytes == CARDS["rtx5090"].workspace_bytes == 33_554_432
 
 
 def test_a_spec_that_kills_its_process_leaves_the_others_predicted(

@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from harness._util.messages import unknown
 from harness._util.units import MIB
 from harness.predict.roofline import Rates
 
-# Total memory as the driver reports it (nvidia-smi). Less than advertised where error correction or firmware reserves a
-# part.
-CARDS: dict[str, int] = {
-    "t4": 15360 * MIB,
-    "rtx3060": 12288 * MIB,
-    "rtx4060ti-16": 16380 * MIB,
-    "rtx4080": 16376 * MIB,
-    "a10": 23028 * MIB,
-    "l4": 23034 * MIB,
-    "rtx3090": 24576 * MIB,
-    "rtx4090": 24564 * MIB,
-    "rtx5090": 32607 * MIB,
-    "a100-40": 40960 * MIB,
-    "l40s": 46068 * MIB,
-    "a6000": 49140 * MIB,
-    "a100-80": 81920 * MIB,
-    "h100": 81559 * MIB,
-    "h200": 143771 * MIB,
-}
 CONTEXT_BYTES = 512 * MIB
-"""Memory of a process on a card outside torch's allocator: the CUDA context and its loaded modules, 0.3 to 0.5 GiB."""
+"""Memory of a process outside torch's allocator, the CUDA context, where a card's is not known: published ones take
+0.14 to 0.52 GiB."""
+_RESERVE = 512 * MIB
+"""What the driver keeps of a card that is not listed: 0.1 to 0.8 GiB of those that are."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What of a card decides the memory of a step on it."""
+
+    device: str
+    """The part of the driver's name for it that tells it from others: RTX 4090 of NVIDIA GeForce RTX 4090."""
+    capability: tuple[int, int]
+    """Compute capability."""
+    driver_bytes: int
+    """Total memory as the driver reports it (nvidia-smi, NVML). Less than advertised where error correction takes a
+    part."""
+    torch_bytes: int
+    """Total memory as torch reports it (`get_device_properties`, `mem_get_info`): what processes can have."""
+    context_bytes: int = CONTEXT_BYTES
+    """Memory that the context of a process takes."""
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that torch's allocator may take, where no other process has any."""
+        return self.torch_bytes - self.context_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that torch allocates for cuBLAS in each thread that multiplies matrices: forward, and backward.
+
+        torch's `parseChosenWorkspaceSize`: 32 MiB on Hopper, and on Blackwell in versions of 2026; else two of 4 MiB
+        and eight of 16 KiB.
+        """
+        return 32 * MIB if self.capability >= (9, 0) else 2 * 4 * MIB + 8 * MIB // 64
+
+
+def _card(device: str, capability: tuple[int, int], driver: int, torch: int, context: int | None = None) -> Card:
+    """A card from figures in MiB."""
+    context_bytes = CONTEXT_BYTES if context is None else context * MIB
+    return Card(device, capability, driver * MIB, torch * MIB, context_bytes)
+
+
+# Third column: nvidia-smi. Fourth: torch, on Linux, from logs and messages of OutOfMemoryError that people published.
+# Drivers since 2024 keep 70 to 190 MiB more than older ones; the lower figures stand here. On Windows torch reports
+# nearly all of the third, and a display takes its part.
+CARDS: dict[str, Card] = {
+    "p100": _card("P100", (6, 0), 16384, 16269),
+    "v100-16": _card("V100", (7, 0), 16384, 16144),
+    "v100-32": _card("V100", (7, 0), 32768, 32494),
+    "t4": _card("T4", (7, 5), 15360, 14912, context=141),  # measured on one
+    "rtx2080ti": _card("RTX 2080 Ti", (7, 5), 11264, 10825),
+    "a100-40": _card("A100", (8, 0), 40960, 40441),
+    "a100-80": _card("A100", (8, 0), 81920, 81152),
+    "rtx3060": _card("RTX 3060", (8, 6), 12288, 11910),
+    "rtx3080": _card("RTX 3080", (8, 6), 10240, 9877),  # 10009 with older drivers, less what the RTX 3060 lost
+    "rtx3080ti": _card("RTX 3080 Ti", (8, 6), 12288, 11910),
+    # github.com/invoke-ai/InvokeAI/issues/9413: an idle context, torch 2.7.1 for CUDA 12.8. The 3090 Ti has its chip.
+    "rtx3090": _card("RTX 3090", (8, 6), 24576, 24139, context=256),
+    "rtx3090ti": _card("RTX 3090 Ti", (8, 6), 24564, 24142, context=256),
+    "a10": _card("A10", (8, 6), 23028, 22587),
+    "a10g": _card("A10G", (8, 6), 23028, 22587),
+    "a40": _card("A40", (8, 6), 46068, 45416),
+    "a6000": _card("RTX A6000", (8, 6), 49140, 48538),
+    "rtx4060ti-16": _card("RTX 4060 Ti", (8, 9), 16380, 15944),
+    "rtx4070": _card("RTX 4070", (8, 9), 12282, 11872),  # 12002 with older drivers, less what the RTX 4090 lost
+    "rtx4070ti-super": _card("RTX 4070 Ti SUPER", (8, 9), 16376, 15944),  # as the RTX 4080 SUPER
+    "rtx4080": _card("RTX 4080", (8, 9), 16376, 15944),
+    "rtx4090": _card("RTX 4090", (8, 9), 24564, 24081),
+    "l4": _card("L4", (8, 9), 23034, 22563),
+    "l40s": _card("L40S", (8, 9), 46068, 45455),
+    # github.com/unslothai/unsloth-zoo/pull/1053: after mem_get_info, torch 2.10 for CUDA 13.0.
+    "rtx6000-ada": _card("RTX 6000 Ada", (8, 9), 49140, 48497, context=426),
+    "h100": _card("H100", (9, 0), 81559, 81082),
+    "h100-nvl": _card("H100 NVL", (9, 0), 95830, 95320),
+    "h200": _card("H200", (9, 0), 143771, 143156),
+    "gh200": _card("GH200", (9, 0), 97871, 96768),
+    "b200": _card("B200", (10, 0), 183359, 182630),
+    "rtx5080": _card("RTX 5080", (12, 0), 16303, 15840),
+    "rtx5090": _card("RTX 5090", (12, 0), 32607, 32102),
+    "rtx-pro-6000": _card("RTX PRO 6000", (12, 0), 97887, 97249),
+}
+DEFAULT_CARD = CARDS["h100"]
+"""A card for `cuda` without a name: one with the larger workspaces, so that a prediction is not too low."""
 _CALL_SECONDS = 6e-6
 """Host time of one operation of an eager step; a few microseconds on current hosts."""
 
@@ -58,12 +124,38 @@ RATES: dict[str, Rates] = {
 }
 
 
-def capacity(card: str) -> int:
-    """Bytes of a card that torch's allocator may use.
+def named(card: str) -> Card:
+    """A card by its name here.
 
     Raises:
         ValueError: unknown card; the message suggests the nearest name.
     """
     if card not in CARDS:
         raise ValueError(unknown("card", card, CARDS))
-    return CARDS[card] - CONTEXT_BYTES
+    return CARDS[card]
+
+
+def capacity(card: str) -> int:
+    """Bytes of a card that torch's allocator may take.
+
+    Raises:
+        ValueError: unknown card; the message suggests the nearest name.
+    """
+    return named(card).capacity
+
+
+def of_device(name: str, driver_bytes: int) -> Card:
+    """The card that the driver calls by a name and gives so many bytes: a listed one, else the default with that
+    memory.
+
+    Laptop versions, and parts of a card, have the name of a listed one and other memory; they are not listed.
+    """
+    words = f" {name.replace('-', ' ').lower()} "
+    alike = [card for card in CARDS.values() if f" {card.device.lower()} " in words]
+    alike = [card for card in alike if abs(card.driver_bytes - driver_bytes) <= 0.03 * card.driver_bytes]
+    if alike:
+        return max(alike, key=lambda card: len(card.device))
+    usable = driver_bytes - _RESERVE
+    return replace(
+        DEFAULT_CARD, device=name, driver_bytes=driver_bytes, torch_bytes=usable, context_bytes=CONTEXT_BYTES
+    )

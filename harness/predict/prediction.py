@@ -66,7 +66,7 @@ def fits(peak: float, capacity: int, margin: float) -> Verdict:
 def capacity_of(environment: Environment) -> int:
     """Bytes of a device that a trial may use; concurrent trials divide a machine's memory equally."""
     if environment.device_type == "cuda":
-        return environment.device_memory_bytes - cards.CONTEXT_BYTES
+        return cards.of_device(environment.device_name, environment.device_memory_bytes).capacity
     return environment.device_memory_bytes // (1 + environment.concurrent_trials)
 
 

@@ -113,7 +113,7 @@ class Plan:
             + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
         )
         if self.device_type == "cuda" and self.capacities.keys() & CARDS.keys():
-            notes.append("A card's capacity excludes the CUDA context (0.5 GiB).")
+            notes.append("A card's capacity is what torch reports of it, without the CUDA context.")
         if self.rates is not None:
             notes.append(f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at these rates.")
         return notes
