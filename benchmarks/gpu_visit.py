@@ -299,7 +299,7 @@ def dry_run(card: str) -> None:
                 verdict = fits(prediction.peak_memory_bytes, limit, MARGIN["cuda"])
                 step = _SLOWER * predicted_seconds(prediction.work, rates)
                 load = prediction.breakdown["memory_weights_bytes"] / _LOAD_BYTES_PER_SECOND
-                lasts = _START_SECONDS + load + step * (0 if verdict == "no" else trial.spec.max_steps or 0)
+                lasts = _START_SECONDS + load + step * (0 if verdict == "does not fit" else trial.spec.max_steps or 0)
                 seconds += times * lasts
                 peak = show_bytes(prediction.peak_memory_bytes)
                 table.add_row(trial.label, peak, verdict, show_seconds(step), show_seconds(lasts))
