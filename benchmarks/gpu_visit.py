@@ -289,7 +289,9 @@ def dry_run(card: str) -> None:
                 transient=True,
             )
             predictions = {p.spec.id: p.prediction for p in predicted}
-            table = Table("trial", "predicted peak", "reserve", card, "step", "trial", title=f"{loaded.title}, {times} times")
+            table = Table(
+                "trial", "predicted peak", "reserve", card, "step", "trial", title=f"{loaded.title}, {times} times"
+            )
             seconds = 0.0
             for trial in loaded.trials:
                 prediction = predictions[trial.spec.id]

@@ -172,7 +172,7 @@ def test_a_dry_run_says_what_would_be_and_for_how_long(
     lines = capsys.readouterr().out.splitlines()
     assert any("g, 3 times" in line for line in lines)
     assert sum(" fits " in line for line in lines) == 3, "the baseline, its second run, and fp32"
-    assert sum(" no " in line for line in lines) == 1
+    assert sum(" does not fit " in line for line in lines) == 1
     assert any("g: 12 trials, about 1 minutes" in line for line in lines)
     with pytest.raises(SystemExit, match="no data sheet; there are t4"):
         visit.dry_run("abacus")

@@ -24,7 +24,7 @@ from harness.errors import InputError
 from harness.grids import grid
 from harness.launch.local import LocalLauncher
 from harness.metrics import COMPONENTS
-from harness.predict import calibration, cards, peak, predictor, replay
+from harness.predict import calibration, cards, cuda_kernels, peak, predictor, replay
 from harness.predict.calibration import Calibration, Pair
 from harness.predict.cards import CARDS, capacity
 from harness.predict.largest import largest
@@ -382,21 +382,40 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:
-    assert all(0.9 * card.memory_bytes < capacity(name) < card.memory_bytes for name, card in CARDS.items())
-    driver = {"device_type": "cuda", "device_name": "NVIDIA L4", "device_memory_bytes": 23034 * MIB}
-    here = environment.current("cpu").model_copy(update=driver)
-    assert capacity_of(here) == capacity("l4")
+    for name, card in CARDS.items():
+        assert 0.88 * card.driver_bytes < capacity(name) == card.torch_bytes - card.context_bytes
+        assert 0.96 * card.driver_bytes < card.torch_bytes < card.driver_bytes
+    assert capacity("t4") == (14912 - 141) * MIB
 
 
-def test_cards_are_known_by_the_names_of_their_driver() -> None:
-    for name, gib, key in [
-        ("Tesla T4", 15, "t4"), ("NVIDIA L40S", 45, "l40s"), ("NVIDIA A10G", 22.5, "a10"),
-        ("NVIDIA A100-SXM4-40GB", 40, "a100-40"), ("NVIDIA A100-SXM4-80GB", 80, "a100-80"),
-        ("NVIDIA H100 80GB HBM3", 79.6, "h100"), ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
-    ]:  # fmt: skip
-        assert cards.of_device(name, int(gib * 2**30)) == CARDS[key], name
-    unknown = cards.of_device("NVIDIA GeForce RTX 7777", 2**34)
-    assert (unknown.memory_bytes, unknown.context_bytes) == (2**34, cards.CONTEXT_BYTES)
+def test_a_card_of_this_machine_is_known_by_its_name() -> None:
+    here = environment.current("cpu").model_copy(update={"device_type": "cuda"})
+    names = {
+        "Tesla T4": (15360, "t4"),
+        "NVIDIA A100-SXM4-80GB": (81920, "a100-80"),
+        "NVIDIA A100-PCIE-40GB": (40960, "a100-40"),
+        "NVIDIA A10G": (23028, "a10g"),
+        "NVIDIA H100 NVL": (95830, "h100-nvl"),
+        "NVIDIA GeForce RTX 4070 Ti SUPER": (16376, "rtx4070ti-super"),
+        "NVIDIA GeForce RTX 3080 Ti": (12288, "rtx3080ti"),
+        "NVIDIA RTX 6000 Ada Generation": (49140, "rtx6000-ada"),
+    }
+    for device, (mebibytes, card) in names.items():
+        there = here.model_copy(update={"device_name": device, "device_memory_bytes": mebibytes * MIB})
+        assert capacity_of(there) == capacity(card), device
+    for device, mebibytes in {
+        "NVIDIA GeForce RTX 4090 Laptop GPU": 16376,
+        "NVIDIA A100 1g.10gb": 9856,
+        "X": 8192,
+    }.items():
+        there = here.model_copy(update={"device_name": device, "device_memory_bytes": mebibytes * MIB})
+        assert capacity_of(there) == (mebibytes - 1024) * MIB, "what the driver keeps, and the context"
+
+
+def test_workspaces_of_cublas_are_larger_from_hopper_on() -> None:
+    of = {name: cuda_kernels.workspace_bytes(CARDS[name].capability) for name in ("t4", "rtx4090", "h100", "rtx5090")}
+    assert of["t4"] == of["rtx4090"] == 8_519_680
+    assert of["h100"] == of["rtx5090"] == 33_554_432
 
 
 def test_a_spec_that_kills_its_process_leaves_the_others_predicted(

@@ -378,6 +378,12 @@ def least_limit(events: Sequence[Event], *, precision: float = 0.01, expandable_
     fails, or than the peak of what is allocated.
     """
 
+    def needed(limit: int) -> int:
+        """The limit itself where the trace completes under it, else what its requests make of it as it goes on."""
+        rising = _Rising(limit, expandable_segments=expandable_segments)
+        rising.run(events)
+        return rising.limit
+
     def completes(limit: int) -> bool:
         try:
             replay(events, limit, expandable_segments=expandable_segments)
@@ -387,18 +393,19 @@ def least_limit(events: Sequence[Event], *, precision: float = 0.01, expandable_
 
     unlimited = replay(events, expandable_segments=expandable_segments)
     low, high = unlimited.peak_allocated, unlimited.peak_reserved
-    guesses: list[int] = []
-    if high - low > precision * high:
-        # The limit that rises as needed mostly ends at the least one: it and one just below are tried first.
-        rising = _Rising(low, expandable_segments=expandable_segments)
-        rising.run(events)
-        guesses = [int(rising.limit / (1 + precision)), rising.limit]
+    if high - low <= precision * high:
+        return high
+    # A run whose limit rises to what each failing request needs mostly ends at a limit under which all complete, and
+    # mostly it is the least one: so the search begins there, and just below it.
+    limit = low
+    while (more := min(needed(limit), high)) > limit:
+        low, limit = limit, more
+    high = limit
+    guess = int(high / (1 + precision))
     while high - low > precision * high:
-        guess = guesses.pop() if guesses else (low + high) // 2
-        if not low < guess < high:
-            continue
         if completes(guess):
             high = guess
         else:
             low = guess
+        guess = (low + high) // 2
     return high

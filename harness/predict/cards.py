@@ -5,63 +5,90 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from harness._util.messages import unknown
-from harness._util.units import GIB, MIB
+from harness._util.units import MIB
 from harness.predict.roofline import Rates
 
 Capability = tuple[int, int]
 """Compute capability: what kernels a card has depends on it."""
-VOLTA: Capability = (7, 0)
 TURING: Capability = (7, 5)
 AMPERE: Capability = (8, 0)
 HOPPER: Capability = (9, 0)
-BLACKWELL: Capability = (10, 0)
 CONTEXT_BYTES = 512 * MIB
-"""Memory of a process on a card outside torch's allocator where nothing is known of the card: the CUDA context and its
-loaded kernels, 0.1 to 0.5 GiB."""
+"""Memory of a process outside torch's allocator, the CUDA context, where a card's is not known: published ones take
+0.14 to 0.52 GiB."""
+_RESERVE = 512 * MIB
+"""What the driver keeps of a card that is not listed: 0.1 to 0.8 GiB of those that are."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a prediction depends on."""
+    """What of a card decides the memory of a step on it."""
 
-    memory_bytes: int
-    """As torch reports it: less than advertised, and less than nvidia-smi shows."""
+    device: str
+    """The part of the driver's name for it that tells it from others: RTX 4090 of NVIDIA GeForce RTX 4090."""
     capability: Capability
+    """Compute capability."""
+    driver_bytes: int
+    """Total memory as the driver reports it (nvidia-smi, NVML). Less than advertised where error correction takes a
+    part."""
+    torch_bytes: int
+    """Total memory as torch reports it (`get_device_properties`, `mem_get_info`): what processes can have."""
     context_bytes: int = CONTEXT_BYTES
-    """Of a process, outside torch's allocator."""
+    """Memory that the context of a process takes."""
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that torch's allocator may take, where no other process has any."""
+        return self.torch_bytes - self.context_bytes
 
 
-def _card(gib: float, capability: Capability, **others: int) -> Card:
-    return Card(int(gib * GIB), capability, **others)
+def _card(device: str, capability: Capability, driver: int, torch: int, context: int | None = None) -> Card:
+    """A card from figures in MiB."""
+    context_bytes = CONTEXT_BYTES if context is None else context * MIB
+    return Card(device, capability, driver * MIB, torch * MIB, context_bytes)
 
 
-# What torch reports, from its messages on running out of memory in public issue threads; the least where machines
-# differ (error correction, firmware). The T4's context is that of fitcheck's measurements (0.3.1).
+# Third column: nvidia-smi. Fourth: torch, on Linux, from logs and messages of OutOfMemoryError that people published.
+# Drivers since 2024 keep 70 to 190 MiB more than older ones; the lower figures stand here. On Windows torch reports
+# nearly all of the third, and a display takes its part.
 CARDS: dict[str, Card] = {
-    "p100": _card(15.89, (6, 0)),
-    "v100-16": _card(15.77, VOLTA),
-    "v100-32": _card(31.73, VOLTA),
-    "t4": Card(14912 * MIB, TURING, context_bytes=141 * MIB),
-    "rtx2080ti": _card(10.75, TURING),
-    "rtx3060": _card(11.75, AMPERE),
-    "rtx3080": _card(9.76, AMPERE),
-    "rtx3090": _card(23.69, AMPERE),
-    "a10": _card(21.98, AMPERE),
-    "a40": _card(44.34, AMPERE),
-    "a6000": _card(47.38, AMPERE),
-    "a100-40": _card(39.39, AMPERE),
-    "a100-80": _card(79.15, AMPERE),
-    "rtx4060ti-16": _card(15.58, AMPERE),
-    "rtx4070": _card(11.72, AMPERE),
-    "rtx4080": _card(15.69, AMPERE),
-    "rtx4090": _card(23.64, AMPERE),
-    "l4": _card(21.95, AMPERE),
-    "l40s": _card(44.39, AMPERE),
-    "h100": _card(79.10, HOPPER),
-    "h200": _card(139.72, HOPPER),
-    "b200": _card(178.35, BLACKWELL),
-    "rtx5090": _card(31.35, BLACKWELL),
+    "p100": _card("P100", (6, 0), 16384, 16269),
+    "v100-16": _card("V100", (7, 0), 16384, 16144),
+    "v100-32": _card("V100", (7, 0), 32768, 32494),
+    "t4": _card("T4", (7, 5), 15360, 14912, context=141),  # measured on one
+    "rtx2080ti": _card("RTX 2080 Ti", (7, 5), 11264, 10825),
+    "a100-40": _card("A100", (8, 0), 40960, 40441),
+    "a100-80": _card("A100", (8, 0), 81920, 81152),
+    "rtx3060": _card("RTX 3060", (8, 6), 12288, 11910),
+    "rtx3080": _card("RTX 3080", (8, 6), 10240, 9877),  # 10009 with older drivers, less what the RTX 3060 lost
+    "rtx3080ti": _card("RTX 3080 Ti", (8, 6), 12288, 11910),
+    # github.com/invoke-ai/InvokeAI/issues/9413: an idle context, torch 2.7.1 for CUDA 12.8. The 3090 Ti has its chip.
+    "rtx3090": _card("RTX 3090", (8, 6), 24576, 24139, context=256),
+    "rtx3090ti": _card("RTX 3090 Ti", (8, 6), 24564, 24142, context=256),
+    "a10": _card("A10", (8, 6), 23028, 22587),
+    "a10g": _card("A10G", (8, 6), 23028, 22587),
+    "a40": _card("A40", (8, 6), 46068, 45416),
+    "a6000": _card("RTX A6000", (8, 6), 49140, 48538),
+    "rtx4060ti-16": _card("RTX 4060 Ti", (8, 9), 16380, 15944),
+    "rtx4070": _card("RTX 4070", (8, 9), 12282, 11872),  # 12002 with older drivers, less what the RTX 4090 lost
+    "rtx4070ti-super": _card("RTX 4070 Ti SUPER", (8, 9), 16376, 15944),  # as the RTX 4080 SUPER
+    "rtx4080": _card("RTX 4080", (8, 9), 16376, 15944),
+    "rtx4090": _card("RTX 4090", (8, 9), 24564, 24081),
+    "l4": _card("L4", (8, 9), 23034, 22563),
+    "l40s": _card("L40S", (8, 9), 46068, 45455),
+    # github.com/unslothai/unsloth-zoo/pull/1053: after mem_get_info, torch 2.10 for CUDA 13.0.
+    "rtx6000-ada": _card("RTX 6000 Ada", (8, 9), 49140, 48497, context=426),
+    "h100": _card("H100", (9, 0), 81559, 81082),
+    "h100-nvl": _card("H100 NVL", (9, 0), 95830, 95320),
+    "h200": _card("H200", (9, 0), 143771, 143156),
+    "gh200": _card("GH200", (9, 0), 97871, 96768),
+    "b200": _card("B200", (10, 0), 183359, 182630),
+    "rtx5080": _card("RTX 5080", (12, 0), 16303, 15840),
+    "rtx5090": _card("RTX 5090", (12, 0), 32607, 32102),
+    "rtx-pro-6000": _card("RTX PRO 6000", (12, 0), 97887, 97249),
 }
+DEFAULT_CARD = CARDS["h100"]
+"""A card for `cuda` without a name: one with the larger workspaces, so that a prediction is not too low."""
 _CALL_SECONDS = 6e-6
 """Host time of one operation of an eager step; a few microseconds on current hosts."""
 
@@ -93,35 +120,43 @@ RATES: dict[str, Rates] = {
 }
 
 
-def capacity(name: str) -> int:
+def generation(capability: Capability) -> Capability:
+    """The least of a generation, whose cards hold the same in a step."""
+    return max((each for each in (AMPERE, HOPPER) if each <= capability), default=TURING)
+
+
+def named(card: str) -> Card:
+    """A card by its name here.
+
+    Raises:
+        ValueError: unknown card; the message suggests the nearest name.
+    """
+    if card not in CARDS:
+        raise ValueError(unknown("card", card, CARDS))
+    return CARDS[card]
+
+
+def capacity(card: str) -> int:
     """Bytes of a card that torch's allocator may take.
 
     Raises:
         ValueError: unknown card; the message suggests the nearest name.
     """
-    if name not in CARDS:
-        raise ValueError(unknown("card", name, CARDS))
-    return CARDS[name].memory_bytes - CARDS[name].context_bytes
+    return named(card).capacity
 
 
-def generation(capability: Capability) -> Capability:
-    """The least of a generation whose cards hold the same in a step."""
-    return max((each for each in (AMPERE, HOPPER) if each <= capability), default=TURING)
+def of_device(name: str, driver_bytes: int) -> Card:
+    """The card that the driver calls by a name and gives so many bytes: a listed one, else the default with that
+    memory.
 
-
-def of_device(device_name: str, memory_bytes: int) -> Card:
-    """The card of that name, as the driver gives it, like `NVIDIA A100-SXM4-80GB`; of an unknown one what is common.
-
-    Args:
-        device_name: of the driver.
-        memory_bytes: that it has.
+    Laptop versions, and parts of a card, have the name of a listed one and other memory; they are not listed.
     """
-    squashed = "".join(filter(str.isalnum, device_name.lower()))
-    models = {name: name.partition("-")[0] for name in CARDS}
-    # The longest name: `a10` is in `a100`. Of those with several sizes, the nearest.
-    fitting = sorted(
-        (name for name, model in models.items() if model in squashed),
-        key=lambda name: (-len(models[name]), abs(CARDS[name].memory_bytes - memory_bytes)),
+    words = f" {name.replace('-', ' ').lower()} "
+    alike = [card for card in CARDS.values() if f" {card.device.lower()} " in words]
+    alike = [card for card in alike if abs(card.driver_bytes - driver_bytes) <= 0.03 * card.driver_bytes]
+    if alike:
+        return max(alike, key=lambda card: len(card.device))
+    usable = driver_bytes - _RESERVE
+    return replace(
+        DEFAULT_CARD, device=name, driver_bytes=driver_bytes, torch_bytes=usable, context_bytes=CONTEXT_BYTES
     )
-    known = CARDS[fitting[0]] if fitting else Card(memory_bytes, AMPERE)
-    return replace(known, memory_bytes=min(known.memory_bytes, memory_bytes))

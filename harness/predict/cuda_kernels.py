@@ -94,6 +94,7 @@ def _is_fused(
 def workspace_bytes(capability: Capability) -> int:
     """Bytes that cuBLAS holds for each thread that multiplies, one of the forward and one of the backward pass.
 
-    aten/src/ATen/cuda/CUDABlas.cpp and CublasHandlePool.cpp of pytorch: `:4096:2:16:8` KiB, 32 MiB from Hopper on.
+    torch's `parseChosenWorkspaceSize` (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB on Hopper, and on Blackwell in
+    versions of 2026; else two of 4 MiB and eight of 16 KiB.
     """
-    return 32 * MIB if capability >= HOPPER else 8320 * 1024
+    return 32 * MIB if capability >= HOPPER else 2 * 4 * MIB + 8 * MIB // 64

@@ -104,7 +104,7 @@ def capacity_of(environment: Environment) -> int:
     """Bytes of a device that a trial may use; concurrent trials divide a machine's memory equally."""
     if environment.device_type == "cuda":
         card = cards.of_device(environment.device_name, environment.device_memory_bytes)
-        return card.memory_bytes - card.context_bytes
+        return card.capacity
     return environment.device_memory_bytes // (1 + environment.concurrent_trials)
 
 
