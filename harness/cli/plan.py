@@ -17,7 +17,6 @@ from harness.cli.training_files import print_training_file
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
-    from harness.environment import Environment
     from harness.grids.grid import Trial
     from harness.predict.cards import Capability
     from harness.predict.predictor import Predictor
@@ -188,7 +187,7 @@ def _plan(
     elif is_here and not gpu and largest is None:
         about["rates"] = device_rates(target)
     full_length = full_length or largest is not None
-    capabilities = _capabilities(capacities, here)
+    capabilities = _capabilities(capacities, capability_of(here) if is_here else cards.AMPERE)
     first_card = next((cards.CARDS[name] for name in capacities if name in cards.CARDS), None)
     about["context_bytes"] = first_card.context_bytes if first_card else cards.CONTEXT_BYTES
     with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
@@ -259,15 +258,13 @@ def _capacities(memory: list[str], gpu: list[str]) -> dict[str, int]:
     return capacities
 
 
-def _capabilities(capacities: dict[str, int], here: Environment) -> dict[str, Capability]:
-    """The generation of each card, and for an amount of memory that of this machine's card; the most common without."""
+def _capabilities(capacities: dict[str, int], own: Capability) -> dict[str, Capability]:
+    """The generation of each card; for an amount of memory that of the first card, or `own`."""
     from harness.predict import cards
 
-    other = capability_of(here)
-    named = {
-        name: cards.generation(cards.CARDS[name].capability) if name in cards.CARDS else other for name in capacities
-    }
-    return named or {"": other}
+    named = {name: cards.generation(cards.CARDS[name].capability) for name in capacities if name in cards.CARDS}
+    other = next(iter(named.values()), own)
+    return {name: named.get(name, other) for name in capacities} or {"": other}
 
 
 def _print_largest(plan: Plan, predictor: Predictor, trials: dict[str, TrialSpec], key: str) -> None:

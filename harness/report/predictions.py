@@ -158,12 +158,14 @@ def terminal(plan: Plan, width: int) -> RichTable:
     unit, size = plan.unit
     wide = width >= _WIDE
     table = RichTable(title=f"{plain(plan.title)}: predicted memory, {unit}", title_justify="left")
-    table.add_column("trial", overflow="fold")
+    table.add_column("trial", overflow="fold", min_width=16)
     more = (*COMPONENTS, "in", "FLOP/step", "load", "evaluate") if wide else ()
     step = ("step",) if plan.rates is not None else ()
     memory = ("allocated", "reserved", "process") if plan.device_type == "cuda" else ("peak",)
-    for heading in (*memory, *more, *step, *plan.capacities):
+    for heading in (*memory, *more):
         table.add_column(heading, justify="right", no_wrap=True)
+    for heading in (*step, *plan.capacities):
+        table.add_column(heading, justify="right", no_wrap=wide)
     for line in plan.lines:
         prediction = line.prediction
         if prediction is None:
