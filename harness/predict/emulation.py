@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -32,7 +32,7 @@ def emulate_device(
 ) -> Iterator[None]:
     """Within, a step on the CPU holds what it would hold on the device."""
     if device_type == "cpu":
-        with _grouped_products_of_any_type():
+        with _grouped_products_of_any_type(), _dequantised_for_dora():
             yield
         return
     for group in optimizer.param_groups:
@@ -45,7 +45,12 @@ def emulate_device(
     functions = mock.patch.multiple(
         torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm, scaled_dot_product_attention=attention
     )
-    with functions, _paged_state_uncounted(optimizer, tracker), _grouped_products_of_any_type():
+    with (
+        functions,
+        _paged_state_uncounted(optimizer, tracker),
+        _grouped_products_of_any_type(),
+        _dequantised_for_dora(),
+    ):
         yield
 
 
@@ -59,6 +64,26 @@ def _grouped_products_of_any_type() -> AbstractContextManager[Any]:
         return _meta_registrations._create_grouped_mm_output_tensor(mat_a, mat_b, offs, out_dtype)
 
     return mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", shape)
+
+
+def _dequantised_for_dora() -> AbstractContextManager[Any]:
+    """Within, DoRA dequantises fake weights as it does real ones.
+
+    Patches peft (0.21), which knows bitsandbytes' weights by the names of their classes.
+    """
+    return mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
+
+
+def _dequantised(module: Any) -> torch.Tensor:
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    weight: torch.Tensor = module.weight
+    if isinstance(module, Linear4bit):
+        weight = functional.dequantize_4bit(weight.data, module.quant_state)
+    elif isinstance(module, Linear8bitLt):
+        weight = functional.int8_vectorwise_dequant(weight.data, cast("torch.Tensor", module.state.SCB))
+    return weight
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -72,7 +72,10 @@ def predict(
         Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
     """
     started = time.perf_counter()
-    data = _data(spec, full_length, trust_remote_code)
+    tokenizer = _tokenizer(spec, trust_remote_code)
+    assumed = tokenizer is None
+    full_length = full_length or assumed
+    data = _data(spec, tokenizer or checkpoints.byte_tokenizer(), full_length)
     steps = order.optimizer_steps(spec, data.train)
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
@@ -82,14 +85,19 @@ def predict(
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
-    return prediction.model_copy(update={"seconds": time.perf_counter() - started})
+    length = spec.sequence_length if assumed else None
+    return prediction.model_copy(update={"seconds": time.perf_counter() - started, "assumed_length": length})
 
 
-def _data(spec: TrialSpec, full_length: bool, trust_remote_code: bool) -> batches.Data:
+def _tokenizer(spec: TrialSpec, trust_remote_code: bool) -> Any:
+    """The spec's tokenizer; null where there is none, and lengths are not known."""
     try:
-        tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    except checkpoints.NoTokenizer:  # examples in bytes are longer, if anything
-        tokenizer = checkpoints.byte_tokenizer()
+        return checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except checkpoints.NoTokenizer:
+        return None
+
+
+def _data(spec: TrialSpec, tokenizer: Any, full_length: bool) -> batches.Data:
     if full_length:  # stories are read whole: a short sequence would leave no completion of them
         whole = {"sequence_length": _ANY_STORY, "eval_sequence_length": _ANY_STORY}
         data = batches.load(spec.model_copy(update=whole), tokenizer)
@@ -148,6 +156,8 @@ class _StepReplay:
             read=lambda tensor: 1.0,
             wrap=self._replica,
         )
+        self._make_counters_readable(trainer.optimizer)
+        tracker.adopt(trainer.optimizer_state(), "optimizer")
         trainer.scaler = None  # it reads whether gradients are finite; its state is two numbers
         with emulate_device(self.device_type, trainer.optimizer, tracker, self.capability):
             if held_out:
@@ -175,6 +185,14 @@ class _StepReplay:
         if self.device_type == "cpu":
             return prediction
         return _with_allocator(prediction, loaded, evaluated, tracker.trace)
+
+    def _make_counters_readable(self, optimizer: torch.optim.Optimizer) -> None:
+        """Counters of steps that an optimizer has before the first one are made as those that it makes in it."""
+        with self.fake, self.tracker:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and not value.dim():
+                        state[name] = torch.tensor(0.0)
 
     def _load_trace(self, adapters: Sequence[torch.Tensor]) -> list[Event]:
         """The trace of loading, in place of that of making fake weights."""

@@ -49,6 +49,8 @@ class Prediction(BaseModel):
     """Highest sum within `forward`, `backward` and `optimizer`."""
     work: tuple[Work, ...]
     """Operations of one optimizer step on one device, recomputation included, communication not."""
+    assumed_length: int | None = None
+    """Tokens that every example was taken to have, since the model has no tokenizer; null: it has."""
     positions: int
     """Tokens of that step over all processes, padding included."""
     seconds: float

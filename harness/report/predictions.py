@@ -135,6 +135,9 @@ class Plan:
             for line in self.lines
             if line.prediction is None
         ]
+        lengths = {str(p.assumed_length) for line in self.lines if (p := line.prediction) and p.assumed_length}
+        if lengths:
+            notes.append(f"No tokenizer: every example is taken to fill its sequence ({', '.join(lengths)} tokens).")
         notes.append(f"Live tensors of the training step on {device}, at the moment of the peak.")
         if any(line.spec.num_processes > 1 for line in self.lines):
             notes.append("Of several processes, the memory of each; a step's time is without communication.")

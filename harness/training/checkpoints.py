@@ -49,13 +49,27 @@ def _own_tokenizer(spec: TrialSpec, trust_remote_code: bool) -> Any:
 
     folder = checkpoint_folder(spec.base_model, spec.folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = one_line(first_line(error)).rstrip(":")
-        raise NoTokenizer(
-            f"base_model {spec.base_model} has no tokenizer that can be loaded ({reason}); put tokenizer.json and "
-            "tokenizer_config.json next to its weights"
-        ) from None
+        raise _no_tokenizer(spec, one_line(first_line(error)).rstrip(":")) from None
+    if not _has_vocabulary(tokenizer):
+        raise _no_tokenizer(spec, f"what there is knows {len(tokenizer)} tokens, and no words or letters among them")
+    return tokenizer
+
+
+def _has_vocabulary(tokenizer: Any) -> bool:
+    """Whether it tells words apart: of a folder without its files transformers (5.23) makes an empty one for some
+    models, whose every text is one token.
+    """
+    ids = tokenizer("The fox ran over 12 hills.", add_special_tokens=False)["input_ids"]
+    return len(set(ids)) > 2
+
+
+def _no_tokenizer(spec: TrialSpec, reason: str) -> NoTokenizer:
+    return NoTokenizer(
+        f"base_model {spec.base_model} has no tokenizer that can be loaded ({reason}); put tokenizer.json and "
+        "tokenizer_config.json next to its weights"
+    )
 
 
 def _set_special_tokens(tokenizer: Any, spec: TrialSpec, *, refuse_unknown: bool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -89,14 +90,11 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         InputError: the model's config is not available, or no such model can be trained as the spec says.
-        NotImplementedError: peft needs the weights' values to attach such adapters.
     """
     from transformers import AutoModelForCausalLM
 
     config = _config(spec, trust_remote_code)
     stored = _stored_format(spec, config)
-    if spec.use_dora and spec.precision in QUANTISED:
-        raise NotImplementedError(f"DoRA over {spec.precision} weights starts from their norms, which need values")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -121,7 +119,11 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
         model = replace_with_bnb_linear(model, skipped, quantisation)
         # peft (0.21) reads these attributes of the model.
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantisation.load_in_8bit, quantisation.load_in_4bit
-    return _prepared(model, spec)
+    # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which these are in shape already, and
+    # bitsandbytes (0.50) cannot copy them.
+    dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", lambda module: module.weight.data)
+    with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module):
+        return _prepared(model, spec)
 
 
 def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:

@@ -72,6 +72,11 @@ class Trainer:
         self._read = read
         self._kept_outputs: Any = None
 
+    def optimizer_state(self) -> list[torch.Tensor]:
+        """Tensors of the optimizer's state, which some optimizers (Adagrad) have before the first step; no counters."""
+        tensors = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [each for each in tensors if isinstance(each, torch.Tensor) and each.dim()]
+
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of one effective batch, or this rank's slice of them.
 

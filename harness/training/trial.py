@@ -260,6 +260,7 @@ class _Trial:
         if distributed.rank() > 0:  # ranks drop out different neurons
             torch.manual_seed(self.spec.seed + distributed.rank())
         before = _weight_norms(network)
+        meter.tracker.adopt(trainer.optimizer_state(), "optimizer")
         meter.tracker.flops = 0
         meter.restart()
         # On CUDA the allocator sees every step, and the tracker adds the components of the peak.
