@@ -27,30 +27,33 @@ _PAGED_ABOVE = 100_000
 
 
 @contextlib.contextmanager
-def emulate_device(
-    device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay, capability: Capability
-) -> Iterator[None]:
-    """Within, a step on the CPU holds what it would hold on the device."""
-    if device_type == "cpu":
-        with _grouped_products_of_any_type(), _dequantised_for_dora():
-            yield
-        return
-    for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True  # torch's default on CUDA
+def emulate_kernels(device_type: DeviceType, capability: Capability) -> Iterator[None]:
+    """Within, a model on the CPU holds what it would hold on the device."""
+    kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
+    with kernels, _grouped_products_of_any_type(), _dequantised_for_dora():
+        yield
+
+
+def _kernels_of_cuda(capability: Capability) -> AbstractContextManager[Any]:
     # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, autocast treats
     # layer norms differently, and attention has other kernels. Not needed once fake tensors of the device `cuda` work
     # without a CUDA build of torch.
     attention = cuda_kernels.attention(capability)
-    functions = mock.patch.multiple(
+    return mock.patch.multiple(
         torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm, scaled_dot_product_attention=attention
     )
-    with (
-        functions,
-        _paged_state_uncounted(optimizer, tracker),
-        _grouped_products_of_any_type(),
-        _dequantised_for_dora(),
-    ):
+
+
+@contextlib.contextmanager
+def emulate_optimizer(device_type: DeviceType, optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
+    """Within, an optimizer on the CPU holds what it would hold on the device."""
+    if device_type == "cpu":
+        yield
+        return
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # torch's default on CUDA
+    with _paged_state_uncounted(optimizer, tracker):
         yield
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from harness.environment import DeviceType
 from harness.predict.prediction import Prediction, SpecPrediction, Verdict
 from harness.spec import QUANTISED, SHARDED_OPTIMIZERS, TrialSpec
 
@@ -75,7 +76,7 @@ def _written(value: Any) -> str:
     return "+".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _micro_batches(spec: TrialSpec) -> Iterator[Change]:
+def _micro_batches(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     size, steps = spec.micro_batch_size, spec.gradient_accumulation_steps
     while size > 1 and size % 2 == 0:
         size, steps = size // 2, steps * 2
@@ -85,12 +86,14 @@ def _micro_batches(spec: TrialSpec) -> Iterator[Change]:
         yield Change("micro-batch", "nothing", {"micro_batch_size": 1, "gradient_accumulation_steps": steps * size})
 
 
-def _checkpointing(spec: TrialSpec) -> Iterator[Change]:
+def _checkpointing(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if not spec.gradient_checkpointing:
         yield Change("checkpointing", "nothing", {"gradient_checkpointing": True})
 
 
-def _outputs(spec: TrialSpec) -> Iterator[Change]:
+def _outputs(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
+    if spec.attention == "eager":
+        yield Change("attention", "arithmetic", {"attention": "auto"})
     if spec.keep_outputs:
         yield Change("outputs", "nothing", {"keep_outputs": False})
     if spec.upcast_unquantized and spec.precision in QUANTISED:
@@ -110,19 +113,20 @@ _IN_8_BIT = {
 }  # fmt: skip
 
 
-def _optimizers(spec: TrialSpec) -> Iterator[Change]:
+def _optimizers(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if spec.sharding != "none":
         return
-    paged, small = _PAGED.get(spec.optimizer), _IN_8_BIT.get(spec.optimizer)
-    if paged is not None:
-        yield Change("optimizer", "nothing", {"optimizer": paged})
+    paged = _PAGED if device_type == "cuda" else {}  # a CPU has no other place
+    small = _IN_8_BIT.get(spec.optimizer)
+    if spec.optimizer in paged:
+        yield Change("optimizer", "nothing", {"optimizer": paged[spec.optimizer]})
     if small is not None:
         yield Change("optimizer", "arithmetic", {"optimizer": small})
-        if small in _PAGED:
-            yield Change("optimizer", "arithmetic", {"optimizer": _PAGED[small]})
+        if small in paged:
+            yield Change("optimizer", "arithmetic", {"optimizer": paged[small]})
 
 
-def _precisions(spec: TrialSpec) -> Iterator[Change]:
+def _precisions(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if spec.precision in ("fp32", "bf16-mixed"):
         yield Change("precision", "arithmetic", {"precision": "bf16"})
     if spec.precision == "fp16-mixed":
@@ -138,26 +142,28 @@ def _precisions(spec: TrialSpec) -> Iterator[Change]:
         yield Change("precision", "arithmetic", {**changed, "double_quantization": True})
 
 
-def _cards(spec: TrialSpec) -> Iterator[Change]:
+def _cards(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
+    if device_type == "cpu":  # its processes divide one memory
+        return
     if spec.num_processes == 1 and spec.precision not in QUANTISED and spec.optimizer in SHARDED_OPTIMIZERS:
         steps = max(1, spec.gradient_accumulation_steps // 2)
         keys = {"num_processes": 2, "sharding": "full_shard", "gradient_accumulation_steps": steps}
         yield Change("cards", "hardware", keys)
 
 
-def _adapters(spec: TrialSpec) -> Iterator[Change]:
+def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if spec.adapter == "none":
         yield Change("adapter", "model", {"adapter": "lora"})
         return
-    for rank in (spec.lora_r // 2, spec.lora_r // 4):
-        if rank >= 1:
-            yield Change("rank", "model", {"lora_r": rank})
+    for part in (2, 4):  # alpha / r, the scale, is kept
+        if spec.lora_r % part == spec.lora_alpha % part == 0:
+            yield Change("rank", "model", {"lora_r": spec.lora_r // part, "lora_alpha": spec.lora_alpha // part})
     if spec.lora_target_modules is None and spec.lora_target_linear:
-        keys = {"lora_target_modules": ["q_proj", "v_proj"], "lora_target_linear": False}
+        keys = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_target_linear": False}
         yield Change("targets", "model", keys)
 
 
-def _lengths(spec: TrialSpec) -> Iterator[Change]:
+def _lengths(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     evaluated = spec.eval_sequence_length
     for length in (spec.sequence_length // 2, spec.sequence_length // 4):
         if length >= 8:
@@ -165,7 +171,7 @@ def _lengths(spec: TrialSpec) -> Iterator[Change]:
             yield Change("length", "model", {"sequence_length": length, **own})
 
 
-_CHANGES: tuple[Callable[[TrialSpec], Iterator[Change]], ...] = (
+_CHANGES: tuple[Callable[[TrialSpec, DeviceType], Iterator[Change]], ...] = (
     _micro_batches,
     _checkpointing,
     _outputs,
@@ -178,9 +184,9 @@ _CHANGES: tuple[Callable[[TrialSpec], Iterator[Change]], ...] = (
 """What is tried; each yields the changes of a kind that apply to a spec."""
 
 
-def changes_of(spec: TrialSpec) -> list[Change]:
-    """The single changes that apply to a spec."""
-    return [change for of_kind in _CHANGES for change in of_kind(spec)]
+def changes_of(spec: TrialSpec, device_type: DeviceType) -> list[Change]:
+    """The single changes that apply to a spec on a device."""
+    return [change for of_kind in _CHANGES for change in of_kind(spec, device_type)]
 
 
 def proposals(
@@ -214,7 +220,7 @@ def proposals(
             if (p := predicted[changed.id].prediction) is not None
         ]
 
-    single = made([(change,) for change in changes_of(spec)])
+    single = made([(change,) for change in changes_of(spec, now.device_type)])
     saved = {each.changes[0]: now.needed_bytes - each.prediction.needed_bytes for each in single}
     slower = {each.changes[0]: each.seconds_per_token for each in single}
     useful = [change for change in saved if saved[change] > 0]

@@ -26,7 +26,7 @@ from harness.environment import DeviceType
 from harness.predict import fake_weights, loading
 from harness.predict.allocator import CachingAllocator, Event, least_limit
 from harness.predict.cards import AMPERE, Capability
-from harness.predict.emulation import emulate_device
+from harness.predict.emulation import emulate_kernels, emulate_optimizer
 from harness.predict.prediction import Prediction
 from harness.predict.replay import Replay
 from harness.predict.roofline import Work
@@ -145,29 +145,17 @@ class _StepReplay:
         tracker.adopt(adapters, "adapters")
         tracker.component = "activations"
         loaded = self._load_trace(adapters)
-        load_peak, evaluation_peak = tracker.peak, None
-        # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
-        trainer = Trainer(
-            self.network,
-            self.spec,
-            _CPU,
-            len(steps),
-            on_phase=tracker.enter,
-            read=lambda tensor: 1.0,
-            wrap=self._replica,
-        )
-        self._make_counters_readable(trainer.optimizer)
-        tracker.adopt(trainer.optimizer_state(), "optimizer")
-        trainer.scaler = None  # it reads whether gradients are finite; its state is two numbers
-        with emulate_device(self.device_type, trainer.optimizer, tracker, self.capability):
-            if held_out:
-                evaluation_peak = self._evaluate(held_out)
+        load_peak = tracker.peak
+        with emulate_kernels(self.device_type, self.capability):
+            evaluation_peak = self._evaluate(held_out) if held_out else None
             evaluated, tracker.trace = tracker.trace, []
+            trainer = self._trainer(len(steps))
             tracker.phases.clear()
             tracker.take_work()
             # DDP moves gradients to buckets in the last micro-batch of a step: there whole steps are replayed.
             ddp = self.spec.num_processes > 1 and self.spec.sharding == "none"
-            work, positions = (self._replay_steps if ddp else self._replay_micro_batches)(trainer, steps)
+            with emulate_optimizer(self.device_type, trainer.optimizer, tracker):
+                work, positions = (self._replay_steps if ddp else self._replay_micro_batches)(trainer, steps)
         processes = self.spec.num_processes
         if self.device_type == "cpu":  # the CPU executes those of all processes
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
@@ -185,6 +173,22 @@ class _StepReplay:
         if self.device_type == "cpu":
             return prediction
         return _with_allocator(prediction, loaded, evaluated, tracker.trace)
+
+    def _trainer(self, steps: int) -> Trainer:
+        # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
+        trainer = Trainer(
+            self.network,
+            self.spec,
+            _CPU,
+            steps,
+            on_phase=self.tracker.enter,
+            read=lambda tensor: 1.0,
+            wrap=self._replica,
+        )
+        self._make_counters_readable(trainer.optimizer)
+        self.tracker.adopt(trainer.optimizer_state(), "optimizer")
+        trainer.scaler = None  # it reads whether gradients are finite; its state is two numbers
+        return trainer
 
     def _make_counters_readable(self, optimizer: torch.optim.Optimizer) -> None:
         """Counters of steps that an optimizer has before the first one are made as those that it makes in it."""
@@ -217,6 +221,7 @@ class _StepReplay:
                 self.tracker.enter("evaluate")
                 enter()
                 evaluation.summed_losses(self.network, _fake_batch(batch), self.spec, _CPU)
+                distributed.reshard(self.network)
         self.network.train()
         return self.tracker.peak
 
@@ -262,10 +267,12 @@ class _StepReplay:
     def _is_covered(self, first: Sequence[Example], later: Sequence[Sequence[Example]]) -> bool:
         """Whether a later step has what is heaviest in the first one, so that the trace of both can be of one replay.
 
-        Kept outputs are of the step before.
+        Kept outputs are of the step before, and shards are gathered and resharded by what came before.
         """
+        if self.spec.keep_outputs or self.spec.num_processes > 1:
+            return False
         of_later = {kind for step in later for kind in order.kinds(step, self.spec)}
-        return not self.spec.keep_outputs and of_later.issuperset(order.heaviest(order.kinds(first, self.spec)))
+        return of_later.issuperset(order.heaviest(order.kinds(first, self.spec)))
 
     def _replay_part(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int, list[Work]]:
         """The heaviest micro-batches of some steps, and an update: work and positions, and the work of the update."""
