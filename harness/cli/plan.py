@@ -69,6 +69,14 @@ def plan(
             help="As if every example filled the sequence, however short the stories are.",
         ),
     ] = False,
+    expandable_segments: Annotated[
+        bool,
+        typer.Option(
+            "--expandable-segments",
+            rich_help_panel=options.PREDICTION,
+            help="As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.",
+        ),
+    ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -110,7 +118,7 @@ def plan(
     """
     with stdout_for_data() if as_json else contextlib.nullcontext():
         _plan(
-            grid, memory or [], gpu or [], device, largest, full_length, calibrate, fix, output, as_json, results,
+            grid, memory or [], gpu or [], device, largest, full_length, expandable_segments, calibrate, fix, output, as_json, results,
             max_trials, without_unsupported, trust_remote_code,
         )  # fmt: skip
 
@@ -122,6 +130,7 @@ def _plan(
     device: str | None,
     largest: str | None,
     full_length: bool,
+    expandable_segments: bool,
     calibrate: Path | None,
     fix: bool,
     output: Path | None,
@@ -186,11 +195,15 @@ def _plan(
         about |= {"rates": cards.RATES[card], "rates_from": f"the {card}'s data sheet"}
     elif is_here and not gpu and largest is None:
         about["rates"] = device_rates(target)
-    full_length = full_length or largest is not None
+    how = {
+        "full_length": full_length or largest is not None,
+        "expandable_segments": expandable_segments,
+        "trust_remote_code": trust_remote_code,
+    }
     capabilities = _capabilities(capacities, capability_of(here) if is_here else cards.AMPERE)
     first_card = next((cards.CARDS[name] for name in capacities if name in cards.CARDS), None)
     about["context_bytes"] = first_card.context_bytes if first_card else cards.CONTEXT_BYTES
-    with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
+    with Predictor(target, **how) as predictor:
         if largest is not None:
             specs = {trial.label: trial.spec for trial in trials}
             _print_largest(predictions.Plan(lines=(), **about), predictor, specs, largest)
@@ -218,7 +231,7 @@ def _plan(
     written = predictions.write(made, output) if output is not None else []
     proposed = []
     if fix:
-        with Predictor(target, full_length=full_length, trust_remote_code=trust_remote_code) as predictor:
+        with Predictor(target, **how) as predictor:
             for proposals in plan_fix.propose(made, predictor, next(iter(capabilities.values())), results, here):
                 proposed += proposals.rows
                 written += plan_fix.show(proposals, output)

@@ -45,6 +45,10 @@ _ANY_ID = 0
 """Padding, whose value nothing reads."""
 
 
+_Traces = tuple[list[Event], list[Event], list[Event]]
+"""Of loading, evaluation and training."""
+
+
 class Unpredictable(Exception):
     """A model's step needs the values of tensors, or has an operation without shapes."""
 
@@ -55,6 +59,7 @@ def predict(
     *,
     capability: Capability = AMPERE,
     full_length: bool = False,
+    expandable_segments: bool = False,
     trust_remote_code: bool = False,
 ) -> Prediction:
     """Replay those micro-batches of a spec of which one holds most memory, chosen from all its steps.
@@ -65,6 +70,7 @@ def predict(
         capability: compute capability of a CUDA device.
         full_length: as if every example filled the sequence; where `pad_to_sequence_len` does not say otherwise, with
             padding in micro-batches of several.
+        expandable_segments: of torch's allocator, by PYTORCH_CUDA_ALLOC_CONF.
         trust_remote_code: let models from the hub run their own code.
 
     Raises:
@@ -80,11 +86,14 @@ def predict(
     try:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
         with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
-            prediction = _StepReplay(network, spec, device_type, capability, full_length).run(steps, data.held_out)
+            replay = _StepReplay(network, spec, device_type, capability, full_length)
+            prediction, traces = replay.run(steps, data.held_out)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
+    if traces is not None:
+        prediction = _with_allocator(prediction, *traces, expandable_segments=expandable_segments)
     length = spec.sequence_length if assumed else None
     return prediction.model_copy(update={"seconds": time.perf_counter() - started, "assumed_length": length})
 
@@ -129,8 +138,8 @@ class _StepReplay:
         self._updates_from = 0
         """Where in the trace the last update begins."""
 
-    def run(self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]) -> Prediction:
-        """Give the model fake weights, evaluate, then take what holds most of the steps."""
+    def run(self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]) -> tuple[Prediction, _Traces | None]:
+        """Give the model fake weights, evaluate, then take what holds most of the steps; with the traces on CUDA."""
         tracker = self.tracker
         tracker.component = "weights"
         # Made outside the fake mode: it reads the ranks from a tensor.
@@ -170,9 +179,7 @@ class _StepReplay:
             positions=processes * positions,
             seconds=0.0,
         )
-        if self.device_type == "cpu":
-            return prediction
-        return _with_allocator(prediction, loaded, evaluated, tracker.trace)
+        return prediction, (loaded, evaluated, tracker.trace) if self.device_type == "cuda" else None
 
     def _trainer(self, steps: int) -> Trainer:
         # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
@@ -355,12 +362,17 @@ def _fake_batch(batch: Batch) -> Batch:
 
 
 def _with_allocator(
-    prediction: Prediction, loaded: Sequence[Event], evaluated: Sequence[Event], trained: Sequence[Event]
+    prediction: Prediction,
+    loaded: Sequence[Event],
+    evaluated: Sequence[Event],
+    trained: Sequence[Event],
+    *,
+    expandable_segments: bool,
 ) -> Prediction:
     """The prediction with the figures of torch's allocator, whose blocks may be larger than what is asked for."""
     live = set[int]()
     loaded, evaluated, trained = (_known_only(events, live) for events in (loaded, evaluated, trained))
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
     peaks = []
     for events in (loaded, evaluated, trained):
         allocator.restart_peak()
@@ -375,7 +387,9 @@ def _with_allocator(
             "peak_load_bytes": load,
             "peak_evaluate_bytes": None if prediction.peak_evaluate_bytes is None else evaluation,
             "peak_reserved_bytes": allocator.peak_reserved,
-            "least_reserved_bytes": least_limit([*loaded, *evaluated, *trained]),
+            "least_reserved_bytes": least_limit(
+                [*loaded, *evaluated, *trained], expandable_segments=expandable_segments
+            ),
             "breakdown": breakdown | {"memory_activations_bytes": breakdown["memory_activations_bytes"] + larger},
         }
     )

@@ -33,14 +33,24 @@ class Predictor:
     Args:
         device_type: device to train on; null: each spec's own, resolved on this machine.
         full_length: as if every example filled the sequence.
+        expandable_segments: of torch's allocator, by PYTORCH_CUDA_ALLOC_CONF.
         trust_remote_code: let models from the hub run their own code.
     """
 
     def __init__(
-        self, device_type: DeviceType | None = None, *, full_length: bool = False, trust_remote_code: bool = False
+        self,
+        device_type: DeviceType | None = None,
+        *,
+        full_length: bool = False,
+        expandable_segments: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self._device_type = device_type
-        self._options = {"full_length": full_length, "trust_remote_code": trust_remote_code}
+        self._options = {
+            "full_length": full_length,
+            "expandable_segments": expandable_segments,
+            "trust_remote_code": trust_remote_code,
+        }
         self._pool: ProcessPoolExecutor | None = None
         self._held_open: Connection | None = None
         """Processes end when it is closed, those too that an interrupt has kept the pool from knowing."""
