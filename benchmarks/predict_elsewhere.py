@@ -3,9 +3,9 @@
     python benchmarks/predict_elsewhere.py [--rows N]
 
 The rows are in `tests/measured_by_others/`, each with its source: facts of public repositories. A row's step is said by
-a preset (`like`) and a few keys; nothing is fitted to any row. Printed are the errors of what is allocated and reserved,
-and the verdict for the row's own card and for 85 % and 115 % of what it took: a right one says *does not fit* for the
-former and *fits* for the latter. `tests/test_measured_by_others.py` holds some of the rows.
+a preset (`like`) and a few keys; nothing is fitted to any row. Printed are the errors of what is allocated and
+reserved, and the verdict for the row's own card and for 85 % and 115 % of what it took: a right one says *does not fit*
+for the former and *fits* for the latter. `tests/test_measured_by_others.py` holds some of the rows.
 """
 
 from __future__ import annotations
@@ -95,9 +95,8 @@ def main() -> None:
     asked = parser.parse_args().rows
     headings = ("row", "allocated", "error", "reserved", "error", *RIGHT, "rival: allocated", "reserved")
     table = Table(*headings, title="Measured by others, MiB, and errors of predictions")
-    errors: dict[str, list[float]] = {
-        name: [] for name in ("allocated", "reserved", "rival allocated", "rival reserved")
-    }
+    figures = ("allocated", "reserved", "rival allocated", "rival reserved")
+    errors: dict[str, list[float]] = {name: [] for name in figures}
     right = 0
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
