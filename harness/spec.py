@@ -144,9 +144,11 @@ class TrialSpec(Frozen):
     compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
     """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
     upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
-    """Make what is not quantised of a quantised base (embeddings, head, norms) fp32, as peft's preparation does."""
+    """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
+    `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
-    """Run 16-bit arithmetic under autocast, so that fp32 adapters compute in 16 bit too; null: with adapters only."""
+    """Run forward passes under autocast where the arithmetic is 16 bit; null: with adapters, which are fp32, and compute
+    in fp32 without it."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -185,8 +187,8 @@ class TrialSpec(Frozen):
     micro_batch_size: PositiveInt = 1
     """Examples in one forward and backward pass."""
     pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None)] = None
-    """Pad examples to `sequence_length`; otherwise to the longest of their micro-batch (null: `harness plan` at full
-    length takes some for shorter than that)."""
+    """Pad micro-batches to `sequence_length`; otherwise to their longest example (where `harness plan` assumes full
+    length: null, the others are padded to it; false, all fill it)."""
     gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
@@ -199,7 +201,7 @@ class TrialSpec(Frozen):
     reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
-    """Hold a model's outputs until those of the next micro-batch replace them, as a plain training loop does."""
+    """Hold a model's outputs, with the logits, until the next micro-batch's replace them, as a plain training loop does."""
 
     train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
@@ -311,6 +313,11 @@ class TrialSpec(Frozen):
             )
         if self.autocast is False and self.precision.endswith("-mixed"):
             raise ValueError(f"precision {self.precision} is 16 bit under autocast, and autocast is false; use fp32")
+        if self.autocast and self.precision == "fp16" and self.adapter == "none":
+            raise ValueError(
+                "autocast with precision fp16 and full fine-tuning: the loss scaler cannot unscale gradients of fp16 "
+                "weights; use precision: fp16-mixed"
+            )
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:

@@ -159,7 +159,6 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     for key in (
         "liger_rope: true",
         "sample_packing: true",
-        "pad_to_sequence_len: true",
         "lora_mlp_kernel: true",
         "LigerPlugin",
     ):

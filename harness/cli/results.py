@@ -100,10 +100,12 @@ def keys() -> None:
     """List the keys of a trial with their defaults and meanings, and the figures that are recorded."""
     from rich.table import Table
 
+    from harness.grids.presets import LIKE, MEANING
     from harness.metrics import FIGURES
     from harness.spec import FACTS, TrialSpec
 
     table = Table("key", "default", "meaning", title="Keys of base and vary")
+    table.add_row(LIKE, "", MEANING)
     for name, field in TrialSpec.model_fields.items():
         if not FACTS[name].given:
             continue

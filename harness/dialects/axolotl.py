@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from harness.dialects import axolotl_data
 from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
@@ -54,6 +54,7 @@ def _read_precision(reader: Reader) -> None:
     none = not on["fp16"] and (on["fp32"] or (reader.get("bf16") is False and not on["bf16"]))
     arithmetic = "fp32" if none else half
     names = [name for each in flags.values() for name in each]
+    _read_autocast(reader, arithmetic, names)
     quantised = next((name for name in ("load_in_4bit", "load_in_8bit") if reader.get(name)), None)
     if quantised is None and reader.get("adapter") == "qlora":
         quantised = "adapter"
@@ -64,6 +65,16 @@ def _read_precision(reader: Reader) -> None:
     reader.set("compute_dtype", arithmetic, *names)
     if quantised != "load_in_8bit":
         _read_4bit(reader)
+
+
+def _read_autocast(reader: Reader, arithmetic: str, names: Sequence[str]) -> None:
+    """Axolotl's trainer runs under autocast, but for `bf16: full` and `float16`, which are about the weights alone."""
+    by_trainer = bool(reader.get("fp16")) if arithmetic == "fp16" else reader.get("bf16") != "full"
+    if reader.get("adapter") is None:
+        if arithmetic == "bf16" and by_trainer:
+            reader.set("autocast", True, *names)
+    elif not by_trainer and arithmetic != "fp32":
+        reader.set("autocast", False, *names)
 
 
 def _read_4bit(reader: Reader) -> None:
@@ -104,6 +115,10 @@ def _read_adapter(reader: Reader) -> None:
     for name, key in (("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora")):
         if name in reader.given:
             reader.set(key, reader.get(name), name)
+    if reader.get("peft_autocast_adapter_dtype") is False:
+        reader.refuse("peft_autocast_adapter_dtype", "leave it out: adapters are fp32 here")
+    else:
+        reader.ignore("adapters are fp32 here, as in peft", "peft_autocast_adapter_dtype")
     if "lora_modules_to_save" in reader.given:
         reader.set("lora_modules_to_save", reader.get("lora_modules_to_save"), "lora_modules_to_save")
     _read_targets(reader)
@@ -161,6 +176,10 @@ def _read_batch(reader: Reader) -> None:
     if accumulation is None and isinstance(whole, int) and isinstance(micro, int) and micro > 0:
         accumulation = max(1, whole // (micro * reader.values.get("num_processes", 1)))
     reader.set("micro_batch_size", micro, "micro_batch_size")
+    if reader.get("pad_to_sequence_len") is True:
+        reader.set("pad_to_sequence_len", True, "pad_to_sequence_len")
+    else:  # false says here that all examples fill the sequence
+        reader.ignore("micro-batches are padded to their longest example", "pad_to_sequence_len")
     reader.set("gradient_accumulation_steps", accumulation or 1, "gradient_accumulation_steps", "batch_size")
 
 

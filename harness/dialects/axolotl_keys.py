@@ -108,8 +108,8 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("the model's family"), "is_falcon_derived_model is_llama_derived_model is_mistral_derived_model"),
     **_all(NoEffect("the model's family"), "is_qwen_derived_model cls_model_config mean_resizing_embeddings"),
     **_all(NoEffect("the loss: tokens of the whole step are weighed alike here"), "average_tokens_across_devices"),
-    **_all(NoEffect("embeddings stay in 16 bit here"), "embeddings_skip_upcast"),
-    **_all(NoEffect("adapters are fp32 here, as in peft"), "peft_autocast_adapter_dtype"),
+    "embeddings_skip_upcast": NoEffect("loading: embeddings are in the type of the arithmetic in training"),
+    "peft_autocast_adapter_dtype": Together(),
     **_all(
         Unsupported(NOT_MEASURED),
         "sample_packing max_packed_sequence_len batch_flattening group_by_length neftune_noise_alpha "
@@ -131,7 +131,7 @@ TABLE: dict[str, Rule] = {
     "llmcompressor": Unsupported("leave it out: weights are as dense as those of base_model"),
     "conversation": Unsupported("name the format by chat_template"),
     "collator_pad_to_longest": NoEffect("micro-batches are padded to their longest example here"),
-    "pad_to_sequence_len": Unsupported("leave it out: micro-batches are padded to their longest example here"),
+    "pad_to_sequence_len": Together(),
     "pad_to_multiple_of": Unsupported("leave it out: micro-batches are padded to their longest example here", (1,)),
     **_all(
         Unsupported("leave it out: examples are shuffled by the seed here"),

@@ -274,10 +274,12 @@ def _read_precision(reader: Reader) -> None:
     reader.ignore("off", *(name for name in flags if reader.get(name) is False))
     if reader.get("quantization_bit") is not None:
         _read_quantisation(reader, "fp16" if half == "fp16" else None)
+        _read_autocast(reader, half, full=False)
         reader.note("arithmetic over quantised weights", *(name for name in flags if reader.get(name) is True))
         return
     reader.ignore("quantisation, which is off", "quantization_method", "quantization_type", "double_quantization")
     full = reader.values.get("adapter") == "none"
+    _read_autocast(reader, half, full=full)
     if half is None:
         # Without a flag, LoRA's base keeps the type of its checkpoint, which is bf16 for nearly all.
         derive(reader, "precision", "fp32" if full else "bf16")
@@ -289,6 +291,14 @@ def _read_precision(reader: Reader) -> None:
         note = "adapters are kept in fp32" if half == "pure_bf16" and not full else ""
         derive(reader, "precision", precision, half, note=note)
     reader.note(f"precision: {reader.values['precision']}", *(name for name in flags if reader.get(name) is True))
+
+
+def _read_autocast(reader: Reader, half: str | None, *, full: bool) -> None:
+    """The trainer runs under autocast where bf16 or fp16 asks for it; without, fp32 adapters compute in fp32."""
+    if half is None and not full:
+        derive(reader, "autocast", False)
+    elif full and half == "pure_bf16" and reader.get("bf16") is True:
+        derive(reader, "autocast", True, "bf16")
 
 
 def _read_quantisation(reader: Reader, compute: str | None) -> None:

@@ -197,6 +197,11 @@ def _read_precision(reader: Reader) -> None:
     flags = [flag for flag in _HALF_FLAGS if reader.get(flag) is True]
     if reader.get("load_in_4bit") is True or reader.get("load_in_8bit") is True:
         _read_quantisation(reader, arithmetic or weights)
+        if weights == "fp32" and arithmetic:  # of what is not quantised: without a preparation, it is as it was loaded
+            derive(reader, "upcast_unquantized", True, name)
+        if arithmetic is None and weights != "fp32":
+            derive(reader, "autocast", False, *_HALF_FLAGS)
+        reader.note("adapters are fp32 here, bf16 in TRL", "load_in_8bit", "load_in_4bit")
         reader.note("arithmetic over quantised weights", *flags, name)
         return
     reader.ignore("off", "load_in_4bit", "load_in_8bit")
@@ -209,7 +214,17 @@ def _read_precision(reader: Reader) -> None:
     else:
         reader.refuse(name, f"use one type: {weights} weights with {arithmetic} arithmetic are not there")
         return
+    _read_autocast(reader, arithmetic)
     reader.note(f"precision: {reader.values['precision']}", *flags, *([name] if name not in reader.mapped else []))
+
+
+def _read_autocast(reader: Reader, arithmetic: str | None) -> None:
+    """The trainer runs under autocast where it is asked for 16-bit arithmetic, whatever the weights are."""
+    full, half = reader.values["adapter"] == "none", reader.values["precision"] in ("bf16", "fp16")
+    if full and half and arithmetic == "bf16":
+        derive(reader, "autocast", True, "bf16")
+    elif not full and half and arithmetic is None:
+        derive(reader, "autocast", False, *_HALF_FLAGS)
 
 
 def _read_quantisation(reader: Reader, compute: str) -> None:
@@ -324,8 +339,10 @@ def _read_held_out(reader: Reader) -> None:
 
 def _read_loss(reader: Reader) -> None:
     """Texts and chats carry loss on every token, prompts with a completion on the completion alone."""
-    if reader.get("loss_type", "nll") in ("nll", "chunked_nll"):
+    if reader.get("loss_type", "nll") == "nll":
         reader.ignore("the loss that there is", "loss_type")
+    elif reader.get("loss_type") == "chunked_nll":
+        reader.note("of all logits at once; TRL takes it in chunks, which needs less memory", "loss_type")
     elif reader.get("loss_type") == "dft":
         reader.refuse("loss_type", "use nll")
     else:

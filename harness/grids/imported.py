@@ -101,7 +101,7 @@ def _relocated(values: Mapping[str, Any], before: Path, after: Path) -> dict[str
     def moved(path: str, absolute: str) -> str:
         return path if absolute == path else os.path.relpath(absolute, after.absolute())
 
-    result = {key: values[key] for key in sorted(values, key=_ORDER.index)}
+    result = {key: values[key] for key in sorted(values, key=lambda key: _ORDER.index(key) if key in _ORDER else -1)}
     if isinstance(model := result.get("base_model"), str) and models.is_relative_path(model, folder):
         result["base_model"] = moved(model, models.absolute(model, folder))
     for key in ("datasets", "test_datasets"):

@@ -34,7 +34,8 @@ class Level:
     @property
     def label(self) -> str:
         """`lora_r=4`; of a labelled bundle only its label."""
-        return self.text if self.factor not in self.changes else f"{self.factor}={self.text}"
+        named = self.factor in self.changes or self.factor == LIKE
+        return f"{self.factor}={self.text}" if named else self.text
 
 
 def normalised(values: Mapping[str, Any], where: str) -> dict[str, Any]:
