@@ -70,8 +70,7 @@ def test_changes_hold_the_effective_batch_and_can_be_trained() -> None:
     for change in fixes.changes_of(spec, "cuda"):
         changed = TrialSpec.model_validate(spec.model_dump() | dict(change.keys))
         assert changed.id != spec.id, change.text
-        if change.alters != "hardware":
-            assert changed.effective_batch_size == spec.effective_batch_size, change.text
+        assert changed.effective_batch_size == spec.effective_batch_size, change.text
     kinds = {change.kind for change in fixes.changes_of(spec, "cuda")}
     assert kinds == {"micro-batch", "checkpointing", "outputs", "optimizer", "precision", "rank", "targets", "length"}
     full = spec.model_copy(update={"adapter": "none", "optimizer": "adamw_torch"})

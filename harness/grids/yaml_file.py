@@ -117,6 +117,9 @@ def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False) -> str:
         full_paths: write relative paths in full, for a file in whatever folder.
     """
     given = {key: value for key, value in spec.canonical().items() if value is not None}
+    given["attention"] = spec.attention
+    if spec.pad_to_sequence_len is not None:
+        given["pad_to_sequence_len"] = spec.pad_to_sequence_len
     if full_paths and spec.folder is not None:
         given["base_model"] = redact_home(models.absolute(spec.base_model, spec.folder))
         for dataset in (*given["datasets"], *given.get("test_datasets", ())):

@@ -145,10 +145,13 @@ def _precisions(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
 def _cards(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if device_type == "cpu":  # its processes divide one memory
         return
-    if spec.num_processes == 1 and spec.precision not in QUANTISED and spec.optimizer in SHARDED_OPTIMIZERS:
-        steps = max(1, spec.gradient_accumulation_steps // 2)
-        keys = {"num_processes": 2, "sharding": "full_shard", "gradient_accumulation_steps": steps}
-        yield Change("cards", "hardware", keys)
+    if spec.num_processes > 1 or spec.precision in QUANTISED or spec.optimizer not in SHARDED_OPTIMIZERS:
+        return
+    for key in ("gradient_accumulation_steps", "micro_batch_size"):
+        if getattr(spec, key) % 2 == 0:
+            keys = {"num_processes": 2, "sharding": "full_shard", key: getattr(spec, key) // 2}
+            yield Change("cards", "hardware", keys)
+            return
 
 
 def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
