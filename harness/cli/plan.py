@@ -195,7 +195,7 @@ def _plan(
         about |= {"rates": cards.RATES[card], "rates_from": f"the {card}'s data sheet"}
     elif is_here and not gpu and largest is None:
         about["rates"] = device_rates(target)
-    how = {
+    how: dict[str, Any] = {
         "full_length": full_length or largest is not None,
         "expandable_segments": expandable_segments,
         "trust_remote_code": trust_remote_code,

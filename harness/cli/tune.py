@@ -14,7 +14,7 @@ from harness.cli import failures, options
 from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
-from harness.cli.predictions import device_rates
+from harness.cli.predictions import capability_of, device_rates
 from harness.cli.training_files import print_training_file
 from harness.errors import InputError, TrialsFailed
 
@@ -123,7 +123,9 @@ def tune(
     with failures.allowed(allow_failures), make_launcher(where, base) as launcher:
         with contextlib.ExitStack() as stack:
             if not where.remote:
-                predictor = stack.enter_context(Predictor(trust_remote_code=trust_remote_code))
+                capability = capability_of(environment.current(device_type))
+                made = Predictor(capability=capability, trust_remote_code=trust_remote_code)
+                predictor = stack.enter_context(made)
                 rates = device_rates(device_type) if launcher.workers == 1 else None
                 how = dataclasses.replace(how, predictor=predictor, rates=rates)
             with display(out) as progress:

@@ -32,6 +32,7 @@ class Predictor:
 
     Args:
         device_type: device to train on; null: each spec's own, resolved on this machine.
+        capability: compute capability of a CUDA device, where none is given with the specs.
         full_length: as if every example filled the sequence.
         expandable_segments: of torch's allocator, by PYTORCH_CUDA_ALLOC_CONF.
         trust_remote_code: let models from the hub run their own code.
@@ -41,11 +42,13 @@ class Predictor:
         self,
         device_type: DeviceType | None = None,
         *,
+        capability: Capability = AMPERE,
         full_length: bool = False,
         expandable_segments: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self._device_type = device_type
+        self._capability = capability
         self._options = {
             "full_length": full_length,
             "expandable_segments": expandable_segments,
@@ -63,13 +66,14 @@ class Predictor:
     def __exit__(self, *error: object) -> None:
         self._stop()
 
-    def predict(self, specs: Iterable[TrialSpec], capability: Capability = AMPERE) -> Iterator[SpecPrediction]:
+    def predict(self, specs: Iterable[TrialSpec], capability: Capability | None = None) -> Iterator[SpecPrediction]:
         """Predict each spec, in the order of completion. Specs that need equal memory and time are predicted once.
 
         Args:
             specs: of the trials.
-            capability: compute capability of the device, where it is CUDA's.
+            capability: compute capability of the device, where it is CUDA's; null: the predictor's.
         """
+        capability = capability or self._capability
         groups: dict[_Key, list[TrialSpec]] = {}
         for spec in specs:
             device_type = self._device_type or environment.resolve_device(spec.device)
