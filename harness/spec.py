@@ -147,8 +147,8 @@ class TrialSpec(Frozen):
     """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
-    """Run forward passes under autocast where the arithmetic is 16 bit; null: with adapters, which are fp32, and
-    compute in fp32 without it."""
+    """Run forward passes under autocast where arithmetic is 16 bit; null: with adapters, which compute in fp32 without
+    it."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -201,7 +201,7 @@ class TrialSpec(Frozen):
     reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
-    """Hold a model's outputs (the logits) until the next micro-batch's replace them, as a plain training loop does."""
+    """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
 
     train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""

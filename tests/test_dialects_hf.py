@@ -475,3 +475,58 @@ def test_the_table_has_every_training_argument_of_transformers() -> None:
 def test_keys_of_a_spec_in_tables_are_those_of_a_spec(dialect: Dialect) -> None:
     targets = {rule.key for rule in dialect.table.values() if hasattr(rule, "key")}
     assert targets | dialect.defaults.keys() <= TrialSpec.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, {"precision": "bf16-mixed", "autocast": None, "upcast_unquantized": False}),
+        ({"dtype": "bfloat16"}, {"precision": "bf16", "autocast": True, "upcast_unquantized": False}),
+        ({"dtype": "bfloat16", "bf16": False}, {"autocast": None}),
+        ({"dtype": "bfloat16", "use_peft": True}, {"autocast": None}),
+        ({"dtype": "bfloat16", "use_peft": True, "bf16": False}, {"autocast": False}),
+        ({"use_peft": True, "load_in_4bit": True}, {"upcast_unquantized": True, "compute_dtype": None}),
+        ({"use_peft": True, "load_in_8bit": True, "dtype": "float32"}, {"upcast_unquantized": True}),
+        (
+            {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"},
+            {"upcast_unquantized": False, "autocast": None},
+        ),
+        (
+            {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16", "bf16": False},
+            {"upcast_unquantized": False, "autocast": False},
+        ),
+        (
+            {"use_peft": True, "load_in_4bit": True, "bf16": False},
+            {"upcast_unquantized": False, "autocast": None, "compute_dtype": "fp32"},
+        ),
+    ],
+)
+def test_how_trl_makes_its_step(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    document = {"model_name_or_path": "a/b", "dataset_name": "a/c", "lora_target_modules": ["q_proj"], **keys}
+    values = spec_of(read_as(trl.DIALECT, document)).model_dump()
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_trls_adapters_over_quantised_bases_are_16_bit() -> None:
+    document = {"model_name_or_path": "a/b", "dataset_name": "a/c", "use_peft": True, "load_in_4bit": True}
+    assert "adapters are fp32 here, bf16 in TRL" in read_as(trl.DIALECT, document).notes["load_in_4bit"]
+    assert "in chunks" in read_as(trl.DIALECT, document | {"loss_type": "chunked_nll"}).notes["loss_type"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "autocast"),
+    [
+        ({}, False),
+        ({"bf16": True}, None),
+        ({"quantization_bit": 4}, False),
+        ({"quantization_bit": 4, "fp16": True}, None),
+        ({"finetuning_type": "full"}, None),
+        ({"finetuning_type": "full", "pure_bf16": True}, None),
+        ({"finetuning_type": "full", "pure_bf16": True, "bf16": True}, True),
+    ],
+)
+def test_llama_factorys_trainer_is_under_autocast_where_bf16_or_fp16_asks_for_it(
+    keys: dict[str, Any], autocast: bool | None
+) -> None:
+    document = {"model_name_or_path": "a/b", "stage": "sft", "template": "qwen", "dataset": "a", **keys}
+    assert spec_of(read_as(llama_factory.DIALECT, document)).autocast is autocast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,10 @@ def test_a_preset_stands_for_its_keys_wherever_keys_are_given(tmp_path: Path) ->
         "as there": presets.PRESETS["axolotl"],
         "baseline again": presets.PRESETS["peft"],
     }
-    levels = {trial.level for trial in load(tmp_path, f"base: {{{BASE}}}\n{vary}").trials if trial.factor == "like"}
-    assert levels == {"trl", "canifinetune"}
-    excluded = specs(
-        tmp_path, f"base: {{{BASE}}}\ndesign: grid\nvary: {{like: [trl, peft]}}\nexclude: [{{like: peft}}]\n"
-    )
+    levels = {trial.level for trial in load(tmp_path, f"base: {{{BASE}, like: peft}}\n{vary}").trials}
+    assert levels == {None, "trl", "canifinetune", "as there"}
+    vary = "design: grid\nvary: {like: [trl, peft]}\nexclude: [{like: peft}]\n"
+    excluded = specs(tmp_path, f"base: {{{BASE}}}\n{vary}")
     assert [*excluded] == ["like=trl"]
 
 
@@ -207,3 +207,14 @@ def test_a_training_file_may_name_one_too(tmp_path: Path) -> None:
     assert grid.load(file).trials[0].spec.keep_outputs
     text = imported.grid_file(imported.read(file), file, tmp_path)
     assert "like: canifinetune" in text
+
+
+def test_the_docs_show_the_presets() -> None:
+    text = (Path(__file__).parent.parent / "docs/grids.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    names = [*presets.PRESETS]
+    first = rows.index(["key", *names, "its own step"])
+    own = TrialSpec(base_model="random:tiny")
+    for key in presets.PRESETS["peft"]:
+        values = [*(presets.PRESETS[name][key] for name in names), getattr(own, key)]
+        assert [key, *(json.dumps(value) for value in values)] in rows[first:], key

@@ -154,6 +154,39 @@ def test_axolotls_defaults(tmp_path: Path) -> None:
     assert (limited.max_steps, limited.num_epochs, limited.warmup_steps) == (1000, None, 30)
 
 
+@pytest.mark.parametrize(
+    ("keys", "autocast"),
+    [
+        ("", True),
+        ("bf16: full\n", None),
+        ("bf16: false\nfp16: false\n", None),
+        ("adapter: lora\n", None),
+        ("adapter: lora\nbf16: full\n", False),
+        ("adapter: qlora\nload_in_4bit: true\nbf16: full\n", False),
+        ("adapter: lora\nfp16: true\nbf16: false\n", None),
+        ("adapter: lora\nfloat16: true\nbf16: false\n", False),
+        ("autocast: false\n", False),
+    ],
+)
+def test_axolotls_trainer_is_under_autocast_unless_the_weights_alone_are_16_bit(
+    keys: str, autocast: bool | None, tmp_path: Path
+) -> None:
+    assert spec(tmp_path, AXOLOTLS + keys).autocast is autocast
+
+
+def test_axolotls_padding_and_embeddings(tmp_path: Path) -> None:
+    assert spec(tmp_path, AXOLOTLS + "pad_to_sequence_len: true\n").pad_to_sequence_len is True
+    longest = load(tmp_path, AXOLOTLS + "pad_to_sequence_len: false\n")
+    assert longest.trials[0].spec.pad_to_sequence_len is None, "false would say that all examples fill the sequence"
+    assert longest.training_file is not None
+    assert "pad_to_sequence_len" in longest.training_file.no_effect
+    qlora = AXOLOTLS + "adapter: qlora\nload_in_4bit: true\n"
+    for skip in ("true", "false"):  # norms, embeddings and head are made 16 bit again after peft's preparation
+        assert not spec(tmp_path, qlora + f"embeddings_skip_upcast: {skip}\n").upcast_unquantized
+    (tmp_path / "a.yml").write_text(qlora + "peft_autocast_adapter_dtype: false\n")
+    assert "peft_autocast_adapter_dtype: false (leave it out: adapters are fp32 here" in refusal(tmp_path / "a.yml")
+
+
 def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     message = refusal(FILES / "axolotl/packed-liger.yml")
     for key in (

@@ -12,9 +12,7 @@ from harness._util.messages import unknown
 
 LIKE = "like"
 """The key of a grid that names a preset."""
-MEANING = (
-    "Step as this trainer does: peft, trl, axolotl or canifinetune; stands for several keys, which replace its own"
-)
+MEANING = "Keys of how a trainer makes its step: peft, trl, axolotl or canifinetune; those given next to it win"
 """What `like` is, for the list of keys."""
 
 PRESETS: dict[str, dict[str, Any]] = {
