@@ -390,6 +390,7 @@ def _with_allocator(
             "least_reserved_bytes": least_limit(
                 [*loaded, *evaluated, *trained], expandable_segments=expandable_segments
             ),
+            "phases": {phase: size + larger for phase, size in prediction.phases.items()},
             "breakdown": breakdown | {"memory_activations_bytes": breakdown["memory_activations_bytes"] + larger},
         }
     )
