@@ -114,18 +114,21 @@ def _layer_norm(
 @contextlib.contextmanager
 def _paged_state_uncounted(optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
     """Within, state that the optimizer pages to the host is not counted."""
-    get_state_buffer = getattr(optimizer, "get_state_buffer", None)
-    if get_state_buffer is None or not getattr(optimizer, "is_paged", False):
+    if not getattr(optimizer, "is_paged", False):
         yield
         return
 
-    def uncounted(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-        tracker.counting = parameter.numel() < _PAGED_ABOVE
-        try:
-            return get_state_buffer(parameter, dtype=dtype)
-        finally:
-            tracker.counting = True
+    def uncounted(make: Any) -> Any:
+        def call(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+            tracker.counting = parameter.numel() < _PAGED_ABOVE
+            try:
+                return make(parameter, dtype=dtype)
+            finally:
+                tracker.counting = True
 
-    # Patches bitsandbytes (0.50), which makes paged state in one method; a hook there would replace it.
-    with mock.patch.object(optimizer, "get_state_buffer", uncounted):
+        return call
+
+    # Patches bitsandbytes (0.50), which makes paged state in these methods; a hook there would replace it.
+    names = [name for name in ("get_state_buffer", "_get_state_double_buffer") if hasattr(optimizer, name)]
+    with mock.patch.multiple(optimizer, **{name: uncounted(getattr(optimizer, name)) for name in names}):
         yield
