@@ -2,8 +2,7 @@
 
 On CUDA, dropout keeps a mask of bytes, the optimizer updates all its tensors at once, paged state is outside the
 allocator, autocast computes layer norms in fp32, and the allocator rounds up. Attention keeps the same on both (output
-and log-sum-exp). bitsandbytes' int8 product is the CPU's: CUDA's keeps the same for the backward pass, but has other
-temporaries.
+and log-sum-exp). bitsandbytes' int8 product has other temporaries (int8_on_cuda).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import _meta_registrations
 
 from harness.environment import DeviceType
-from harness.predict import cuda_kernels
+from harness.predict import cuda_kernels, int8_on_cuda
 from harness.predict.cards import Capability
 from harness.predict.replay import Replay
 
@@ -30,7 +29,8 @@ _PAGED_ABOVE = 100_000
 def emulate_kernels(device_type: DeviceType, capability: Capability) -> Iterator[None]:
     """Within, a model on the CPU holds what it would hold on the device."""
     kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
-    with kernels, _grouped_products_of_any_type(), _dequantised_for_dora():
+    int8 = int8_on_cuda.emulate() if device_type == "cuda" else contextlib.nullcontext()
+    with kernels, int8, _grouped_products_of_any_type(), _dequantised_for_dora():
         yield
 
 
@@ -114,18 +114,21 @@ def _layer_norm(
 @contextlib.contextmanager
 def _paged_state_uncounted(optimizer: torch.optim.Optimizer, tracker: Replay) -> Iterator[None]:
     """Within, state that the optimizer pages to the host is not counted."""
-    get_state_buffer = getattr(optimizer, "get_state_buffer", None)
-    if get_state_buffer is None or not getattr(optimizer, "is_paged", False):
+    if not getattr(optimizer, "is_paged", False):
         yield
         return
 
-    def uncounted(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-        tracker.counting = parameter.numel() < _PAGED_ABOVE
-        try:
-            return get_state_buffer(parameter, dtype=dtype)
-        finally:
-            tracker.counting = True
+    def uncounted(make: Any) -> Any:
+        def call(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+            tracker.counting = parameter.numel() < _PAGED_ABOVE
+            try:
+                return make(parameter, dtype=dtype)
+            finally:
+                tracker.counting = True
 
-    # Patches bitsandbytes (0.50), which makes paged state in one method; a hook there would replace it.
-    with mock.patch.object(optimizer, "get_state_buffer", uncounted):
+        return call
+
+    # Patches bitsandbytes (0.50), which makes paged state in these methods; a hook there would replace it.
+    names = [name for name in ("get_state_buffer", "_get_state_double_buffer") if hasattr(optimizer, name)]
+    with mock.patch.multiple(optimizer, **{name: uncounted(getattr(optimizer, name)) for name in names}):
         yield

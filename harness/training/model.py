@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -80,6 +81,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         **({} if stored else _quantisation(spec)),
     )
     _set_up_4bit(model, spec)
+    _set_up_8bit(model)
     return model
 
 
@@ -266,6 +268,25 @@ def _set_up_4bit(model: Any, spec: TrialSpec) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = _weights_dtype(spec)
+
+
+def _set_up_8bit(model: Any) -> None:
+    """Keep the scales of 8-bit weights on a CPU, where peft (0.21) replaces a weight that it dequantises for DoRA.
+
+    The new one has no scales, and bitsandbytes (0.50) takes the layer's from it all the same in the next forward pass.
+    The patch can go once either hands them on.
+    """
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.init_8bit_state = functools.partial(_take_8bit_state, module)  # type: ignore[method-assign]
+
+
+def _take_8bit_state(module: Any) -> None:
+    weight, state = module.weight, module.state
+    state.CB, state.SCB = weight.CB, state.SCB if weight.SCB is None else weight.SCB
+    weight.CB = weight.SCB = None
 
 
 def is_quantised(spec: TrialSpec) -> bool:

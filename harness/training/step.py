@@ -213,7 +213,31 @@ def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
         {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
-    return factory([g for g in groups if g["params"]], **options)  # type: ignore[no-any-return]  # a class of optimizers
+    optimizer: torch.optim.Optimizer = factory([g for g in groups if g["params"]], **options)
+    if model.device.type == "cpu":
+        _page_nothing(optimizer)
+    return optimizer
+
+
+def _page_nothing(optimizer: Any) -> None:
+    """Keep AdEMAMix's state unpaged, for a CPU.
+
+    Patches bitsandbytes (0.50), whose other paged optimizers do so themselves there; this one fails.
+    """
+    from bitsandbytes.optim.ademamix import AdEMAMix
+
+    if not (isinstance(optimizer, AdEMAMix) and optimizer.is_paged):
+        return
+    paged = optimizer._get_state_double_buffer
+
+    def unpaged(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+        optimizer.is_paged = False
+        try:
+            return paged(parameter, dtype=dtype)
+        finally:
+            optimizer.is_paged = True
+
+    optimizer._get_state_double_buffer = unpaged
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) -> Any:
