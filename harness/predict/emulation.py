@@ -29,7 +29,7 @@ _PAGED_ABOVE = 100_000
 def emulate_kernels(device_type: DeviceType, capability: Capability) -> Iterator[None]:
     """Within, a model on the CPU holds what it would hold on the device."""
     kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
-    int8 = int8_on_cuda.emulate() if device_type == "cuda" else contextlib.nullcontext()
+    int8 = int8_on_cuda.emulate() if device_type == "cuda" else int8_on_cuda.without_outliers()
     with kernels, int8, _grouped_products_of_any_type(), _dequantised_for_dora():
         yield
 

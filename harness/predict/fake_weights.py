@@ -126,5 +126,4 @@ def _fill_8bit(module: Any) -> None:
     weight.CB = weight.SCB = None
     module._parameters["weight"] = weight
     module.state.CB = weight.data
-    module.state.threshold = 0.0  # columns of outliers depend on values
     module.state.SCB = torch.empty(module.weight.shape[0])

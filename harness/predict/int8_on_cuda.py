@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,6 +42,16 @@ def emulate() -> Iterator[None]:
         mock.patch.object(torch.ops.bitsandbytes, "int8_mixed_scaled_mm", _product),
     ):
         yield
+
+
+def without_outliers() -> AbstractContextManager[Any]:
+    """Within, int8 layers on the CPU have no columns with outliers, which only values tell, where they evaluate.
+
+    Patches bitsandbytes (0.50).
+    """
+    from bitsandbytes import functional
+
+    return mock.patch.object(functional, "int8_vectorwise_quant", _quantised)
 
 
 def _quantised(inputs: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
