@@ -36,7 +36,7 @@ def test_what_is_proposed_first_fits_when_it_is_planned(folder: Path, ask: Calla
     best = document["fixes"][0]
     assert best["fits"] == "fits"
     assert best["alters"] == "nothing"
-    assert best["time_ratio"] > 1, "what alters nothing costs time"
+    assert best["time_ratio"] >= 1, "what alters nothing saves no time"
     (file,) = (folder / "out").glob("*.fixed.yml")
     code, output, errors = ask("plan", str(file), "--memory", "2500MiB", "--device", "cuda", "--json")
     assert code == 0, errors
@@ -47,8 +47,9 @@ def test_what_is_proposed_first_fits_when_it_is_planned(folder: Path, ask: Calla
         assert f"{key}: {str(value).lower()}" in file.read_text()
 
 
-def test_where_nothing_makes_it_fit_the_least_is_named(ask: Callable[..., Answer]) -> None:
-    code, output, _ = ask("plan", "g.yml", "--memory", "100MiB", "--fix")
+def test_where_nothing_makes_it_fit_the_least_is_named(folder: Path, ask: Callable[..., Answer]) -> None:
+    (folder / "g.yml").write_text(GRID.replace("smollm2-135m", "tiny"))
+    code, output, _ = ask("plan", "g.yml", "--memory", "5MiB", "--fix")
     assert code == 4
     assert "nothing here makes it fit; the least is" in " ".join(output.split())
 

@@ -137,8 +137,8 @@ FORMER_NAMES = {
     "tell", "silent_end",
 }  # fmt: skip
 """The same of whole identifiers."""
-OTHERS_WORK = {"neighbours"}
-"""The benchmark of processes that are not harness's: those of harness are concurrent trials."""
+OTHERS_WORK = {"neighbours", "predict_elsewhere"}
+"""Benchmarks of processes that are not harness's (those of harness are concurrent trials), and of rows of others."""
 
 
 def identifiers(tree: ast.AST) -> Iterator[str]:

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -44,14 +42,33 @@ def emulate() -> Iterator[None]:
         yield
 
 
-def without_outliers() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def without_outliers() -> Iterator[None]:
     """Within, int8 layers on the CPU have no columns with outliers, which only values tell, where they evaluate.
 
     Patches bitsandbytes (0.50).
     """
     from bitsandbytes import functional
 
-    return mock.patch.object(functional, "int8_vectorwise_quant", _quantised)
+    with (
+        mock.patch.object(functional, "int8_vectorwise_quant", _quantised),
+        mock.patch.object(torch.ops.bitsandbytes, "int8_mixed_scaled_mm", _product_of_cpu),
+    ):
+        yield
+
+
+def _product_of_cpu(
+    inputs: torch.Tensor,
+    quantised: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_scales: torch.Tensor,
+    outliers: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = torch.empty(0, dtype=inputs.dtype)
+    product = torch.ops.bitsandbytes.int8_scaled_mm.default
+    return product(quantised, weight, scales, weight_scales, bias=bias, dtype=inputs.dtype), kept
 
 
 def _quantised(inputs: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
-from harness.predict import fake_weights, loading
-from harness.predict.allocator import CachingAllocator, Event, least_limit
+from harness.predict import fake_weights, loading, reserve
+from harness.predict.allocator import Event
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.emulation import emulate_kernels, emulate_optimizer
 from harness.predict.prediction import Prediction
@@ -39,14 +39,8 @@ from harness.training.step import StepResult, Trainer
 _CPU = torch.device("cpu")
 _ANY_STORY = 16_384
 """Tokens that no story exceeds."""
-_COPY = -(1 << 60)
-"""Key of the first event of a copied trace; those after it have lower ones."""
 _ANY_ID = 0
 """Padding, whose value nothing reads."""
-
-
-_Traces = tuple[list[Event], list[Event], list[Event]]
-"""Of loading, evaluation and training."""
 
 
 class Unpredictable(Exception):
@@ -93,7 +87,7 @@ def predict(
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
     if traces is not None:
-        prediction = _with_allocator(prediction, *traces, expandable_segments=expandable_segments)
+        prediction = reserve.with_reserve(prediction, traces, expandable_segments=expandable_segments)
     length = spec.sequence_length if assumed else None
     return prediction.model_copy(update={"seconds": time.perf_counter() - started, "assumed_length": length})
 
@@ -138,7 +132,9 @@ class _StepReplay:
         self._updates_from = 0
         """Where in the trace the last update begins."""
 
-    def run(self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]) -> tuple[Prediction, _Traces | None]:
+    def run(
+        self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]
+    ) -> tuple[Prediction, reserve.Traces | None]:
         """Give the model fake weights, evaluate, then take what holds most of the steps; with the traces on CUDA."""
         tracker = self.tracker
         tracker.component = "weights"
@@ -265,7 +261,7 @@ class _StepReplay:
             updated = len(self.tracker.trace)
             work, positions, update = self._replay_part(trainer, steps[1:])
             trace = self.tracker.trace
-            trace[evaluated:evaluated] = _as_first_step(trace[updated : self._updates_from])
+            trace[evaluated:evaluated] = reserve.as_first_step(trace[updated : self._updates_from])
             return update + work, positions
         for part in filter(None, (steps[:1], steps[1:])):
             work, positions, update = self._replay_part(trainer, part)
@@ -359,67 +355,6 @@ class _StepReplay:
 def _fake_batch(batch: Batch) -> Batch:
     """The batch as fake tensors, if called under FakeTensorMode."""
     return replace(batch, inputs={name: torch.empty_like(tensor) for name, tensor in batch.inputs.items()})
-
-
-def _with_allocator(
-    prediction: Prediction,
-    loaded: Sequence[Event],
-    evaluated: Sequence[Event],
-    trained: Sequence[Event],
-    *,
-    expandable_segments: bool,
-) -> Prediction:
-    """The prediction with the figures of torch's allocator, whose blocks may be larger than what is asked for."""
-    live = set[int]()
-    loaded, evaluated, trained = (_known_only(events, live) for events in (loaded, evaluated, trained))
-    allocator = CachingAllocator(expandable_segments=expandable_segments)
-    peaks = []
-    for events in (loaded, evaluated, trained):
-        allocator.restart_peak()
-        allocator.run(events)
-        peaks.append(allocator.peak_allocated)
-    load, evaluation, training = peaks
-    breakdown = prediction.breakdown
-    larger = training - prediction.peak_memory_bytes
-    return prediction.model_copy(
-        update={
-            "peak_memory_bytes": training,
-            "peak_load_bytes": load,
-            "peak_evaluate_bytes": None if prediction.peak_evaluate_bytes is None else evaluation,
-            "peak_reserved_bytes": allocator.peak_reserved,
-            "least_reserved_bytes": least_limit(
-                [*loaded, *evaluated, *trained], expandable_segments=expandable_segments
-            ),
-            "phases": {phase: size + larger for phase, size in prediction.phases.items()},
-            "breakdown": breakdown | {"memory_activations_bytes": breakdown["memory_activations_bytes"] + larger},
-        }
-    )
-
-
-def _known_only(events: Sequence[Event], live: set[int]) -> list[Event]:
-    """The events without releases of what was allocated before the traces begin; `live` are the keys in use."""
-    known = list[Event]()
-    for key, size in events:
-        if size:
-            live.add(key)
-        elif key not in live:
-            continue
-        else:
-            live.remove(key)
-        known.append((key, size))
-    return known
-
-
-def _as_first_step(trace: Sequence[Event]) -> list[Event]:
-    """The trace of a step's micro-batches as of another step, which ends with the release of all that it holds."""
-    copied, held = list[Event](), dict[int, int]()
-    for number, (key, size) in enumerate(trace):
-        if size:
-            held[key] = _COPY - number
-            copied.append((held[key], size))
-        elif key in held:
-            copied.append((held.pop(key), 0))
-    return copied + [(key, 0) for key in held.values()]
 
 
 def _without_update(loss: float, auxiliary_loss: float | None = None) -> StepResult:

@@ -228,7 +228,7 @@ def _page_nothing(optimizer: Any) -> None:
 
     if not (isinstance(optimizer, AdEMAMix) and optimizer.is_paged):
         return
-    paged = optimizer._get_state_double_buffer
+    paged: Any = optimizer._get_state_double_buffer
 
     def unpaged(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
         optimizer.is_paged = False
@@ -237,7 +237,7 @@ def _page_nothing(optimizer: Any) -> None:
         finally:
             optimizer.is_paged = True
 
-    optimizer._get_state_double_buffer = unpaged
+    vars(optimizer)["_get_state_double_buffer"] = unpaged
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) -> Any:
