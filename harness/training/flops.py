@@ -15,8 +15,8 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     """Floating-point operations of a matrix product or an attention (a multiply and an add are two); else 0.
 
     Torch's FlopCounterMode counts the same, but its module hooks hold memory, which would be tracked. Its registry
-    (torch 2.13, undocumented, by `_overloadpacket`) lacks attention of a CPU and bitsandbytes' int8 and 4-bit products
-    (0.50), added here; each can go once the registry has it.
+    (torch 2.13, undocumented, by `_overloadpacket`) lacks attention of a CPU, torch's int8 product, and
+    bitsandbytes' int8 and 4-bit products (0.50), added here; each can go once the registry has it.
 
     Args:
         func: operator overload from a dispatch mode.
@@ -31,6 +31,8 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if packet is _attention_backward:
         return int(sdpa_backward_flop_count(*(a.shape for a in args[:4])))
+    if packet is torch.ops.aten._int_mm:
+        return int(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
     if func.namespace == "bitsandbytes" and packet.__name__ in ("int8_mixed_scaled_mm", "int8_scaled_mm"):
         (rows, inner), (columns, _) = (a.shape for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.int8)
         return int(2 * rows * inner * columns)
