@@ -1,6 +1,7 @@
 """The `harness` command.
 
-Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that could not go on.
+Errors become one line and an exit code: 2 for bad input, 3 for failed trials, 1 for a run that could not go on; a plan
+in which something does not fit ends with 4.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
             "harness plan grids/llama3-8b.yml --gpu rtx4090,a100-80",
             "harness plan my.yml --memory 24GiB --output plans/my",
             "harness plan my.yml --gpu l4 --largest micro_batch_size",
+            "harness plan my.yml --gpu rtx4090 --fix --output plans/my",
             "harness plan --calibrate results",
         ),
         training_files.import_file: (
