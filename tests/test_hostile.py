@@ -347,7 +347,7 @@ def test_a_prediction_that_fails_keeps_nothing_private(
         raise ValueError(f"{home}/x {TOKEN}")
 
     monkeypatch.setattr(peak, "predict", fail)
-    message = predictor._predict(small().model_dump_json(), "cpu", {})
+    message = predictor._predict(small().model_dump_json(), "cpu", (8, 0), {})
     assert message == {"error": "ValueError: ~/x [hidden]"}
 
 
