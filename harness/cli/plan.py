@@ -119,7 +119,7 @@ def plan(
     with stdout_for_data() if as_json else contextlib.nullcontext():
         _plan(
             grid, memory or [], gpu or [], device, largest, full_length, expandable_segments, calibrate, fix,
-            output, as_json, results,            max_trials, without_unsupported, trust_remote_code,
+            output, as_json, results, max_trials, without_unsupported, trust_remote_code,
         )  # fmt: skip
 
 

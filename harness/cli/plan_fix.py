@@ -57,14 +57,11 @@ def propose(
     from harness.predict import fixes
 
     (name,) = plan.capacities or ("",)
-    measured = _measured_seconds(results, here) if plan.rates_from.startswith("this device") else {}
+    own = plan.rates is not None and plan.rates_from.startswith("this device")
+    measured = _measured_seconds(results, here) if own else {}
 
     def predict(specs: Sequence[TrialSpec]) -> Mapping[str, SpecPrediction]:
         return {each.spec.id: each for each in predict_all(predictor, list(specs), capability)}
-
-    def seconds_per_token(spec: TrialSpec, prediction: Prediction) -> float:
-        known = measured.get(spec.id)
-        return known if known is not None else plan.seconds_per_token(prediction)
 
     def verdict(spec: TrialSpec, prediction: Prediction) -> Verdict:
         return plan.verdict_of(spec, prediction, name)
@@ -73,6 +70,14 @@ def propose(
         now = line.on(name)
         if now is None or plan.verdict(line, name) == "fits":
             continue
+        # A measured time is compared with measured ones: the others are predicted, times this trial's own error.
+        error = measured[line.spec.id] / plan.seconds_per_token(now) if line.spec.id in measured else None
+
+        def seconds_per_token(spec: TrialSpec, prediction: Prediction, error: float | None = error) -> float:
+            if error is None:
+                return plan.seconds_per_token(prediction)
+            return measured.get(spec.id, error * plan.seconds_per_token(prediction))
+
         capacity = plan.capacity_of(line.spec, name)
         proposals = fixes.proposals(line.spec, now, predict, verdict, seconds_per_token, capacity)
         yield Proposals(line, name, capacity, seconds_per_token(line.spec, now), proposals)
