@@ -62,14 +62,14 @@ def disturb(
         toll.runners += 1
         process = subprocess.Popen(runner, stdout=subprocess.DEVNULL, **options)
         while process.poll() is None and toll.kills.total() < kills:
-            victims = _victims(process.pid)
-            if "worker" not in victims:
+            if "worker" not in _victims(process.pid):
                 time.sleep(0.005)
                 continue
             # In haste while many kills are left; then so that some trials outlive what is meant for them.
             hasty = 2 * (kills - toll.kills.total()) > trials - len(finished)
             time.sleep(chance.uniform(0, (0.5 if hasty else 1.6) * typical))
             kind = chance.choices(["worker", "runner", "server"], [7, 2, 1])[0]
+            victims = _victims(process.pid)  # on a slow machine, other ones than before
             _look(store, toll, finished)
             toll.kills[kind] += _kill(victims.get(kind, []))
         code = process.wait()

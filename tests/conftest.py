@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.cli import app
+from harness.cli import app, console
 from harness.grids import document
 from harness.launch import fork_server
 from harness.record import Job, Record
@@ -115,6 +115,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Runs a command in this process through its own entry point, in a folder of its own: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    # The consoles kept the width of the test that first imported them.
+    monkeypatch.setattr(console.out, "_width", None)
+    monkeypatch.setattr(console.err, "_width", None)
 
     def run(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["harness", *arguments])

@@ -175,6 +175,17 @@ def test_plan_says_what_fits(folder: Path, ask: Callable[..., Answer]) -> None:
     assert "6.0%" in output  # the margin is stated
 
 
+@pytest.mark.parametrize("columns", [80, 130])
+def test_no_column_of_a_plan_is_cut(
+    columns: int, folder: Path, ask: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, output, errors = ask("plan", "g.yml", "--memory", "1MiB", "--memory", "2MiB", "--gpu", "t4,h100")
+    assert output.count("does not fit (") == 2 * 4, errors
+    assert output.count("fits (0%)") == 2 * 4
+    assert all("┓" in line for line in output.splitlines() if "┏" in line), "its right edge"
+
+
 def test_a_run_keeps_what_was_predicted_and_a_calibration_learns_from_it(
     folder: Path, ask: Callable[..., Answer], quiet: object
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +28,7 @@ DOES_NOT_FIT = 4
 
 
 def plan(
+    context: typer.Context,
     grid: Annotated[
         Path | None,
         typer.Argument(metavar="GRID", help="A grid file, or a training file as a grid of one trial."),
@@ -116,30 +116,9 @@ def plan(
 
     The exit code is 4 where a trial does not fit.
     """
-    with stdout_for_data() if as_json else contextlib.nullcontext():
-        _plan(
-            grid, memory or [], gpu or [], device, largest, full_length, expandable_segments, calibrate, fix,
-            output, as_json, results, max_trials, without_unsupported, trust_remote_code,
-        )  # fmt: skip
-
-
-def _plan(
-    grid: Path | None,
-    memory: list[str],
-    gpu: list[str],
-    device: str | None,
-    largest: str | None,
-    full_length: bool,
-    expandable_segments: bool,
-    calibrate: Path | None,
-    fix: bool,
-    output: Path | None,
-    as_json: bool,
-    results: Path,
-    max_trials: int | None,
-    without_unsupported: bool,
-    trust_remote_code: bool,
-) -> None:
+    if as_json:
+        context.with_resource(stdout_for_data())
+    memory, gpu = memory or [], gpu or []
     if calibrate is not None:
         _calibrate(calibrate, results, trust_remote_code)
         if grid is None:
@@ -225,7 +204,8 @@ def _plan(
         for trial in trials
     )
     made = predictions.Plan(lines=lines, **about)
-    out.print(predictions.terminal(made, out.width))
+    for table in predictions.terminal(made, out.width):
+        out.print(table)
     for note in made.footnotes():
         out.print(plain(note), style="dim", highlight=False)
     written = predictions.write(made, output) if output is not None else []

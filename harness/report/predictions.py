@@ -12,7 +12,9 @@ import altair
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.cells import cell_len
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from harness._util.files import write_whole
 from harness._util.terminal import plain
@@ -30,7 +32,13 @@ from harness.report.writers import images
 from harness.spec import TrialSpec
 
 _WIDE = 130
-"""Columns of a terminal that fits every column."""
+"""Columns of a terminal that shows what the memory is of."""
+_TRIAL_WIDTH = 20
+"""Of the table's left border and the trials' column, whose labels are folded."""
+_AROUND = 3
+"""Of a column's padding and border."""
+_Column = tuple[str, Sequence[str]]
+"""Heading and cells."""
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
@@ -156,23 +164,21 @@ class Plan:
         return notes
 
 
-def terminal(plan: Plan, width: int) -> RichTable:
-    """A row for each trial: its memory and whether it fits; in a wide terminal, components, phase and work too."""
+def terminal(plan: Plan, width: int) -> list[RichTable]:
+    """A row for each trial: its memory and whether it fits; in a wide terminal, components, phase and work too.
+
+    Columns that a table of that width cannot hold go to a further one.
+    """
     unit, size = plan.unit
-    wide = width >= _WIDE
-    table = RichTable(title=f"{plain(plan.title)}: predicted memory, {unit}", title_justify="left")
-    table.add_column("trial", overflow="fold", min_width=16)
-    more = (*COMPONENTS, "in", "FLOP/step", "load", "evaluate") if wide else ()
-    step = ("step",) if plan.rates is not None else ()
     memory = ("allocated", "reserved", "process") if plan.device_type == "cuda" else ("peak",)
-    for heading in (*memory, *more):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in (*step, *plan.capacities):
-        table.add_column(heading, justify="right", no_wrap=wide)
+    more = (*COMPONENTS, "in", "FLOP/step", "load", "evaluate") if width >= _WIDE else ()
+    step = ("step",) if plan.rates is not None else ()
+    headings = (*memory, *step, *plan.capacities, *more)
+    cells = list[tuple[str, ...]]()
     for line in plan.lines:
         prediction = line.prediction
         if prediction is None:
-            table.add_row(plain(line.label), "[red]–[/]")
+            cells.append(("[red]–[/]",) + ("",) * (len(headings) - 1))
             continue
         details = (
             *(f"{prediction.breakdown[f'memory_{name}_bytes'] / size:.2f}" for name in COMPONENTS),
@@ -181,13 +187,35 @@ def terminal(plan: Plan, width: int) -> RichTable:
             f"{prediction.peak_load_bytes / size:.2f}",
             "–" if prediction.peak_evaluate_bytes is None else f"{prediction.peak_evaluate_bytes / size:.2f}",
         )
-        table.add_row(
-            plain(line.label),
-            *(f"[bold]{each / size:.2f}[/]" for each in _memory(plan, prediction)),
-            *(details if wide else ()),
-            *((_step(plan, prediction),) if step else ()),
-            *(_verdict(plan, line, name) for name in plan.capacities),
+        cells.append(
+            (
+                *(f"[bold]{each / size:.2f}[/]" for each in _memory(plan, prediction)),
+                *((_step(plan, prediction),) if step else ()),
+                *(_verdict(plan, line, name) for name in plan.capacities),
+                *(details if more else ()),
+            )
         )
+    labels = [plain(line.label) for line in plan.lines]
+    columns = zip(headings, zip(*cells, strict=True), strict=True)
+    title = f"{plain(plan.title)}: predicted memory, {unit}"
+    groups, left = [list[_Column]()], width - _TRIAL_WIDTH
+    for column in columns:
+        needed = max(cell_len(Text.from_markup(text).plain) for text in (column[0], *column[1])) + _AROUND
+        if needed > left and groups[-1]:
+            groups.append([])
+            left = width - _TRIAL_WIDTH
+        groups[-1].append(column)
+        left -= needed
+    return [_table("" if number else title, labels, group) for number, group in enumerate(groups)]
+
+
+def _table(title: str, labels: Sequence[str], columns: Sequence[_Column]) -> RichTable:
+    table = RichTable(title=title or None, title_justify="left")
+    table.add_column("trial", overflow="fold", min_width=_TRIAL_WIDTH - 1 - _AROUND)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in zip(labels, *(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
     return table
 
 
