@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,14 @@ from unittest import mock
 import bitsandbytes
 import pytest
 import torch
+from tiny_models import EMBEDDINGS, byte_tokenizer, tiny_model
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trials import run
 
-from harness.predict import int8_on_cuda, peak
+from harness.predict import int8_on_cuda, peak, predictor
 from harness.spec import TrialSpec
+from harness.training import model
 from harness.training.live_tensors import LiveTensors
 
 Small = Callable[..., TrialSpec]
@@ -101,3 +107,75 @@ def test_int8_on_cuda_allocates_what_its_code_does(inner: int, columns: int, bia
     emulated = peaks(int8_on_cuda.emulate())
     assert emulated == peaks(_operations_of_cuda())
     assert emulated != peaks(contextlib.nullcontext())
+
+
+# ------------------------------------------------------------------------------------ optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adafactor", "rmsprop", "paged_ademamix_32bit", "paged_lion_8bit"])
+def test_optimizers_with_state_beyond_adams(optimizer: str, small: Small, tmp_path: Path) -> None:
+    """Weights of more than 100,000 numbers, from which on state is paged, and few tokens: the update counts."""
+    folder = tiny_model(tmp_path, config={"hidden_size": 256, "head_dim": 64, "intermediate_size": 512})
+    spec = small(base_model=folder, adapter="none", optimizer=optimizer, gradient_accumulation_steps=1, **QUICK)
+    assert_predicted_is_measured(spec)
+    on_cuda = peak.predict(spec, "cuda").breakdown["memory_optimizer_bytes"]
+    on_cpu = peak.predict(spec, "cpu").breakdown["memory_optimizer_bytes"]
+    assert (on_cuda < 0.5 * on_cpu) == optimizer.startswith("paged")
+
+
+# ------------------------------------------------------------------------------------ kinds of models
+
+_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_TEXT = _SHAPE | {
+    "num_key_value_heads": 4,
+    "vocab_size": EMBEDDINGS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_EYES = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32, "intermediate_size": 64}
+_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+KINDS: dict[str, dict[str, Any]] = {
+    "mistral": _TEXT | {"sliding_window": 32},
+    "phi3": _TEXT | {"sliding_window": 400},
+    "olmoe": _TEXT | {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_5_vl": {"text_config": _TEXT | _ROTARY, "vision_config": _EYES | {"fullatt_block_indexes": [0]}},
+    "llava": {"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _SHAPE | {"image_size": 28,
+        "patch_size": 14, "model_type": "clip_vision_model"}, "image_token_index": 5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def kind(tmp_path: Path) -> Callable[[str], str]:
+    """Makes a folder of a tiny model of a kind."""
+
+    def make(name: str) -> str:
+        config = AutoConfig.for_model(name, **KINDS[name])
+        model._class_for(config).from_config(config).save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("length", [192, 448])
+def test_kinds_of_models(name: str, length: int, small: Small, kind: Callable[[str], str]) -> None:
+    """Windows shorter and longer than the examples, experts, and models of images that are trained on text."""
+    padded = {"sequence_length": length, "pad_to_sequence_len": length > 192}
+    assert_predicted_is_measured(small(base_model=kind(name), precision="bf16", **QUICK | padded))
+
+
+def test_what_raises_in_a_replay_is_one_line_with_the_operation(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) + torch.ones(3, 7))
+    logging.disable(logging.NOTSET)
+    predictor._quiet()
+    try:
+        answer = predictor._predict(small().model_dump_json(), "cpu", peak.AMPERE, {})
+    finally:
+        logging.disable(logging.NOTSET)
+    assert re.fullmatch(r"aten\.add\.Tensor: [^\n]+", answer["error"])
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
+from harness.errors import InputError
 from harness.predict import fake_weights, loading, reserve
 from harness.predict.allocator import Event
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.emulation import emulate_kernels, emulate_optimizer
 from harness.predict.prediction import Prediction
-from harness.predict.replay import Replay
+from harness.predict.replay import Replay, operation_of
 from harness.predict.roofline import Work
 from harness.record import Phase
 from harness.spec import TrialSpec
@@ -86,6 +87,10 @@ def predict(
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError) or (operation := operation_of(error)) is None:
+            raise
+        raise Unpredictable(f"{operation}: {first_line(error)}") from error
     if traces is not None:
         prediction = reserve.with_reserve(prediction, traces, expandable_segments=expandable_segments)
     length = spec.sequence_length if assumed else None

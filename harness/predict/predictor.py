@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -138,7 +139,13 @@ def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterato
 def _begin(held_open: Connection) -> None:
     """In the child: the runner alone handles interrupts, and this process ends when it is not wanted any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _quiet()
     threading.Thread(target=_exit_at_eof, args=(held_open,), daemon=True).start()
+
+
+def _quiet() -> None:
+    """Log nothing: torch logs a traceback of every operation that has no shapes, and the answer has the error."""
+    logging.disable()
 
 
 def _exit_at_eof(held_open: Connection) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,25 +27,36 @@ _TRANSIENT = -1
 """Key in the trace of what a kernel holds while it runs."""
 _device = torch.ops.prim.device.default
 _WITHOUT_TRAFFIC = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_OF_STORAGES = frozenset({torch.ops.aten.set_.source_Storage, torch.ops.aten.set_.source_Tensor})
+"""In place, but not in the storage that was there."""
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
 @dataclass(frozen=True)
 class _Output:
-    """The tensor that an operation returns, where its arguments' shapes determine it."""
+    """A tensor that an operation returns."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int | None
     """Into the storage of the first argument, of which it is a view; null: a storage of its own."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an operation does, where its arguments' shapes determine it."""
+
+    returns: Literal["tensor", "tuple", "first argument", "nothing"]
+    outputs: tuple[_Output, ...]
+    """The tensors that it makes."""
     work: tuple[str | None, int, int] | None
     """Type, operations and bytes; null: none."""
     transient: int
     """Bytes that the kernel holds for a moment next to it."""
 
 
-_cache: dict[tuple[Any, ...], _Output] = {}
+_cache: dict[tuple[Any, ...], _Call] = {}
 """By operation and shapes, which repeat over a model's layers and a grid's trials. FakeTensorMode has a cache too, but
 takes three times as long."""
 
@@ -52,9 +64,9 @@ takes three times as long."""
 class Replay(LiveTensors):
     """`LiveTensors` for a step under FakeTensorMode.
 
-    It uses private API of torch (2.13): `FakeTensor`'s constructor and `constant`, `_DisableTorchDispatch`, an
-    operator's `_schema` and `_overloadpacket`, `_cdata`. Most of it serves the cache; without the cache, predictions
-    are the same and take three times as long.
+    It uses private API of torch (2.13): `_make_subclass`, `FakeTensor`'s constructor, attributes and `constant`,
+    `_DisableTorchDispatch`, an operator's `_schema` and `_overloadpacket`, `_cdata`. Most of it serves the cache;
+    without the cache, predictions are the same and take three times as long.
 
     Args:
         device_type: target device.
@@ -73,7 +85,8 @@ class Replay(LiveTensors):
         """Whether new storages are counted."""
         self._work: Counter[tuple[str | None, int, int]] = Counter()
         self._rounding = _ROUNDING[device_type]
-        self._fake = fake
+        # Of every fake tensor of the mode.
+        self._attributes = dict(FakeTensor(fake, torch.empty(0, device="meta"), _CPU).__dict__)
         self._cuda = device_type == "cuda"
         self._workspaces: dict[Phase, Any] = {}
         """cuBLAS's, of the threads of the forward and of the backward pass."""
@@ -97,20 +110,32 @@ class Replay(LiveTensors):
             _store(key, args, out, work, transient)
         return out
 
-    def _from_cache(self, cached: _Output, args: Any) -> torch.Tensor:
-        """The tensor that FakeTensorMode would return."""
-        with torch._C._DisableTorchDispatch():  # as in FakeTensorMode
-            if cached.offset is None:
-                meta = torch.empty_strided(cached.shape, cached.stride, dtype=cached.dtype, device="meta")
-            else:
-                meta = torch.empty(0, dtype=cached.dtype, device="meta")
-                meta.set_(args[0].untyped_storage(), cached.offset, cached.shape, cached.stride)
-            out: torch.Tensor = FakeTensor(self._fake, meta, _CPU)
+    def _from_cache(self, cached: _Call, args: Any) -> Any:
+        """What FakeTensorMode would return."""
         if cached.work is not None:
             self._work[cached.work] += 1
-        self._add(out, self.component)
+        made = tuple(self._make(output, args) for output in cached.outputs)
         self._hold_for_a_moment(cached.transient)
-        return out
+        if cached.returns == "nothing":
+            return None
+        if cached.returns == "first argument":
+            return args[0]
+        return made if cached.returns == "tuple" else made[0]
+
+    def _make(self, output: _Output, args: Any) -> torch.Tensor:
+        with torch._C._DisableTorchDispatch():  # as in FakeTensorMode
+            if output.offset is None:
+                meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+            else:
+                meta = torch.empty(0, dtype=output.dtype, device="meta")
+                meta.set_(args[0].untyped_storage(), output.offset, output.shape, output.stride)
+            # FakeTensor's constructor does the same, with checks that take four times as long.
+            made: torch.Tensor = torch.Tensor._make_subclass(
+                FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU
+            )
+            made.__dict__.update(self._attributes)
+        self._add(made, self.component)
+        return made
 
     def _hold_for_a_moment(self, size: int) -> None:
         if size and self._cuda:
@@ -182,12 +207,14 @@ class Replay(LiveTensors):
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
-    """The operation and its arguments' shapes; null where these do not determine the output."""
-    if func.namespace != "aten" or func._schema.is_mutable:
+    """The operation and its arguments' shapes; null where these do not determine what it does."""
+    of_optimizer = func.namespace == "bitsandbytes" and func._schema.is_mutable
+    if func.namespace != "aten" and not of_optimizer:
         return None
     key = [func]
     for value in (*args, *(kwargs or {}).items()):
-        signature = _signature(value)
+        table = of_optimizer and type(value) is torch.Tensor  # a real one: its values are constants
+        signature = tuple(value.shape) if table else _signature(value)
         if signature is None:
             return None
         key.append(signature)
@@ -203,20 +230,44 @@ def _signature(value: Any) -> tuple[Any, ...] | None:
     if kind in _PLAIN:
         return kind, value
     if kind in (list, tuple):
-        inner = tuple(type(v) if type(v) in _PLAIN else None for v in value)
-        return None if None in inner else (kind, inner, *value)
+        inner = tuple(_signature(each) for each in value)
+        return None if None in inner else (kind, inner)
     return None
 
 
 def _store(key: tuple[Any, ...], args: Any, out: Any, work: tuple[str | None, int, int] | None, transient: int) -> None:
+    func = key[0]
+    if func._schema.is_mutable:
+        if out is None:
+            _cache[key] = _Call("nothing", (), work, transient)
+        elif out is args[0] and func not in _OF_STORAGES and _signature(out) == key[1]:
+            _cache[key] = _Call("first argument", (), work, transient)
+        return
+    made = out if type(out) is tuple else (out,)
+    outputs = [output for each in made if (output := _output_of(each, args, alone=made is not out)) is not None]
+    if len(outputs) == len(made):
+        _cache[key] = _Call("tuple" if made is out else "tensor", tuple(outputs), work, transient)
+
+
+def _output_of(out: Any, args: Any, *, alone: bool) -> _Output | None:
+    """Null where it is no tensor, or its storage is of another argument than the first."""
     if type(out) is not FakeTensor or out.constant is not None or out.fake_device != _CPU:
-        return
+        return None
     storage = out.untyped_storage()._cdata
-    owners = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == storage]
-    if owners not in ([], [0]) or (not owners and out.storage_offset()):
-        return
-    offset = int(out.storage_offset()) if owners else None
-    _cache[key] = _Output(tuple(out.shape), out.stride(), out.dtype, offset, work, transient)
+    owners = [i for i, each in enumerate(args) if any(t.untyped_storage()._cdata == storage for t in _tensors(each))]
+    if owners not in ([], [0] if alone else []) or (not owners and out.storage_offset()):
+        return None
+    if owners and not isinstance(args[0], torch.Tensor):
+        return None
+    return _Output(tuple(out.shape), out.stride(), out.dtype, int(out.storage_offset()) if owners else None)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, int, int] | None:
@@ -227,10 +278,13 @@ def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, in
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    total = 0
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            total += distributed.local_tensor(value).numel() * value.element_size()
-        elif isinstance(value, list | tuple):
-            total += _bytes(value)
-    return total
+    return sum(
+        distributed.local_tensor(each).numel() * each.element_size() for value in values for each in _tensors(value)
+    )
+
+
+def operation_of(error: Exception) -> str | None:
+    """The innermost operation of torch in which an error arose; null where it was in none."""
+    functions = [frame.f_locals.get("func") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    operations = [function for function in functions if isinstance(function, torch._ops.OpOverload)]
+    return str(operations[-1]) if operations else None

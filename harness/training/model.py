@@ -63,15 +63,14 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         InputError: the model is not available, or its weights are stored in another format than the spec's.
         OSError: its files are not safetensors, or are damaged.
     """
-    from transformers import AutoModelForCausalLM
-
     # Undocumented switch of transformers (5.23): it loads in threads, and the memory tracker sees its own thread alone.
     # An argument of `from_pretrained` would replace it.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     torch.backends.cudnn.allow_tf32 = spec.tf32
-    stored = _stored_format(spec, _config(spec, trust_remote_code))
-    model = AutoModelForCausalLM.from_pretrained(
+    config = _config(spec, trust_remote_code)
+    stored = _stored_format(spec, config)
+    model = _class_for(config).from_pretrained(
         checkpoint_folder(spec.base_model, spec.folder),
         dtype=_weights_dtype(spec),
         device_map={"": str(device)},
@@ -93,13 +92,11 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: the model's config is not available, or no such model can be trained as the spec says.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _config(spec, trust_remote_code)
     stored = _stored_format(spec, config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = _class_for(config).from_config(
                 config,
                 dtype=_weights_dtype(spec),
                 attn_implementation=_attention(spec),
@@ -140,6 +137,23 @@ def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise _refused(spec, error) from None
+
+
+def _class_for(config: Any) -> Any:
+    """What makes a model of a config: a class of text, or one of text and images where there is none of text alone."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    of_text: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    of_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = type(config)
+    # The class of some, as of Mllama, takes a config of their text part, which transformers (5.23) has no class for.
+    has_text = kind in of_text and of_text[kind].config_class in of_text
+    return AutoModelForImageTextToText if kind in of_images and not has_text else AutoModelForCausalLM
 
 
 def _refused(spec: TrialSpec, error: Exception) -> InputError:
