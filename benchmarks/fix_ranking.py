@@ -1,9 +1,11 @@
 """Does `harness plan --fix` rank by time as a clock does?
 
-A configuration without checkpointing exceeds a budget on this CPU. For each proposal, whether it fits or not, its
-predicted and its measured time of a token are printed, and Kendall's tau between the two orders.
+The lesson's configuration without checkpointing, on a model of an eighth of the 8B's widths and a quarter of its
+layers, exceeds a budget on this CPU. For each proposal, whether it fits or not, its predicted and its measured time of
+a token are printed, and Kendall's tau between the two orders.
 
-    python benchmarks/fix_ranking.py [--model random:smollm2-135m] [--budget 0.7] [--rounds 3] [--seconds 6] [--fitting]
+    python benchmarks/fix_ranking.py [--model random:CONFIG.json] [--precision fp32] [--budget 0.7] [--rounds 5]
+                                     [--seconds 4] [--fitting]
 
 Proposals are timed in rounds, each of them once in every round, in random order: a drift of the machine's speed affects
 all alike. Pairs count whose measured times differ by more than twice the standard error of their difference, from the
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 import statistics
@@ -34,6 +37,18 @@ from harness.report.predictions import Line, Plan
 from harness.results import timing
 from harness.spec import TrialSpec
 from harness.training import half_matmul, trial
+
+TWIN = {
+    "model_type": "llama",
+    "vocab_size": 16_032,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+"""Llama-3.1-8B's shape, an eighth as wide."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +121,38 @@ def tau(predicted: Sequence[float], measured: Sequence[Sequence[float]]) -> tupl
 
 
 def main() -> None:
-    """Print each proposal's times, and tau."""
+    """Make the twin's configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random:smollm2-135m")
+    parser.add_argument("--model", help="instead of the small 8B")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--budget", type=float, default=0.7, help="fraction of what the configuration needs")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timed steps in each visit")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed steps in each visit")
     parser.add_argument("--fitting", action="store_true", help="those proposals alone that fit")
     given = parser.parse_args()
     if given.rounds < 2:
         parser.error("--rounds: 2 or more, since noise is what differs between rounds")
     half_matmul.install()
     disable_progress_bar()
-    spec = TrialSpec(
-        base_model=given.model,
-        sequence_length=128,
-        micro_batch_size=4,
-        max_steps=4,
-        val_set_size=0,
-        precision="bf16",
-        device="cpu",
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        twin = Path(folder, "config.json")
+        twin.write_text(json.dumps(TWIN))
+        spec = TrialSpec(
+            base_model=given.model or f"random:{twin}",
+            sequence_length=256,
+            micro_batch_size=4,
+            max_steps=4,
+            val_set_size=0,
+            lora_r=32,
+            lora_dropout=0.05,
+            precision=given.precision,
+            device="cpu",
+        )
+        compare(spec, given)
+
+
+def compare(spec: TrialSpec, given: argparse.Namespace) -> None:
+    """Print each proposal's times, and tau."""
     chosen = candidates(spec, given.budget, fitting=given.fitting)
     measured = measure(chosen, given.rounds, given.seconds)
     predicted = [math.log(each.predicted) for each in chosen]

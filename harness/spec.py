@@ -59,14 +59,8 @@ SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fuse
 """Those of torch, which update a shard as they do a whole weight."""
 
 Scheduler = Literal[
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
-]
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]  # fmt: skip
 
 _POLYNOMIAL_END = 1e-7
 """Last learning rate of `polynomial` in transformers."""
@@ -147,8 +141,8 @@ class TrialSpec(Frozen):
     """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
-    """Run forward passes under autocast where arithmetic is 16 bit; null: with adapters, which compute in fp32 without
-    it."""
+    """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which compute in fp32
+    without it."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -175,6 +169,8 @@ class TrialSpec(Frozen):
     `lora_target_linear`; `all-linear` means the same as that, and may be the first of several."""
     lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None)] = None
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
+    adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32")] = "fp32"
+    """Format of the adapters; bf16 ones compute without autocast and without fp32 copies of their inputs."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
@@ -202,6 +198,10 @@ class TrialSpec(Frozen):
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
+    loss: Annotated[Literal["full", "chunked"], Facts(absent="full")] = "full"
+    """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together."""
+    loss_chunk_size: Annotated[PositiveInt, Facts(absent=256)] = 256
+    """Positions in a part of a chunked loss."""
 
     train_samples: Annotated[PositiveInt | None, _TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
@@ -318,6 +318,8 @@ class TrialSpec(Frozen):
                 "autocast with precision fp16 and full fine-tuning: the loss scaler cannot unscale gradients of fp16 "
                 "weights; use precision: fp16-mixed"
             )
+        if self.adapter == "lora" and self.adapter_dtype == "bf16" and self._in_fp16:
+            raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
@@ -352,7 +354,12 @@ class TrialSpec(Frozen):
         """Whether forward passes run under autocast: never where arithmetic is fp32."""
         if "fp32" in (self.precision, self.compute_dtype):
             return False
-        return self.adapter == "lora" or self.precision.endswith("-mixed") if self.autocast is None else self.autocast
+        in_fp32 = self.precision.endswith("-mixed") or (self.adapter == "lora" and self.adapter_dtype == "fp32")
+        return in_fp32 if self.autocast is None else self.autocast
+
+    @property
+    def _in_fp16(self) -> bool:
+        return self.precision in ("fp16", "fp16-mixed") or self.compute_dtype == "fp16"
 
     @property
     def dataset_paths(self) -> str:
@@ -387,6 +394,8 @@ class TrialSpec(Frozen):
             del values["compute_dtype"]
         if self.precision not in QUANTISED:
             values.pop("upcast_unquantized", None)
+        if self.loss == "full":
+            values.pop("loss_chunk_size", None)
         if not self.gradient_checkpointing:
             values.pop("reentrant_checkpointing", None)
         if self.autocasts == self.model_copy(update={"autocast": None}).autocasts:
@@ -399,7 +408,8 @@ class TrialSpec(Frozen):
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
         if self.adapter == "none":
-            values = {k: v for k, v in values.items() if not k.startswith(("lora_", "use_")) and k != "save_adapter"}
+            of_adapters = ("lora_", "use_", "adapter_", "save_adapter")
+            values = {name: value for name, value in values.items() if not name.startswith(of_adapters)}
         return values
 
     @property

@@ -637,6 +637,8 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "micro_batch_size": 2,
         "pad_to_sequence_len": True,
         "keep_outputs": True,
+        "loss": "chunked",
+        "adapter_dtype": "bf16",
         "autocast": False,
         "gradient_accumulation_steps": 2,
         "num_processes": 2,
@@ -656,8 +658,9 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "max_grad_norm": 0.0,
         "seed": 1,
     }
-    # Those that go with another key: with quantised weights, several processes, checkpointing.
+    # Those that go with another key: with quantised weights, several processes, checkpointing, a chunked loss.
     bound = {"double_quantization", "compute_dtype", "upcast_unquantized", "sharding", "reentrant_checkpointing"}
+    bound |= {"loss_chunk_size"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
     assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}

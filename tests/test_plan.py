@@ -505,3 +505,17 @@ def test_the_shape_of_8b_without_its_weights() -> None:
     nf4 = peak.predict(TrialSpec.model_validate(base | {"precision": "nf4"}), "cpu")
     expected = 0.5625 * 6_979_321_856 + 2 * 1_050_673_152
     assert nf4.breakdown["memory_weights_bytes"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_accumulation_steps": 4}, {"adapter": "none"}], ids=str)
+def test_a_step_replayed_once_stands_for_two(
+    keys: dict[str, Any], small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step, which finds no optimizer state, is not replayed where a later one has its micro-batches."""
+    spec = small(sequence_length=512, micro_batch_size=4, **keys)
+    once = peak.predict(spec, "cuda")
+    monkeypatch.setattr(peak._StepReplay, "_is_covered", lambda *_: False)
+    twice = peak.predict(spec, "cuda")
+    unmeasured = {"seconds": 0.0, "work": (), "positions": 0}
+    assert once.model_copy(update=unmeasured) == twice.model_copy(update=unmeasured)
+    assert once.peak_reserved_bytes is not None

@@ -54,7 +54,7 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
     same = {"train_samples": 13, "adapter": adapter, "save_adapter": adapter == "lora", "base_model": untied}
     # An embedding that has an adapter is kept with it.
     same |= {"lora_target_modules": ["q_proj", "down_proj", "embed_tokens"]} if adapter == "lora" else {}
-    same |= {"gradient_checkpointing": adapter == "lora"}
+    same |= {"gradient_checkpointing": adapter == "lora", "loss": "full" if adapter == "lora" else "chunked"}
     together = same | {"micro_batch_size": 1, "num_processes": 2}
     grid = grid_of(
         alone=small(micro_batch_size=2, **same),

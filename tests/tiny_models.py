@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", _GPT | {"rotary_dim": 4}),  # a table of computed positions
     "gpt_neox": ("gpt_neox", _LLAMA),
     "opt": ("opt", _LLAMA | {"ffn_dim": 64, "word_embed_proj_dim": 32}),  # learned positions after two other rows
+    "granite": ("granite", _LLAMA),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),  # no positions
     "phi3": ("phi3", _LLAMA),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),

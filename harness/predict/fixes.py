@@ -91,6 +91,11 @@ def _checkpointing(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]
         yield Change("checkpointing", "nothing", {"gradient_checkpointing": True})
 
 
+def _losses(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
+    if spec.loss == "full":
+        yield Change("loss", "nothing", {"loss": "chunked"})
+
+
 def _outputs(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if spec.attention == "eager":
         yield Change("attention", "arithmetic", {"attention": "auto"})
@@ -158,6 +163,8 @@ def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if spec.adapter == "none":
         yield Change("adapter", "model", {"adapter": "lora"})
         return
+    if spec.adapter_dtype == "fp32" and spec.precision != "fp32":
+        yield Change("adapter type", "arithmetic", {"adapter_dtype": "bf16"})
     for part in (2, 4):  # alpha / r, the scale, is kept
         if spec.lora_r % part == spec.lora_alpha % part == 0:
             yield Change("rank", "model", {"lora_r": spec.lora_r // part, "lora_alpha": spec.lora_alpha // part})
@@ -177,6 +184,7 @@ def _lengths(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
 _CHANGES: tuple[Callable[[TrialSpec, DeviceType], Iterator[Change]], ...] = (
     _micro_batches,
     _checkpointing,
+    _losses,
     _outputs,
     _optimizers,
     _precisions,

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from harness.spec import TrialSpec
-from harness.training import distributed
+from harness.training import distributed, loss
 from harness.training.batches import IGNORED, Batch, Example, collate
-from harness.training.loss import summed_cross_entropy
 from harness.training.model import autocast
 
 
@@ -41,20 +40,14 @@ def _batch_losses(
     batch = collate(group, pad_id, device)
     tokens = [int((target != IGNORED).sum()) for target in batch.inputs["labels"]]
     sums = summed_losses(model, batch, spec, device)
-    return [(e.story_id, float(loss) / n, n) for e, loss, n in zip(group, sums, tokens, strict=True)]
+    return [(e.story_id, float(total) / n, n) for e, total, n in zip(group, sums, tokens, strict=True)]
 
 
 @torch.no_grad()
 def summed_losses(model: Any, batch: Batch, spec: TrialSpec, device: torch.device) -> list[torch.Tensor]:
     """Sum of the cross entropies of each example of a batch, in nats."""
-    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
     with autocast(spec, device):
-        logits = model(**inputs).logits
-    # One story at a time keeps the fp32 copy of the logits small.
-    return [
-        summed_cross_entropy(row[None], target[None])
-        for row, target in zip(logits, batch.inputs["labels"], strict=True)
-    ]
+        return loss.by_example(model, batch.inputs, spec)
 
 
 def token_mean(losses: Sequence[tuple[str, float, int]]) -> float | None:

@@ -49,10 +49,15 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
     unfit = _unfit(network, matches)
     try:
         # peft makes adapters of 16-bit and quantised models fp32; those of a model on `meta` are on `meta`.
-        return get_peft_model(network, config, low_cpu_mem_usage=network.device.type == "meta")
+        adapted = get_peft_model(network, config, low_cpu_mem_usage=network.device.type == "meta")
     except ValueError as error:
         reason = unfit or f"{', '.join(matches)}: peft: {first_line(error)}"
         raise InputError(one_line(f"{_KEY}: {reason}")) from None
+    if spec.adapter_dtype == "bf16":
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and ".lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
 
 
 def without(network: Any) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Cross entropy from the logits, the one loss of training, evaluation, prediction and inference.
+"""Cross entropy, the one loss of training, evaluation, prediction and inference.
 
 A model's own `.loss` is not used: models of own code take means over their micro-batch, and auxiliary losses are added
 once for each of them. What is minimised then depends on how an effective batch is cut.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from harness.errors import InputError
+from harness.spec import TrialSpec
+from harness.training import chunked_loss
 from harness.training.batches import IGNORED
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
@@ -34,6 +36,41 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.cross_entropy(
         logits.float().view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def forward(
+    wrapped: Any, network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec
+) -> tuple[Any, torch.Tensor]:
+    """The outputs of a micro-batch's forward pass, and the sum of the cross entropies of all its positions in nats.
+
+    Args:
+        wrapped: the network as it is called, in a wrapper for data parallelism or not.
+        network: with or without adapters.
+        inputs: of a batch, with its labels.
+        spec: which loss.
+    """
+    outputs = _outputs(wrapped, network, inputs, spec)
+    if spec.loss == "chunked":
+        return outputs, outputs.loss
+    return outputs, summed_cross_entropy(outputs.logits, inputs["labels"])
+
+
+def by_example(network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec) -> list[torch.Tensor]:
+    """The sum of the cross entropies of each example in nats, without a graph."""
+    outputs = _outputs(network, network, inputs, spec)
+    if spec.loss == "chunked":
+        return list(outputs.loss)
+    # One example at a time keeps the fp32 copy of the logits small.
+    rows = zip(outputs.logits, inputs["labels"], strict=True)
+    return [summed_cross_entropy(logits[None], labels[None]) for logits, labels in rows]
+
+
+def _outputs(wrapped: Any, network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec) -> Any:
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    if spec.loss == "full":
+        return wrapped(**given)
+    with chunked_loss.losses_for_logits(_base(network), inputs["labels"], spec.loss_chunk_size):
+        return wrapped(**given)
 
 
 def auxiliary(network: Any, outputs: Any) -> torch.Tensor | None:

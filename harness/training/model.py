@@ -15,7 +15,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
 from harness.spec import QUANTISED, TrialSpec
-from harness.training import lora, reach
+from harness.training import chunked_loss, lora, reach
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -221,6 +221,8 @@ def _keep_fp32(model: Any, dtype: torch.dtype) -> None:
 
 def _prepared(model: Any, spec: TrialSpec) -> Any:
     """A base model set up for training: checkpointing, adapters, training mode."""
+    if spec.loss == "chunked":
+        chunked_loss.refuse_if_impossible(model)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(

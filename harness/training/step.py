@@ -118,11 +118,10 @@ class Trainer:
             supervised: supervised tokens of the effective batch.
             tokens: its non-padding tokens.
         """
-        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
         with autocast(self.spec, self.device), loss.auxiliary_by_example(self._module):
-            outputs = self.model(**inputs)
+            outputs, summed = loss.forward(self.model, self._module, batch.inputs, self.spec)
             self._kept_outputs = outputs if self.spec.keep_outputs else None
-            terms = [loss.summed_cross_entropy(outputs.logits, batch.inputs["labels"]) / supervised]
+            terms = [summed / supervised]
             auxiliary = loss.auxiliary(self._module, outputs)
         return terms if auxiliary is None else [*terms, auxiliary * batch.tokens / tokens]
 
