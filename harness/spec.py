@@ -99,6 +99,7 @@ def _check_pattern(text: str, *, alone: bool) -> None:
         raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
 
 
+Noise = Annotated[float, Field(strict=True, gt=0)]
 UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
@@ -141,8 +142,7 @@ class TrialSpec(Frozen):
     """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
-    """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which compute in fp32
-    without it."""
+    """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""
     tf32: StrictBool = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -229,6 +229,8 @@ class TrialSpec(Frozen):
     """Decoupled weight decay; not on biases and norms."""
     max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 1.0
     """Gradient clipping; 0: none."""
+    neftune_noise_alpha: Annotated[Noise | None, Facts(untrained=False, absent=None)] = None
+    """Uniform noise on the embeddings in training, up to alpha / sqrt(length x width) (NEFTune); null: none."""
     seed: Annotated[StrictInt, Field(ge=0, le=MOST), _TRAINING] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 

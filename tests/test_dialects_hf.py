@@ -31,10 +31,10 @@ REFUSED = {
     "llama_factory/full_zero3_offload": {"deepspeed"},
     "llama_factory/galore": {"use_galore"},
     "llama_factory/hqq": {"quantization_method"},
-    "llama_factory/packing": {"packing", "neat_packing", "enable_liger_kernel", "neftune_noise_alpha"},
+    "llama_factory/packing": {"packing", "neat_packing", "enable_liger_kernel"},
     "llama_factory/unsloth": {"use_unsloth", "loraplus_lr_ratio", "eval_dataset", "rope_scaling"},
     "trl/experts": {"lora_target_parameters", "lr_scheduler_type", "lr_scheduler_kwargs"},
-    "trl/packing": {"packing", "use_liger_kernel", "neftune_noise_alpha", "torch_compile"},
+    "trl/packing": {"packing", "use_liger_kernel", "torch_compile"},
     "trl/template_file": {"chat_template_path"},
 }
 

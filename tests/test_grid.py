@@ -656,6 +656,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "adam_epsilon": 1e-6,
         "weight_decay": 0.1,
         "max_grad_norm": 0.0,
+        "neftune_noise_alpha": 5.0,
         "seed": 1,
     }
     # Those that go with another key: with quantised weights, several processes, checkpointing, a chunked loss.

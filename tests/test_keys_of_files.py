@@ -10,6 +10,7 @@ import torch
 from trials import run
 
 from harness.errors import InputError
+from harness.predict import peak
 from harness.spec import TrialSpec
 from harness.training import model, order
 from harness.training.step import Trainer
@@ -110,3 +111,21 @@ def test_moments_of_adam(small: Small) -> None:
 def test_impossible_combinations(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrialSpec.model_validate({"base_model": "random:tiny", **keys})
+
+
+def test_noise_on_the_embeddings_in_training_alone(small: Small) -> None:
+    spec = small(neftune_noise_alpha=5.0, micro_batch_size=4)
+    network = model.load(spec, CPU)
+    embeddings, ids = network.get_input_embeddings(), torch.zeros((2, 50), dtype=torch.long)
+    noise = embeddings(ids) - embeddings.eval()(ids)
+    most = 5 / (50 * noise.shape[2]) ** 0.5
+    assert 0.95 * most < noise.abs().max() <= most
+    assert float(noise.std()) == pytest.approx(most / 3**0.5, rel=0.05)
+    plain, noisy, again = run(small(micro_batch_size=4)), run(spec), run(spec)
+    assert [s.loss for s in noisy.steps] == [s.loss for s in again.steps]
+    assert all(a.loss != b.loss for a, b in zip(plain.steps, noisy.steps, strict=True))
+    before = [[s.loss for s in record.stories if s.when == "before"] for record in (plain, noisy)]
+    assert before[0] == before[1]
+    assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(noisy.metrics["peak_memory_bytes"], rel=0.005)
+    barely = losses(small(neftune_noise_alpha=1e-4, micro_batch_size=4))
+    assert barely == pytest.approx([s.loss for s in plain.steps], rel=1e-3)

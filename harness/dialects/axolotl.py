@@ -116,9 +116,9 @@ def _read_adapter(reader: Reader) -> None:
         if name in reader.given:
             reader.set(key, reader.get(name), name)
     if reader.get("peft_autocast_adapter_dtype") is False:
-        reader.refuse("peft_autocast_adapter_dtype", "leave it out: adapters are fp32 here")
+        reader.set("adapter_dtype", "bf16", "peft_autocast_adapter_dtype")
     else:
-        reader.ignore("adapters are fp32 here, as in peft", "peft_autocast_adapter_dtype")
+        reader.ignore("adapters are fp32, as in peft", "peft_autocast_adapter_dtype")
     if "lora_modules_to_save" in reader.given:
         reader.set("lora_modules_to_save", reader.get("lora_modules_to_save"), "lora_modules_to_save")
     _read_targets(reader)

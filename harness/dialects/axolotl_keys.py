@@ -51,6 +51,7 @@ TABLE: dict[str, Rule] = {
     "adam_beta1": To("adam_beta1"),
     "adam_beta2": To("adam_beta2"),
     "adam_epsilon": To("adam_epsilon", _number),
+    **_all(To("neftune_noise_alpha", lambda value: value or None), "neftune_noise_alpha noisy_embedding_alpha"),
     "seed": To("seed"),
     "tf32": To("tf32", lambda value: value is True),
     "output_dir": To("output_dir"),
@@ -112,8 +113,8 @@ TABLE: dict[str, Rule] = {
     "peft_autocast_adapter_dtype": Together(),
     **_all(
         Unsupported(NOT_MEASURED),
-        "sample_packing max_packed_sequence_len batch_flattening group_by_length neftune_noise_alpha "
-        "noisy_embedding_alpha torch_compile "
+        "sample_packing max_packed_sequence_len batch_flattening group_by_length "
+        "torch_compile "
         "torch_compile_backend torch_compile_mode deepcompile flex_attn_compile_kwargs activation_offloading "
         "layer_offloading selective_checkpointing chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp "
         "tiled_mlp_num_shards cut_cross_entropy liger_rope liger_rms_norm liger_glu_activation liger_swiglu "

@@ -201,11 +201,11 @@ _SIZES = (
     "norm_eps", "rope_base", "scale_factor", "tie_word_embeddings", "q_proj_bias", "k_proj_bias", "v_proj_bias",
     "q_norm", "k_norm",
 )  # fmt: skip
+_IN_PARTS = "LinearCrossEntropyLoss"
 _LOSSES = {
     "CrossEntropyLoss": "",
     "CEWithChunkedOutputLoss": "of all logits at once; torchtune takes it in chunks, which needs less memory",
-    "LinearCrossEntropyLoss": "of all logits at once; torchtune takes it with the last layer in chunks, which needs "
-    "less memory",
+    _IN_PARTS: "",
 }
 _OTHER_LOSSES = {
     "DPO": "training on preferences",
@@ -321,11 +321,9 @@ def _precision(reader: Reader) -> None:
     if dtype not in ("bf16", "fp32"):
         reader.refuse("dtype", "torchtune's recipes train in bf16 or fp32; use one of them")
         dtype = "bf16"
-    note = "the adapters are fp32 here, 16 bit in torchtune" if adapter and dtype == "bf16" else ""
-    if quantised:
-        reader.set("compute_dtype", dtype, "dtype", note=note)
-    else:
-        reader.set("precision", dtype, "dtype", note=note)
+    reader.set("compute_dtype" if quantised else "precision", dtype, "dtype")
+    if adapter and dtype == "bf16":
+        reader.set("adapter_dtype", dtype, "dtype")
 
 
 def _checkpointer(reader: Reader) -> None:
@@ -378,6 +376,8 @@ def _loss(reader: Reader) -> None:
     else:
         note = _LOSSES[loss.name]
         reader.note("cross entropy" + (f" ({note})" if note else ""), "loss")
+        if loss.name == _IN_PARTS:
+            reader.set("loss", "chunked", "loss")
     loss.drop("num_output_chunks", "ignore_index")
     if loss.take("reduction", "mean") != "mean":
         loss.refuse("reduction", "use mean")

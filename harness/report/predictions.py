@@ -173,7 +173,7 @@ def terminal(plan: Plan, width: int) -> list[RichTable]:
     memory = ("allocated", "reserved", "process") if plan.device_type == "cuda" else ("peak",)
     more = (*COMPONENTS, "in", "FLOP/step", "load", "evaluate") if width >= _WIDE else ()
     step = ("step",) if plan.rates is not None else ()
-    headings = (*memory, *step, *plan.capacities, *more)
+    headings = (*memory, *plan.capacities, *step, *more)
     cells = list[tuple[str, ...]]()
     for line in plan.lines:
         prediction = line.prediction
@@ -190,8 +190,8 @@ def terminal(plan: Plan, width: int) -> list[RichTable]:
         cells.append(
             (
                 *(f"[bold]{each / size:.2f}[/]" for each in _memory(plan, prediction)),
-                *((_step(plan, prediction),) if step else ()),
                 *(_verdict(plan, line, name) for name in plan.capacities),
+                *((_step(plan, prediction),) if step else ()),
                 *(details if more else ()),
             )
         )

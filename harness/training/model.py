@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -232,6 +233,8 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcast_unquantized and spec.precision in QUANTISED:
         _upcast_unquantized(model)
+    if spec.neftune_noise_alpha is not None:
+        model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
     unreached = reach.unreached(model)
     if spec.adapter == "lora":
         model = lora.attach(model, spec, unreached)
@@ -239,6 +242,14 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         parameter.requires_grad_(False)
     model.train()
     return model
+
+
+def _with_noise(alpha: float, embeddings: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """NEFTune (arXiv:2310.05914), as in transformers' Trainer, whose own hook needs the value of a tensor."""
+    if not embeddings.training:
+        return output
+    most = alpha / math.sqrt(output.shape[1] * output.shape[2])
+    return output + torch.empty_like(output).uniform_(-most, most)
 
 
 def _upcast_unquantized(model: Any) -> None:
