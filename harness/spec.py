@@ -32,28 +32,12 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", 
 QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
 
 Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "ademamix",
-    "ademamix_8bit",
-    "paged_ademamix_32bit",
-    "paged_ademamix_8bit",
-    "lion_8bit",
-    "lion_32bit",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "rmsprop",
-    "rmsprop_bnb",
-    "rmsprop_bnb_8bit",
-    "rmsprop_bnb_32bit",
-    "sgd",
-    "adagrad",
-    "adafactor",
-]
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "sgd", "adagrad", "adafactor",
+]  # fmt: skip
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 """Those of torch, which update a shard as they do a whole weight."""
@@ -193,7 +177,8 @@ class TrialSpec(Frozen):
     """Whether each process holds the whole model (`none`: DDP) or a shard (FSDP), gathered per step or per layer."""
     gradient_checkpointing: Annotated[StrictBool, _TRAINING] = False
     """Recompute activations in the backward pass instead of keeping them."""
-
+    checkpoint_every_n_layers: Annotated[PositiveInt, Facts(untrained=False, absent=1)] = 1
+    """With `gradient_checkpointing`, recompute one of so many layers, and keep the activations of the others."""
     reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
@@ -400,6 +385,7 @@ class TrialSpec(Frozen):
             values.pop("loss_chunk_size", None)
         if not self.gradient_checkpointing:
             values.pop("reentrant_checkpointing", None)
+            values.pop("checkpoint_every_n_layers", None)
         if self.autocasts == self.model_copy(update={"autocast": None}).autocasts:
             values.pop("autocast", None)
         if not self.pad_to_sequence_len:

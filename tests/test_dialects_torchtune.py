@@ -22,7 +22,7 @@ FILES = {file.stem: file for file in sorted((Path(__file__).parent / "training_f
 OWN = tuple(key for key, facts in FACTS.items() if facts.given)
 REFUSED = {
     "llama2_7b_full_low_memory": ("optimizer_in_bwd", "enable_activation_offloading"),
-    "llama3_8b_full_of_meta": ("checkpointer", "ac_mode"),
+    "llama3_8b_full_of_meta": ("checkpointer",),
     "qwen2_5_3b_lora_packed": ("enable_activation_offloading", "dataset.packed", "compile"),
     "llama3_3_70b_full_distributed": ("tensor_parallel_dim", "fsdp_cpu_offload", "enable_fp8_training", "optimizer"),
 }
@@ -429,6 +429,8 @@ def test_checkpointing_of_activations() -> None:
     assert not spec(both).gradient_checkpointing  # torchtune applies neither
     assert "nothing" in both.mapped["ac_mode"]
     assert spec(accepted(minimal() | {"ac_mode": "full"})).gradient_checkpointing
+    some = spec(accepted(minimal() | {"ac_mode": "selective", "ac_option": 2}))
+    assert (some.gradient_checkpointing, some.checkpoint_every_n_layers) == (True, 2)
 
 
 def test_a_norm_that_is_only_measured() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from trials import run
 
 from harness.errors import InputError
@@ -129,3 +131,24 @@ def test_noise_on_the_embeddings_in_training_alone(small: Small) -> None:
     assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(noisy.metrics["peak_memory_bytes"], rel=0.005)
     barely = losses(small(neftune_noise_alpha=1e-4, micro_batch_size=4))
     assert barely == pytest.approx([s.loss for s in plain.steps], rel=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_one_of_so_many_layers_is_recomputed(adapter: str, small: Small, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, config={"num_hidden_layers": 6})
+    shape = {"base_model": folder, "adapter": adapter, "micro_batch_size": 4, "gradient_checkpointing": True}
+    plain = run(small(**shape | {"gradient_checkpointing": False}))
+    peaks = []
+    for layers in (1, 2, 3, 100):
+        spec = small(**shape, checkpoint_every_n_layers=layers)
+        record = run(spec)
+        assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in plain.steps], rel=1e-5)
+        assert [s.grad_norm for s in record.steps] == pytest.approx([s.grad_norm for s in plain.steps], rel=1e-3)
+        peaks.append(record.metrics["peak_memory_bytes"])
+        assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(peaks[-1], rel=0.005)
+    assert peaks == sorted(peaks)
+    # Of six layers six, three, two and one are recomputed; each holds as much as another.
+    all_kept = plain.metrics["peak_memory_bytes"]
+    of_layer = (all_kept - peaks[-1]) / 1
+    assert all_kept - peaks[2] == pytest.approx(2 * of_layer, rel=0.1)
+    assert all_kept - peaks[1] == pytest.approx(3 * of_layer, rel=0.1)

@@ -75,7 +75,7 @@ _TABLE: dict[str, Rule] = {
     "compile": Together(),
     "enable_activation_checkpointing": Together(),
     "ac_mode": Together(),
-    "ac_option": NoEffect("a setting of ac_mode"),
+    "ac_option": Together(),
     "enable_activation_offloading": Unsupported("activations stay on the device; use enable_activation_checkpointing"),
     "activation_offloading_use_streams": NoEffect("a setting of enable_activation_offloading"),
     "enable_fp8_training": Unsupported("use dtype: bf16 alone"),
@@ -387,13 +387,18 @@ def _loss(reader: Reader) -> None:
 def _memory(reader: Reader) -> None:
     """Checkpointing of activations, by the older key or by `ac_mode`, and compilation."""
     wanted, mode = bool(reader.get("enable_activation_checkpointing", False)), reader.get("ac_mode")
-    keys = ("enable_activation_checkpointing", "ac_mode")
+    keys, layers = ("enable_activation_checkpointing", "ac_mode"), reader.get("ac_option")
+    some = mode == "selective" and type(layers) is int and layers > 0  # else operations, by name
     if wanted and mode is not None:
         reader.set("gradient_checkpointing", False, *keys, note="with both keys torchtune checkpoints nothing")
     else:
-        reader.set("gradient_checkpointing", wanted or mode == "full", *keys)
-    if mode not in (None, "full"):
-        reader.refuse("ac_mode", "every layer is checkpointed or none; use enable_activation_checkpointing")
+        reader.set("gradient_checkpointing", wanted or mode == "full" or some, *keys)
+    if some:
+        reader.set("checkpoint_every_n_layers", layers, "ac_option")
+    else:
+        reader.ignore("a setting of ac_mode: selective", "ac_option")
+    if mode not in (None, "full") and not some:
+        reader.refuse("ac_mode", "whole layers are checkpointed; give ac_option as a number, like 2")
     compiled = reader.get("compile", False)
     if any(compiled.values()) if isinstance(compiled, Mapping) else compiled:
         reader.refuse("compile", "models are not compiled here; use compile: false")

@@ -89,6 +89,7 @@ def _micro_batches(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]
 def _checkpointing(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     if not spec.gradient_checkpointing:
         yield Change("checkpointing", "nothing", {"gradient_checkpointing": True})
+        yield Change("checkpointing", "nothing", {"gradient_checkpointing": True, "checkpoint_every_n_layers": 2})
 
 
 def _losses(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:

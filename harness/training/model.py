@@ -226,9 +226,7 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         chunked_loss.refuse_if_impossible(model)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": spec.reentrant_checkpointing}
-        )
+        _checkpoint_activations(model, spec)
     if spec.reentrant_checkpointing and spec.adapter == "lora":
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcast_unquantized and spec.precision in QUANTISED:
@@ -242,6 +240,29 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         parameter.requires_grad_(False)
     model.train()
     return model
+
+
+def _checkpoint_activations(model: Any, spec: TrialSpec) -> None:
+    """Recompute layers in the backward pass, all of them or one of so many, the first one too.
+
+    Raises:
+        InputError: the model's layers do not say which they are.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # Renamed in transformers 5.23; version 6 has the new name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": spec.reentrant_checkpointing})
+    if spec.checkpoint_every_n_layers == 1:
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(
+            f"checkpoint_every_n_layers {spec.checkpoint_every_n_layers}: {type(model).__name__} is checkpointed as a "
+            "whole; use checkpoint_every_n_layers: 1"
+        )
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % spec.checkpoint_every_n_layers == 0
 
 
 def _with_noise(alpha: float, embeddings: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
