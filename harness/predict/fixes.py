@@ -22,7 +22,7 @@ Alters = Literal["nothing", "arithmetic", "hardware", "model"]
 _ORDER: tuple[Alters, ...] = ("nothing", "arithmetic", "hardware", "model")
 _MOST_CHANGES = 4
 """Changes in one combination."""
-_TRIED = 6
+_TRIED = 10
 """Combinations that are predicted of each size, at most."""
 _SHORT = 0.9
 """Combinations are predicted whose estimate exceeds the capacity by less than a ninth: savings do not add exactly."""
