@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "scale": ("granite", {"logits_scaling": 4.0}, {}),
     "experts": ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.1}, {}),
     "gpt2": ("gpt2", {}, {}),
+    "a decoder within another module": ("opt", {}, {}),
     "an adapter on the head": ("llama", {}, {"lora_target_modules": ["all-linear", "lm_head"], "lora_dropout": 0.0}),
     "a trained head": ("llama", {}, {"lora_modules_to_save": ["lm_head"]}),
     "checkpointing": ("llama", {}, {"gradient_checkpointing": True}),

@@ -33,7 +33,7 @@ def refuse_if_impossible(causal: Any) -> None:
     """
     takes_part = "logits_to_keep" in inspect.signature(causal.forward).parameters
     if causal.base_model_prefix not in dict(causal.named_children()) or not takes_part:
-        raise InputError(f"loss chunked: {type(causal).__name__} computes its logits all at once; use loss: full")
+        raise InputError(_all_at_once(causal))
 
 
 @contextlib.contextmanager
@@ -49,23 +49,25 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[
     Replaces the model's `forward`, and its decoder while a part is computed: transformers (5.23) has no function from
     the decoder's output to logits, which would let both go.
     """
-    forward, name = causal.forward, causal.base_model_prefix
-    decoder = causal.get_submodule(name)
+    forward = causal.forward
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
     def without_logits(*arguments: Any, **options: Any) -> Any:
-        made: list[Any] = []
-        with _output_of(decoder, made):
+        with _outputs_of(causal.base_model, causal.get_decoder()) as made:
             outputs = forward(*arguments, **options, logits_to_keep=1)  # with the auxiliary loss, if there is one
-        (output,) = made
+        if not made:
+            raise InputError(_all_at_once(causal))
+        decoder, output = made[-1]  # what is called by the model's own forward pass returns last
+        name = next(name for name, module in causal.named_modules() if module is decoder)
+        parent, _, own = name.rpartition(".")
 
         def logits_of(part: torch.Tensor) -> torch.Tensor:
             replaced = type(output)(last_hidden_state=part[None])
-            with mock.patch.dict(causal._modules, {name: lambda *_, **__: replaced}):
+            with mock.patch.dict(causal.get_submodule(parent)._modules, {own: lambda *_, **__: replaced}):
                 logits: torch.Tensor = forward().logits.flatten(0, 1)
             return logits
 
-        kept = {"loss": _losses(output[0], targets, logits_of, _trained_beyond(causal, decoder), size)}
+        kept = {"loss": _losses(output[0], targets, logits_of, _trained_beyond(causal), size)}
         if getattr(outputs, "aux_loss", None) is not None:
             kept["aux_loss"] = outputs.aux_loss
         return type(outputs)(**kept)
@@ -74,18 +76,28 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[
         yield
 
 
+def _all_at_once(causal: Any) -> str:
+    return f"loss chunked: {type(causal).__name__} computes its logits all at once; use loss: full"
+
+
 @contextlib.contextmanager
-def _output_of(module: Any, made: list[Any]) -> Iterator[None]:
-    hook = module.register_forward_hook(lambda _, __, output: made.append(output))
+def _outputs_of(*modules: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """Within, collects those of the modules that are called, each with its output, in the order of their returns."""
+    made: list[tuple[Any, Any]] = []
+    distinct = {id(module): module for module in modules if module is not None}.values()
+    hooks = [
+        module.register_forward_hook(lambda module, _, output: made.append((module, output))) for module in distinct
+    ]
     try:
-        yield
+        yield made
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-def _trained_beyond(causal: Any, decoder: Any) -> list[torch.nn.Parameter]:
+def _trained_beyond(causal: Any) -> list[torch.nn.Parameter]:
     """What is trained in the head, whose weight may be the embeddings' too, and beside it."""
-    modules = [module for module in causal.children() if module is not decoder]
+    modules = [module for module in causal.children() if module is not causal.base_model]
     trained = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     return list(trained.values())
 
