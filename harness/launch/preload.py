@@ -44,11 +44,12 @@ def _preload() -> None:
             importlib.import_module("bitsandbytes")
 
 
+# What is loaded now stays: neither here nor in a trial the garbage collector scans it, or copies its pages.
+gc.disable()
+
 # What cannot be imported ends no server: each trial imports it again, and its log says what is wrong.
 with contextlib.suppress(Exception):
     _preload()
 
-# What is loaded now stays: a trial's garbage collector neither scans it nor copies its pages.
-gc.collect()
-
 gc.freeze()
+gc.enable()

@@ -370,12 +370,24 @@ class _Rising(CachingAllocator):
                 self._limit = (error.reached + error.requested) // UNIT
 
 
-def least_limit(events: Sequence[Event], *, precision: float = 0.01, expandable_segments: bool = False) -> int:
+def least_limit(
+    events: Sequence[Event],
+    *,
+    precision: float = 0.01,
+    expandable_segments: bool = False,
+    unlimited: tuple[int, int] | None = None,
+) -> int:
     """Smallest limit, in bytes of reserved memory, under which a trace completes because cached segments are given
     back.
 
     It completes under what is returned. That is more by a fraction `precision` at most than a limit under which it
     fails, or than the peak of what is allocated.
+
+    Args:
+        events: the trace.
+        precision: of the result.
+        expandable_segments: of the allocator.
+        unlimited: peaks of what is allocated and reserved without a limit, where they are known.
     """
 
     def needed(limit: int) -> int:
@@ -391,8 +403,10 @@ def least_limit(events: Sequence[Event], *, precision: float = 0.01, expandable_
             return False
         return True
 
-    unlimited = replay(events, expandable_segments=expandable_segments)
-    low, high = unlimited.peak_allocated, unlimited.peak_reserved
+    if unlimited is None:
+        free = replay(events, expandable_segments=expandable_segments)
+        unlimited = free.peak_allocated, free.peak_reserved
+    low, high = unlimited
     if high - low <= precision * high:
         return high
     # A run whose limit rises to what each failing request needs mostly ends at a limit under which all complete, and

@@ -20,22 +20,28 @@ _WARM_UP, _UNPACKED, _IN_16_BIT = -2, -3, -4
 
 
 def events(
-    network: torch.nn.Module, adapters: Collection[torch.Tensor], size: Callable[[torch.Tensor], int], *, upcast: bool
+    network: torch.nn.Module,
+    adapters: Collection[torch.Tensor],
+    key: Callable[[torch.Tensor], int],
+    size: Callable[[torch.Tensor], int],
+    *,
+    upcast: bool,
 ) -> list[Event]:
     """The trace of loading a model.
 
     Args:
         network: with fake weights, and adapters.
         adapters: weights of the adapters.
+        key: of a tensor's storage in the trace.
         size: bytes that a tensor's storage takes on the device.
         upcast: whether what is not quantised is loaded in 16 bit and made fp32 then.
     """
-    last = {_key(tensor) for tensor in adapters}
-    weights = [group for group in _by_name(network) if _key(group[0]) not in last]
+    last = {key(tensor) for tensor in adapters}
+    weights = [group for group in _by_name(network) if key(group[0]) not in last]
     warm_up = sum(size(tensor) // (2 if upcast and _is_upcast(tensor, scales) else 1) for tensor, *scales in weights)
     trace, upcasts = [(_WARM_UP, warm_up), (_WARM_UP, 0)], list[Event]()
     for number, (tensor, *scales) in enumerate(weights):
-        made = [(_key(each), size(each)) for each in (tensor, *scales)]
+        made = [(key(each), size(each)) for each in (tensor, *scales)]
         if scales:
             trace += [(_UNPACKED, 2 * _elements(tensor)), *made, (_UNPACKED, 0)]
         elif upcast and _is_upcast(tensor, scales):
@@ -43,8 +49,8 @@ def events(
             upcasts += [*made, (_IN_16_BIT - number, 0)]
         else:
             trace += made
-    buffers = [(_key(buffer), size(buffer)) for buffer in network.buffers()]
-    return [*trace, *buffers, *upcasts, *((_key(tensor), size(tensor)) for tensor in adapters)]
+    buffers = [(key(buffer), size(buffer)) for buffer in network.buffers()]
+    return [*trace, *buffers, *upcasts, *((key(tensor), size(tensor)) for tensor in adapters)]
 
 
 def _by_name(network: torch.nn.Module) -> list[list[torch.Tensor]]:

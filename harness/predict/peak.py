@@ -14,6 +14,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -29,8 +30,10 @@ from harness.predict.allocator import Event
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.emulation import emulate_kernels, emulate_optimizer
 from harness.predict.prediction import Prediction
+from harness.predict.repeated_layers import Irregular, RepeatedLayers
 from harness.predict.replay import Replay, operation_of
 from harness.predict.roofline import Work
+from harness.predict.trace import Live, as_first_step, requests
 from harness.record import Phase
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, distributed, evaluation, model, order
@@ -42,6 +45,10 @@ _ANY_STORY = 16_384
 """Tokens that no story exceeds."""
 _ANY_ID = 0
 """Padding, whose value nothing reads."""
+
+
+_read: dict[str, batches.Data] = {}
+"""The data that were read last."""
 
 
 class Unpredictable(Exception):
@@ -78,11 +85,18 @@ def predict(
     full_length = full_length or assumed
     data = _data(spec, tokenizer or checkpoints.byte_tokenizer(), full_length)
     steps = order.optimizer_steps(spec, data.train)
-    try:
+
+    def replayed(*, all_layers: bool) -> tuple[Prediction, reserve.Traces | None]:
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
         with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
-            replay = _StepReplay(network, spec, device_type, capability, full_length)
-            prediction, traces = replay.run(steps, data.held_out)
+            replay = _StepReplay(network, spec, device_type, capability, full_length=full_length, all_layers=all_layers)
+            return replay.run(steps, data.held_out)
+
+    try:
+        try:
+            prediction, traces = replayed(all_layers=spec.num_processes > 1)
+        except Irregular:
+            prediction, traces = replayed(all_layers=True)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
@@ -108,13 +122,22 @@ def _tokenizer(spec: TrialSpec, trust_remote_code: bool) -> Any:
 def _data(spec: TrialSpec, tokenizer: Any, full_length: bool) -> batches.Data:
     if full_length:  # stories are read whole: a short sequence would leave no completion of them
         whole = {"sequence_length": _ANY_STORY, "eval_sequence_length": _ANY_STORY}
-        data = batches.load(spec.model_copy(update=whole), tokenizer)
+        data = _loaded(spec.model_copy(update=whole), tokenizer)
         return replace(
             data,
             train=tuple(_filled(example, spec.sequence_length) for example in data.train),
             held_out=tuple(_filled(example, batches.evaluated_length(spec)) for example in data.held_out),
         )
-    return batches.load(spec, tokenizer)
+    return _loaded(spec, tokenizer)
+
+
+def _loaded(spec: TrialSpec, tokenizer: Any) -> batches.Data:
+    """The data of a spec, which those of a grid mostly share; they are taken to stay the same while it is planned."""
+    key = batches.key(spec)
+    if key not in _read:
+        _read.clear()
+        _read[key] = batches.load(spec, tokenizer)
+    return _read[key]
 
 
 def _filled(example: Example, length: int) -> Example:
@@ -127,13 +150,20 @@ class _StepReplay:
     """Takes steps of a spec, or parts of them, with a model on `meta`."""
 
     def __init__(
-        self, network: Any, spec: TrialSpec, device_type: DeviceType, capability: Capability, full_length: bool
+        self,
+        network: Any,
+        spec: TrialSpec,
+        device_type: DeviceType,
+        capability: Capability,
+        *,
+        full_length: bool,
+        all_layers: bool,
     ) -> None:
-        self.network, self.spec, self.full_length = network, spec, full_length
+        self.network, self.spec, self.full_length, self.all_layers = network, spec, full_length, all_layers
         self.device_type, self.capability = device_type, capability
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Replay(device_type, self.fake, capability)
-        self.peak, self.breakdown = 0, dict(self.tracker.live)
+        self.layers: RepeatedLayers | None = None
         self._updates_from = 0
         """Where in the trace the last update begins."""
 
@@ -154,13 +184,16 @@ class _StepReplay:
         tracker.adopt((*self.network.parameters(), *self.network.buffers()), "weights")
         tracker.adopt(adapters, "adapters")
         tracker.component = "activations"
-        loaded = self._load_trace(adapters)
-        load_peak = tracker.peak
+        made = tracker.take_trace()
+        # Shards are made of a model in the machine's memory.
+        loaded = requests(made) if self.spec.num_processes > 1 else self._load_trace(adapters)
+        if not self.all_layers:
+            self.layers = RepeatedLayers(self.network, tracker)
         with emulate_kernels(self.device_type, self.capability):
-            evaluation_peak = self._evaluate(held_out) if held_out else None
-            evaluated, tracker.trace = tracker.trace, []
+            if held_out:
+                self._evaluate(held_out)
+            evaluated = tracker.take_trace()
             trainer = self._trainer(len(steps))
-            tracker.phases.clear()
             tracker.take_work()
             # DDP moves gradients to buckets in the last micro-batch of a step: there whole steps are replayed.
             ddp = self.spec.num_processes > 1 and self.spec.sharding == "none"
@@ -169,18 +202,22 @@ class _StepReplay:
         processes = self.spec.num_processes
         if self.device_type == "cpu":  # the CPU executes those of all processes
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
+        trained = tracker.take_trace()
+        live = Live()
+        load_peak, evaluation_peak, peak = live.run(made), live.run(evaluated), live.run(trained)
         prediction = Prediction(
             device_type=self.device_type,
-            peak_memory_bytes=self.peak,
-            peak_load_bytes=load_peak,
-            peak_evaluate_bytes=evaluation_peak,
-            breakdown={f"memory_{name}_bytes": size for name, size in self.breakdown.items()},
-            phases=dict(tracker.phases),
+            peak_memory_bytes=peak.size,
+            peak_load_bytes=load_peak.size,
+            peak_evaluate_bytes=evaluation_peak.size if held_out else None,
+            breakdown={f"memory_{name}_bytes": size for name, size in peak.breakdown.items()},
+            phases=peak.phases,
             work=tuple(work),
             positions=processes * positions,
             seconds=0.0,
         )
-        return prediction, (loaded, evaluated, tracker.trace) if self.device_type == "cuda" else None
+        traces = loaded, requests(evaluated), requests(trained)
+        return prediction, traces if self.device_type == "cuda" else None
 
     def _trainer(self, steps: int) -> Trainer:
         # Outside the fake mode: a new 8-bit optimizer computes its tables from values.
@@ -207,31 +244,30 @@ class _StepReplay:
                         state[name] = torch.tensor(0.0)
 
     def _load_trace(self, adapters: Sequence[torch.Tensor]) -> list[Event]:
-        """The trace of loading, in place of that of making fake weights."""
-        tracker = self.tracker
-        made, tracker.trace = tracker.trace, []
-        if self.spec.num_processes > 1:  # shards are made of a model in the machine's memory
-            return made
+        """The trace of loading on CUDA, in place of that of making fake weights."""
         upcast = self.spec.upcast_unquantized and model.is_quantised(self.spec)
-        return loading.events(self.network, adapters, tracker.size_of, upcast=upcast)
+        tracker = self.tracker
+        return loading.events(self.network, adapters, tracker.key_of, tracker.size_of, upcast=upcast)
 
-    def _evaluate(self, held_out: Sequence[Example]) -> int:
-        """Peak of evaluating the heaviest micro-batch of held-out examples."""
+    def _evaluate(self, held_out: Sequence[Example]) -> None:
+        """Evaluate the heaviest micro-batches of held-out examples."""
         spec = self.spec.model_copy(update={"pad_to_sequence_len": None, "num_processes": 1})
         of_all = order.kinds(held_out, spec)
         self.network.eval()
-        self.tracker.restart()
         for kind in order.heaviest(replace(each, later=False) for each in of_all):
             number = next(n for n, each in enumerate(of_all) if replace(each, later=False) == kind)
             start = number * spec.micro_batch_size
             batch = batches.collate(held_out[start : start + spec.micro_batch_size], _ANY_ID, _CPU)
-            with self.fake, self.tracker, _masks_from_counts([self._is_unpadded(batch)]) as enter:
+            masks = _masks_from_counts([self._is_unpadded(batch)])
+            with self.fake, self._repeated_layers(), self.tracker, masks as enter:
                 self.tracker.enter("evaluate")
                 enter()
                 evaluation.summed_losses(self.network, _fake_batch(batch), self.spec, _CPU)
                 distributed.reshard(self.network)
         self.network.train()
-        return self.tracker.peak
+
+    def _repeated_layers(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.layers is None else self.layers.replayed_once()
 
     def _replica(self, network: Any, device: torch.device) -> Any:
         """The model as in DistributedDataParallel, where several processes hold all weights each."""
@@ -266,7 +302,7 @@ class _StepReplay:
             updated = len(self.tracker.trace)
             work, positions, update = self._replay_part(trainer, steps[1:])
             trace = self.tracker.trace
-            trace[evaluated:evaluated] = reserve.as_first_step(trace[updated : self._updates_from])
+            trace[evaluated:evaluated] = as_first_step(trace[updated : self._updates_from])
             return update + work, positions
         for part in filter(None, (steps[:1], steps[1:])):
             work, positions, update = self._replay_part(trainer, part)
@@ -314,20 +350,18 @@ class _StepReplay:
 
     def _update(self, trainer: Trainer) -> None:
         self._accumulate()
-        self.tracker.restart()
         with self.fake, self.tracker:
             self.tracker.component = "optimizer"
             self.tracker.enter("optimizer")
             trainer.update(0.0)
             self.tracker.component = "activations"
-        self._keep_peak()
 
     def _step(self, trainer: Trainer, batches: Sequence[Batch], chosen: Sequence[int]) -> None:
         """A step over some of its micro-batches, while the inputs of all of them are held."""
-        self.tracker.restart()
         unpadded = [self._is_unpadded(batches[number]) for number in chosen]
         with (
             self.fake,
+            self._repeated_layers(),
             self.tracker,
             _masks_from_counts(unpadded) as enter_forward,
             _before_forward(trainer, enter_forward),
@@ -335,22 +369,16 @@ class _StepReplay:
             batches = [_fake_batch(batch) for batch in batches]
             trainer.tracked_step([batches[number] for number in chosen], self.tracker)
             del batches
-        self._keep_peak()
 
     def _is_unpadded(self, batch: Batch) -> bool:
         assumed = self.full_length and self.spec.pad_to_sequence_len is None and batch.samples > 1
         return batch.tokens == batch.padded_tokens and not assumed
-
-    def _keep_peak(self) -> None:
-        if self.tracker.peak >= self.peak:
-            self.peak, self.breakdown = self.tracker.peak, dict(self.tracker.peak_breakdown)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
         return list(batches.micro_batches(step, self.spec, _ANY_ID, _CPU))
 
     def _accumulate(self) -> None:
         """Gradients as a backward pass leaves them, where there are none yet."""
-        self.tracker.phase = "backward"
         with self.fake, self.tracker:
             for parameter in (each for each in model.trainable(self.network) if each.grad is None):
                 parameter.grad = torch.empty_like(parameter)

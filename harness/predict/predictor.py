@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -139,6 +140,7 @@ def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterato
 def _begin(held_open: Connection) -> None:
     """In the child: the runner alone handles interrupts, and this process ends when it is not wanted any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(10_000)  # a prediction makes many small objects, of which hardly any are in cycles
     _quiet()
     threading.Thread(target=_exit_at_eof, args=(held_open,), daemon=True).start()
 
@@ -168,4 +170,7 @@ def _predict(text: str, device_type: DeviceType, capability: Capability, options
         except Exception as error:  # a model's own code may raise anything; other specs are still predicted
             first = redact(first_line(error))
             return {"error": first if isinstance(error, peak.Unpredictable) else f"{type(error).__name__}: {first}"}
+        finally:  # modules and what is cached stay: the collector need not scan them in each prediction
+            gc.collect()
+            gc.freeze()
     return prediction.model_dump(mode="json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from harness.environment import DeviceType
 from harness.predict import cuda_kernels
-from harness.predict.allocator import Event
 from harness.predict.cards import Capability
 from harness.predict.roofline import Work
+from harness.predict.trace import Entry
 from harness.record import Phase
 from harness.training import distributed
 from harness.training.live_tensors import Component, LiveTensors
@@ -23,7 +25,7 @@ from harness.training.live_tensors import Component, LiveTensors
 _ROUNDING: dict[DeviceType, int] = {"cpu": 1, "cuda": 512}
 """Smallest block of the allocator, in bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""
 _CPU = torch.device("cpu")
-_TRANSIENT = -1
+_TRANSIENT = 0
 """Key in the trace of what a kernel holds while it runs."""
 _device = torch.ops.prim.device.default
 _WITHOUT_TRAFFIC = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
@@ -76,14 +78,16 @@ class Replay(LiveTensors):
 
     def __init__(self, device_type: DeviceType, fake: FakeTensorMode, capability: Capability) -> None:
         super().__init__("cpu")
-        self.trace: list[Event] = []
-        """Every allocation and release so far, in order."""
-        self.phases: dict[Phase, int] = {}
-        """Highest sum by phase."""
+        self.trace: list[Entry] = []
+        """What has happened so far, in order. Peaks are taken from it, not from the sums of `LiveTensors`."""
         self.phase: Phase = "load"
         self.counting = True
         """Whether new storages are counted."""
-        self._work: Counter[tuple[str | None, int, int]] = Counter()
+        self.work: Counter[tuple[str | None, int, int]] = Counter()
+        """Calls of operations by type, operations and bytes."""
+        self._keys: dict[int, int] = {}
+        """In the trace, by the storage's address, which is unique while it lives."""
+        self._numbers = itertools.count(1)
         self._rounding = _ROUNDING[device_type]
         # Of every fake tensor of the mode.
         self._attributes = dict(FakeTensor(fake, torch.empty(0, device="meta"), _CPU).__dict__)
@@ -103,7 +107,7 @@ class Replay(LiveTensors):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         work = _work_of(func, args, out, self.flops - before)
         if work is not None:
-            self._work[work] += 1
+            self.work[work] += 1
         transient = cuda_kernels.transient_bytes(func, args, kwargs or {})
         self._hold_for_a_moment(transient)
         if key is not None:
@@ -113,7 +117,7 @@ class Replay(LiveTensors):
     def _from_cache(self, cached: _Call, args: Any) -> Any:
         """What FakeTensorMode would return."""
         if cached.work is not None:
-            self._work[cached.work] += 1
+            self.work[cached.work] += 1
         made = tuple(self._make(output, args) for output in cached.outputs)
         self._hold_for_a_moment(cached.transient)
         if cached.returns == "nothing":
@@ -139,54 +143,57 @@ class Replay(LiveTensors):
 
     def _hold_for_a_moment(self, size: int) -> None:
         if size and self._cuda:
-            size = self._rounded(size)
-            self._count(size, "activations")
-            self.trace += [(_TRANSIENT, size), (_TRANSIENT, 0)]
-            self.live["activations"] -= size
-            self.total -= size
+            held = Entry("allocate", _TRANSIENT, self.rounded(size), "activations")
+            self.trace += [held, Entry("release", _TRANSIENT)]
 
-    def _add(self, tensor: torch.Tensor, component: Component) -> None:
-        known = len(self._storages)
-        super()._add(tensor, component)
-        if len(self._storages) > known:
-            key = next(reversed(self._storages))
-            size = self._storages[key][1]
-            if size:
-                self.trace.append((key, size))
+    def _resized(self, key: int, before: int, after: int, component: Component) -> None:
+        if before:
+            self.trace.append(Entry("release", self._keys.pop(key)))
+        if after:
+            self._keys[key] = self.new_key()
+            self.trace.append(Entry("allocate", self._keys[key], after, component))
 
-    def _freed(self, key: int, reference: Any) -> None:
-        if key in self._storages and self._storages[key][1]:
-            self.trace.append((key, 0))
-        super()._freed(key, reference)
+    def _adopted(self, key: int, size: int, previous: Component, component: Component) -> None:
+        if size:
+            self.trace.append(Entry("adopt", self._keys[key], 0, component))
 
-    def _update_size(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        before = self._storages[key][1] if key in self._storages else 0
-        super()._update_size(storage)
-        after = self._storages[key][1] if key in self._storages else 0
-        if after != before:
-            self.trace += [(key, 0)] * bool(before) + [(key, after)] * bool(after)
+    def key_of(self, tensor: torch.Tensor) -> int:
+        """Key of a tensor's storage in the trace; 0 of an empty one."""
+        return self._keys.get(tensor.untyped_storage()._cdata, 0)
 
-    def _count(self, size: int, component: Component) -> None:
-        super()._count(size, component)
-        if self.total > self.phases.get(self.phase, 0):
-            self.phases[self.phase] = self.total
+    def new_key(self) -> int:
+        """A key for a storage that is in the trace alone."""
+        return next(self._numbers)
+
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Within, tensors are tracked without entries in the trace that say so."""
+        trace, self.trace = self.trace, []
+        with self:
+            yield
+        self.trace = trace
+
+    def take_trace(self) -> list[Entry]:
+        """The trace since the last call."""
+        trace, self.trace = self.trace, []
+        return trace
 
     def _is_counted(self, tensor: torch.Tensor) -> bool:
         return self.counting and tensor.device.type == "cpu"
 
     def _size(self, storage: torch.UntypedStorage) -> int:
-        return self._rounded(storage.nbytes())
+        return self.rounded(storage.nbytes())
 
-    def _rounded(self, size: int) -> int:
+    def rounded(self, size: int) -> int:
+        """Bytes that a request takes on the device."""
         return -(-size // self._rounding) * self._rounding
 
     def enter(self, phase: Phase) -> None:
-        """Start a phase; its peak is at least what is live now."""
+        """Start a phase."""
         if self._cuda:
             self._hold_workspace("backward" if phase == "backward" else "forward")
         self.phase = phase
-        self.phases[phase] = max(self.phases.get(phase, 0), self.total)
+        self.trace.append(Entry("enter", label=phase))
 
     def _hold_workspace(self, thread: Phase) -> None:
         """From a thread's first product on."""
@@ -201,8 +208,8 @@ class Replay(LiveTensors):
 
     def take_work(self, times: int = 1) -> list[Work]:
         """The operations since the last call, with `times` their calls."""
-        work = [Work(dtype=d, flops=f, moved_bytes=m, calls=n * times) for (d, f, m), n in self._work.items()]
-        self._work.clear()
+        work = [Work(dtype=d, flops=f, moved_bytes=m, calls=n * times) for (d, f, m), n in self.work.items()]
+        self.work.clear()
         return work
 
 

@@ -9,8 +9,6 @@ from harness.predict.prediction import Prediction
 
 Traces = tuple[Sequence[Event], Sequence[Event], Sequence[Event]]
 """Of loading, evaluation and training."""
-_COPY = -(1 << 60)
-"""Key of the first event of a copied trace; those after it have lower ones."""
 
 
 def with_reserve(prediction: Prediction, traces: Traces, *, expandable_segments: bool) -> Prediction:
@@ -39,7 +37,9 @@ def with_reserve(prediction: Prediction, traces: Traces, *, expandable_segments:
             "peak_evaluate_bytes": None if prediction.peak_evaluate_bytes is None else evaluation,
             "peak_reserved_bytes": allocator.peak_reserved,
             "least_reserved_bytes": least_limit(
-                [*loaded, *evaluated, *trained], expandable_segments=expandable_segments
+                [*loaded, *evaluated, *trained],
+                expandable_segments=expandable_segments,
+                unlimited=(max(peaks), allocator.peak_reserved),
             ),
             "phases": {phase: size + larger for phase, size in prediction.phases.items()},
             "breakdown": breakdown | {"memory_activations_bytes": breakdown["memory_activations_bytes"] + larger},
@@ -59,15 +59,3 @@ def _known_only(events: Sequence[Event], live: set[int]) -> list[Event]:
             live.remove(key)
         known.append((key, size))
     return known
-
-
-def as_first_step(trace: Sequence[Event]) -> list[Event]:
-    """The trace of a step's micro-batches as of another step, which ends with the release of all that it holds."""
-    copied, held = list[Event](), dict[int, int]()
-    for number, (key, size) in enumerate(trace):
-        if size:
-            held[key] = _COPY - number
-            copied.append((held[key], size))
-        elif key in held:
-            copied.append((held.pop(key), 0))
-    return copied + [(key, 0) for key in held.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,25 @@ from harness.training import chat, distributed, prompts
 
 IGNORED = -100
 """Label of a position that carries no loss."""
+
+
+_KEYS = (
+    "base_model",
+    "folder",
+    "datasets",
+    "test_datasets",
+    "sequence_length",
+    "eval_sequence_length",
+    "excess_length",
+    "skip_empty_rows",
+    "train_on_inputs",
+    "val_set_size",
+    "min_completion_tokens",
+    "measure_forgetting",
+    "chat_template",
+    "special_tokens",
+)
+"""Spec keys that `load` depends on."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,11 @@ class Data:
         kept = f"{rows} stories: {len(self.held_out)} held out{fewer}, {len(self.train)} to train on"
         lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         return f"{kept}; {lost}" if lost else kept
+
+
+def key(spec: TrialSpec) -> str:
+    """Equal for specs whose data are the same."""
+    return json.dumps(spec.model_dump(mode="json", include={*_KEYS}), sort_keys=True)
 
 
 def load(spec: TrialSpec, tokenizer: Any) -> Data:

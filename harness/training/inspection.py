@@ -15,23 +15,6 @@ from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, formats, limits, model, order
 
-_DATA_KEYS = (
-    "base_model",
-    "folder",
-    "datasets",
-    "test_datasets",
-    "sequence_length",
-    "eval_sequence_length",
-    "excess_length",
-    "skip_empty_rows",
-    "train_on_inputs",
-    "val_set_size",
-    "min_completion_tokens",
-    "measure_forgetting",
-    "chat_template",
-    "special_tokens",
-)
-"""Spec keys that `batches.load` depends on."""
 _MODEL_KEYS = (
     "base_model",
     "folder",
@@ -97,7 +80,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     outcomes: dict[str, str] = {}
     warnings: dict[str, None] = {}
     for label, spec in trials:
-        data_key, model_key = _key(spec, _DATA_KEYS), _key(spec, _MODEL_KEYS)
+        data_key, model_key = batches.key(spec), _key(spec)
         try:
             if model_key not in networks:
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
@@ -113,8 +96,8 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     return Inspection(data=_lines(outcomes), warnings=tuple(warnings))
 
 
-def _key(spec: TrialSpec, names: tuple[str, ...]) -> str:
-    return json.dumps(spec.model_dump(mode="json", include={*names}), sort_keys=True)
+def _key(spec: TrialSpec) -> str:
+    return json.dumps(spec.model_dump(mode="json", include={*_MODEL_KEYS}), sort_keys=True)
 
 
 def _lines(outcomes: dict[str, str]) -> tuple[str, ...]:

@@ -113,15 +113,16 @@ class LiveTensors(TorchDispatchMode):
         (ref, previous, component), size = entry, self._size(storage)
         self._check_budget(size - previous)
         self._storages[storage._cdata] = (ref, size, component)
-        self._count(size - previous, component)
+        self._resized(storage._cdata, previous, size, component)
 
     def _check_budget(self, size: int) -> None:
         if self._budget is not None and self.total + size > self._budget:
             raise OutOfBudget(self.total, size, self._budget)
 
-    def _count(self, size: int, component: Component) -> None:
-        self.live[component] += size
-        self.total += size
+    def _resized(self, key: int, before: int, after: int, component: Component) -> None:
+        """A storage has changed its size: from 0 when it is new, to 0 when it is freed."""
+        self.live[component] += after - before
+        self.total += after - before
         if self.total > self.peak:
             self.peak = self.total
             self.peak_breakdown = dict(self.live)
@@ -137,7 +138,7 @@ class LiveTensors(TorchDispatchMode):
         size = self._size(storage)
         self._check_budget(size)
         self._storages[key] = (weakref.ref(storage, functools.partial(self._freed, key)), size, component)
-        self._count(size, component)
+        self._resized(key, 0, size, component)
 
     def _is_counted(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self._device_type
@@ -149,8 +150,7 @@ class LiveTensors(TorchDispatchMode):
         entry = self._storages.pop(key, None)
         if entry is not None:
             _, size, component = entry
-            self.live[component] -= size
-            self.total -= size
+            self._resized(key, size, 0, component)
 
     def adopt(self, tensors: Iterable[torch.Tensor], component: Component) -> None:
         """Count the tensors' storages as `component`, whether or not they were tracked before."""
@@ -162,8 +162,11 @@ class LiveTensors(TorchDispatchMode):
             ref, size, previous = self._storages[key]
             if previous != component:
                 self._storages[key] = (ref, size, component)
-                self.live[previous] -= size
-                self.live[component] += size
+                self._adopted(key, size, previous, component)
+
+    def _adopted(self, key: int, size: int, previous: Component, component: Component) -> None:
+        self.live[previous] -= size
+        self.live[component] += size
 
     def restart(self) -> None:
         """Start a new peak from what is live now."""

@@ -1,0 +1,102 @@
+"""What a replayed step allocates and releases, in order. Its peak follows from it, and what an allocator reserves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from harness.metrics import COMPONENTS
+from harness.predict.allocator import Event
+from harness.record import Phase
+
+_COPY = -(1 << 60)
+"""Key of the first entry of a copied trace; those after it have lower ones."""
+
+
+class Entry(NamedTuple):
+    """One thing that happens in a step."""
+
+    kind: Literal["allocate", "release", "adopt", "enter"]
+    key: int = 0
+    """Of a storage."""
+    size: int = 0
+    """In bytes, of what is allocated."""
+    label: str = ""
+    """Component of what is allocated, or adopted by another component; the phase that is entered."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest sum of live storage over a trace."""
+
+    size: int
+    breakdown: dict[str, int]
+    """That sum by component."""
+    phases: dict[Phase, int]
+    """Highest sum within each phase that is entered."""
+
+
+class Live:
+    """Live storage as traces go on, one after another."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, tuple[int, str]] = {}
+        self._components: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
+        self._total = 0
+
+    def run(self, trace: Iterable[Entry]) -> Peak:
+        """Follow a trace; its peak is at least what is live before it, and so is that of each phase it enters.
+
+        Raises:
+            KeyError: it releases what is not live.
+        """
+        storages, components, total = self._storages, self._components, self._total
+        peak, breakdown = total, dict(components)
+        phases: dict[str, int] = {}
+        phase: str | None = None
+        for kind, key, size, label in trace:
+            if kind == "allocate":
+                storages[key] = size, label
+                components[label] += size
+                total += size
+                if total > peak:
+                    peak, breakdown = total, dict(components)
+                if phase is not None and total > phases[phase]:
+                    phases[phase] = total
+            elif kind == "release":
+                size, label = storages.pop(key)
+                components[label] -= size
+                total -= size
+            elif kind == "adopt":
+                size, previous = storages[key]
+                storages[key] = size, label
+                components[previous] -= size
+                components[label] += size
+            else:
+                phase = label
+                phases[phase] = max(phases.get(phase, 0), total)
+        self._total = total
+        return Peak(peak, breakdown, phases)  # type: ignore[arg-type]  # labels of entered phases are phases
+
+
+def requests(trace: Iterable[Entry]) -> list[Event]:
+    """What an allocator is asked for."""
+    return [(key, size) for kind, key, size, _ in trace if kind in ("allocate", "release")]
+
+
+def as_first_step(trace: Sequence[Entry]) -> list[Entry]:
+    """The trace of a step's micro-batches as of another step, which ends with the release of all that it holds."""
+    copied, held = list[Entry](), dict[int, int]()
+    for number, entry in enumerate(trace):
+        kind, key, size, label = entry
+        if kind == "enter":
+            copied.append(entry)
+            continue
+        if kind == "allocate":
+            held[key] = _COPY - number
+        if key in held:
+            copied.append(Entry(kind, held[key], size, label))
+        if kind == "release":
+            held.pop(key, None)
+    return copied + [Entry("release", key) for key in held.values()]
