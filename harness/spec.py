@@ -169,6 +169,8 @@ class TrialSpec(Frozen):
     pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None)] = None
     """Pad micro-batches to `sequence_length`; otherwise to their longest example (where `harness plan` assumes full
     length: null, the others are padded to it; false, all fill it)."""
+    sample_packing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Put the examples of a micro-batch into one row without padding, each with positions and attention of its own."""
     gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1
@@ -307,6 +309,8 @@ class TrialSpec(Frozen):
             )
         if self.adapter == "lora" and self.adapter_dtype == "bf16" and self._in_fp16:
             raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
+        if self.sample_packing and self.pad_to_sequence_len:
+            raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
@@ -390,6 +394,8 @@ class TrialSpec(Frozen):
             values.pop("autocast", None)
         if not self.pad_to_sequence_len:
             values.pop("pad_to_sequence_len", None)
+        if self.micro_batch_size == 1:
+            values.pop("sample_packing", None)
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0

@@ -499,6 +499,8 @@ def test_keys_of_a_spec_in_tables_are_those_of_a_spec(dialect: Dialect) -> None:
             {"use_peft": True, "load_in_4bit": True, "bf16": False},
             {"upcast_unquantized": False, "autocast": None, "compute_dtype": "fp32"},
         ),
+        ({"padding_free": True}, {"sample_packing": True}),
+        ({"packing": False}, {"sample_packing": False}),
     ],
 )
 def test_how_trl_makes_its_step(keys: dict[str, Any], expected: dict[str, Any]) -> None:

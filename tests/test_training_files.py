@@ -187,6 +187,14 @@ def test_axolotls_padding_and_embeddings(tmp_path: Path) -> None:
     assert grid.load(tmp_path / "a.yml").trials[0].spec.adapter_dtype == "bf16"
 
 
+def test_micro_batches_in_one_row(tmp_path: Path) -> None:
+    for value, packs in (("true", True), ("auto", True), ("false", False)):
+        flat = spec(tmp_path, AXOLOTLS + f"batch_flattening: {value}\n")
+        assert flat.sample_packing is packs
+    (tmp_path / "a.yml").write_text(AXOLOTLS + "sample_packing: true\n")
+    assert "use batch_flattening: true" in refusal(tmp_path / "a.yml")
+
+
 def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     message = refusal(FILES / "axolotl/packed-liger.yml")
     for key in (
@@ -417,7 +425,7 @@ def test_import_writes_a_grid_that_runs(ask: Ask, tmp_path: Path) -> None:
     assert "sequence_length: 512  # sequence_len" in text
     assert "seed: 42  # Axolotl's default" in text
     assert "#   wandb_project (tracking)" in text
-    assert "#   sample_packing: true (leave it out" in text
+    assert "#   sample_packing: true (use batch_flattening: true" in text
     assert "path: ../alpaca.jsonl" in text
     assert ask("run", "grids/mine.yml", "--no-predict")[0] == 0
     assert ask("import", str(file), "-o", "grids/mine.yml")[0] == 2, "it is not replaced unasked"

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from harness._util.messages import first_line
 from harness.environment import DeviceType
 from harness.errors import InputError
-from harness.predict import fake_weights, loading, reserve
+from harness.predict import fake_weights, loading, masks, reserve
 from harness.predict.allocator import Event
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.emulation import emulate_kernels, emulate_optimizer
@@ -34,7 +34,6 @@ from harness.predict.repeated_layers import Irregular, RepeatedLayers
 from harness.predict.replay import Replay, operation_of
 from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, requests
-from harness.record import Phase
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
@@ -251,15 +250,15 @@ class _StepReplay:
 
     def _evaluate(self, held_out: Sequence[Example]) -> None:
         """Evaluate the heaviest micro-batches of held-out examples."""
-        spec = self.spec.model_copy(update={"pad_to_sequence_len": None, "num_processes": 1})
+        spec = self.spec.model_copy(update={"pad_to_sequence_len": None, "sample_packing": False, "num_processes": 1})
         of_all = order.kinds(held_out, spec)
         self.network.eval()
         for kind in order.heaviest(replace(each, later=False) for each in of_all):
             number = next(n for n, each in enumerate(of_all) if replace(each, later=False) == kind)
             start = number * spec.micro_batch_size
             batch = batches.collate(held_out[start : start + spec.micro_batch_size], _ANY_ID, _CPU)
-            masks = _masks_from_counts([self._is_unpadded(batch)])
-            with self.fake, self._repeated_layers(), self.tracker, masks as enter:
+            counted = masks.from_counts([self._needs_mask(batch)])
+            with self.fake, self._repeated_layers(), self.tracker, counted as enter:
                 self.tracker.enter("evaluate")
                 enter()
                 evaluation.summed_losses(self.network, _fake_batch(batch), self.spec, _CPU)
@@ -358,21 +357,21 @@ class _StepReplay:
 
     def _step(self, trainer: Trainer, batches: Sequence[Batch], chosen: Sequence[int]) -> None:
         """A step over some of its micro-batches, while the inputs of all of them are held."""
-        unpadded = [self._is_unpadded(batches[number]) for number in chosen]
+        needed = [self._needs_mask(batches[number]) for number in chosen]
         with (
             self.fake,
             self._repeated_layers(),
             self.tracker,
-            _masks_from_counts(unpadded) as enter_forward,
-            _before_forward(trainer, enter_forward),
+            masks.from_counts(needed) as enter_forward,
+            masks.before_forward(trainer, enter_forward),
         ):
             batches = [_fake_batch(batch) for batch in batches]
             trainer.tracked_step([batches[number] for number in chosen], self.tracker)
             del batches
 
-    def _is_unpadded(self, batch: Batch) -> bool:
-        assumed = self.full_length and self.spec.pad_to_sequence_len is None and batch.samples > 1
-        return batch.tokens == batch.padded_tokens and not assumed
+    def _needs_mask(self, batch: Batch) -> bool:
+        assumed = self.full_length and self.spec.pad_to_sequence_len is None and not self.spec.sample_packing
+        return masks.is_needed(batch) or (assumed and batch.samples > 1)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
         return list(batches.micro_batches(step, self.spec, _ANY_ID, _CPU))
@@ -393,46 +392,3 @@ def _fake_batch(batch: Batch) -> Batch:
 def _without_update(loss: float, auxiliary_loss: float | None = None) -> StepResult:
     """In place of a trainer's update: gradients stay."""
     return StepResult(loss, auxiliary_loss, None, 0.0)
-
-
-@contextlib.contextmanager
-def _before_forward(trainer: Trainer, call: Callable[[], None]) -> Iterator[None]:
-    """Within, calls it as each forward pass begins."""
-    report = trainer.on_phase
-
-    def enter(phase: Phase) -> None:
-        if phase == "forward":
-            call()
-        report(phase)
-
-    trainer.on_phase = enter
-    try:
-        yield
-    finally:
-        trainer.on_phase = report
-
-
-@contextlib.contextmanager
-def _masks_from_counts(unpadded: Sequence[bool]) -> Iterator[Callable[[], None]]:
-    """Within, transformers omits the masks of micro-batches without padding, as it does by a mask's values in a real
-    step.
-
-    Args:
-        unpadded: whether each micro-batch has no padding.
-
-    Yields:
-        What is to be called before each forward pass.
-
-    Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask. A public way to say that
-    nothing is padded would replace it.
-    """
-    from transformers import masking_utils
-
-    following, nothing_padded = iter(unpadded), False
-
-    def enter() -> None:
-        nonlocal nothing_padded
-        nothing_padded = next(following, nothing_padded)  # a failed loss enters the forward pass once more
-
-    with mock.patch.multiple(masking_utils, is_tracing=lambda tensor=None: False, fast_all=lambda mask: nothing_padded):
-        yield enter

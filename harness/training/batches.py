@@ -363,7 +363,8 @@ class Batch:
     """One micro-batch on its device, and its counts."""
 
     inputs: dict[str, torch.Tensor]
-    """`input_ids`, `attention_mask`, `labels`: int64 of shape (examples, longest example)."""
+    """`input_ids`, `attention_mask`, `labels`: int64 of shape (examples, longest example). Of a packed micro-batch:
+    `input_ids`, `position_ids`, `labels` of shape (1, tokens)."""
     samples: int
     tokens: int
     supervised_tokens: int
@@ -394,18 +395,41 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device, leng
     )
 
 
+def pack(examples: Sequence[Example], device: torch.device) -> Batch:
+    """One row of all examples, one after another. Their positions say where each begins, and the model keeps their
+    attention apart. The first token of each has nothing to be predicted from.
+    """
+    inputs = {
+        "input_ids": [i for e in examples for i in e.input_ids],
+        "position_ids": [position for e in examples for position in range(len(e))],
+        "labels": [label for e in examples for label in (IGNORED, *e.labels[1:])],
+    }
+    tokens = sum(map(len, examples))
+    return Batch(
+        inputs={name: torch.tensor([row]).to(device, non_blocking=True) for name, row in inputs.items()},
+        samples=len(examples),
+        tokens=tokens,
+        supervised_tokens=sum(label != IGNORED for label in inputs["labels"]),
+        padded_tokens=tokens,
+    )
+
+
 def micro_batches(examples: Sequence[Example], spec: TrialSpec, pad_id: int, device: torch.device) -> Iterator[Batch]:
     """This rank's slice of consecutive micro-batches of at most `micro_batch_size` examples.
 
     Each rank gets equally many, since ranks go through a step together; the last one may have no loss.
     """
     size, length = spec.micro_batch_size, spec.sequence_length if spec.pad_to_sequence_len else None
+
+    def batch(group: Sequence[Example]) -> Batch:
+        return pack(group, device) if spec.sample_packing else collate(group, pad_id, device, length)
+
     groups = [examples[start : start + size] for start in range(0, len(examples), size)]
     own = distributed.rank_slice(groups)
     for group in own:
-        yield collate(group, pad_id, device, length)
+        yield batch(group)
     for _ in range(math.ceil(len(groups) / distributed.world_size()) - len(own)):
-        yield _without_loss(collate(groups[0], pad_id, device, length))
+        yield _without_loss(batch(groups[0]))
 
 
 def _without_loss(batch: Batch) -> Batch:

@@ -30,6 +30,8 @@ _MODEL_KEYS = (
     "upcast_unquantized",
     "lora_modules_to_save",
     "use_dora",
+    "loss",
+    "sample_packing",
 )
 """Spec keys that decide whether a model can be built, and of what."""
 _MOST_OUTCOMES = 4

@@ -16,7 +16,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
 from harness.spec import QUANTISED, TrialSpec
-from harness.training import chunked_loss, lora, reach
+from harness.training import chunked_loss, lora, packing, reach
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -225,6 +225,8 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
     if spec.loss == "chunked":
         chunked_loss.refuse_if_impossible(model)
     model.config.use_cache = False
+    if spec.sample_packing:
+        packing.refuse_if_impossible(model)
     if spec.gradient_checkpointing:
         _checkpoint_activations(model, spec)
     if spec.reentrant_checkpointing and spec.adapter == "lora":

@@ -95,12 +95,16 @@ def training_order(examples: Sequence[Example], samples: int, size: int, seed: i
 
 
 def _widest_last(examples: list[Example], spec: TrialSpec) -> list[Example]:
-    """A step's examples with the longest and the shortest in the last micro-batch of the first process."""
+    """A step's examples with the longest and the shortest in the last micro-batch of the first process; packed ones,
+    which are never padded, with the longest.
+    """
     count, size = len(examples), spec.micro_batch_size
     micro_batches = -(-count // size)
     last = (-(-micro_batches // spec.num_processes) - 1) * spec.num_processes
     width = min(size, count - last * size)
     longest_first = sorted(examples, key=len, reverse=True)
+    if spec.sample_packing:
+        return longest_first[width : width + last * size] + longest_first[:width] + longest_first[width + last * size :]
     wide = longest_first[: width - 1] + longest_first[-1:] if width > 1 else longest_first[:1]
     rest = longest_first[width - 1 : -1] if width > 1 else longest_first[1:]
     return rest[: last * size] + wide + rest[last * size :]
@@ -112,9 +116,9 @@ class MicroBatchKind:
 
     examples: int
     width: int
-    """Tokens of its longest example."""
+    """Tokens of its longest example; packed examples are one."""
     padded: bool
-    """Whether the lengths differ: attention then needs a mask."""
+    """Whether the lengths differ, or several examples are packed: attention then needs a mask."""
     later: bool
     """Whether the gradients of an earlier micro-batch of the step are held meanwhile."""
 
@@ -153,8 +157,12 @@ def kinds(step: Sequence[Example], spec: TrialSpec) -> list[MicroBatchKind]:
     step_kinds = []
     for number, start in enumerate(range(0, len(step), spec.micro_batch_size)):
         lengths = [len(example) for example in step[start : start + spec.micro_batch_size]]
+        later = number >= spec.num_processes
+        if spec.sample_packing:
+            step_kinds.append(MicroBatchKind(1, sum(lengths), len(lengths) > 1, later))
+            continue
         width = spec.sequence_length if spec.pad_to_sequence_len else max(lengths)
-        step_kinds.append(MicroBatchKind(len(lengths), width, min(lengths) < width, number >= spec.num_processes))
+        step_kinds.append(MicroBatchKind(len(lengths), width, min(lengths) < width, later))
     return step_kinds
 
 

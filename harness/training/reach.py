@@ -22,14 +22,14 @@ def unreached(network: Any) -> dict[str, torch.nn.Parameter]:
     key = type(network), network.config.to_json_string(use_diff=False)
     if key not in _REACHED:
         try:
-            _REACHED[key] = _reached(_on_meta(network))
+            _REACHED[key] = _reached(on_meta(network))
         except Exception:  # a model's own code may need values
             _REACHED[key] = frozenset()
     reached = _REACHED[key]
     return {name: parameter for name, parameter in network.named_parameters() if reached and name not in reached}
 
 
-def _on_meta(network: Any) -> Any:
+def on_meta(network: Any) -> Any:
     """A copy in bf16, the one format in which every kernel has shapes on `meta`; quantised layers are plain ones."""
     # What stands in the memo takes the place of the original in the copy.
     memo: dict[int, Any] = {}

@@ -1,0 +1,74 @@
+"""Attention masks of micro-batches whose tensors have no values: whether one is needed is known from their counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
+
+import torch
+
+from harness.record import Phase
+from harness.training.batches import Batch
+from harness.training.step import Trainer
+
+
+def is_needed(batch: Batch) -> bool:
+    """Whether attention needs a mask: for padding, or to keep packed examples apart."""
+    packed = "position_ids" in batch.inputs
+    return batch.samples > 1 if packed else batch.tokens < batch.padded_tokens
+
+
+@contextlib.contextmanager
+def before_forward(trainer: Trainer, call: Callable[[], None]) -> Iterator[None]:
+    """Within, calls it as each forward pass begins."""
+    report = trainer.on_phase
+
+    def enter(phase: Phase) -> None:
+        if phase == "forward":
+            call()
+        report(phase)
+
+    trainer.on_phase = enter
+    try:
+        yield
+    finally:
+        trainer.on_phase = report
+
+
+@contextlib.contextmanager
+def from_counts(needed: Sequence[bool]) -> Iterator[Callable[[], None]]:
+    """Within, transformers omits the masks of micro-batches that need none, as it does by values in a real step.
+
+    Args:
+        needed: whether each micro-batch needs a mask.
+
+    Yields:
+        What is to be called before each forward pass.
+
+    Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask, and whose GPT-2 looks for
+    padding to warn of. A public way to say that nothing is padded or packed would replace it.
+    """
+    from transformers import PreTrainedModel, masking_utils
+
+    following, is_needed_now = iter(needed), True
+
+    def enter() -> None:
+        nonlocal is_needed_now
+        is_needed_now = next(following, is_needed_now)  # a failed loss enters the forward pass once more
+
+    def examples_of(position_ids: torch.Tensor) -> torch.Tensor | None:
+        """The example of each position; null where there is one example."""
+        first = position_ids[:, :1] - 1
+        return (torch.diff(position_ids, prepend=first) != 1).cumsum(-1) if is_needed_now else None
+
+    with (
+        mock.patch.multiple(
+            masking_utils,
+            is_tracing=lambda tensor=None: False,
+            fast_all=lambda mask: not is_needed_now,
+            find_packed_sequence_indices=examples_of,
+        ),
+        mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    ):
+        yield enter
