@@ -171,6 +171,8 @@ class TrialSpec(Frozen):
     length: null, the others are padded to it; false, all fill it)."""
     sample_packing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Put the examples of a micro-batch into one row without padding, each with positions and attention of its own."""
+    group_by_length: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Train on examples of similar length together, so that little of a micro-batch is padding."""
     gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
     """Micro-batches in one optimizer step."""
     num_processes: PositiveInt = 1

@@ -196,6 +196,38 @@ def test_longest_come_first_and_each_epoch_has_every_story(small: Small, tokeniz
     assert shuffled != order.training_order(examples, 2 * len(examples), size=4, seed=2)
 
 
+def test_examples_of_similar_length_come_together(small: Small, tokenizer: Any) -> None:
+    examples = batches.load(small(sequence_length=8192, val_set_size=0), tokenizer).train
+    size, samples = 4, 2 * len(examples)
+    shuffled = order.training_order(examples, samples, size, seed=1)
+    grouped = order.training_order(examples, samples, size, seed=1, grouped=True)
+    assert sorted(e.story_id for e in grouped) == sorted(e.story_id for e in shuffled)
+    assert grouped[: 2 * size] == shuffled[: 2 * size], "the longest come first either way"
+
+    def padding(order: list[batches.Example]) -> float:
+        steps = [[len(e) for e in order[start : start + size]] for start in range(0, samples, size)]
+        return 1 - sum(map(sum, steps)) / sum(max(step) * len(step) for step in steps)
+
+    assert padding(grouped) < 0.35 * padding(shuffled)
+    assert [len(e) for e in grouped] != sorted((len(e) for e in grouped), reverse=True), "the rest in several parts"
+    assert grouped != order.training_order(examples, samples, size, seed=2, grouped=True)
+
+
+def test_grouped_examples_are_timed_together(small: Small, tokenizer: Any) -> None:
+    """On the same lengths as without: what is compared is what the grouping saves."""
+    specs = [
+        small(sequence_length=8192, val_set_size=0, micro_batch_size=2, gradient_accumulation_steps=2,
+              train_samples=40, group_by_length=on)
+        for on in (False, True)
+    ]  # fmt: skip
+    examples = batches.load(specs[0], tokenizer).train
+    plain, grouped = (order.timed_steps(spec, examples) for spec in specs)
+    assert [len(step) for step in grouped] == [len(step) for step in plain]
+    lengths = [[len(e) for step in steps for e in step] for steps in (plain, grouped)]
+    assert sorted(lengths[0]) == sorted(lengths[1])
+    assert lengths[1] == sorted(lengths[1], reverse=True)
+
+
 def test_samples_follow_from_whichever_length_is_given(small: Small) -> None:
     assert small(train_samples=7).samples(100) == 7
     assert small(train_samples=None, max_steps=3).samples(100) == 3 * 4

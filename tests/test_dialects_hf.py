@@ -501,6 +501,7 @@ def test_keys_of_a_spec_in_tables_are_those_of_a_spec(dialect: Dialect) -> None:
         ),
         ({"padding_free": True}, {"sample_packing": True}),
         ({"packing": False}, {"sample_packing": False}),
+        ({"train_sampling_strategy": "group_by_length"}, {"group_by_length": True}),
     ],
 )
 def test_how_trl_makes_its_step(keys: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -640,6 +640,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "loss": "chunked",
         "adapter_dtype": "bf16",
         "autocast": False,
+        "group_by_length": True,
         "gradient_accumulation_steps": 2,
         "num_processes": 2,
         "gradient_checkpointing": True,

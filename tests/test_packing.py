@@ -109,6 +109,17 @@ def test_it_trains_as_rows_of_their_own_do_and_is_predicted(
     assert predicted.peak_memory_bytes == pytest.approx(packed.metrics["peak_memory_bytes"], rel=1e-3)
 
 
+def test_grouped_examples_are_trained_and_predicted(small: Small, tmp_path: Path) -> None:
+    keys = {"base_model": tiny_model(tmp_path), "sequence_length": 512, "micro_batch_size": 4, "train_samples": 40}
+    plain, grouped = (small(**keys, group_by_length=on) for on in (False, True))
+    records = [run(spec) for spec in (plain, grouped)]
+    shares = [sum(s.tokens for s in r.steps) / sum(s.padded_tokens for s in r.steps) for r in records]
+    assert sum(s.tokens for s in records[0].steps) == sum(s.tokens for s in records[1].steps)
+    assert shares[1] > shares[0]
+    measured = records[1].metrics["peak_memory_bytes"]
+    assert peak.predict(grouped, "cpu").peak_memory_bytes == pytest.approx(measured, rel=1e-3)
+
+
 def test_how_a_batch_is_cut_does_not_matter(small: Small, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path)
     cuts = [

@@ -191,6 +191,7 @@ def test_micro_batches_in_one_row(tmp_path: Path) -> None:
     for value, packs in (("true", True), ("auto", True), ("false", False)):
         flat = spec(tmp_path, AXOLOTLS + f"batch_flattening: {value}\n")
         assert flat.sample_packing is packs
+    assert spec(tmp_path, AXOLOTLS + "group_by_length: true\n").group_by_length
     (tmp_path / "a.yml").write_text(AXOLOTLS + "sample_packing: true\n")
     assert "use batch_flattening: true" in refusal(tmp_path / "a.yml")
 
@@ -207,7 +208,7 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     assert "--without-unsupported" in message
     assert "\n" not in message
     many = "".join(f"liger_{n}: true\n" for n in ("rope", "rms_norm", "layer_norm", "glu_activation"))
-    others = "torch_compile: true\ngroup_by_length: true\nrelora: true\nearly_stopping_patience: 3\n"
+    others = "torch_compile: true\nlora_mlp_kernel: true\nrelora: true\nearly_stopping_patience: 3\n"
     (tmp_path / "many.yml").write_text(AXOLOTLS + many + others)
     reasons = refusal(tmp_path / "many.yml")
     for key in re.findall(r"^(\w+):", many + others, re.MULTILINE):

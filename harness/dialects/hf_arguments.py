@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.dialects.common import NOT_MEASURED, derive, each, set_optimizer, set_scheduler, shard
-from harness.dialects.rules import NoEffect, Reader, Rule, To, Together, Unsupported
+from harness.dialects.rules import NoEffect, Reader, Rule, To, Together, Unlike, Unsupported
 
 _EVALUATION = "evaluation, which is before and after training here"
 _LAUNCHING = "launching processes and what passes between them"
 _HUB = "the hub"
 _LOGGING = "logging: every step is recorded"
+
+
+def _is_grouped(strategy: Any) -> bool:
+    if strategy not in ("random", "group_by_length"):
+        raise Unlike("use random or group_by_length")
+    return bool(strategy == "group_by_length")
+
 
 TABLE: Mapping[str, Rule] = {
     # What the training is
@@ -44,8 +51,8 @@ TABLE: Mapping[str, Rule] = {
     "label_smoothing_factor": Unsupported(NOT_MEASURED, (0, 0.0)),
     **each(Unsupported(NOT_MEASURED), "use_liger_kernel torch_compile torch_compile_backend torch_compile_mode"),
     **each(Unsupported(NOT_MEASURED), "torchdynamo torch_empty_cache_steps use_ipex jit_mode_eval full_determinism"),
-    "group_by_length": Unsupported("leave it out: the order of the rows is random, by `seed`"),
-    "train_sampling_strategy": Unsupported("leave it out: the order of the rows is random, by `seed`", ("random",)),
+    "group_by_length": To("group_by_length"),
+    "train_sampling_strategy": To("group_by_length", _is_grouped),
     "sortish_sampler": Unsupported("leave it out: the order of the rows is random, by `seed`"),
     "dataloader_drop_last": Unsupported("leave it out: the last rows of a pass are trained on too"),
     "auto_find_batch_size": Unsupported("give per_device_train_batch_size; `harness plan` predicts what fits"),

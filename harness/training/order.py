@@ -14,6 +14,8 @@ from harness.training.batches import Example
 FRONT_STEPS = 2
 """First optimizer steps, which have the longest examples. Two: the optimizer's state exists from the second on."""
 
+_GROUPED_STEPS = 50
+"""Steps whose examples are sorted together: transformers (5.23), `get_length_grouped_indices`."""
 TIMED_STEPS = 3
 """Different steps that a timing visit repeats."""
 
@@ -27,7 +29,7 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
     are the same for 4x1, 2x2 and 1x4.
     """
     size, samples = spec.effective_batch_size, spec.samples(len(examples))
-    order = training_order(examples, samples, size, spec.seed)
+    order = training_order(examples, samples, size, spec.seed, grouped=spec.group_by_length)
     steps = [order[i : i + size] for i in range(0, samples, size)]
     if len(steps) > 1:
         steps[1] = _widest_last(steps[1], spec)
@@ -67,7 +69,9 @@ def warm_up_steps(spec: TrialSpec, steps: int) -> int:
     return math.ceil(spec.warmup_ratio * steps) if spec.warmup_steps is None else spec.warmup_steps
 
 
-def training_order(examples: Sequence[Example], samples: int, size: int, seed: int) -> list[Example]:
+def training_order(
+    examples: Sequence[Example], samples: int, size: int, seed: int, *, grouped: bool = False
+) -> list[Example]:
     """`samples` examples: epochs of a seeded shuffle, the longest moved into the first `FRONT_STEPS` steps.
 
     The longest of all lengths but one stand there too where the longest have all the same: a micro-batch of examples
@@ -78,6 +82,8 @@ def training_order(examples: Sequence[Example], samples: int, size: int, seed: i
         samples: how many are trained on.
         size: examples of an optimizer step.
         seed: of the shuffle.
+        grouped: examples of similar length come together: after the first steps, of each `_GROUPED_STEPS` steps (or a
+            quarter of all, if that is less) the longest ones first, as in transformers' Trainer.
     """
     generator = random.Random(seed)
     order: list[Example] = []
@@ -91,7 +97,12 @@ def training_order(examples: Sequence[Example], samples: int, size: int, seed: i
     if size > 1 and shorter is not None and shorter not in front:
         front[-1] = shorter
     moved = set(front)
-    return [order[i] for i in front] + [e for i, e in enumerate(order) if i not in moved]
+    rest = [e for i, e in enumerate(order) if i not in moved]
+    if grouped:
+        together = size * max(1, min(len(rest) // (4 * size), _GROUPED_STEPS))
+        starts = range(0, len(rest), together)
+        rest = [e for start in starts for e in sorted(rest[start : start + together], key=len, reverse=True)]
+    return [order[i] for i in front] + rest
 
 
 def _widest_last(examples: list[Example], spec: TrialSpec) -> list[Example]:
@@ -137,7 +148,9 @@ def timed_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Examp
 
     Speeds of two specs are compared: with the same lengths in the timed steps of both, accumulation, micro-batch and
     sequence length are not confounded with how long the timed examples happen to be. Together the steps have the
-    (k + 1/2) / n quantiles of the lengths, k = 0 … n − 1, each step an equal spread of them.
+    (k + 1/2) / n quantiles of the lengths, k = 0 … n − 1, each step an equal spread of them. Where examples of similar
+    length are trained on together, they are in one step, and next to each other in it; with few examples in a step
+    they are less alike than in training, so that the gain is rather larger there.
     """
     samples = spec.samples(len(examples))
     size = min(spec.effective_batch_size, samples)  # no larger than the steps that are trained
@@ -149,6 +162,9 @@ def timed_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Examp
         step = [by_length[int(quantile * len(by_length))] for quantile in quantiles]
         random.Random(number).shuffle(step)  # micro-batches of sorted examples would have hardly any padding
         steps.append(step)
+    if spec.group_by_length:
+        longest_first = sorted((example for step in steps for example in step), key=len, reverse=True)
+        return [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
     return steps
 
 
