@@ -43,6 +43,7 @@ bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a rep
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/peaks.py
 	$(BIN)/python benchmarks/neighbours.py
+	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/verdicts.py

@@ -111,7 +111,7 @@ class RepeatedLayers:
                 if getattr(layer, "gradient_checkpointing", False):
                     stack.enter_context(mock.patch.object(layer, "gradient_checkpointing", False))
             yield
-        if marks.forward:  # it is another model's part, as of images, which text does not reach
+        if marks.forward:  # else of a part that text does not reach, as of images
             trace = self._tracker.trace
             copies = {self._tracker.rounded(2 * p.numel()) for layer in run.unit(2) for p in layer.parameters()}
             expansion = _Expansion(trace, start, marks, self._gradients(run), copies, self._tracker.new_key)
@@ -285,7 +285,9 @@ def _hand_on(following: Sequence[tuple[Any, ...] | None]) -> Callable[..., Any]:
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if hidden is None or not following:
+            raise Irregular
         rest = following[-1]
         return hidden if rest is None else (hidden, *rest)
 
