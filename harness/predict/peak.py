@@ -191,6 +191,7 @@ class _StepReplay:
         with emulate_kernels(self.device_type, self.capability):
             if held_out:
                 self._evaluate(held_out)
+                gc.collect()  # what is left in cycles would count until the collector happens to run
             evaluated = tracker.take_trace()
             trainer = self._trainer(len(steps))
             tracker.take_work()
