@@ -11,7 +11,7 @@ import pytest
 from tiny_models import tiny_model
 
 from harness.environment import DeviceType
-from harness.predict import peak, repeated_layers
+from harness.predict import loaded_model, peak, repeated_layers
 from harness.predict.prediction import Prediction
 from harness.spec import TrialSpec
 
@@ -67,6 +67,7 @@ def all_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrialSpec], Predict
 
     def predict(spec: TrialSpec) -> Prediction:
         with monkeypatch.context() as patch:
+            patch.setattr(loaded_model, "_last", {})
             patch.setattr(repeated_layers, "_REPLAYED", 1000)
             return predicted(spec)
 

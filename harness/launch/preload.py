@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import logging
 import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 # transformers imports its modules on first use; these are the ones that every trial uses.
 _PARTS = (
@@ -35,13 +39,31 @@ def _preload() -> None:
     # bitsandbytes 0.50 warns at import that a kernel for inference is missing, which would come from a hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-    for part in _PARTS:
-        importlib.import_module(part)
+    with mock.patch("torch.compile", _compiled_at_first_call):
+        for part in _PARTS:
+            importlib.import_module(part)
 
-    # A CUDA build of bitsandbytes initialises CUDA at import, and a process that has done so cannot fork.
-    if torch.version.cuda is None:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("bitsandbytes")
+        # A CUDA build of bitsandbytes initialises CUDA at import, and a process that has done so cannot fork.
+        if torch.version.cuda is None:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("bitsandbytes")
+
+
+def _compiled_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """In place of `torch.compile` for functions that bitsandbytes (0.50) compiles at import: torch would import its
+    compiler, which takes longer than bitsandbytes itself, and few trials call them.
+    """
+    if function is None:
+        return functools.partial(_compiled_at_first_call, **options)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        import torch
+
+        made: Callable[..., Any] = torch.compile(function, **options)
+        return made
+
+    return functools.wraps(function)(lambda *args, **named: compiled()(*args, **named))
 
 
 # What is loaded now stays: neither here nor in a trial the garbage collector scans it, or copies its pages.

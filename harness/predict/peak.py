@@ -20,20 +20,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedOperatorException
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
 from harness.errors import InputError
-from harness.predict import fake_weights, loading, masks, reserve
-from harness.predict.allocator import Event
+from harness.predict import fake_weights, loaded_model, masks, reserve
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.emulation import emulate_kernels, emulate_optimizer
+from harness.predict.loaded_model import LoadedModel
 from harness.predict.prediction import Prediction
-from harness.predict.repeated_layers import Irregular, RepeatedLayers
-from harness.predict.replay import Replay, operation_of
+from harness.predict.repeated_layers import Irregular
+from harness.predict.replay import operation_of
 from harness.predict.roofline import Work
-from harness.predict.trace import Live, as_first_step, requests
+from harness.predict.trace import Live, as_first_step, as_later_update, requests
 from harness.spec import TrialSpec
 from harness.training import batches, checkpoints, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
@@ -86,10 +86,12 @@ def predict(
     steps = order.optimizer_steps(spec, data.train)
 
     def replayed(*, all_layers: bool) -> tuple[Prediction, reserve.Traces | None]:
-        network = model.skeleton(spec, trust_remote_code=trust_remote_code)
-        with distributed.fake_process_group(0, spec.num_processes):  # rank 0 has the widest micro-batches
-            replay = _StepReplay(network, spec, device_type, capability, full_length=full_length, all_layers=all_layers)
-            return replay.run(steps, data.held_out)
+        loaded = loaded_model.loaded(
+            spec, device_type, capability, all_layers=all_layers, trust_remote_code=trust_remote_code
+        )
+        # Rank 0 has the widest micro-batches.
+        with distributed.fake_process_group(0, spec.num_processes), loaded as it:
+            return _StepReplay(it, spec, device_type, capability, full_length=full_length).run(steps, data.held_out)
 
     try:
         try:
@@ -146,48 +148,26 @@ def _filled(example: Example, length: int) -> Example:
 
 
 class _StepReplay:
-    """Takes steps of a spec, or parts of them, with a model on `meta`."""
+    """Takes steps of a spec, or parts of them."""
 
     def __init__(
         self,
-        network: Any,
+        loaded: LoadedModel,
         spec: TrialSpec,
         device_type: DeviceType,
         capability: Capability,
         *,
         full_length: bool,
-        all_layers: bool,
     ) -> None:
-        self.network, self.spec, self.full_length, self.all_layers = network, spec, full_length, all_layers
+        self.loaded, self.spec, self.full_length = loaded, spec, full_length
+        self.network, self.fake, self.tracker = loaded.network, loaded.fake, loaded.tracker
         self.device_type, self.capability = device_type, capability
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.tracker = Replay(device_type, self.fake, capability)
-        self.layers: RepeatedLayers | None = None
-        self._updates_from = 0
-        """Where in the trace the last update begins."""
 
     def run(
         self, steps: Sequence[Sequence[Example]], held_out: Sequence[Example]
     ) -> tuple[Prediction, reserve.Traces | None]:
-        """Give the model fake weights, evaluate, then take what holds most of the steps; with the traces on CUDA."""
+        """Evaluate, then take what holds most of the steps; with the traces on CUDA."""
         tracker = self.tracker
-        tracker.component = "weights"
-        # Made outside the fake mode: it reads the ranks from a tensor.
-        mesh = distributed.device_mesh(_CPU) if self.spec.sharding != "none" else None
-        with self.fake, tracker:
-            fake_weights.fill(self.network)
-            if mesh is not None:
-                distributed.shard(self.network, self.spec.sharding, mesh)
-        gc.collect()
-        adapters = model.adapters(self.network, self.spec)
-        tracker.adopt((*self.network.parameters(), *self.network.buffers()), "weights")
-        tracker.adopt(adapters, "adapters")
-        tracker.component = "activations"
-        made = tracker.take_trace()
-        # Shards are made of a model in the machine's memory.
-        loaded = requests(made) if self.spec.num_processes > 1 else self._load_trace(adapters)
-        if not self.all_layers:
-            self.layers = RepeatedLayers(self.network, tracker)
         with emulate_kernels(self.device_type, self.capability):
             if held_out:
                 self._evaluate(held_out)
@@ -204,7 +184,7 @@ class _StepReplay:
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
         trained = tracker.take_trace()
         live = Live()
-        load_peak, evaluation_peak, peak = live.run(made), live.run(evaluated), live.run(trained)
+        load_peak, evaluation_peak, peak = live.run(self.loaded.trace), live.run(evaluated), live.run(trained)
         prediction = Prediction(
             device_type=self.device_type,
             peak_memory_bytes=peak.size,
@@ -216,7 +196,7 @@ class _StepReplay:
             positions=processes * positions,
             seconds=0.0,
         )
-        traces = loaded, requests(evaluated), requests(trained)
+        traces = self.loaded.requests, requests(evaluated), requests(trained)
         return prediction, traces if self.device_type == "cuda" else None
 
     def _trainer(self, steps: int) -> Trainer:
@@ -243,12 +223,6 @@ class _StepReplay:
                     if isinstance(value, torch.Tensor) and not value.dim():
                         state[name] = torch.tensor(0.0)
 
-    def _load_trace(self, adapters: Sequence[torch.Tensor]) -> list[Event]:
-        """The trace of loading on CUDA, in place of that of making fake weights."""
-        upcast = self.spec.upcast_unquantized and model.is_quantised(self.spec)
-        tracker = self.tracker
-        return loading.events(self.network, adapters, tracker.key_of, tracker.size_of, upcast=upcast)
-
     def _evaluate(self, held_out: Sequence[Example]) -> None:
         """Evaluate the heaviest micro-batches of held-out examples."""
         spec = self.spec.model_copy(update={"pad_to_sequence_len": None, "sample_packing": False, "num_processes": 1})
@@ -267,7 +241,7 @@ class _StepReplay:
         self.network.train()
 
     def _repeated_layers(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.layers is None else self.layers.replayed_once()
+        return contextlib.nullcontext() if self.loaded.layers is None else self.loaded.layers.replayed_once()
 
     def _replica(self, network: Any, device: torch.device) -> Any:
         """The model as in DistributedDataParallel, where several processes hold all weights each."""
@@ -297,15 +271,31 @@ class _StepReplay:
             The work of a step whose micro-batches are all like the heaviest, and its positions.
         """
         if self._is_covered(steps[0], steps[1:]):
-            evaluated = len(self.tracker.trace)
-            self._update(trainer)
-            updated = len(self.tracker.trace)
-            work, positions, update = self._replay_part(trainer, steps[1:])
-            trace = self.tracker.trace
-            trace[evaluated:evaluated] = as_first_step(trace[updated : self._updates_from])
-            return update + work, positions
+            return self._replay_later_steps(trainer, steps[1:])
         for part in filter(None, (steps[:1], steps[1:])):
             work, positions, update = self._replay_part(trainer, part)
+        return update + work, positions
+
+    def _replay_later_steps(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
+        """One replay of an update, and one of micro-batches, for those of the first step and of the later ones."""
+        trace = self.tracker.trace
+        with self.fake, self.tracker:
+            self.tracker.hold_workspace("forward")
+        evaluated = len(trace)
+        self._accumulate()
+        accumulated, first = len(trace), self._gradient_keys()
+        self.tracker.take_work()
+        with self.tracker.work_of_later_calls():
+            self._update(trainer)
+        update, updated = self.tracker.take_work(), len(trace)
+        work, positions = self._replay_kinds(trainer, steps)
+        replayed = len(trace)
+        self._accumulate()
+        trace += as_later_update(trace[accumulated:updated], dict(zip(first, self._gradient_keys(), strict=True)))
+        lasting = self.tracker.workspace_keys()
+        first_step = as_first_step(trace[updated:replayed], lasting)
+        trace[updated:replayed] = [entry for entry in trace[updated:replayed] if entry[1] not in lasting]
+        trace[evaluated:evaluated] = first_step
         return update + work, positions
 
     def _is_covered(self, first: Sequence[Example], later: Sequence[Sequence[Example]]) -> bool:
@@ -320,9 +310,7 @@ class _StepReplay:
 
     def _replay_part(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int, list[Work]]:
         """The heaviest micro-batches of some steps, and an update: work and positions, and the work of the update."""
-        with mock.patch.object(trainer, "update", _without_update):
-            work, positions = self._replay_kinds(trainer, steps)
-        self._updates_from = len(self.tracker.trace)
+        work, positions = self._replay_kinds(trainer, steps)
         self.tracker.take_work()
         self._update(trainer)  # the first one also creates the optimizer's state
         return work, positions, self.tracker.take_work()
@@ -343,7 +331,8 @@ class _StepReplay:
             else:
                 trainer.optimizer.zero_grad(set_to_none=True)
             self.tracker.take_work()
-            self._step(trainer, self._batches(steps[number]), [of_step[number].index(kind) // processes])
+            with mock.patch.object(trainer, "update", _without_update):
+                self._step(trainer, self._batches(steps[number]), [of_step[number].index(kind) // processes])
             if kind.examples * kind.width >= positions:
                 work, positions = self.tracker.take_work(times=micro_batches), kind.examples * kind.width
         return work, positions * micro_batches
@@ -383,6 +372,11 @@ class _StepReplay:
             for parameter in (each for each in model.trainable(self.network) if each.grad is None):
                 parameter.grad = torch.empty_like(parameter)
                 self.tracker.adopt([parameter.grad], "gradients")
+
+    def _gradient_keys(self) -> list[int]:
+        """Keys of all gradients in the trace."""
+        gradients = (parameter.grad for parameter in model.trainable(self.network))
+        return [self.tracker.key_of(gradient) for gradient in gradients if gradient is not None]
 
 
 def _fake_batch(batch: Batch) -> Batch:

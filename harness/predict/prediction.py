@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +15,7 @@ from harness.environment import DeviceType, Environment
 from harness.predict import cards
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
 from harness.record import Job, Phase, Record, Step
-from harness.spec import TrialSpec
+from harness.spec import FACTS, TrialSpec
 
 MARGIN: dict[DeviceType, float] = {"cpu": 0.005, "cuda": 0.06}
 """Fraction by which what is needed may exceed its prediction, where there is no calibration. CPU: both come from the
@@ -24,6 +25,28 @@ SURELY_SHORT = 0.02
 """Fraction below the least that it can do with, on CUDA, by which a capacity is surely too small: what is allocated was
 predicted within 0.6 % there."""
 Verdict = Literal["fits", "tight", "does not fit"]
+
+
+_OF_STEPS = frozenset(
+    {
+        "datasets",
+        "eval_sequence_length",
+        "gradient_accumulation_steps",
+        "group_by_length",
+        "micro_batch_size",
+        "optimizer",
+        "pad_to_sequence_len",
+        "sequence_length",
+        "test_datasets",
+    }
+)
+"""Keys with an effect on the memory of steps, and none on the model that they train."""
+
+
+def model_key(spec: TrialSpec) -> str:
+    """Equal for specs whose models are the same when they are loaded."""
+    values = {k: v for k, v in spec.canonical().items() if FACTS[k].memory and k not in _OF_STEPS}
+    return json.dumps(values, sort_keys=True)
 
 
 class Prediction(BaseModel):

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -20,7 +20,7 @@ from harness._util.redact import redact
 from harness.environment import DeviceType
 from harness.launch import fork_server
 from harness.predict.cards import AMPERE, Capability
-from harness.predict.prediction import Prediction, SpecPrediction
+from harness.predict.prediction import Prediction, SpecPrediction, model_key
 from harness.spec import TrialSpec
 
 _Key = tuple[str, str | None, DeviceType, Capability]
@@ -81,7 +81,7 @@ class Predictor:
             device_type = self._device_type or environment.resolve_device(spec.device)
             groups.setdefault((spec.memory_key, spec.folder, device_type, capability), []).append(spec)
         running: dict[Future[dict[str, Any]], _Key] = {}
-        for key, group in groups.items():
+        for key, group in sorted(groups.items(), key=_model_of_each(groups)):
             if key in self._answers:
                 yield from _spec_predictions(group, self._answers[key])
             else:
@@ -131,6 +131,13 @@ class Predictor:
         return self._pool
 
 
+def _model_of_each(groups: dict[_Key, list[TrialSpec]]) -> Callable[[tuple[_Key, list[TrialSpec]]], int]:
+    """Sorts those of one model one after another, so that a process loads it once for them; models as they come."""
+    places: dict[str, int] = {}
+    place_of = {key: places.setdefault(model_key(group[0]), len(places)) for key, group in groups.items()}
+    return lambda item: place_of[item[0]]
+
+
 def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterator[SpecPrediction]:
     prediction = None if "error" in answer else Prediction.model_validate(answer)
     for spec in specs:
@@ -170,7 +177,4 @@ def _predict(text: str, device_type: DeviceType, capability: Capability, options
         except Exception as error:  # a model's own code may raise anything; other specs are still predicted
             first = redact(first_line(error))
             return {"error": first if isinstance(error, peak.Unpredictable) else f"{type(error).__name__}: {first}"}
-        finally:  # modules and what is cached stay: the collector need not scan them in each prediction
-            gc.collect()
-            gc.freeze()
     return prediction.model_dump(mode="json")

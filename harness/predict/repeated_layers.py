@@ -202,12 +202,12 @@ class _Expansion:
     def _keys(self, marks: Sequence[int]) -> list[list[int]]:
         """Keys of what each unit allocates between its mark and the next one."""
         units = [
-            [entry for entry in self._trace[begin:end] if entry.kind == "allocate" and entry.key]
+            [entry for entry in self._trace[begin:end] if entry[0] == "allocate" and entry[1]]
             for begin, end in itertools.pairwise(marks)
         ]
         if any([entry[2:] for entry in unit] != [entry[2:] for entry in units[0]] for unit in units):
             raise Irregular
-        return [[entry.key for entry in unit] for unit in units]
+        return [[key for _, key, _, _ in unit] for unit in units]
 
     def entries(self) -> list[Entry]:
         """The trace of the step."""
@@ -236,32 +236,35 @@ class _Expansion:
     def _with_releases(self, entries: Sequence[Entry]) -> list[Entry]:
         """The entries, with releases of copies of weights; without them only gradients of skipped units remain."""
         sizes, gone = dict[int, int](), set[int]()
-        for entry in entries:
-            if entry.kind == "allocate":
-                sizes[entry.key] = entry.size
-                gone.discard(entry.key)
-            elif entry.kind == "release":
-                if entry.key in gone:
+        for kind, key, size, _ in entries:
+            if kind == "allocate":
+                sizes[key] = size
+                gone.discard(key)
+            elif kind == "release":
+                if key in gone:
                     raise Irregular
-                sizes.pop(entry.key, None)
-                gone.add(entry.key)
+                sizes.pop(key, None)
+                gone.add(key)
         together: dict[int, list[int]] = {}
         for units in (self._held, self._made):
             for *skipped, replayed in zip(*units, strict=True):
                 remaining = [key for key in skipped if key in sizes and key not in self._gradients]
                 if any(sizes[key] not in self._copies for key in remaining) or (remaining and replayed in sizes):
                     raise Irregular
-                together[replayed] = remaining
+                if remaining:
+                    together[replayed] = remaining
+        if not together:
+            return list(entries)
         completed = list[Entry]()
         for entry in entries:
             completed.append(entry)
-            if entry.kind == "release":
-                completed += [Entry("release", key) for key in together.get(entry.key, ())]
+            if entry[0] == "release":
+                completed += [("release", key, 0, "") for key in together.get(entry[1], ())]
         return completed
 
 
 def _renamed(entries: Sequence[Entry], names: dict[int, int]) -> list[Entry]:
-    return [Entry(kind, names.get(key, key), size, label) for kind, key, size, label in entries]
+    return [(kind, names.get(key, key), size, label) for kind, key, size, label in entries]
 
 
 def _rest(output: Any) -> tuple[Any, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Replay(LiveTensors):
         """Whether new storages are counted."""
         self.work: Counter[tuple[str | None, int, int]] = Counter()
         """Calls of operations by type, operations and bytes."""
+        self._made: list[tuple[tuple[str | None, int, int], weakref.ref[Any]]] | None = None
+        """Work of calls and the storages that they made, where it is noted."""
         self._keys: dict[int, int] = {}
         """In the trace, by the storage's address, which is unique while it lives."""
         self._numbers = itertools.count(1)
@@ -107,7 +110,7 @@ class Replay(LiveTensors):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         work = _work_of(func, args, out, self.flops - before)
         if work is not None:
-            self.work[work] += 1
+            self._count(work, () if func._schema.is_mutable else (out,))
         transient = cuda_kernels.transient_bytes(func, args, kwargs or {})
         self._hold_for_a_moment(transient)
         if key is not None:
@@ -116,15 +119,30 @@ class Replay(LiveTensors):
 
     def _from_cache(self, cached: _Call, args: Any) -> Any:
         """What FakeTensorMode would return."""
-        if cached.work is not None:
-            self.work[cached.work] += 1
         made = tuple(self._make(output, args) for output in cached.outputs)
+        if cached.work is not None:
+            self._count(cached.work, made)
         self._hold_for_a_moment(cached.transient)
         if cached.returns == "nothing":
             return None
         if cached.returns == "first argument":
             return args[0]
         return made if cached.returns == "tuple" else made[0]
+
+    def _count(self, work: tuple[str | None, int, int], made: Any) -> None:
+        self.work[work] += 1
+        if self._made is not None:
+            self._made += [(work, weakref.ref(each.untyped_storage())) for each in _tensors(made)]
+
+    @contextlib.contextmanager
+    def work_of_later_calls(self) -> Iterator[None]:
+        """Within, the first update of an optimizer counts as a later one, which does not make what is left of it."""
+        there = {key for key, (ref, _, _) in self._storages.items() if ref() is not None}
+        self._made = []
+        yield
+        left = (work for work, ref in self._made if (storage := ref()) is not None and storage._cdata not in there)
+        self.work -= Counter(left)
+        self._made = None
 
     def _make(self, output: _Output, args: Any) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():  # as in FakeTensorMode
@@ -143,23 +161,34 @@ class Replay(LiveTensors):
 
     def _hold_for_a_moment(self, size: int) -> None:
         if size and self._cuda:
-            held = Entry("allocate", _TRANSIENT, self.rounded(size), "activations")
-            self.trace += [held, Entry("release", _TRANSIENT)]
+            held = self.rounded(size)
+            self.trace += [("allocate", _TRANSIENT, held, "activations"), ("release", _TRANSIENT, 0, "")]
 
     def _resized(self, key: int, before: int, after: int, component: Component) -> None:
         if before:
-            self.trace.append(Entry("release", self._keys.pop(key)))
+            self.trace.append(("release", self._keys.pop(key), 0, ""))
         if after:
-            self._keys[key] = self.new_key()
-            self.trace.append(Entry("allocate", self._keys[key], after, component))
+            own = self._keys[key] = next(self._numbers)
+            self.trace.append(("allocate", own, after, component))
 
     def _adopted(self, key: int, size: int, previous: Component, component: Component) -> None:
         if size:
-            self.trace.append(Entry("adopt", self._keys[key], 0, component))
+            self.trace.append(("adopt", self._keys[key], 0, component))
 
     def key_of(self, tensor: torch.Tensor) -> int:
         """Key of a tensor's storage in the trace; 0 of an empty one."""
         return self._keys.get(tensor.untyped_storage()._cdata, 0)
+
+    def live_keys(self) -> set[int]:
+        """Keys of all that is live."""
+        return set(self._keys.values())
+
+    def start_anew(self) -> None:
+        """Forget the trace and the work, and hold no workspaces."""
+        self._workspaces.clear()
+        self.phase, self.component = "load", "activations"
+        self.take_trace()
+        self.take_work()
 
     def new_key(self) -> int:
         """A key for a storage that is in the trace alone."""
@@ -190,17 +219,20 @@ class Replay(LiveTensors):
 
     def enter(self, phase: Phase) -> None:
         """Start a phase."""
-        if self._cuda:
-            self._hold_workspace("backward" if phase == "backward" else "forward")
+        self.hold_workspace("backward" if phase == "backward" else "forward")
         self.phase = phase
-        self.trace.append(Entry("enter", label=phase))
+        self.trace.append(("enter", 0, 0, phase))
 
-    def _hold_workspace(self, thread: Phase) -> None:
-        """From a thread's first product on."""
-        if thread not in self._workspaces:
+    def hold_workspace(self, thread: Phase) -> None:
+        """Hold cuBLAS's workspace of a thread, which it has from its first product on."""
+        if self._cuda and thread not in self._workspaces:
             component, self.component = self.component, "activations"
             self._workspaces[thread] = torch.empty(self._workspace_bytes, dtype=torch.uint8)
             self.component = component
+
+    def workspace_keys(self) -> set[int]:
+        """Keys of cuBLAS's workspaces."""
+        return {self.key_of(workspace) for workspace in self._workspaces.values()}
 
     def size_of(self, tensor: torch.Tensor) -> int:
         """Bytes that a tensor's storage takes on the device."""

@@ -93,6 +93,8 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: the model's config is not available, or no such model can be trained as the spec says.
     """
+    from transformers.initialization import no_init_weights  # undocumented (5.23)
+
     config = _config(spec, trust_remote_code)
     stored = _stored_format(spec, config)
     try:
@@ -122,7 +124,7 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which these are in shape already, and
     # bitsandbytes (0.50) cannot copy them.
     dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", lambda module: module.weight.data)
-    with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module):
+    with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module), no_init_weights():
         return _prepared(model, spec)
 
 
