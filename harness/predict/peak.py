@@ -370,7 +370,7 @@ class _StepReplay:
         """Gradients as a backward pass leaves them, where there are none yet."""
         with self.fake, self.tracker:
             for parameter in (each for each in model.trainable(self.network) if each.grad is None):
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = self.tracker.empty_like(parameter)
                 self.tracker.adopt([parameter.grad], "gradients")
 
     def _gradient_keys(self) -> list[int]:

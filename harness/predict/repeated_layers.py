@@ -83,6 +83,9 @@ class RepeatedLayers:
         self._tracker = tracker
         runs = [run for layers in _outermost_lists(network) if (run := _longest_run(layers, network)) is not None]
         self._run = max(runs, key=lambda run: len(run.skipped) * run.length, default=None)
+        units = [self._run.unit(2), *self._run.skipped] if self._run else []
+        self._trained = [[p for layer in unit for p in layer.parameters() if p.requires_grad] for unit in units]
+        """Trained parameters of the unit that stands for others, and of these."""
 
     @contextlib.contextmanager
     def replayed_once(self) -> Iterator[None]:
@@ -114,7 +117,7 @@ class RepeatedLayers:
         if marks.forward:  # else of a part that text does not reach, as of images
             trace = self._tracker.trace
             copies = {self._tracker.rounded(2 * p.numel()) for layer in run.unit(2) for p in layer.parameters()}
-            expansion = _Expansion(trace, start, marks, self._gradients(run), copies, self._tracker.new_key)
+            expansion = _Expansion(trace, start, marks, self._gradients(), copies, self._tracker.new_key)
             trace[start:] = expansion.entries()
             self._repeat_work(marks, len(run.skipped))
 
@@ -133,17 +136,17 @@ class RepeatedLayers:
         places.append(len(self._tracker.trace))
         marks.work.append(Counter(self._tracker.work))
 
-    def _gradients(self, run: _Run) -> list[dict[int, int]]:
+    def _gradients(self) -> list[dict[int, int]]:
         """For each skipped unit: the keys of its new gradients by those of the unit that stands for it."""
         key_of = self._tracker.key_of
-        parameters = [p for layer in run.unit(2) for p in layer.parameters()]
+        parameters, *others = self._trained
         by_unit = []
         with self._tracker.unrecorded():
-            for unit in run.skipped:
+            for trained in others:
                 keys = {}
-                for own, other in zip((p for layer in unit for p in layer.parameters()), parameters, strict=True):
+                for own, other in zip(trained, parameters, strict=True):
                     if own.grad is None and other.grad is not None:
-                        own.grad = torch.empty_like(other.grad)
+                        own.grad = self._tracker.empty_like(other.grad)
                         self._tracker.adopt([own.grad], "gradients")
                         keys[key_of(other.grad)] = key_of(own.grad)
                 by_unit.append(keys)

@@ -144,6 +144,12 @@ class Replay(LiveTensors):
         self.work -= Counter(left)
         self._made = None
 
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as `torch.empty_like` makes one under the modes, in a third of the time where it is not sharded."""
+        if type(tensor) is not FakeTensor or not tensor.is_contiguous():
+            return torch.empty_like(tensor)
+        return self._make(_Output(tuple(tensor.shape), tensor.stride(), tensor.dtype, None), ())
+
     def _make(self, output: _Output, args: Any) -> torch.Tensor:
         with torch._C._DisableTorchDispatch():  # as in FakeTensorMode
             if output.offset is None:
@@ -156,7 +162,9 @@ class Replay(LiveTensors):
                 FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU
             )
             made.__dict__.update(self._attributes)
-        self._add(made, self.component)
+        storage = made.untyped_storage()
+        if storage._cdata not in self._storages and self.counting:
+            self._track(storage, self.component)
         return made
 
     def _hold_for_a_moment(self, size: int) -> None:
@@ -247,9 +255,9 @@ class Replay(LiveTensors):
 
 def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
     """The operation and its arguments' shapes; null where these do not determine what it does."""
-    of_optimizer = func.namespace == "bitsandbytes" and func._schema.is_mutable
-    if func.namespace != "aten" and not of_optimizer:
+    if func.namespace not in ("aten", "bitsandbytes"):
         return None
+    of_optimizer = func.namespace == "bitsandbytes" and func._schema.is_mutable
     key = [func]
     for value in (*args, *(kwargs or {}).items()):
         table = of_optimizer and type(value) is torch.Tensor  # a real one: its values are constants

@@ -132,9 +132,11 @@ class LiveTensors(TorchDispatchMode):
         if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages and self._is_counted(tensor):
+            self._track(storage, component)
+
+    def _track(self, storage: torch.UntypedStorage, component: Component) -> None:
         key = storage._cdata
-        if key in self._storages or not self._is_counted(tensor):
-            return
         size = self._size(storage)
         self._check_budget(size)
         self._storages[key] = (weakref.ref(storage, functools.partial(self._freed, key)), size, component)
