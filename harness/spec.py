@@ -36,7 +36,7 @@ Optimizer = Literal[
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-    "sgd", "adagrad", "adafactor",
+    "sgd", "adagrad", "adafactor", "muon",
 ]  # fmt: skip
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
@@ -199,7 +199,7 @@ class TrialSpec(Frozen):
     num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING] = None
     """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
     optimizer: Annotated[Optimizer, _TRAINING] = "adamw_torch"
-    """Name of the optimizer, as in transformers."""
+    """Name of the optimizer, as in transformers; `muon` is torch's, with AdamW for all but the matrices of layers."""
     learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY] = 2e-4
     """Peak learning rate."""
     lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY] = "linear"

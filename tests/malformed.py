@@ -248,8 +248,8 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         r"unknown optimizer 'adamw_bnb_8bits'; did you mean adamw_bnb_8bit\?",
     ),
     "unknown optimizer with nothing near it": (
-        _base("optimizer: muon"),
-        r"unknown optimizer 'muon'; use adamw_torch, .*sgd",
+        _base("optimizer: dion"),
+        r"unknown optimizer 'dion'; use adamw_torch, .*sgd",
     ),
     "unknown precision": (_base("precision: bf61"), r"unknown precision 'bf61'; did you mean bf16\?"),
     "precision that is a list": (_base("precision: [int8], bf16: true"), r"contradictory precision .*int8.*bf16: true"),

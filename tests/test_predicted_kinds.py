@@ -112,7 +112,9 @@ def test_int8_on_cuda_allocates_what_its_code_does(inner: int, columns: int, bia
 # ------------------------------------------------------------------------------------ optimizers
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adafactor", "rmsprop", "paged_ademamix_32bit", "paged_lion_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adagrad", "adafactor", "rmsprop", "paged_ademamix_32bit", "paged_lion_8bit", "muon"]
+)
 def test_optimizers_with_state_beyond_adams(optimizer: str, small: Small, tmp_path: Path) -> None:
     """Weights of more than 100,000 numbers, from which on state is paged, and few tokens: the update counts."""
     folder = tiny_model(tmp_path, config={"hidden_size": 256, "head_dim": 64, "intermediate_size": 512})

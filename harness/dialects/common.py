@@ -25,6 +25,7 @@ OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_ar
     "paged_adamw": ("paged_adamw_32bit", ""),
     "paged_lion": ("paged_lion_32bit", ""),
     "paged_ademamix": ("paged_ademamix_32bit", ""),
+    "muon": ("muon", "torch's, with updates as large as AdamW's"),
 }
 """Names of optimizers in other tools' files: the name here, and what is other than there, in a few words."""
 
@@ -33,7 +34,7 @@ UNLIKE_OPTIMIZERS: frozenset[str] = frozenset(
         *("adamw_anyprecision", "adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "adam_mini", "stable_adamw"),
         *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit", "grokadamw", "optimi_adamw"),
         *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo"),
-        *("apollo_adamw", "apollo_adamw_layerwise", "muon", "dion", "came_pytorch", "lion_pytorch"),
+        *("apollo_adamw", "apollo_adamw_layerwise", "dion", "came_pytorch", "lion_pytorch"),
         *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
         *("flash_adamw", "flash_adam", "flash_sgd", "flash_lion"),
     }

@@ -14,7 +14,7 @@ import torch
 
 from harness.record import Phase
 from harness.spec import TrialSpec
-from harness.training import distributed, loss, order
+from harness.training import distributed, loss, muon, order
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
@@ -186,13 +186,26 @@ class Trainer:
 
 
 def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
-    """As transformers' Trainer makes it: from its names of optimizers, without weight decay on biases and norms."""
+    """As transformers' Trainer makes it: from its names of optimizers, without weight decay on biases and norms. Muon,
+    which it has no name for, is torch's.
+    """
     # Undocumented in transformers (5.23): the table of its optimizers and the names that it decays. A public function
     # from a name to an optimizer would replace both.
     from transformers import Trainer as HuggingFaceTrainer
     from transformers import TrainingArguments
     from transformers.trainer_pt_utils import get_parameter_names
 
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    if spec.optimizer == "muon":
+        betas = (spec.adam_beta1, spec.adam_beta2)
+        others = muon.unsuitable(model)
+        return muon.MuonAndAdamW(groups, others, lr=spec.learning_rate, betas=betas, eps=spec.adam_epsilon)
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # required, never written
         optim=spec.optimizer,
@@ -205,13 +218,6 @@ def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
         use_cpu=True,  # keeps it from initialising CUDA; nothing is moved
     )
     factory, options = HuggingFaceTrainer.get_optimizer_cls_and_kwargs(arguments, model)
-    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
     optimizer: torch.optim.Optimizer = factory([g for g in groups if g["params"]], **options)
     if model.device.type == "cpu":
         _page_nothing(optimizer)
