@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from predictions import predicted
 from tiny_models import tiny_model
 
-from harness.environment import DeviceType
-from harness.predict import loaded_model, peak, repeated_layers
+from harness.predict import loaded_model, repeated_layers
 from harness.predict.prediction import Prediction
 from harness.spec import TrialSpec
 
@@ -49,16 +48,6 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(repeated_layers._Expansion, "entries", seen)
     return units
-
-
-def predicted(spec: TrialSpec, device_type: DeviceType = "cuda") -> Prediction:
-    gc.disable()  # few layers and all make it run at other moments, and small tensors in cycles wait for it
-    try:
-        prediction = peak.predict(spec, device_type)
-    finally:
-        gc.enable()
-    work = sorted(prediction.work, key=lambda each: each.model_dump_json())
-    return prediction.model_copy(update={"seconds": 0.0, "work": tuple(work)})
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from predictions import predicted
 from tiny_models import tiny_model
 
 from harness.environment import DeviceType
@@ -16,16 +16,6 @@ from harness.predict.prediction import Prediction
 from harness.spec import Optimizer, TrialSpec
 
 Small = Callable[..., TrialSpec]
-
-
-def predicted(spec: TrialSpec, device_type: DeviceType = "cuda") -> Prediction:
-    gc.disable()  # it would run at other moments, and small tensors in cycles wait for it
-    try:
-        prediction = peak.predict(spec, device_type)
-    finally:
-        gc.enable()
-    work = sorted(prediction.work, key=lambda each: each.model_dump_json())
-    return prediction.model_copy(update={"seconds": 0.0, "work": tuple(work)})
 
 
 def anew(spec: TrialSpec, device_type: DeviceType = "cuda") -> Prediction:

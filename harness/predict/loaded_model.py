@@ -28,7 +28,7 @@ class LoadedModel:
     """A model, the mode that makes its tensors, and the tracker that follows them.
 
     Args:
-        network: on `meta`.
+        network: on `meta`; it gets fake weights.
         spec: of the trial.
         device_type: device to train on.
         capability: compute capability of a CUDA device.

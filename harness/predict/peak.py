@@ -90,8 +90,10 @@ def predict(
             spec, device_type, capability, all_layers=all_layers, trust_remote_code=trust_remote_code
         )
         # Rank 0 has the widest micro-batches.
-        with distributed.fake_process_group(0, spec.num_processes), loaded as it:
-            return _StepReplay(it, spec, device_type, capability, full_length=full_length).run(steps, data.held_out)
+        with distributed.fake_process_group(0, spec.num_processes), loaded as its_model:
+            return _StepReplay(its_model, spec, device_type, capability, full_length=full_length).run(
+                steps, data.held_out
+            )
 
     try:
         try:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -81,7 +81,8 @@ class Predictor:
             device_type = self._device_type or environment.resolve_device(spec.device)
             groups.setdefault((spec.memory_key, spec.folder, device_type, capability), []).append(spec)
         running: dict[Future[dict[str, Any]], _Key] = {}
-        for key, group in sorted(groups.items(), key=_model_of_each(groups)):
+        for key in _by_model(groups):
+            group = groups[key]
             if key in self._answers:
                 yield from _spec_predictions(group, self._answers[key])
             else:
@@ -131,11 +132,12 @@ class Predictor:
         return self._pool
 
 
-def _model_of_each(groups: dict[_Key, list[TrialSpec]]) -> Callable[[tuple[_Key, list[TrialSpec]]], int]:
-    """Sorts those of one model one after another, so that a process loads it once for them; models as they come."""
-    places: dict[str, int] = {}
-    place_of = {key: places.setdefault(model_key(group[0]), len(places)) for key, group in groups.items()}
-    return lambda item: place_of[item[0]]
+def _by_model(groups: dict[_Key, list[TrialSpec]]) -> list[_Key]:
+    """Keys, those of one model one after another, so that a process loads it once for them; models as they come."""
+    of_models: dict[str, list[_Key]] = {}
+    for key, group in groups.items():
+        of_models.setdefault(model_key(group[0]), []).append(key)
+    return [key for keys in of_models.values() for key in keys]
 
 
 def _spec_predictions(specs: list[TrialSpec], answer: dict[str, Any]) -> Iterator[SpecPrediction]:

@@ -109,14 +109,10 @@ def as_later_update(trace: Sequence[Entry], gradients: dict[int, int]) -> list[E
         trace: of the first update.
         gradients: keys of the later one's gradients by those of the first one's.
     """
-    left = dict[int, int]()
+    left = set[int]()
     for kind, key, _, _ in trace:
         if kind == "allocate":
-            left[key] = key
+            left.add(key)
         elif kind == "release":
-            left.pop(key, None)
-    return [
-        (kind, gradients.get(key, key), size, label)
-        for kind, key, size, label in trace
-        if key not in left or kind == "enter"
-    ]
+            left.discard(key)
+    return [(kind, gradients.get(key, key), size, label) for kind, key, size, label in trace if key not in left]

@@ -9,7 +9,8 @@ import torch
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for matrices within layers, and its AdamW for embeddings, the head, norms and biases.
+    """torch's Muon for matrices within layers, and its AdamW for embeddings, the head, norms and biases, and for all
+    that is no matrix, such as experts in 3-D parameters.
 
     Muon's updates are scaled by 0.2 · sqrt(max(rows, columns)), so that they are as large as AdamW's, and both have one
     learning rate and weight decay (Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982).
@@ -17,9 +18,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
     Args:
         groups: of parameters, each with its `weight_decay`.
         others: ids of matrices that are AdamW's: those of embeddings and the head.
-        lr: learning rate.
-        betas: AdamW's.
-        eps: AdamW's.
+        lr: learning rate of both.
+        betas: AdamW's decay rates of the two moments.
+        eps: what AdamW adds to the denominator.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
-        """An update of all parameters that have gradients."""
+        """Update all parameters that have gradients; returns the loss of the closure, if there is one."""
         loss = None if closure is None else closure()
         for part in self._parts:
             part.step()
@@ -57,7 +58,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def unsuitable(model: Any) -> set[int]:
-    """Ids of the parameters of embeddings and of the head: rows of tokens, of which few have a gradient in a step."""
+    """Ids of the parameters of embeddings and of the head, which Muon is not made for (as torch's docs say)."""
     head = model.get_output_embeddings()
     modules = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + ([head] if head is not None else [])
     return {id(parameter) for module in modules for parameter in module.parameters()}
