@@ -18,7 +18,7 @@ import torch
 from harness import environment
 from harness.record import Job, Visit
 from harness.results import timing
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, half_matmul, model, order, trial
 
 SECONDS = 20.0

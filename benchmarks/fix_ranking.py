@@ -35,7 +35,7 @@ from harness.predict.predictor import Predictor
 from harness.record import Job, Visit
 from harness.report.predictions import Line, Plan
 from harness.results import timing
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import half_matmul, trial
 
 TWIN = {

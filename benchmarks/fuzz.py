@@ -44,7 +44,6 @@ import yaml
 from harness import record
 from harness.analysis import comparison
 from harness.cli import app
-from harness.data_spec import DatasetSpec
 from harness.environment import current
 from harness.errors import InputError
 from harness.grids import claims, document, grid, levels, yaml_file
@@ -54,7 +53,8 @@ from harness.report import writers
 from harness.results import schema
 from harness.results.store import Store
 from harness.sources import files, stories
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec
+from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 SLOW_SECONDS = 2.0

@@ -19,7 +19,7 @@ from pathlib import Path
 from harness import environment
 from harness.predict import peak
 from harness.record import Job, Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, half_matmul, order, trial
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -26,7 +26,7 @@ from harness._util.units import MIB
 from harness.grids.levels import changes_of, make_spec
 from harness.predict import cards, peak
 from harness.predict.prediction import MARGIN, Prediction, Verdict, fits
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 ROWS = Path(__file__).parent.parent / "tests/measured_by_others"
 NEAR = 0.15

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from harness.environment import current
 from harness.record import Job, Record
 from harness.results.schema import SCHEMAS, Table, absent_value, trial_row
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 REPEATS = 5

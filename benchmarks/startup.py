@@ -17,7 +17,7 @@ from harness.launch.cluster import RayLauncher
 from harness.launch.launcher import Attempt, Launcher, WorkerOptions
 from harness.launch.local import LocalLauncher
 from harness.record import Job
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 
 def forked(launcher: LocalLauncher, seed: int, folder: Path) -> float:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from harness import metrics
-from harness.data_spec import Facts
 from harness.environment import Environment
-from harness.spec import TrialSpec
+from harness.spec.datasets import Facts
+from harness.spec.trial import TrialSpec
 
 Status = Literal["ok", "oom", "diverged", "did_not_train", "timeout", "killed", "failed", "skipped"]
 Phase = Literal["start", "load", "evaluate", "forward", "backward", "optimizer", "save"]

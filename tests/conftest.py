@@ -16,7 +16,7 @@ from harness.grids import document
 from harness.launch import fork_server
 from harness.record import Job, Record
 from harness.runner import execution
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads of tiny matrices wait for one another longer than they compute; so in the workers too.

@@ -15,7 +15,7 @@ from harness import environment
 from harness.grids.search import Search
 from harness.grids.search_file import parse
 from harness.record import Job, Record, StoryLoss
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 if TYPE_CHECKING:  # each child imports this file again
     import pandas

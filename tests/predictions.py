@@ -7,7 +7,7 @@ import gc
 from harness.environment import DeviceType
 from harness.predict import peak
 from harness.predict.prediction import Prediction
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 
 def predicted(spec: TrialSpec, device_type: DeviceType = "cuda") -> Prediction:

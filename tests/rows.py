@@ -10,7 +10,7 @@ from conftest import SMALL
 from harness.environment import current
 from harness.record import Job, Record, Step, StoryLoss
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _OF_JOB = ("twin", "factor", "level", "data_fingerprint", "base_fingerprint", "study", "study_trial")
 

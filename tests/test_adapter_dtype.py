@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from trials import run
 
 from harness.predict import peak
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model
 
 Small = Callable[..., TrialSpec]

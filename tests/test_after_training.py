@@ -25,7 +25,6 @@ from harness.adapters import benchmark, merge, story_metrics, trained
 from harness.analysis import comparison, loading, verdicts
 from harness.analysis.inference import merging_effect
 from harness.cli.progress import story_display
-from harness.data_spec import DatasetSpec
 from harness.environment import current
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
@@ -36,7 +35,8 @@ from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner.grid_run import run_grid
 from harness.sources import stories
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec
+from harness.spec.trial import TrialSpec
 
 PRECISIONS = ("fp32", "bf16", "nf4")
 

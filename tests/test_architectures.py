@@ -16,7 +16,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.predict import peak
 from harness.record import Job, Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import inspection, loss, trial
 
 MakeSpec = Callable[..., TrialSpec]

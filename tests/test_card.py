@@ -28,7 +28,7 @@ from harness.metrics import METRICS
 from harness.report import document
 from harness.results.store import Store
 from harness.runner.grid_run import run_grid
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import card_watch
 from harness.training.clock import DeviceClock
 

@@ -16,13 +16,13 @@ from trials import run
 from harness.adapters import generation, inference
 from harness.adapters.session import AdapterSession
 from harness.cli import beforehand
-from harness.data_spec import PromptSpec
 from harness.errors import InputError
 from harness.grids import preflight
 from harness.grids.grid import Grid, Trial
 from harness.sources import models, splits, stories
 from harness.sources.stories import Chat, Passage, Row, Rows, Story
-from harness.spec import TrialSpec
+from harness.spec.datasets import PromptSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, chat, chat_templates, checkpoints, inspection
 from harness.training.batches import IGNORED, Example
 

@@ -13,7 +13,7 @@ from trials import run
 from harness.errors import InputError
 from harness.predict import peak
 from harness.record import Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model
 
 Small = Callable[..., TrialSpec]

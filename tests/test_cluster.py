@@ -16,7 +16,7 @@ from harness.launch.local import LocalLauncher
 from harness.record import Record
 from harness.results.store import Store
 from harness.runner.execution import Policy
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 

@@ -22,7 +22,7 @@ from harness.results.store import Store
 from harness.runner.execution import Policy
 from harness.runner.grid_run import pending
 from harness.sources import fingerprints
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import checkpoints
 
 Small = Callable[..., TrialSpec]

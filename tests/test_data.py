@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness.data_spec import DatasetSpec, PromptSpec
 from harness.errors import InputError
 from harness.sources import stories
 from harness.sources.stories import Story
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec, PromptSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, order, prompts
 from harness.training.prompts import Prompt
 

@@ -28,7 +28,6 @@ from trials import run
 from harness.adapters import generation
 from harness.adapters.session import AdapterSession
 from harness.cli.inspection import inspect_trials
-from harness.data_spec import PromptSpec
 from harness.errors import InputError
 from harness.grids import preflight
 from harness.grids.grid import Grid, Trial
@@ -36,7 +35,9 @@ from harness.predict import peak
 from harness.results import schema
 from harness.sources import stories
 from harness.sources.stories import Story
-from harness.spec import Scheduler, TrialSpec
+from harness.spec.datasets import PromptSpec
+from harness.spec.keys import Scheduler
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, inspection, limits, order, prompts
 
 Small = Callable[..., TrialSpec]

@@ -15,7 +15,7 @@ from harness.dialects.llama_factory_data import datasets_from, datasets_of, info
 from harness.dialects.rules import Dialect, Reader, read
 from harness.grids.levels import SPEC_KEYS, make_spec, normalised
 from harness.grids.yaml_file import read_yaml
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 FILES = Path(__file__).parent / "training_files"
 DIALECTS = {"llama_factory": llama_factory.DIALECT, "trl": trl.DIALECT}

@@ -16,7 +16,7 @@ from harness.dialects import references, torchtune
 from harness.dialects.rules import Reader, read
 from harness.dialects.training_file import interpret
 from harness.grids.levels import make_spec, normalised
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parent / "training_files" / "torchtune").glob("*.yaml"))}
 OWN = tuple(key for key, facts in FACTS.items() if facts.given)

@@ -27,7 +27,7 @@ from harness.metrics import COMPONENTS
 from harness.predict import cards, peak
 from harness.predict.prediction import MARGIN, Prediction, fits
 from harness.record import Phase
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner import grid_run
 from harness.sources import fingerprints, models, stories
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, trial
 from harness.tuning.study import study_name
 from harness.tuning.warm_start import WarmStart

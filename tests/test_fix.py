@@ -14,7 +14,7 @@ from harness.grids import grid
 from harness.predict import fixes
 from harness.results.store import Store
 from harness.sources.models import ARCHITECTURES
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 GRID = (
     "name: g\nbase: {base_model: 'random:few.json', precision: bf16, sequence_length: 512, max_steps: 2, "

@@ -28,7 +28,7 @@ from harness.grids.spellings import normalise
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import models
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 LESSON = Path(__file__).parent / "lesson"
 BASE = "base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 2}\n"

@@ -23,7 +23,6 @@ from rows import keep
 from harness._util.redact import redact
 from harness.analysis import comparison, loading
 from harness.cli.console import out
-from harness.data_spec import DatasetSpec
 from harness.environment import current
 from harness.errors import InputError
 from harness.grids import document, grid, levels
@@ -33,7 +32,8 @@ from harness.report.document import document as report_document
 from harness.results.parts import DamagedPart
 from harness.results.store import Store
 from harness.sources import files, stories
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec
+from harness.spec.trial import TrialSpec
 from harness.training import trial
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from test_results import record
 
 from harness.results.store import Store
 from harness.runner.leases import Leases
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 Command = Callable[..., tuple[int, str, str]]

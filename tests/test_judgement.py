@@ -25,7 +25,7 @@ from harness.metrics import HEADLINE, METRICS
 from harness.report import document, tables
 from harness.report.document import Document
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.tuning import search_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

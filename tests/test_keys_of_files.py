@@ -13,7 +13,7 @@ from trials import run
 
 from harness.errors import InputError
 from harness.predict import peak
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model, order
 from harness.training.step import Trainer
 

@@ -33,7 +33,7 @@ from harness.runner.execution import Policy
 from harness.runner.grid_run import Summary, pending, run_grid
 from harness.runner.leases import EXPIRES_SECONDS, Leases
 from harness.sources.models import ARCHITECTURES
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 

@@ -19,7 +19,7 @@ from harness.record import Job, LossesBefore, StoryLoss
 from harness.results.store import Store
 from harness.runner.loss_before import RecordedLosses
 from harness.sources import fingerprints, stories
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, evaluation, half_matmul, loss_before, model, trial
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 import trials
 
 from harness.record import Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training.live_tensors import LiveTensors, OutOfBudget
 from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory

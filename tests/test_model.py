@@ -11,7 +11,8 @@ import torch
 from trials import run
 
 from harness.sources import models
-from harness.spec import QUANTISED, Precision, TrialSpec
+from harness.spec.keys import QUANTISED, Precision
+from harness.spec.trial import TrialSpec
 from harness.training import lora, model
 
 Small = Callable[..., TrialSpec]

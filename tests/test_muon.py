@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, model, order
 from harness.training.step import Trainer
 

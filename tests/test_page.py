@@ -17,7 +17,7 @@ from test_report import full_report, measured
 from harness.launch.local import LocalLauncher
 from harness.report.document import Document
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.tuning.study import tune
 
 

@@ -33,7 +33,7 @@ from harness.predict.predictor import Predictor
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
 from harness.report import predictions
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.tuning.study import Options, tune
 
 Small = Callable[..., TrialSpec]

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from trials import run
 
 from harness.predict import int8_on_cuda, peak, predictor
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model
 from harness.training.live_tensors import LiveTensors
 

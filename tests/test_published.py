@@ -14,7 +14,7 @@ from conftest import FEW
 
 from harness._util.units import GIB
 from harness.predict import peak
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 PEFT: dict[str, Any] = {
     "base_model": "random:llama-3.2-3b", "precision": "bf16", "sequence_length": 768, "micro_batch_size": 4,

@@ -24,7 +24,7 @@ from harness.predict import peak
 from harness.record import Record
 from harness.results.store import Store
 from harness.sources import models
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import checkpoints, processes
 
 Small = Callable[..., TrialSpec]

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 from harness.predict import loaded_model, repeated_layers
 from harness.predict.prediction import Prediction
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 

@@ -13,7 +13,8 @@ from tiny_models import tiny_model
 from harness.environment import DeviceType
 from harness.predict import loaded_model, peak
 from harness.predict.prediction import Prediction
-from harness.spec import Optimizer, TrialSpec
+from harness.spec.keys import Optimizer
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 

@@ -27,7 +27,7 @@ from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
 from harness.report import document, plots, tables, writers
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 LATER = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)

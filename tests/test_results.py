@@ -23,7 +23,7 @@ from harness.results.join import Joined, join
 from harness.results.parts import DamagedPart
 from harness.results.schema import SCHEMAS, spec_of
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
 

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
-from harness.data_spec import DatasetSpec, PromptSpec
 from harness.errors import InputError
 from harness.sources import files, stories
 from harness.sources.stories import Chat, Passage, Row, Rows, Story
+from harness.spec.datasets import DatasetSpec, PromptSpec
 
 Data = list[dict[str, Any]]
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]

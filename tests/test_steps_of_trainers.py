@@ -16,7 +16,7 @@ from harness.errors import InputError
 from harness.grids import grid, imported, presets
 from harness.predict import peak
 from harness.record import Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model
 
 Small = Callable[..., TrialSpec]

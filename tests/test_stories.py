@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.data_spec import DatasetSpec, PromptSpec
 from harness.errors import InputError
 from harness.sources import files, hub, models, stories
 from harness.sources.stories import Story
+from harness.spec.datasets import DatasetSpec, PromptSpec
 
 # What people's stories hold: quotes, commas, line ends, characters beyond 16 bits, and the line
 # separators of Unicode, at which str.splitlines() cuts and JSON does not.

@@ -23,7 +23,7 @@ from harness.record import Job
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner.grid_run import run_grid
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

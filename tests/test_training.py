@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainingArguments
 
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, model, order
 from harness.training.step import Diverged, Trainer
 
@@ -145,7 +145,7 @@ def test_every_optimizer_of_the_spec_is_known_to_transformers() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    from harness.spec import Optimizer, Scheduler
+    from harness.spec.keys import Optimizer, Scheduler
 
     assert set(get_args(Optimizer)) - {"muon"} <= {name.value for name in OptimizerNames}
     assert set(get_args(Scheduler)) <= {name.value for name in SchedulerType}

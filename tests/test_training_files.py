@@ -16,7 +16,7 @@ from harness.dialects import axolotl
 from harness.errors import InputError
 from harness.grids import grid, imported
 from harness.grids.grid import Grid
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Ask = Callable[..., Answer]
 FILES = Path(__file__).parent / "training_files"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.environment import current
 from harness.record import Job, Record
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import half_matmul, trial
 
 

@@ -18,7 +18,7 @@ from harness.errors import InputError
 from harness.launch.isolated import run_isolated
 from harness.record import InferenceRecord, Model
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 
 def measure(

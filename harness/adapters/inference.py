@@ -15,7 +15,7 @@ from harness.adapters.session import MODELS, AdapterSession, largest_difference
 from harness.adapters.story_metrics import StoryMetrics
 from harness.errors import InputError
 from harness.record import Answer, InferenceRecord, Model, ModelFootprint, Request
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import limits, model
 from harness.training.memory import MemoryMeter
 

@@ -10,7 +10,7 @@ from harness._util.files import folder_aside
 from harness.adapters.trained import TrainedAdapter, check_adapter, refuse_changed_base, spec_of_file
 from harness.errors import InputError
 from harness.launch.isolated import run_isolated
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 
 def merge(

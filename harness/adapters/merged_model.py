@@ -17,7 +17,7 @@ from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import METRICS
 from harness.record import Model
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import model
 
 _ROUNDINGS = 8

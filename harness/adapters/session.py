@@ -15,7 +15,7 @@ from harness.errors import InputError
 from harness.record import Model
 from harness.sources import models, stories
 from harness.sources.stories import Chat, Passage, Row, Story
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, chat, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
 from harness.training.batches import Example
 

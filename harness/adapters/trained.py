@@ -14,7 +14,7 @@ from harness.record import NO_CONTENTS, Contents
 from harness.results.schema import spec_of
 from harness.results.store import find
 from harness.sources import fingerprints
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _CARD_METRICS = ("peak_memory_bytes", "tokens_per_second", "eval_loss_before", "eval_loss", "trainable_parameters",
                 "adapter_bytes")  # fmt: skip

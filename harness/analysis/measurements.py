@@ -23,7 +23,7 @@ from harness.dialects.training_file import TrainingFile
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
 from harness.results.schema import spec_of
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""

@@ -15,7 +15,7 @@ from harness.analysis.pilot import Variances
 from harness.grids.grid import Trial
 from harness.predict.prediction import Predictions
 from harness.predict.roofline import predicted_seconds
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 LEAST_VISITS, LEAST_STORIES = 3, 32
 _MOST_VISITS, _MOST_REPEATS = 100, 50

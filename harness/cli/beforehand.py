@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.launch.launcher import Launcher
     from harness.results.store import Store
     from harness.sources.splits import Counts
-    from harness.spec import TrialSpec
+    from harness.spec.trial import TrialSpec
 
 _LEAD = "can show: "
 _UNITS = {"s": 1, "min": 60, "h": 3600}

@@ -32,7 +32,7 @@ def inspect_trials(trials: Iterable[Trial], trust_remote_code: bool) -> None:
 
 def _inspect(trials: list[tuple[str, str]], trust_remote_code: bool) -> dict[str, Any]:
     """In the child: the fields of a `training.inspection.Inspection`."""
-    from harness.spec import TrialSpec
+    from harness.spec.trial import TrialSpec
     from harness.training import inspection
 
     specs = [(label, TrialSpec.model_validate_json(text)) for label, text in trials]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.predict.cards import Capability
     from harness.predict.predictor import Predictor
     from harness.report.predictions import Plan
-    from harness.spec import TrialSpec
+    from harness.spec.trial import TrialSpec
 
 TARGET = "What it must fit"
 DOES_NOT_FIT = 4

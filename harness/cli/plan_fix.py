@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.predict.prediction import Prediction, SpecPrediction, Verdict
     from harness.predict.predictor import Predictor
     from harness.report.predictions import Line, Plan
-    from harness.spec import TrialSpec
+    from harness.spec.trial import TrialSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.predict.prediction import Predictions, SpecPrediction
     from harness.predict.predictor import Predictor
     from harness.predict.roofline import Rates
-    from harness.spec import TrialSpec
+    from harness.spec.trial import TrialSpec
 from harness.cli.console import out
 
 

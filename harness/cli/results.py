@@ -102,7 +102,7 @@ def keys() -> None:
 
     from harness.grids.presets import LIKE, MEANING
     from harness.metrics import FIGURES
-    from harness.spec import FACTS, TrialSpec
+    from harness.spec.trial import FACTS, TrialSpec
 
     table = Table("key", "default", "meaning", title="Keys of base and vary")
     table.add_row(LIKE, "", MEANING)

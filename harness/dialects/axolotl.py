@@ -8,7 +8,7 @@ from harness.dialects import axolotl_data
 from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
 from harness.dialects.common import NOT_MEASURED, set_optimizer, set_scheduler, shard
 from harness.dialects.rules import Dialect, Reader, Together
-from harness.spec import ALL_LINEAR
+from harness.spec.keys import ALL_LINEAR
 
 _WARM_UP = 0.03
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.data_spec import named_type
 from harness.dialects.rules import EMPTY, Reader
+from harness.spec.datasets import named_type
 
 _OWN_TEMPLATES = ("alpaca", "chatml", "llama3", "gemma", "phi_3", "phi_4")
 """Names of chat templates that are the same here."""

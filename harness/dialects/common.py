@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from harness.dialects.rules import Reader, Rule
-from harness.spec import Optimizer, Scheduler
+from harness.spec.keys import Optimizer, Scheduler
 
 NOT_MEASURED = "leave it out: not measured here yet"
 """Advice on a technique that harness has no counterpart of."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from harness.data_spec import DatasetSpec, PromptSpec
 from harness.dialects import hf_arguments
 from harness.dialects.common import NOT_MEASURED, derive, each, shard
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unsupported
+from harness.spec.datasets import DatasetSpec, PromptSpec
 
 _ORDER = "the order of the rows, which is random, by `seed`"
 _LAUNCHING = "launching processes"

@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, field_validator, model_validator
 
-from harness.data_spec import Line
 from harness.metrics import FIGURES, INFERENCE
 from harness.record import Model, Status
-from harness.spec import ALL_LINEAR, FACTS
+from harness.spec.datasets import Line
+from harness.spec.keys import ALL_LINEAR
+from harness.spec.trial import FACTS
 
 DERIVED = ("effective_batch_size", "system_prompt", "own_format")
 """Conditions that are not keys of a spec: the effective batch, whether there is a system prompt, and whether a format

@@ -19,7 +19,7 @@ from harness.errors import InputError
 from harness.grids.levels import SPEC_KEYS, normalised
 from harness.grids.yaml_file import read_yaml
 from harness.sources import models, stories
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 GRID_KEYS = (
     "name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "baseline_repeats", "visits",

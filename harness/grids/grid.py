@@ -31,7 +31,7 @@ from harness.grids.levels import (
 from harness.grids.spellings import merge
 from harness.grids.yaml_file import read_yaml
 from harness.record import NO_CONTENTS, Contents
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Design = Literal["ablation", "ladder", "grid", "list"]
 MAX_TRIALS = 500

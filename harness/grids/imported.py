@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from harness.data_spec import name_of_type
 from harness.dialects.training_file import OWN, TrainingFile, is_training_file
 from harness.errors import InputError
 from harness.grids.document import GRID_KEYS, grid_name, means
 from harness.grids.levels import make_spec, normalised
 from harness.grids.yaml_file import read_yaml
 from harness.sources import models, stories
-from harness.spec import TrialSpec
+from harness.spec.datasets import name_of_type
+from harness.spec.trial import TrialSpec
 
 _VARY = """
 # What to compare with it, for example:

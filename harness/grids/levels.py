@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from harness._util.messages import as_written, explain, kind_of, one_line, unknown
 from harness.grids.presets import LIKE
 from harness.grids.spellings import PRECISION_FLAGS, normalise
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 SPEC_KEYS = (*(key for key, facts in FACTS.items() if facts.given), "sequence_len", LIKE, *PRECISION_FLAGS)
 HOLDING = ("micro_batch_size", "num_processes")

@@ -19,7 +19,7 @@ from harness.grids.levels import ACCUMULATION, hold_effective_batch, make_spec
 from harness.grids.spellings import merge
 from harness.metrics import FITS, METRICS
 from harness.record import Status
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 Sampler = Literal["tpe", "gp", "nsga2", "random", "brute-force"]
 Scalar = bool | int | float | str | None

@@ -23,7 +23,7 @@ from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
 from harness.record import TIMED_FIGURES
 from harness.sources import models
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 KEYS = ("space", "objectives", "constraints", "sampler", "trials", "timeout", "pruner", "confirm", "seed")
 _RANGE_KEYS = ("low", "high", "log", "step", "when")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.grids import presets
-from harness.spec import ALL_LINEAR, QUANTISED, Precision, TrialSpec
+from harness.spec.keys import ALL_LINEAR, QUANTISED, Precision
+from harness.spec.trial import TrialSpec
 
 PRECISION_FLAGS: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "load_in_8bit": "int8", "load_in_4bit": "nf4"}
 """Flags of training files, and the precision that each stands for."""

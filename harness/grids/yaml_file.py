@@ -13,7 +13,7 @@ from harness._util.redact import redact_home
 from harness._util.units import MIB
 from harness.errors import InputError
 from harness.sources import models, stories
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _MAX_FILE_BYTES = MIB
 MAX_VALUES = 100_000

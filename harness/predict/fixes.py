@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from harness.environment import DeviceType
 from harness.predict.prediction import Prediction, SpecPrediction, Verdict
-from harness.spec import QUANTISED, SHARDED_OPTIMIZERS, TrialSpec
+from harness.spec.keys import QUANTISED, SHARDED_OPTIMIZERS
+from harness.spec.trial import TrialSpec
 
 Alters = Literal["nothing", "arithmetic", "hardware", "model"]
 _ORDER: tuple[Alters, ...] = ("nothing", "arithmetic", "hardware", "model")

@@ -9,7 +9,7 @@ from harness._util.messages import unknown
 from harness.environment import DeviceType
 from harness.predict.prediction import LOCAL_MACHINE, Prediction, capacity_per_process
 from harness.predict.predictor import Predictor
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 UPPER_BOUNDS = {"micro_batch_size": 4096, "sequence_length": 131_072, "lora_r": 4096}
 """Keys that can be searched, and the largest value tried of each."""

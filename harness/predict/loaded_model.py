@@ -18,7 +18,7 @@ from harness.predict.prediction import model_key
 from harness.predict.repeated_layers import RepeatedLayers
 from harness.predict.replay import Replay
 from harness.predict.trace import Entry, requests
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import distributed, model
 
 _CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from harness.predict.repeated_layers import Irregular
 from harness.predict.replay import operation_of
 from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer

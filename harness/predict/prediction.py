@@ -15,7 +15,7 @@ from harness.environment import DeviceType, Environment
 from harness.predict import cards
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
 from harness.record import Job, Phase, Record, Step
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 MARGIN: dict[DeviceType, float] = {"cpu": 0.005, "cuda": 0.06}
 """Fraction by which what is needed may exceed its prediction, where there is no calibration. CPU: both come from the

@@ -21,7 +21,7 @@ from harness.environment import DeviceType
 from harness.launch import fork_server
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.prediction import Prediction, SpecPrediction, model_key
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _Key = tuple[str, str | None, DeviceType, Capability]
 """Memory key, folder that paths begin at, and device."""

@@ -29,7 +29,7 @@ from harness.predict.roofline import Rates, predicted_seconds, roofline_seconds
 from harness.record import Phase
 from harness.report.plots import BLUE, GREEN, ORANGE, PINK, SKY, Chart, axis_title
 from harness.report.writers import images
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _WIDE = 130
 """Columns of a terminal that shows what the memory is of."""

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from harness import metrics
-from harness.data_spec import Facts
 from harness.record import Answer, ModelFootprint, Record, Request, Row, Step, StoryLoss
-from harness.spec import TrialSpec
+from harness.spec.datasets import Facts
+from harness.spec.trial import TrialSpec
 
 SCHEMA_VERSION = 1
 Table = Literal["trials", "steps", "stories", "models", "requests", "answers"]

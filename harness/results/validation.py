@@ -17,7 +17,7 @@ from harness import metrics
 from harness._util.messages import explain, one_line
 from harness.environment import Environment
 from harness.results.schema import FIELDS, METRIC_COLUMNS, Table, parse_spec
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _KEYS: dict[Table, tuple[str, ...]] = {
     "trials": ("trial_id",),

@@ -12,7 +12,7 @@ from harness.launch.launcher import Launcher
 from harness.record import NO_CONTENTS, Contents, Job, LossesBefore, Record, StoryLoss
 from harness.results.schema import parse_spec
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 
 _Key = tuple[str, str, Contents]
 """Environment id, `untrained_key` and what is behind its names."""

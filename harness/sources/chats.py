@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.data_spec import PromptSpec
 from harness.errors import InputError
 from harness.sources import cells
 from harness.sources.cells import brief
 from harness.sources.examples import Chat
+from harness.spec.datasets import PromptSpec
 
 _USUAL = {
     "user": ("user", "human", "prompter"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.data_spec import PromptSpec
+from harness.spec.datasets import PromptSpec
 
 
 @dataclass(frozen=True)

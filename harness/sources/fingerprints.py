@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from harness._util.files import write_whole
-from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.record import Contents
 from harness.sources import hub, models, places, stories
 from harness.sources.examples import Row
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec
+from harness.spec.trial import TrialSpec
 
 CACHE_NAME = "fingerprint-*.json"
 """Files of the cache folder that hold digests."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from harness._util.messages import first_line, one_line
-from harness.data_spec import DatasetSpec
 from harness.errors import InputError
+from harness.spec.datasets import DatasetSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 

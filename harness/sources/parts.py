@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness._util.messages import first_line, one_line
-from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.sources import cells, hub, places
 from harness.sources.files import UNREADABLE, read_file, suffix_of
 from harness.sources.places import TRAIN, Place
+from harness.spec.datasets import DatasetSpec
 
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 """Parts whose rows are held out, the first that there is."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.sources import cells
 from harness.sources.files import (
@@ -26,6 +25,7 @@ from harness.sources.files import (
     suffix_of,
 )
 from harness.sources.hub import HUB_ID
+from harness.spec.datasets import DatasetSpec
 
 _DATA = Path(__file__).parent / "data"
 BUNDLED: dict[str, Path] = {

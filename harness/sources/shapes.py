@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from harness.data_spec import PromptSpec
 from harness.errors import InputError
 from harness.sources import cells, chats, other_data
 from harness.sources.cells import brief
 from harness.sources.chats import OR_SKIP, EmptyRow
 from harness.sources.examples import Passage, Row, Story
 from harness.sources.json_rows import CHAT_COLUMNS
+from harness.spec.datasets import PromptSpec
 
 _DEFAULTS: tuple[str, str] = (PromptSpec().field_instruction, PromptSpec().field_output)
 _PAIRS = (

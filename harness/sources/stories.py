@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.data_spec import DatasetSpec
 from harness.errors import InputError
 from harness.sources import parts, shapes
 from harness.sources.chats import EmptyRow
@@ -19,7 +18,8 @@ from harness.sources.parts import NumberedRow
 from harness.sources.places import BUNDLED, absolute
 from harness.sources.places import is_relative_path as is_relative_file
 from harness.sources.shapes import Shape
-from harness.spec import TrialSpec
+from harness.spec.datasets import DatasetSpec
+from harness.spec.trial import TrialSpec
 
 __all__ = [
     "BUNDLED",

@@ -13,7 +13,7 @@ import torch
 from harness.errors import InputError
 from harness.sources import models, splits, stories
 from harness.sources.stories import Chat, Passage, Row, Story
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import chat, distributed, prompts
 
 IGNORED = -100

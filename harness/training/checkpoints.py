@@ -17,7 +17,7 @@ from harness._util.files import folder_aside
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import chat_templates
 
 

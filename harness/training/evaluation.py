@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import distributed, loss
 from harness.training.batches import IGNORED, Batch, Example, collate
 from harness.training.model import autocast

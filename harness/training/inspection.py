@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from harness._util.units import show_share
 from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, formats, limits, model, order
 
 _MODEL_KEYS = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.errors import InputError
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training.batches import Data
 
 _OFFSET = 2

@@ -12,7 +12,8 @@ import torch
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
-from harness.spec import ALL_LINEAR, TrialSpec, is_pattern
+from harness.spec.keys import ALL_LINEAR, is_pattern
+from harness.spec.trial import TrialSpec
 
 _KEY = "lora_target_modules"
 

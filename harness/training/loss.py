@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from harness.errors import InputError
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import chunked_loss
 from harness.training.batches import IGNORED
 

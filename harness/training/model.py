@@ -15,7 +15,8 @@ import torch
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
-from harness.spec import QUANTISED, TrialSpec
+from harness.spec.keys import QUANTISED
+from harness.spec.trial import TrialSpec
 from harness.training import chunked_loss, lora, packing, reach
 from harness.training.checkpoints import checkpoint_folder
 

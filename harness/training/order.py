@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import InputError
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training.batches import Example
 
 FRONT_STEPS = 2

@@ -13,7 +13,7 @@ from harness._util.files import folder_aside
 from harness._util.messages import first_line
 from harness._util.redact import redact_home
 from harness.errors import InputError
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import distributed
 
 

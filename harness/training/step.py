@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness.record import Phase
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.training import distributed, loss, muon, order
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors

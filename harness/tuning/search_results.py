@@ -21,7 +21,7 @@ from harness.grids.search_file import parse
 from harness.metrics import FITS, HEADLINE, METRICS
 from harness.record import TIMED_FIGURES
 from harness.results.store import Store
-from harness.spec import FACTS, TrialSpec
+from harness.spec.trial import FACTS, TrialSpec
 
 _LEAST_FOR_IMPORTANCE = 8
 """Trials without which importances are not estimated."""

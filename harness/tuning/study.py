@@ -39,7 +39,7 @@ from harness.runner.interrupts import interrupts
 from harness.runner.loss_before import RecordedLosses
 from harness.runner.workers import run_workers
 from harness.sources.fingerprints import Snapshot
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.tuning.finalists import finalists
 from harness.tuning.ownership import give_back, give_back_abandoned, proposed_count, this_process
 from harness.tuning.samplers import fallback_value, open_storage, pruner, sampler, suggest

@@ -17,7 +17,7 @@ from harness.record import NO_CONTENTS, Contents, trial_id
 from harness.results.join import copy_trial
 from harness.results.schema import spec_of
 from harness.results.store import Store
-from harness.spec import TrialSpec
+from harness.spec.trial import TrialSpec
 from harness.tuning.samplers import distribution, fallback_value
 
 _OTHER = "with other content of their data or base model"

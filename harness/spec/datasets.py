@@ -1,4 +1,4 @@
-"""Where examples come from and how a row becomes one: the declarations under `datasets:`, frozen and validated."""
+"""Where examples come from and how a row becomes one: the keys under `datasets:`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one fine-tuning is: every parameter of a trial, declared once, frozen and validated.
+"""Every parameter of a trial, as a record that validates itself, and the ids that follow from it.
 
 The names are the flat keys of the Axolotl family of configurations, so an existing training
 file can be pasted into a grid. Each field's docstring is its documentation; ``harness keys``
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -26,25 +25,21 @@ from pydantic import (
 
 from harness._util.redact import redact_home
 from harness._util.units import parse_bytes
-from harness.data_spec import MOST, DatasetSpec, Facts, Frozen, Line, NameOrPath, PositiveInt
-
-Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
-QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
-
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
-    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
-    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-    "sgd", "adagrad", "adafactor", "muon",
-]  # fmt: skip
-
-SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
-"""Those of torch, which update a shard as they do a whole weight."""
-
-Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
-]  # fmt: skip
+from harness.spec.datasets import MOST, DatasetSpec, Facts, Frozen, NameOrPath, PositiveInt
+from harness.spec.keys import (
+    ALL_LINEAR,
+    QUANTISED,
+    SHARDED_OPTIMIZERS,
+    ChatTemplate,
+    Noise,
+    Optimizer,
+    Precision,
+    Scheduler,
+    SpecialTokens,
+    UnitInterval,
+    check_pattern,
+    is_pattern,
+)
 
 _POLYNOMIAL_END = 1e-7
 """Last learning rate of `polynomial` in transformers."""
@@ -58,33 +53,6 @@ _TRAINING_NO_MEMORY = Facts(memory=False, untrained=False)
 
 def _later_rate(absent: Any) -> Facts:
     return Facts(memory=False, untrained=False, absent=absent)
-
-
-ChatTemplate = Annotated[StrictStr, Field(min_length=1, max_length=20_000)]
-_TokenRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
-SpecialTokens = tuple[tuple[_TokenRole, Line], ...]
-
-
-ALL_LINEAR = "all-linear"
-"""What `lora_target_modules` accepts in place of `lora_target_linear: true`."""
-
-
-def is_pattern(target: str) -> bool:
-    """Whether an entry of `lora_target_modules` is a regular expression, not a name like `q_proj` or `0.mlp.fc1`."""
-    return re.fullmatch(r"[\w.-]+", target) is None
-
-
-def _check_pattern(text: str, *, alone: bool) -> None:
-    if not alone:
-        raise ValueError(f"{text!r} is no name of a layer; a regular expression stands alone, without a list")
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
-
-
-Noise = Annotated[float, Field(strict=True, gt=0)]
-UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class TrialSpec(Frozen):
@@ -268,7 +236,7 @@ class TrialSpec(Frozen):
                     "lora_target_linear: true"
                 )
             if is_pattern(name):
-                _check_pattern(name, alone=len(names) == 1)
+                check_pattern(name, alone=len(names) == 1)
         return names
 
     @model_validator(mode="after")

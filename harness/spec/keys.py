@@ -1,0 +1,59 @@
+"""Types of the values that keys of a trial take: names of formats, optimizers and schedules, patterns of layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictStr
+
+from harness.spec.datasets import Line
+
+Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
+QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
+
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "sgd", "adagrad", "adafactor", "muon",
+]  # fmt: skip
+
+SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
+"""Those of torch, which update a shard as they do a whole weight."""
+
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]  # fmt: skip
+
+ChatTemplate = Annotated[StrictStr, Field(min_length=1, max_length=20_000)]
+TokenRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
+SpecialTokens = tuple[tuple[TokenRole, Line], ...]
+
+
+ALL_LINEAR = "all-linear"
+"""What `lora_target_modules` accepts in place of `lora_target_linear: true`."""
+
+
+def is_pattern(target: str) -> bool:
+    """Whether an entry of `lora_target_modules` is a regular expression, not a name like `q_proj` or `0.mlp.fc1`."""
+    return re.fullmatch(r"[\w.-]+", target) is None
+
+
+def check_pattern(text: str, *, alone: bool) -> None:
+    """Check an entry of `lora_target_modules` that is no name.
+
+    Raises:
+        ValueError: it is no regular expression, or does not stand alone.
+    """
+    if not alone:
+        raise ValueError(f"{text!r} is no name of a layer; a regular expression stands alone, without a list")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
+
+
+Noise = Annotated[float, Field(strict=True, gt=0)]
+UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]
