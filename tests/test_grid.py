@@ -639,6 +639,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "keep_outputs": True,
         "loss": "chunked",
         "adapter_dtype": "bf16",
+        "recompute_adapter_inputs": True,
         "autocast": False,
         "group_by_length": True,
         "gradient_accumulation_steps": 2,

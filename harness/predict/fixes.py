@@ -167,6 +167,8 @@ def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
         return
     if spec.adapter_dtype == "fp32" and spec.precision != "fp32":
         yield Change("adapter type", "arithmetic", {"adapter_dtype": "bf16"})
+    if not spec.recompute_adapter_inputs and not spec.use_dora and (spec.lora_dropout or spec.autocasts):
+        yield Change("adapter inputs", "nothing", {"recompute_adapter_inputs": True})
     for part in (2, 4):  # alpha / r, the scale, is kept
         if spec.lora_r % part == spec.lora_alpha % part == 0:
             yield Change("rank", "model", {"lora_r": spec.lora_r // part, "lora_alpha": spec.lora_alpha // part})

@@ -123,6 +123,8 @@ class TrialSpec(Frozen):
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
     adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32")] = "fp32"
     """Format of the adapters; bf16 ones compute without autocast and without fp32 copies of their inputs."""
+    recompute_adapter_inputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Keep an adapter's input as the layer has it, and make its dropped or converted copy anew in the backward pass."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Scale by alpha / sqrt(r)."""
     use_dora: StrictBool = False
@@ -279,6 +281,8 @@ class TrialSpec(Frozen):
             )
         if self.adapter == "lora" and self.adapter_dtype == "bf16" and self._in_fp16:
             raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
+        if self.adapter == "lora" and self.recompute_adapter_inputs and self.use_dora:
+            raise ValueError("recompute_adapter_inputs with use_dora: DoRA's layers use their inputs twice; keep one")
         if self.sample_packing and self.pad_to_sequence_len:
             raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:
@@ -372,7 +376,7 @@ class TrialSpec(Frozen):
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
         if self.adapter == "none":
-            of_adapters = ("lora_", "use_", "adapter_", "save_adapter")
+            of_adapters = ("lora_", "use_", "adapter_", "recompute_adapter_", "save_adapter")
             values = {name: value for name, value in values.items() if not name.startswith(of_adapters)}
         return values
 

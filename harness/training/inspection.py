@@ -30,6 +30,7 @@ _MODEL_KEYS = (
     "upcast_unquantized",
     "lora_modules_to_save",
     "use_dora",
+    "recompute_adapter_inputs",
     "loss",
     "sample_packing",
 )

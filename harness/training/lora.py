@@ -14,6 +14,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.spec.keys import ALL_LINEAR, is_pattern
 from harness.spec.trial import TrialSpec
+from harness.training import adapter_inputs
 
 _KEY = "lora_target_modules"
 
@@ -58,6 +59,8 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and ".lora_" in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
+    if spec.recompute_adapter_inputs:
+        adapter_inputs.recompute(adapted)
     return adapted
 
 
