@@ -15,7 +15,7 @@ from trials import run
 from harness.errors import InputError
 from harness.predict import peak
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, inspection, loss, model, order
+from harness.training import batches, checkpoints, inspection, loss, model, order, packing
 from harness.training.order import kinds
 
 Small = Callable[..., TrialSpec]
@@ -37,7 +37,7 @@ def losses(network: Any, examples: list[batches.Example], *, packed: bool) -> li
     """Of each story, in nats."""
     batch = batches.pack(examples, CPU) if packed else batches.collate(examples, 0, CPU)
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
-    logits, labels = network(**inputs).logits, batch.inputs["labels"]
+    logits, labels = network(**packing.inputs(network.get_base_model(), inputs)).logits, batch.inputs["labels"]
     if not packed:
         return [float(loss.summed_cross_entropy(*each)) for each in zip(logits.split(1), labels.split(1), strict=True)]
     lengths = [len(example) for example in examples]
@@ -63,9 +63,12 @@ def test_stories_of_a_row_do_not_see_each_other(
         apart, packed = (losses(network, examples, packed=each) for each in (False, True))
         assert packed == pytest.approx(apart, rel=1e-5)
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+        monkeypatch.setattr(
+            packing, "inputs", lambda causal, given: {k: given[k] for k in ("input_ids", "position_ids")}
+        )
         first, *later = losses(network, examples, packed=True)
     assert first == pytest.approx(apart[0], rel=1e-5)
-    assert all(a != pytest.approx(b, rel=1e-5) for a, b in zip(later, apart[1:], strict=True)), "without the mask"
+    assert all(a != pytest.approx(b, rel=1e-5) for a, b in zip(later, apart[1:], strict=True)), "in one"
 
 
 def test_the_first_token_of_a_story_carries_no_loss(small: Small) -> None:
@@ -147,6 +150,16 @@ def test_it_holds_what_its_tokens_need(small: Small, tmp_path: Path) -> None:
     assert packed < 0.95 * apart
     less = peak.predict(specs[0], "cpu").peak_memory_bytes - peak.predict(specs[1], "cpu").peak_memory_bytes
     assert less == pytest.approx(3 * 4 * entries * (apart - packed), rel=0.15)
+
+
+def test_packed_examples_need_no_mask_of_the_row(small: Small, tmp_path: Path) -> None:
+    """Where nothing is padded, packing holds what rows of their own do, and the outputs of attention once more."""
+    keys = {"base_model": tiny_model(tmp_path), "precision": "bf16", "sequence_length": 256, "train_samples": 8}
+    keys |= {"micro_batch_size": 4}
+    ways = ({"pad_to_sequence_len": False}, {"sample_packing": True})
+    apart, packed = (peak.predict(small(**keys, **way), "cuda", full_length=True).peak_memory_bytes for way in ways)
+    positions, hidden, layers, two_bytes = 4 * 256, 32, 2, 2
+    assert 0 <= packed - apart <= 1.1 * positions * hidden * layers * two_bytes
 
 
 @pytest.mark.parametrize("architecture", ["opt", "mixtral"])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
 
 from harness.record import Phase
+from harness.training import packing
 from harness.training.batches import Batch
 from harness.training.step import Trainer
 
 
-def is_needed(batch: Batch) -> bool:
-    """Whether attention needs a mask: for padding, or to keep packed examples apart."""
-    packed = "position_ids" in batch.inputs
-    return batch.samples > 1 if packed else batch.tokens < batch.padded_tokens
+def is_needed(batch: Batch, network: Any) -> bool:
+    """Whether attention of a model needs a mask: for padding, or to keep packed examples apart."""
+    if "example_lengths" in batch.inputs:
+        return batch.samples > 1 and packing.needs_mask(network)
+    return batch.tokens < batch.padded_tokens
 
 
 @contextlib.contextmanager

@@ -363,7 +363,7 @@ class _StepReplay:
 
     def _needs_mask(self, batch: Batch) -> bool:
         assumed = self.full_length and self.spec.pad_to_sequence_len is None and not self.spec.sample_packing
-        return masks.is_needed(batch) or (assumed and batch.samples > 1)
+        return masks.is_needed(batch, self.network) or (assumed and batch.samples > 1)
 
     def _batches(self, step: Sequence[Example]) -> list[Batch]:
         return list(batches.micro_batches(step, self.spec, _ANY_ID, _CPU))
@@ -383,7 +383,11 @@ class _StepReplay:
 
 def _fake_batch(batch: Batch) -> Batch:
     """The batch as fake tensors, if called under FakeTensorMode."""
-    return replace(batch, inputs={name: torch.empty_like(tensor) for name, tensor in batch.inputs.items()})
+    return replace(batch, inputs={name: _fake(value) for name, value in batch.inputs.items()})
+
+
+def _fake(value: Any) -> Any:
+    return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
 
 
 def _without_update(loss: float, auxiliary_loss: float | None = None) -> StepResult:

@@ -362,9 +362,9 @@ def _tokenise_passage(passage: Passage, tokenizer: Any) -> Example:
 class Batch:
     """One micro-batch on its device, and its counts."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     """`input_ids`, `attention_mask`, `labels`: int64 of shape (examples, longest example). Of a packed micro-batch:
-    `input_ids`, `position_ids`, `labels` of shape (1, tokens)."""
+    `input_ids`, `position_ids`, `labels` of shape (1, tokens), and `example_lengths`, a tuple of integers."""
     samples: int
     tokens: int
     supervised_tokens: int
@@ -405,8 +405,9 @@ def pack(examples: Sequence[Example], device: torch.device) -> Batch:
         "labels": [label for e in examples for label in (IGNORED, *e.labels[1:])],
     }
     tokens = sum(map(len, examples))
+    tensors = {name: torch.tensor([row]).to(device, non_blocking=True) for name, row in inputs.items()}
     return Batch(
-        inputs={name: torch.tensor([row]).to(device, non_blocking=True) for name, row in inputs.items()},
+        inputs={**tensors, "example_lengths": tuple(map(len, examples))},
         samples=len(examples),
         tokens=tokens,
         supervised_tokens=sum(label != IGNORED for label in inputs["labels"]),

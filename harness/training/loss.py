@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
-from harness.training import chunked_loss
+from harness.training import chunked_loss, packing
 from harness.training.batches import IGNORED
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
@@ -38,9 +38,7 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     )
 
 
-def forward(
-    wrapped: Any, network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec
-) -> tuple[Any, torch.Tensor]:
+def forward(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> tuple[Any, torch.Tensor]:
     """The outputs of a micro-batch's forward pass, and the sum of the cross entropies of all its positions in nats.
 
     Args:
@@ -55,7 +53,7 @@ def forward(
     return outputs, summed_cross_entropy(outputs.logits, inputs["labels"])
 
 
-def by_example(network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec) -> list[torch.Tensor]:
+def by_example(network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> list[torch.Tensor]:
     """The sum of the cross entropies of each example in nats, without a graph."""
     outputs = _outputs(network, network, inputs, spec)
     if spec.loss == "chunked":
@@ -65,8 +63,8 @@ def by_example(network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec
     return [summed_cross_entropy(logits[None], labels[None]) for logits, labels in rows]
 
 
-def _outputs(wrapped: Any, network: Any, inputs: Mapping[str, torch.Tensor], spec: TrialSpec) -> Any:
-    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+def _outputs(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> Any:
+    given = packing.inputs(_base(network), {name: value for name, value in inputs.items() if name != "labels"})
     if spec.loss == "full":
         return wrapped(**given)
     with chunked_loss.losses_for_logits(_base(network), inputs["labels"], spec.loss_chunk_size):

@@ -229,7 +229,7 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         chunked_loss.refuse_if_impossible(model)
     model.config.use_cache = False
     if spec.sample_packing:
-        packing.refuse_if_impossible(model)
+        packing.set_up(model)
     if spec.gradient_checkpointing:
         _checkpoint_activations(model, spec)
     if spec.reentrant_checkpointing and spec.adapter == "lora":

@@ -34,6 +34,7 @@ from harness.training import (
     loss_before,
     model,
     order,
+    packing,
     saved_adapters,
 )
 from harness.training.card_watch import CardWatch
@@ -199,7 +200,7 @@ class _Trial:
             **model.sizes(network, self.spec),
             "weights_in_format": formats.fraction_in(network, model.format_of_linear_weights(self.spec)),
         }
-        self.attention_kernel = network.config._attn_implementation
+        self.attention_kernel = packing.attention(network)
         self.base_formats = formats.byte_fractions(network)
         return network
 
