@@ -14,7 +14,7 @@ from trials import run
 from harness.errors import InputError
 from harness.predict import peak
 from harness.spec.trial import TrialSpec
-from harness.training import model, order
+from harness.training import inspection, model, order
 from harness.training.step import Trainer
 
 Small = Callable[..., TrialSpec]
@@ -152,3 +152,52 @@ def test_one_of_so_many_layers_is_recomputed(adapter: str, small: Small, tmp_pat
     of_layer = (all_kept - peaks[-1]) / 1
     assert all_kept - peaks[2] == pytest.approx(2 * of_layer, rel=0.1)
     assert all_kept - peaks[1] == pytest.approx(3 * of_layer, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "attention"),
+    [({}, "auto"), ({"precision": "bf16", "lora_dropout": 0.1}, "auto"), ({"precision": "nf4"}, "auto"), ({}, "eager")],
+    ids=str,
+)
+def test_recomputed_layers_keep_products(keys: dict[str, Any], attention: str, small: Small, tmp_path: Path) -> None:
+    """Kept products are not computed twice, and take memory for it."""
+    folder = tiny_model(tmp_path, config={"num_hidden_layers": 4})
+    shape = {"base_model": folder, "micro_batch_size": 4, "sequence_length": 192, "attention": attention} | keys
+    kinds = ("nothing", "matmuls") if attention == "eager" else ("nothing", "attention", "matmuls")
+    plain = run(small(**shape))
+    peaks, flops = [], []
+    for kind in kinds:
+        spec = small(**shape, gradient_checkpointing=True, checkpoint_keep=kind)
+        record = run(spec)
+        assert record.status == "ok", record.error
+        assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in plain.steps], rel=1e-5)
+        assert [s.grad_norm for s in record.steps] == pytest.approx([s.grad_norm for s in plain.steps], rel=1e-3)
+        peaks.append(record.metrics["peak_memory_bytes"])
+        flops.append(record.metrics["flops_per_token"])
+        assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(peaks[-1], rel=0.005)
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == len(peaks)
+    assert flops == sorted(flops, reverse=True)
+    assert len(set(flops)) == len(flops)
+    assert flops[-1] == pytest.approx(plain.metrics["flops_per_token"], rel=0.01)
+
+
+def test_offloaded_inputs_of_layers_are_not_on_the_card(small: Small, tmp_path: Path) -> None:
+    layers, positions, hidden, four_bytes = 8, 2 * 256, 32, 4
+    shape = {"base_model": tiny_model(tmp_path, config={"num_hidden_layers": layers}), "precision": "fp32"}
+    shape |= {"gradient_checkpointing": True, "pad_to_sequence_len": True, "sequence_length": 256, "device": "cuda"}
+    held, offloaded = (peak.predict(small(**shape, checkpoint_offload=on), "cuda") for on in (False, True))
+    saved = held.breakdown["memory_activations_bytes"] - offloaded.breakdown["memory_activations_bytes"]
+    of_layer = positions * hidden * four_bytes
+    assert (layers - 2) * of_layer <= saved <= layers * of_layer  # that of the layer at work is on the card
+    with pytest.raises(InputError, match=r"checkpoint_offload on a CPU: .* use checkpoint_offload: false"):
+        inspection.inspect([("a", small(**shape | {"device": "cpu"}, checkpoint_offload=True))])
+
+
+def test_what_checkpointing_cannot_keep(small: Small) -> None:
+    on = {"gradient_checkpointing": True}
+    with pytest.raises(ValueError, match="checkpoint_keep matmuls with reentrant_checkpointing"):
+        small(**on, checkpoint_keep="matmuls", reentrant_checkpointing=True)
+    with pytest.raises(ValueError, match="checkpoint_keep attention with attention eager"):
+        small(**on, checkpoint_keep="attention", attention="eager")
+    assert small(checkpoint_keep="matmuls", checkpoint_offload=True).id == small().id

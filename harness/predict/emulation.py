@@ -26,11 +26,11 @@ _PAGED_ABOVE = 100_000
 
 
 @contextlib.contextmanager
-def emulate_kernels(device_type: DeviceType, capability: Capability) -> Iterator[None]:
+def emulate_kernels(device_type: DeviceType, capability: Capability, tracker: Replay) -> Iterator[None]:
     """Within, a model on the CPU holds what it would hold on the device."""
     kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
     int8 = int8_on_cuda.emulate() if device_type == "cuda" else int8_on_cuda.without_outliers()
-    with kernels, int8, _grouped_products_of_any_type(), _dequantised_for_dora():
+    with kernels, int8, _grouped_products_of_any_type(), _dequantised_for_dora(), _offloaded_uncounted(tracker):
         yield
 
 
@@ -75,6 +75,26 @@ def _dequantised_for_dora() -> AbstractContextManager[Any]:
     Patches peft (0.21), which knows bitsandbytes' weights by the names of their classes.
     """
     return mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
+
+
+def _offloaded_uncounted(tracker: Replay) -> AbstractContextManager[Any]:
+    """Within, what checkpointed layers keep in the memory of the host is not counted, only its copies on the device.
+
+    Patches transformers (5.23), whose layers call torch's `save_on_cpu` for it: on fake tensors both are on one device.
+    """
+
+    class OnHost(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, **_: Any) -> None:
+            super().__init__(_to_host, torch.empty_like)
+
+    def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+        tracker.counting = False
+        try:
+            return torch.empty_like(tensor)
+        finally:
+            tracker.counting = True
+
+    return mock.patch("transformers.modeling_utils.save_on_cpu", OnHost, create=True)  # older releases have none
 
 
 def _dequantised(module: Any) -> torch.Tensor:

@@ -170,7 +170,7 @@ class _StepReplay:
     ) -> tuple[Prediction, reserve.Traces | None]:
         """Evaluate, then take what holds most of the steps; with the traces on CUDA."""
         tracker = self.tracker
-        with emulate_kernels(self.device_type, self.capability):
+        with emulate_kernels(self.device_type, self.capability, tracker):
             if held_out:
                 self._evaluate(held_out)
                 gc.collect()  # what is left in cycles would count until the collector happens to run

@@ -153,6 +153,12 @@ class TrialSpec(Frozen):
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_every_n_layers: Annotated[PositiveInt, Facts(untrained=False, absent=1)] = 1
     """With `gradient_checkpointing`, recompute one of so many layers, and keep the activations of the others."""
+    checkpoint_keep: Annotated[Literal["nothing", "attention", "matmuls"], Facts(untrained=False, absent="nothing")] = (
+        "nothing"
+    )
+    """Outputs that recomputed layers keep all the same: of attention, or of matrix products and attention."""
+    checkpoint_offload: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Keep the inputs of recomputed layers in the host's memory until the backward pass (CUDA)."""
     reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
@@ -283,6 +289,15 @@ class TrialSpec(Frozen):
             raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
         if self.adapter == "lora" and self.recompute_adapter_inputs and self.use_dora:
             raise ValueError("recompute_adapter_inputs with use_dora: DoRA's layers use their inputs twice; keep one")
+        if self.gradient_checkpointing and self.checkpoint_keep != "nothing" and self.reentrant_checkpointing:
+            raise ValueError(
+                f"checkpoint_keep {self.checkpoint_keep} with reentrant_checkpointing, which recomputes all; keep one"
+            )
+        if self.gradient_checkpointing and self.checkpoint_keep == "attention" and self.attention == "eager":
+            raise ValueError(
+                "checkpoint_keep attention with attention eager, which is no one operation; use attention: sdpa, or "
+                "checkpoint_keep: matmuls"
+            )
         if self.sample_packing and self.pad_to_sequence_len:
             raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:
@@ -363,7 +378,7 @@ class TrialSpec(Frozen):
             values.pop("loss_chunk_size", None)
         if not self.gradient_checkpointing:
             values.pop("reentrant_checkpointing", None)
-            values.pop("checkpoint_every_n_layers", None)
+            values = {name: value for name, value in values.items() if not name.startswith("checkpoint_")}
         if self.autocasts == self.model_copy(update={"autocast": None}).autocasts:
             values.pop("autocast", None)
         if not self.pad_to_sequence_len:

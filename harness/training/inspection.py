@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from harness._util.units import show_share
+from harness.environment import resolve_device
 from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, formats, limits, model, order
+from harness.training import batches, checkpoints, formats, limits, model, order, recomputation
 
 _MODEL_KEYS = (
     "base_model",
@@ -30,6 +31,9 @@ _MODEL_KEYS = (
     "upcast_unquantized",
     "lora_modules_to_save",
     "use_dora",
+    "gradient_checkpointing",
+    "checkpoint_every_n_layers",
+    "checkpoint_offload",
     "recompute_adapter_inputs",
     "loss",
     "sample_packing",
@@ -90,6 +94,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
             if data_key not in data:
                 data[data_key] = _look_at_data(spec, trust_remote_code)
             seen, network = data[data_key], networks[model_key]
+            recomputation.refuse_on(spec, resolve_device(spec.device))
             order.check_rates(spec, seen.training_stories)
             limits.check(spec, seen.texts, network.limits)
         except InputError as error:

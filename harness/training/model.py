@@ -17,7 +17,7 @@ from harness.errors import InputError
 from harness.sources import models
 from harness.spec.keys import QUANTISED
 from harness.spec.trial import TrialSpec
-from harness.training import chunked_loss, lora, packing, reach
+from harness.training import chunked_loss, lora, packing, reach, recomputation
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -52,9 +52,10 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     """The model of a spec on `device`, in training mode, with adapters over a frozen base if the spec has them.
 
     Raises:
-        InputError: the model is not available.
+        InputError: the model is not available, or the device cannot do what the spec says.
         OSError: its files are not safetensors, or are damaged.
     """
+    recomputation.refuse_on(spec, "cuda" if device.type == "cuda" else "cpu")
     return _prepared(base(spec, device, trust_remote_code=trust_remote_code), spec)
 
 
@@ -231,7 +232,7 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
     if spec.sample_packing:
         packing.set_up(model)
     if spec.gradient_checkpointing:
-        _checkpoint_activations(model, spec)
+        recomputation.enable(model, spec)
     if spec.reentrant_checkpointing and spec.adapter == "lora":
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcast_unquantized and spec.precision in QUANTISED:
@@ -245,29 +246,6 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         parameter.requires_grad_(False)
     model.train()
     return model
-
-
-def _checkpoint_activations(model: Any, spec: TrialSpec) -> None:
-    """Recompute layers in the backward pass, all of them or one of so many, the first one too.
-
-    Raises:
-        InputError: the model's layers do not say which they are.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    # Renamed in transformers 5.23; version 6 has the new name alone.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": spec.reentrant_checkpointing})
-    if spec.checkpoint_every_n_layers == 1:
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise InputError(
-            f"checkpoint_every_n_layers {spec.checkpoint_every_n_layers}: {type(model).__name__} is checkpointed as a "
-            "whole; use checkpoint_every_n_layers: 1"
-        )
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number % spec.checkpoint_every_n_layers == 0
 
 
 def _with_noise(alpha: float, embeddings: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
