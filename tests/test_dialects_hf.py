@@ -276,7 +276,7 @@ def test_a_value_of_the_wrong_type_is_reported_by_the_spec() -> None:
         spec_of(lf(num_train_epochs="many"))
 
 
-@pytest.mark.parametrize(("name", "word"), [("galore_adamw", "adamw_torch"), ("nonsense", "no optimizer here")])
+@pytest.mark.parametrize(("name", "word"), [("lomo", "adamw_torch"), ("nonsense", "no optimizer here")])
 def test_optimizers_without_counterpart_are_refused(name: str, word: str) -> None:
     assert word in lf(optim=name).unsupported["optim"]
 

@@ -21,7 +21,7 @@ from harness.spec.trial import FACTS, TrialSpec
 FILES = {file.stem: file for file in sorted((Path(__file__).parent / "training_files" / "torchtune").glob("*.yaml"))}
 OWN = tuple(key for key, facts in FACTS.items() if facts.given)
 REFUSED = {
-    "llama2_7b_full_low_memory": ("optimizer_in_bwd", "enable_activation_offloading"),
+    "llama2_7b_full_low_memory": ("enable_activation_offloading",),
     "llama3_8b_full_of_meta": ("checkpointer",),
     "qwen2_5_3b_lora_packed": ("enable_activation_offloading", "dataset.packed", "compile"),
     "llama3_3_70b_full_distributed": ("tensor_parallel_dim", "fsdp_cpu_offload", "enable_fp8_training", "optimizer"),

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainingArguments
 
+from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, model, order
 from harness.training.step import Diverged, Trainer
@@ -131,11 +132,25 @@ def test_micro_batching_changes_nothing_but_memory_and_time(small: Small) -> Non
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor", "muon"],
+    [
+        *(
+            "adamw_torch",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "lion_8bit",
+            "sgd",
+            "adafactor",
+            "muon",
+        ),
+        *("stable_adamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
+        *("galore_adamw", "apollo_adamw"),
+    ],
 )
 def test_optimizers_train(small: Small, optimizer: str) -> None:
-    rate = 1.0 if optimizer == "sgd" else 1e-2
-    losses, _ = train(small(optimizer=optimizer, learning_rate=rate, lora_r=16, train_samples=24))
+    rate = 1.0 if optimizer.endswith("sgd") else 1e-2
+    adapter = "none" if optimizer in LOW_RANK_OPTIMIZERS else "lora"
+    losses, _ = train(small(optimizer=optimizer, adapter=adapter, learning_rate=rate, lora_r=16, train_samples=24))
     assert losses[-1] < losses[0]
 
 

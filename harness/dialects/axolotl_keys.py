@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.dialects.common import NOT_MEASURED
+from harness.dialects.common import NOT_MEASURED, PROJECTED
 from harness.dialects.rules import NoEffect, OtherTask, Rule, To, Together, Unlike, Unsupported
 
 _PREFERENCES = "preference training or reinforcement learning"
@@ -155,9 +155,10 @@ TABLE: dict[str, Rule] = {
         "log_sweep_min_lr log_sweep_max_lr jagged_restart_steps jagged_restart_warmup_steps "
         "jagged_restart_anneal_steps",
     ),
+    "optim_target_modules": Unsupported(PROJECTED, ("all-linear", "all_linear")),
     **_all(
         Unsupported("leave it out: optimizers have their own defaults here"),
-        "optim_args optim_target_modules torchdistx_path adam_beta3 adam_epsilon2 dion_lr dion_momentum "
+        "optim_args torchdistx_path adam_beta3 adam_epsilon2 dion_lr dion_momentum "
         "dion_rank_fraction dion_rank_multiple_of galore_rank",
     ),
     **_all(

@@ -11,6 +11,9 @@ from harness.spec.keys import Optimizer, Scheduler
 NOT_MEASURED = "leave it out: not measured here yet"
 """Advice on a technique that harness has no counterpart of."""
 
+PROJECTED = "use all-linear: GaLore and APOLLO project the gradients of every matrix in layers here"
+"""Advice on other choices of matrices."""
+
 _BITSANDBYTES = "bitsandbytes' 8-bit AdamW in place of {}'s"
 
 OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_args(Optimizer)} | {
@@ -31,11 +34,10 @@ OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_ar
 
 UNLIKE_OPTIMIZERS: frozenset[str] = frozenset(
     {
-        *("adamw_anyprecision", "adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "adam_mini", "stable_adamw"),
-        *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit", "grokadamw", "optimi_adamw"),
+        *("adamw_anyprecision", "adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "adam_mini"),
+        *("galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit", "grokadamw", "optimi_adamw"),
         *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo"),
-        *("apollo_adamw", "apollo_adamw_layerwise", "dion", "came_pytorch", "lion_pytorch"),
-        *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+        *("apollo_adamw_layerwise", "dion", "came_pytorch", "lion_pytorch"),
         *("flash_adamw", "flash_adam", "flash_sgd", "flash_lion"),
     }
 )

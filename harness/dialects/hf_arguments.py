@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from harness.dialects.common import NOT_MEASURED, derive, each, set_optimizer, set_scheduler, shard
+from harness.dialects.common import NOT_MEASURED, PROJECTED, derive, each, set_optimizer, set_scheduler, shard
 from harness.dialects.rules import NoEffect, Reader, Rule, To, Together, Unlike, Unsupported
 
 _EVALUATION = "evaluation, which is before and after training here"
@@ -47,7 +47,7 @@ TABLE: Mapping[str, Rule] = {
     # What would change the training and has no counterpart
     "lr_scheduler_kwargs": Unsupported("leave it out: schedules have transformers' own parameters"),
     "optim_args": Unsupported("leave it out: optimizers have their usual parameters"),
-    "optim_target_modules": Unsupported("leave it out: the optimizers here take all trained weights alike"),
+    "optim_target_modules": Unsupported(PROJECTED, ("all-linear", "all_linear")),
     "label_smoothing_factor": Unsupported(NOT_MEASURED, (0, 0.0)),
     **each(Unsupported(NOT_MEASURED), "use_liger_kernel torch_compile torch_compile_backend torch_compile_mode"),
     **each(Unsupported(NOT_MEASURED), "torchdynamo torch_empty_cache_steps use_ipex jit_mode_eval full_determinism"),

@@ -71,7 +71,7 @@ _TABLE: dict[str, Rule] = {
     "loss": Together(),
     "clip_grad_norm": To("max_grad_norm", _clipping),
     "seed": To("seed", _seed),
-    "optimizer_in_bwd": Unsupported("harness steps once all gradients are there; use optimizer_in_bwd: false"),
+    "optimizer_in_bwd": To("optimizer_in_backward"),
     "compile": Together(),
     "enable_activation_checkpointing": Together(),
     "ac_mode": Together(),

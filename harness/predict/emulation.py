@@ -51,8 +51,8 @@ def emulate_optimizer(device_type: DeviceType, optimizer: torch.optim.Optimizer,
         yield
         return
     for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True  # torch's default on CUDA
+        if group.get("foreach", False) is None and not group.get("fused") and "triton" not in group:
+            group["foreach"] = True  # torch's default on CUDA; optimi's is a kernel that updates a weight in place
     with _paged_state_uncounted(optimizer, tracker):
         yield
 

@@ -34,6 +34,7 @@ from harness.predict.repeated_layers import Irregular
 from harness.predict.replay import operation_of
 from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
+from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
@@ -97,7 +98,7 @@ def predict(
 
     try:
         try:
-            prediction, traces = replayed(all_layers=spec.num_processes > 1)
+            prediction, traces = replayed(all_layers=spec.num_processes > 1 or spec.optimizer_in_backward)
         except Irregular:
             prediction, traces = replayed(all_layers=True)
     except (DataDependentOutputException, UnsupportedOperatorException) as error:
@@ -163,6 +164,7 @@ class _StepReplay:
     ) -> None:
         self.loaded, self.spec, self.full_length = loaded, spec, full_length
         self.network, self.fake, self.tracker = loaded.network, loaded.fake, loaded.tracker
+        self.tracker.updates_in = ("backward", "optimizer") if spec.optimizer_in_backward else ("optimizer",)
         self.device_type, self.capability = device_type, capability
 
     def run(
@@ -303,9 +305,11 @@ class _StepReplay:
     def _is_covered(self, first: Sequence[Example], later: Sequence[Sequence[Example]]) -> bool:
         """Whether a later step has what is heaviest in the first one, so that the trace of both can be of one replay.
 
-        Kept outputs are of the step before, and shards are gathered and resharded by what came before.
+        Kept outputs are of the step before, shards are gathered and resharded by what came before, and some updates are
+        of another kind than the first one, or within the backward pass.
         """
-        if self.spec.keep_outputs or self.spec.num_processes > 1:
+        alike = self.spec.optimizer not in LOW_RANK_OPTIMIZERS and not self.spec.optimizer_in_backward
+        if self.spec.keep_outputs or self.spec.num_processes > 1 or not alike:
             return False
         of_later = {kind for step in later for kind in order.kinds(step, self.spec)}
         return of_later.issuperset(order.heaviest(order.kinds(first, self.spec)))
@@ -370,6 +374,8 @@ class _StepReplay:
 
     def _accumulate(self) -> None:
         """Gradients as a backward pass leaves them, where there are none yet."""
+        if self.spec.optimizer_in_backward:
+            return
         with self.fake, self.tracker:
             for parameter in (each for each in model.trainable(self.network) if each.grad is None):
                 parameter.grad = self.tracker.empty_like(parameter)

@@ -29,6 +29,7 @@ _CPU = torch.device("cpu")
 _TRANSIENT = 0
 """Key in the trace of what a kernel holds while it runs."""
 _device = torch.ops.prim.device.default
+_VALUE = torch.ops.aten._local_scalar_dense.default
 _WITHOUT_TRAFFIC = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _OF_STORAGES = frozenset({torch.ops.aten.set_.source_Storage, torch.ops.aten.set_.source_Tensor})
 """In place, but not in the storage that was there."""
@@ -82,6 +83,8 @@ class Replay(LiveTensors):
         self.trace: list[Entry] = []
         """What has happened so far, in order. Peaks are taken from it, not from the sums of `LiveTensors`."""
         self.phase: Phase = "load"
+        self.updates_in: tuple[Phase, ...] = ("optimizer",)
+        """Phases with updates of weights. Some limit their size by a value that they read: it is 1."""
         self.counting = True
         """Whether new storages are counted."""
         self.work: Counter[tuple[str | None, int, int]] = Counter()
@@ -102,6 +105,8 @@ class Replay(LiveTensors):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _device:  # two thirds of all calls, and slow in FakeTensorMode
             return args[0].fake_device
+        if func is _VALUE and self.phase in self.updates_in:
+            return 1.0 if args[0].is_floating_point() else 1
         key = _key(func, args, kwargs)
         cached = _cache.get(key) if key is not None else None
         if cached is not None:

@@ -1,6 +1,7 @@
 """What one fine-tuning is: every parameter of a trial, declared once, frozen and validated.
 
-Modules: trial (the keys, their checks, ids), keys (types of their values), datasets (the keys under `datasets:`).
+Modules: parameters (the keys), keys (types of their values), datasets (the keys under `datasets:`), trial (which of
+them go together, and ids).
 """
 
-__all__ = ["datasets", "keys", "trial"]
+__all__ = ["datasets", "keys", "parameters", "trial"]

@@ -18,7 +18,14 @@ Optimizer = Literal[
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
     "sgd", "adagrad", "adafactor", "muon",
+    "stable_adamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd", "galore_adamw", "apollo_adamw",
 ]  # fmt: skip
+SCHEDULE_FREE_OPTIMIZERS: frozenset[str] = frozenset(
+    {"schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"}
+)
+"""Those that train at a constant rate, and whose weights to evaluate are averages."""
+LOW_RANK_OPTIMIZERS: frozenset[str] = frozenset({"galore_adamw", "apollo_adamw"})
+"""Those whose state is of projections of the gradients of matrices."""
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 """Those of torch, which update a shard as they do a whole weight."""

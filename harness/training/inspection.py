@@ -14,7 +14,7 @@ from harness.environment import resolve_device
 from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, formats, limits, model, order, recomputation
+from harness.training import batches, checkpoints, formats, limits, model, optimizers, order, recomputation
 
 _MODEL_KEYS = (
     "base_model",
@@ -94,6 +94,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
             if data_key not in data:
                 data[data_key] = _look_at_data(spec, trust_remote_code)
             seen, network = data[data_key], networks[model_key]
+            optimizers.refuse_missing(spec)
             recomputation.refuse_on(spec, resolve_device(spec.device))
             order.check_rates(spec, seen.training_stories)
             limits.check(spec, seen.texts, network.limits)

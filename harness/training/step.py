@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from harness.record import Phase
 from harness.spec.trial import TrialSpec
-from harness.training import distributed, loss, muon, order
+from harness.training import distributed, loss, optimizers, order
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
@@ -64,7 +63,8 @@ class Trainer:
         self._module = model
         self.spec = spec
         self.device = device
-        self.optimizer = _optimizer(model, spec)
+        self.optimizer = optimizers.make(model, spec, order.warm_up_steps(spec, steps))
+        optimizers.set_averaged(self.optimizer, False)
         self.scheduler = _scheduler(self.optimizer, spec, steps)
         self.scaler = torch.amp.GradScaler(device.type) if compute_dtype(spec) is torch.float16 else None
         self._parameters = trainable(model)
@@ -74,8 +74,11 @@ class Trainer:
 
     def optimizer_state(self) -> list[torch.Tensor]:
         """Tensors of the optimizer's state, which some optimizers (Adagrad) have before the first step; no counters."""
-        tensors = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [each for each in tensors if isinstance(each, torch.Tensor) and each.dim()]
+        return [tensor for state in self.optimizer.state.values() for tensor in _tensors(state)]
+
+    def end(self) -> None:
+        """Leave the weights as they are to be evaluated and kept."""
+        optimizers.set_averaged(self.optimizer, True)
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of one effective batch, or this rank's slice of them.
@@ -146,6 +149,8 @@ class Trainer:
         def adopt(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 tracker.adopt([parameter.grad], "gradients")
+            elif parameter in self.optimizer.state:  # updated already, in the backward pass
+                tracker.adopt(_tensors(self.optimizer.state[parameter]), "optimizer")
 
         hooks = [self._module.register_forward_pre_hook(begin)]
         hooks += [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
@@ -167,8 +172,10 @@ class Trainer:
         rate = float(self.optimizer.param_groups[0]["lr"])
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        limit = self.spec.max_grad_norm or math.inf
-        total_norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        if isinstance(self.optimizer, optimizers.UpdatesInBackward):
+            total_norm = self.optimizer.take_norm()
+        else:
+            total_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm or math.inf)
         norm: float | None = self._read(distributed.full_tensor(total_norm))
         if norm is not None and not math.isfinite(norm):
             if self.scaler is None:
@@ -185,64 +192,9 @@ class Trainer:
         return StepResult(loss, auxiliary_loss, norm, rate)
 
 
-def _optimizer(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
-    """As transformers' Trainer makes it: from its names of optimizers, without weight decay on biases and norms. Muon,
-    which it has no name for, is torch's.
-    """
-    # Undocumented in transformers (5.23): the table of its optimizers and the names that it decays. A public function
-    # from a name to an optimizer would replace both.
-    from transformers import Trainer as HuggingFaceTrainer
-    from transformers import TrainingArguments
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
-    if spec.optimizer == "muon":
-        betas = (spec.adam_beta1, spec.adam_beta2)
-        others = muon.unsuitable(model)
-        return muon.MuonAndAdamW(groups, others, lr=spec.learning_rate, betas=betas, eps=spec.adam_epsilon)
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # required, never written
-        optim=spec.optimizer,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        adam_beta1=spec.adam_beta1,
-        adam_beta2=spec.adam_beta2,
-        adam_epsilon=spec.adam_epsilon,
-        report_to=[],
-        use_cpu=True,  # keeps it from initialising CUDA; nothing is moved
-    )
-    factory, options = HuggingFaceTrainer.get_optimizer_cls_and_kwargs(arguments, model)
-    optimizer: torch.optim.Optimizer = factory([g for g in groups if g["params"]], **options)
-    if model.device.type == "cpu":
-        _page_nothing(optimizer)
-    return optimizer
-
-
-def _page_nothing(optimizer: Any) -> None:
-    """Keep AdEMAMix's state unpaged, for a CPU.
-
-    Patches bitsandbytes (0.50), whose other paged optimizers do so themselves there; this one fails.
-    """
-    from bitsandbytes.optim.ademamix import AdEMAMix
-
-    if not (isinstance(optimizer, AdEMAMix) and optimizer.is_paged):
-        return
-    paged: Any = optimizer._get_state_double_buffer
-
-    def unpaged(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-        optimizer.is_paged = False
-        try:
-            return paged(parameter, dtype=dtype)
-        finally:
-            optimizer.is_paged = True
-
-    vars(optimizer)["_get_state_double_buffer"] = unpaged
+def _tensors(state: Any) -> list[torch.Tensor]:
+    """Those of a parameter's state, without counters."""
+    return [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) -> Any:

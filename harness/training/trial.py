@@ -274,6 +274,7 @@ class _Trial:
                 peak = meter.peak()
                 breakdown = meter.breakdown(peak) if number in tracked else breakdown
         self.metrics |= {"peak_memory_bytes": peak, **breakdown, "peak_reserved_bytes": meter.reserved()}
+        trainer.end()
         self._check_trained(before, _weight_norms(network))
         self._summarise(int(distributed.all_reduce_sum(torch.tensor(meter.tracker.flops, device=self.device))))
 

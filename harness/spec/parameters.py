@@ -1,0 +1,240 @@
+"""Every parameter of a trial, each checked for itself.
+
+The names are the flat keys of the Axolotl family of configurations, so an existing training
+file can be pasted into a grid. Each field's docstring is its documentation; ``harness keys``
+prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+)
+
+from harness._util.redact import redact_home
+from harness._util.units import parse_bytes
+from harness.spec.datasets import MOST, DatasetSpec, Facts, Frozen, NameOrPath, PositiveInt
+from harness.spec.keys import (
+    ALL_LINEAR,
+    ChatTemplate,
+    Noise,
+    Optimizer,
+    Precision,
+    Scheduler,
+    SpecialTokens,
+    UnitInterval,
+    check_pattern,
+    is_pattern,
+)
+
+_UNMEASURED = Facts(measured=False)
+_NO_MEMORY = Facts(memory=False)
+_TRAINING = Facts(untrained=False)
+_TRAINING_NO_MEMORY = Facts(memory=False, untrained=False)
+
+
+def _later_rate(absent: Any) -> Facts:
+    return Facts(memory=False, untrained=False, absent=absent)
+
+
+class Parameters(Frozen):
+    """The parameters of one fine-tuning."""
+
+    base_model: NameOrPath
+    """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
+    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
+    """Sources of stories, concatenated."""
+    test_datasets: Annotated[Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] | None, Facts(absent=None)] = None
+    """Sources of the held-out stories; null: they are a part of `datasets`."""
+    sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST), _TRAINING] = 512
+    """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
+    eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST)] | None = None
+    """The same for held-out stories; null: `sequence_length`. Fix it where sequence lengths are compared."""
+    excess_length: Literal["truncate", "drop", "raise"] = "truncate"
+    """What happens to a longer example; the count is recorded."""
+    skip_empty_rows: Annotated[StrictBool, Facts(absent=False)] = False
+    """Pass over rows without an instruction or a completion, and count them; false: such a row is refused."""
+    train_on_inputs: Annotated[StrictBool, _TRAINING] = False
+    """Take the loss on the prompt too."""
+    val_set_size: Annotated[float, Field(strict=True, ge=0)] = 32
+    """Held-out stories: a count (1 or more), or a fraction of the rows (below 1). 0: no evaluation."""
+    min_completion_tokens: Annotated[PositiveInt, Facts(absent=1)] = 16
+    """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
+
+    chat_template: Annotated[ChatTemplate | None, Facts(absent=None)] = None
+    """Name of a chat template (`chatml`, `llama3`, …) or one as Jinja text; null: the model's own."""
+    special_tokens: Annotated[SpecialTokens | None, Facts(absent=None)] = None
+    """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
+
+    precision: Precision = "bf16"
+    """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
+    double_quantization: StrictBool = False
+    """Quantise the scales of nf4 and fp4 too."""
+    compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
+    """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
+    upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
+    """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
+    `prepare_model_for_kbit_training` does."""
+    autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
+    """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""
+    tf32: StrictBool = False
+    """Use TensorFloat-32 for fp32 matrix products on CUDA."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where available."""
+    memory_budget: Annotated[int | None, _NO_MEMORY] = None
+    """Bytes (or `24GiB`) of each process beyond which the trial ends as out of memory; null: what the device has."""
+
+    adapter: Literal["lora", "none"] = "lora"
+    """`none` (or null) is full fine-tuning."""
+    lora_r: Annotated[PositiveInt, _TRAINING] = 16
+    """Rank."""
+    lora_alpha: Annotated[PositiveInt, _TRAINING_NO_MEMORY] = 16
+    """Scale: the update is multiplied by alpha / r."""
+    lora_dropout: Annotated[UnitInterval, _TRAINING] = 0.0
+    """Dropout on the adapter's input."""
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], _TRAINING] = "none"
+    """Which biases are trained."""
+    lora_target_linear: Annotated[StrictBool, _TRAINING] = True
+    """Adapters on every linear layer but the head; false: the architecture's default in peft."""
+    lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
+    """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
+    `lora_target_linear`; `all-linear` means the same as that, and may be the first of several."""
+    lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None)] = None
+    """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
+    adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32")] = "fp32"
+    """Format of the adapters; bf16 ones compute without autocast and without fp32 copies of their inputs."""
+    recompute_adapter_inputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Keep an adapter's input as the layer has it, and make its dropped or converted copy anew in the backward pass."""
+    use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: StrictBool = False
+    """Weight-decomposed LoRA."""
+    save_adapter: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
+    """Keep the trained adapter with the results."""
+    measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False
+    """Evaluate the bundled general text too, before and after training, to measure forgetting."""
+
+    micro_batch_size: PositiveInt = 1
+    """Examples in one forward and backward pass."""
+    pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None)] = None
+    """Pad micro-batches to `sequence_length`; otherwise to their longest example (where `harness plan` assumes full
+    length: null, the others are padded to it; false, all fill it)."""
+    sample_packing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Put the examples of a micro-batch into one row without padding, each with positions and attention of its own."""
+    group_by_length: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Train on examples of similar length together, so that little of a micro-batch is padding."""
+    gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
+    """Micro-batches in one optimizer step."""
+    num_processes: PositiveInt = 1
+    """Processes that train together."""
+    sharding: Annotated[Literal["none", "shard_grad_op", "full_shard"], Facts(absent="none")] = "none"
+    """Whether each process holds the whole model (`none`: DDP) or a shard (FSDP), gathered per step or per layer."""
+    gradient_checkpointing: Annotated[StrictBool, _TRAINING] = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    checkpoint_every_n_layers: Annotated[PositiveInt, Facts(untrained=False, absent=1)] = 1
+    """With `gradient_checkpointing`, recompute one of so many layers, and keep the activations of the others."""
+    checkpoint_keep: Annotated[Literal["nothing", "attention", "matmuls"], Facts(untrained=False, absent="nothing")] = (
+        "nothing"
+    )
+    """Outputs that recomputed layers keep all the same: of attention, or of matrix products and attention."""
+    checkpoint_offload: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Keep the inputs of recomputed layers in the host's memory until the backward pass (CUDA)."""
+    reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
+    keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
+    loss: Annotated[Literal["full", "chunked"], Facts(absent="full")] = "full"
+    """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together."""
+    loss_chunk_size: Annotated[PositiveInt, Facts(absent=256)] = 256
+    """Positions in a part of a chunked loss."""
+
+    train_samples: Annotated[PositiveInt | None, _TRAINING] = None
+    """Examples to train on; the stories are repeated where there are fewer."""
+    max_steps: Annotated[PositiveInt | None, _TRAINING] = None
+    """Optimizer steps, instead of `train_samples`."""
+    num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING] = None
+    """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
+    optimizer: Annotated[Optimizer, _TRAINING] = "adamw_torch"
+    """Name of the optimizer, as in transformers; `muon` is torch's, with AdamW for all but the matrices of layers."""
+    optimizer_in_backward: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Update each parameter in the backward pass, as soon as its gradient is there, and release that."""
+    learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY] = "linear"
+    """Learning rate schedule."""
+    warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY] = 0.0
+    """Share of the steps over which the learning rate rises."""
+    warmup_steps: Annotated[Annotated[StrictInt, Field(ge=0, le=MOST)] | None, _later_rate(None)] = None
+    """The same as a number of steps."""
+    adam_beta1: Annotated[UnitInterval, _later_rate(0.9)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[UnitInterval, _later_rate(0.999)] = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: Annotated[Annotated[float, Field(strict=True, ge=0)], _later_rate(1e-8)] = 1e-8
+    """What keeps Adam's division finite."""
+    weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 0.0
+    """Decoupled weight decay; not on biases and norms."""
+    max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 1.0
+    """Gradient clipping; 0: none."""
+    neftune_noise_alpha: Annotated[Noise | None, Facts(untrained=False, absent=None)] = None
+    """Uniform noise on the embeddings in training, up to alpha / sqrt(length x width) (NEFTune); null: none."""
+    seed: Annotated[StrictInt, Field(ge=0, le=MOST), _TRAINING] = 0
+    """Adapter initialisation, dropout and data order. Never the held-out split."""
+
+    output_dir: Annotated[Annotated[StrictStr, AfterValidator(redact_home)] | None, _UNMEASURED] = None
+    """Accepted from training files; results go where `harness run --results` says."""
+    logging_steps: Annotated[PositiveInt, _UNMEASURED] = 1
+    """Accepted from training files; every step is recorded."""
+    folder: Annotated[
+        Annotated[StrictStr, AfterValidator(redact_home)] | None, Facts(measured=False, given=False, absent=None)
+    ] = None
+    """Folder that relative paths begin at: that of the grid file. Set by harness; null: no path is relative."""
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return None if value is None else parse_bytes(value)
+
+    @field_validator("special_tokens", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        return tuple(value.items()) if isinstance(value, Mapping) else value
+
+    @field_validator("val_set_size")
+    @classmethod
+    def _whole_count(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"{value} is neither a count (16) nor a fraction (0.1)")
+        return value
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        """A text is a list of one entry; a regular expression stands alone."""
+        if value is None:
+            return None
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not names or "" in names:
+            raise ValueError(
+                f"{value!r} is not a list of layer names like [q_proj, v_proj], nor a regular expression like "
+                r"'.*\.self_attn\..*_proj'"
+            )
+        for name in (name for name in names if isinstance(name, str)):
+            if name.lower() == ALL_LINEAR and (name != names[0] or name != ALL_LINEAR or len(names) == 1):
+                raise ValueError(
+                    f"{name} stands first: lora_target_modules: [{ALL_LINEAR}, lm_head]; alone it is "
+                    "lora_target_linear: true"
+                )
+            if is_pattern(name):
+                check_pattern(name, alone=len(names) == 1)
+        return names

@@ -1,0 +1,148 @@
+"""Optimizers of other libraries, and updates within the backward pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from trials import run
+
+from harness.environment import current
+from harness.errors import InputError
+from harness.predict import peak
+from harness.record import Job
+from harness.spec.keys import SCHEDULE_FREE_OPTIMIZERS
+from harness.spec.trial import TrialSpec
+from harness.training import batches, checkpoints, inspection, model, optimizers, order, trial
+from harness.training.step import Trainer
+
+Small = Callable[..., TrialSpec]
+CPU = torch.device("cpu")
+ALONE = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+"""What an update within the backward pass needs."""
+
+
+def trained(spec: TrialSpec) -> tuple[Any, Trainer, list[list[batches.Batch]]]:
+    """A model after its steps, its trainer and the steps."""
+    torch.manual_seed(spec.seed)
+    tokenizer = checkpoints.load_tokenizer(spec)
+    examples = batches.load(spec, tokenizer).train
+    network = model.load(spec, CPU)
+    steps = [
+        list(batches.micro_batches(step, spec, tokenizer.pad_token_id, CPU))
+        for step in order.optimizer_steps(spec, examples)
+    ]
+    trainer = Trainer(network, spec, CPU, len(steps))
+    for step in steps:
+        trainer.step(step)
+    return network, trainer, steps
+
+
+# ------------------------------------------------------------------------------------ of libraries
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "of_each"), [("stable_adamw", 2), ("schedule_free_adamw", 2), ("schedule_free_sgd", 1)]
+)
+def test_state_of_adapters(optimizer: str, of_each: int, small: Small) -> None:
+    network, trainer, _ = trained(small(optimizer=optimizer))
+    weights = sum(p.numel() for p in model.trainable(network))
+    assert sum(each.numel() for each in trainer.optimizer_state()) == of_each * weights
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_adamw"])
+def test_state_of_projected_gradients(optimizer: str, small: Small, tmp_path: Path) -> None:
+    """Two moments of a matrix m x n, m >= n, are of m x 128 projections; embeddings, head and norms have whole ones."""
+    size = {"hidden_size": 160, "intermediate_size": 192, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    folder = tiny_model(tmp_path, config=size)
+    network, trainer, _ = trained(small(base_model=folder, adapter="none", optimizer=optimizer))
+    state = trainer.optimizer.state
+    named = dict(network.named_parameters())
+    for name, rows in (("gate_proj", 192), ("down_proj", 192), ("q_proj", 160)):
+        (weight,) = (p for n, p in named.items() if name in n)
+        assert sorted(state[weight]["exp_avg"].shape) == sorted((rows, 128)), name
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert state[named[name]]["exp_avg"].shape == named[name].shape
+
+
+def test_adapters_are_of_low_rank_already(small: Small) -> None:
+    with pytest.raises(ValueError, match=r"optimizer galore_adamw with adapter lora, .*use adapter: none"):
+        small(optimizer="galore_adamw")
+
+
+@pytest.mark.parametrize("optimizer", sorted(SCHEDULE_FREE_OPTIMIZERS))
+def test_averages_are_evaluated_and_kept(optimizer: str, small: Small, tmp_path: Path) -> None:
+    """As the library does by hand: it trains at other weights than those that it is to be judged by."""
+    spec = small(optimizer=optimizer, learning_rate=1e-2, save_adapter=True, lr_scheduler="constant", train_samples=24)
+    record = trial.run(Job(grid="test", spec=spec, label="test"), environment=current("cpu"), folder=tmp_path)
+    assert record.status == "ok", record.error
+    (file,) = tmp_path.rglob("adapter_model.safetensors")
+    kept = load_file(file)
+    network, trainer, _ = trained(spec)
+    at_gradients = {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+    trainer.optimizer.eval()  # type: ignore[attr-defined]
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(kept[name.replace(".default", "")], weight.detach())
+    assert any(not torch.equal(at_gradients[n], p) for n, p in network.named_parameters() if n in at_gradients)
+
+
+def test_what_is_not_installed_is_one_line(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"a: optimizer stable_adamw: optimi is not installed; pip install"):
+        inspection.inspect([("a", small(optimizer="stable_adamw"))])
+
+
+# ------------------------------------------------------------------------------------ within the backward pass
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "keys"),
+    [
+        ("adamw_torch", {}),
+        ("sgd", {"learning_rate": 0.1}),
+        ("adamw_bnb_8bit", {}),
+        ("adagrad", {"weight_decay": 0.1}),
+        ("muon", {"gradient_checkpointing": True}),
+        ("schedule_free_adamw", {"lr_scheduler": "constant"}),
+    ],
+)
+def test_updates_within_the_backward_pass(optimizer: str, keys: dict[str, Any], small: Small, tmp_path: Path) -> None:
+    """The same training, without the gradients of all weights at once."""
+    size = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512}
+    keys = {"base_model": tiny_model(tmp_path, config=size), "precision": "fp32", "train_samples": 8} | ALONE | keys
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"{i} " * 20}) for i in range(20)))
+    keys |= {"adapter": "none", "optimizer": optimizer, "sequence_length": 16, "micro_batch_size": 1}
+    keys |= {"datasets": [{"path": str(texts), "type": "completion"}], "min_completion_tokens": 4}
+    specs = [small(**keys, optimizer_in_backward=on) for on in (False, True)]
+    plain, within = (run(spec) for spec in specs)
+    assert within.status == "ok", within.error
+    for a, b in zip(plain.steps, within.steps, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+        assert b.learning_rate == a.learning_rate
+    assert within.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=1e-5)
+    saved = plain.metrics["peak_memory_bytes"] - within.metrics["peak_memory_bytes"]
+    gradients = 4 * plain.metrics["trainable_parameters"]
+    assert saved >= 0.7 * gradients  # activations are now what the peak has most of
+    assert saved <= gradients or optimizer.startswith("schedule_free")  # whose update of all weights has copies of all
+    measured = within.metrics["peak_memory_bytes"]
+    assert peak.predict(specs[1], "cpu").peak_memory_bytes == pytest.approx(measured, rel=0.005)
+
+
+def test_what_needs_all_gradients_is_refused(small: Small) -> None:
+    for keys, reason in (
+        ({"gradient_accumulation_steps": 2}, "use gradient_accumulation_steps: 1"),
+        ({"max_grad_norm": 1.0}, "use max_grad_norm: 0"),
+        ({"num_processes": 2}, "use num_processes: 1"),
+        ({"precision": "fp16-mixed"}, "bf16 or fp32"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            small(**ALONE | keys, optimizer_in_backward=True)
