@@ -37,13 +37,14 @@ def events(
         upcast: whether what is not quantised is loaded in 16 bit and made fp32 then.
     """
     last = {key(tensor) for tensor in adapters}
+    groups, unpacked = list[list[torch.Tensor]](), dict[int, int]()
     weights = [group for group in _by_name(network) if key(group[0]) not in last]
     warm_up = sum(size(tensor) // (2 if upcast and _is_upcast(tensor, scales) else 1) for tensor, *scales in weights)
     trace, upcasts = [(_WARM_UP, warm_up), (_WARM_UP, 0)], list[Event]()
     for number, (tensor, *scales) in enumerate(weights):
         made = [(key(each), size(each)) for each in (tensor, *scales)]
         if scales:
-            trace += [(_UNPACKED, 2 * _elements(tensor)), *made, (_UNPACKED, 0)]
+            trace += [(_UNPACKED, unpacked[key(tensor)]), *made, (_UNPACKED, 0)]
         elif upcast and _is_upcast(tensor, scales):
             trace.append((_IN_16_BIT - number, size(tensor) // 2))
             upcasts += [*made, (_IN_16_BIT - number, 0)]
@@ -57,16 +58,11 @@ def _by_name(network: torch.nn.Module) -> list[list[torch.Tensor]]:
     """Each weight once, in the order of names, with the scales of a quantised one."""
     groups: dict[int, list[torch.Tensor]] = {}
     modules = dict(network.named_modules())
-    for name, parameter in sorted(network.named_parameters(), key=lambda pair: _natural(pair[0])):
+    for name, parameter in sorted(network.named_parameters(), key=lambda pair: fake_weights.natural(pair[0])):
         owner, _, own = name.rpartition(".")
         scales = fake_weights.scales(modules[owner]) if own == "weight" else []
         groups.setdefault(_key(parameter), [parameter, *scales])
     return list(groups.values())
-
-
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Parts of a name, numbers by their value and before words."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
 
 
 def _key(tensor: torch.Tensor) -> int:

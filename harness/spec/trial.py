@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     StrictBool,
     StrictInt,
@@ -34,11 +35,14 @@ from harness.spec.keys import (
     Noise,
     Optimizer,
     Precision,
+    Quantizer,
     Scheduler,
     SpecialTokens,
     UnitInterval,
+    check_format,
     check_pattern,
     is_pattern,
+    refuse_format_of_cards,
 )
 
 _POLYNOMIAL_END = 1e-7
@@ -84,14 +88,16 @@ class TrialSpec(Frozen):
     special_tokens: Annotated[SpecialTokens | None, Facts(absent=None)] = None
     """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
 
-    precision: Precision = "bf16"
+    precision: Annotated[Precision, BeforeValidator(refuse_format_of_cards)] = "bf16"
     """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
+    quantizer: Annotated[Quantizer, Facts(absent="bitsandbytes")] = "bitsandbytes"
+    """Library of the quantised weights: `bitsandbytes` has int8, nf4 and fp4, `torchao` int8, `hqq` int8 and int4."""
     double_quantization: StrictBool = False
     """Quantise the scales of nf4 and fp4 too."""
     compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
-    """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
+    """Arithmetic over quantised weights, and format of what is not quantised; null: bf16."""
     upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
-    """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
+    """Make what is not quantised of a base in bitsandbytes' formats (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
     """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""
@@ -257,6 +263,7 @@ class TrialSpec(Frozen):
                 f"precision {self.precision} with full fine-tuning: quantised weights cannot be trained; "
                 "use adapter: lora, or precision: bf16"
             )
+        check_format(self.precision, self.quantizer)
         if self.double_quantization and self.precision not in {"nf4", "fp4"}:
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
@@ -268,7 +275,7 @@ class TrialSpec(Frozen):
             )
         if self.compute_dtype is not None and self.precision not in QUANTISED:
             raise ValueError(
-                f"compute_dtype is for precision int8, nf4 or fp4; {self.precision} names its own arithmetic"
+                f"compute_dtype is for precision int8, int4, nf4 or fp4; {self.precision} names its own arithmetic"
             )
         if self.autocast is False and self.precision.endswith("-mixed"):
             raise ValueError(f"precision {self.precision} is 16 bit under autocast, and autocast is false; use fp32")
@@ -319,6 +326,11 @@ class TrialSpec(Frozen):
         return in_fp32 if self.autocast is None else self.autocast
 
     @property
+    def upcasts(self) -> bool:
+        """Whether what is not quantised is made fp32, which peft does over bitsandbytes' formats alone."""
+        return self.upcast_unquantized and self.precision in QUANTISED and self.quantizer == "bitsandbytes"
+
+    @property
     def _in_fp16(self) -> bool:
         return self.precision in ("fp16", "fp16-mixed") or self.compute_dtype == "fp16"
 
@@ -354,6 +366,8 @@ class TrialSpec(Frozen):
         if self.compute_dtype == "bf16":
             del values["compute_dtype"]
         if self.precision not in QUANTISED:
+            values.pop("quantizer", None)
+        if not self.upcasts:
             values.pop("upcast_unquantized", None)
         if self.loss == "full":
             values.pop("loss_chunk_size", None)
