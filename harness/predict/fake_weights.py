@@ -106,6 +106,17 @@ def scales(module: Any) -> list[torch.Tensor]:
     return [outer.absmax, outer.code, *nested]
 
 
+_HELD_BY_TORCHAO, _HELD_BY_HQQ = 8, 22
+"""Bytes for each weight that quantising it takes, next to itself in 16 bit: fp32 copies, of HQQ's rounds in fp16 on a
+card. As measured by the tracker, with the types of a card (torchao 0.18, HQQ 0.2.8)."""
+
+
+def unpacked_bytes(module: Any) -> int:
+    """Bytes that are held while the weight of a quantised layer is quantised, itself included."""
+    held = _HELD_BY_HQQ if quantisers.of_hqq(module) else 0 if quantisers.of_bitsandbytes(module) else _HELD_BY_TORCHAO
+    return int((2 + held) * module.in_features * module.out_features)
+
+
 _BLOCK, _OUTER_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (double quantisation): bitsandbytes' defaults (0.50)."""
 

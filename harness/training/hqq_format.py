@@ -49,6 +49,11 @@ class Quantizer(HfQuantizer):
         linear = own == "weight" and isinstance(model.get_submodule(owner), torch.nn.Linear)
         return linear and should_convert_module(param_name, self._skipped)
 
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a weight, by which transformers expects what a card must hold."""
+        return self.quantization_config.bits / 8
+
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that quantises a weight."""
         return _Quantise(self.quantization_config.bits)
