@@ -165,12 +165,13 @@ def _fill_hqq(module: Any) -> None:
     Patches truth of tensors in torch (2.13): HQQ (0.2.8) ends its rounds where an error has not fallen, which only
     values tell. Not needed once HQQ has a number of rounds as a setting.
     """
-    shape = module.meta["shape"]
-    module.device = "cpu"
+    shape, bias = module.meta["shape"], module.bias
+    module.device, module.bias = "cpu", None
     del module.W_q
     module.quant_config["weight_quant_params"]["optimize"] = True
     with mock.patch.object(torch.Tensor, "__bool__", mock.Mock(side_effect=[True, False])):
         module.quantize(torch.empty(shape, dtype=module.compute_dtype), **module.quant_config)
+    module.bias = bias
 
 
 def _fill_torchao(module: Any) -> None:

@@ -16,7 +16,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "torchao": ("int8",),
     "hqq": ("int8", "int4"),
 }
-"""Precisions by the quantizer that has them. torchao's 4-bit weights have no gradient for adapters (0.18, peft 0.21)."""
+"""Quantised precisions by the library that has them. peft (0.21) puts no adapters on torchao's 4-bit weights."""
 Quantizer = Literal["bitsandbytes", "torchao", "hqq"]
 _OF_CARDS = {"fp8": "8.9", "nvfp4": "10.0"}
 """Formats whose products are of cards alone, with the lowest compute capability that has them."""
@@ -37,7 +37,6 @@ Scheduler = Literal[
 ]  # fmt: skip
 
 
-
 def refuse_format_of_cards(precision: object) -> object:
     """Hand on a precision, unless it is one that is known and not measured.
 
@@ -46,8 +45,8 @@ def refuse_format_of_cards(precision: object) -> object:
     """
     if isinstance(precision, str) and precision in _OF_CARDS:
         raise ValueError(
-            f"{precision} is for cards of compute capability {_OF_CARDS[precision]} or newer, and is not measured here; "
-            "use bf16, or int8, nf4 or int4 for less memory"
+            f"{precision} is of cards of compute capability {_OF_CARDS[precision]} or newer, and is not measured here; "
+            "use bf16, or int8, int4 or nf4 for less memory"
         )
     return precision
 

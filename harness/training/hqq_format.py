@@ -87,8 +87,8 @@ class _Quantise(ConversionOps):
         config = hqq_base_quant_config(nbits=self._bits, group_size=_GROUP)
         # What optimises the scales reads values, which there are none of on `meta`.
         config["weight_quant_params"]["optimize"] = not weight.is_meta
-        with weight.device:  # it makes a linear layer for a moment
-            made = HQQLinear.from_weights(weight, None, config, compute_dtype=weight.dtype, device=str(weight.device))
+        made = HQQLinear(None, config, compute_dtype=weight.dtype, device=str(weight.device))
+        made.quantize(weight, **made.quant_config)
         made.bias = model.get_submodule(path).bias
         made._is_hf_initialized = True
         model.set_submodule(path, made)

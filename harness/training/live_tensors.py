@@ -37,7 +37,7 @@ class OutOfBudget(Exception):
 
 
 def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor is made of: values and scales of a weight of torchao's; itself where it is a plain one."""
+    """The tensors that a tensor is made of, like values and scales of a weight of torchao's; itself if it is plain."""
     tensor = distributed.local_tensor(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def _config_of_torchao() -> Any:
 
 
 def int8_of_torchao() -> Any:
-    """torchao's settings for int8 weights with a scale to a row."""
+    """The settings of torchao for int8 weights with a scale to a row."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig(set_inductor_config=False)  # else it sets options of torch's compiler
