@@ -665,12 +665,16 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     # examples.
     bound = {"double_quantization", "compute_dtype", "upcast_unquantized", "sharding", "reentrant_checkpointing"}
     bound |= {"optimizer_in_backward"}  # without clipping
+    bound |= {"quantizer"}
     bound |= {"loss_chunk_size", "checkpoint_every_n_layers", "checkpoint_keep", "checkpoint_offload", "sample_packing"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
     assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
     ids = {key: TrialSpec.model_validate(plain | {key: value}).id for key, value in changes.items()}
     ids["nothing"] = TrialSpec.model_validate(plain).id
     ids["double_quantization"] = TrialSpec.model_validate(plain | {"precision": "nf4", "double_quantization": True}).id
+    for precision, quantizer in (("int8", "bitsandbytes"), ("int8", "torchao"), ("int8", "hqq"), ("int4", "hqq")):
+        chosen = TrialSpec.model_validate(plain | {"precision": precision, "quantizer": quantizer})
+        ids[f"{precision} of {quantizer}"] = chosen.id
     for how in ("full_shard", "shard_grad_op"):
         ids[how] = TrialSpec.model_validate(plain | {"num_processes": 2, "sharding": how}).id
     assert len(set(ids.values())) == len(ids)

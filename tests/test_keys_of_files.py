@@ -104,7 +104,7 @@ def test_moments_of_adam(small: Small) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"compute_dtype": "fp16"}, "compute_dtype is for precision int8, nf4 or fp4"),
+        ({"compute_dtype": "fp16"}, "compute_dtype is for precision int8, int4, nf4 or fp4"),
         ({"autocast": False, "precision": "bf16-mixed"}, "autocast is false; use fp32"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio exclude each other"),
         ({"lora_target_modules": ["lm_head", "all-linear"]}, "all-linear stands first"),

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from trials import run
+from trials import quantizer_of, run
 
 from harness.sources import models
 from harness.spec.keys import QUANTISED, Precision
@@ -63,7 +63,9 @@ def test_adapters_have_the_published_sizes(architecture: str, spec: dict[str, An
 )
 def test_every_precision_trains_in_its_own_formats(small: Small, precision: str, adapter: str) -> None:
     rate = 1e-2 if adapter == "lora" else 1e-3
-    spec = small(precision=precision, adapter=adapter, lora_r=16, learning_rate=rate, train_samples=24)
+    spec = small(
+        precision=precision, adapter=adapter, lora_r=16, learning_rate=rate, train_samples=24, **quantizer_of(precision)
+    )
     network = model.load(spec, torch.device("cpu"))
     trained = {p.dtype for p in model.trainable(network)}
     frozen = {p.dtype for p in network.parameters() if not p.requires_grad and p.dim() == 2}
@@ -73,7 +75,7 @@ def test_every_precision_trains_in_its_own_formats(small: Small, precision: str,
         assert not frozen
     else:
         assert trained == {torch.float32}
-        quantised = {"int8": torch.int8, "nf4": torch.uint8, "fp4": torch.uint8}.get(precision)
+        quantised = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8, "fp4": torch.uint8}.get(precision)
         if quantised:
             assert frozen == {quantised, torch.bfloat16}  # embeddings and head are not quantised
         else:
@@ -98,7 +100,7 @@ def test_lora_variants_train(small: Small, option: str) -> None:
 @pytest.mark.parametrize("precision", sorted(QUANTISED))
 def test_evaluating_changes_nothing_of_what_training_learns(small: Small, precision: str) -> None:
     """bitsandbytes has a layout of weights for inference, through which no gradient passes."""
-    spec = small(precision=precision)
+    spec = small(precision=precision, **quantizer_of(precision))
     tokens = torch.arange(40).reshape(2, 20)
     gradients = []
     for evaluate in (False, True):

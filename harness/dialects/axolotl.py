@@ -58,6 +58,11 @@ def _read_precision(reader: Reader) -> None:
     quantised = next((name for name in ("load_in_4bit", "load_in_8bit") if reader.get(name)), None)
     if quantised is None and reader.get("adapter") == "qlora":
         quantised = "adapter"
+    if quantised is None and _is_torchao(reader):
+        reader.set("precision", "int8", "peft", *names)
+        reader.set("quantizer", "torchao", "peft")
+        reader.set("compute_dtype", arithmetic, *names)
+        return
     if quantised is None:
         reader.set("precision", arithmetic, *names, "load_in_8bit", "load_in_4bit")
         return
@@ -138,11 +143,20 @@ def _read_targets(reader: Reader) -> None:
     reader.set("lora_target_modules", listed, *names)
 
 
+def _is_torchao(reader: Reader) -> bool:
+    given = reader.get("peft")
+    wanted = {"backend": "torchao", "weight_dtype": "int8"}
+    return isinstance(given, Mapping) and wanted.items() <= given.items()
+
+
 def _read_peft(reader: Reader) -> None:
+    if _is_torchao(reader):
+        reader.note("quantised by torchao", "peft")
+        return
     given = reader.get("peft")
     for name, value in given.items() if isinstance(given, Mapping) else ():
         if value and (name, value) not in (("backend", "bnb"), ("weight_dtype", "nf4"), ("weight_dtype", "int8")):
-            reader.refuse(f"peft.{name}", "leave it out: bitsandbytes quantises here", value)
+            reader.refuse(f"peft.{name}", "leave it out, or use backend: torchao with weight_dtype: int8", value)
     reader.note("quantised by bitsandbytes", "peft")
 
 

@@ -14,6 +14,7 @@ _INFERENCE = "inference"
 _PREFERENCES = "training on preferences, which `stage` does not ask for"
 _IMAGES = "images, videos and sounds, which rows of text do not have"
 _NO_TOKENS = "leave it out: the vocabulary stays the model's; special_tokens: {pad_token: ...} names tokens of it"
+_GROUPS = "weights of a row share scales; in LLaMA-Factory those of a column do"
 _OPTIMIZER = "use an optimizer of transformers: optim: adamw_torch, or adamw_bnb_8bit where its state is too large"
 
 _TABLE: dict[str, Rule] = {
@@ -303,14 +304,19 @@ def _read_autocast(reader: Reader, half: str | None, *, full: bool) -> None:
 
 def _read_quantisation(reader: Reader, compute: str | None) -> None:
     method = str(reader.get("quantization_method", "bnb")).lower()
-    if method not in ("bnb", "bitsandbytes"):
-        reader.refuse("quantization_method", "use bnb: bitsandbytes' formats are those that there are")
-    else:
+    if method == "hqq":
+        derive(reader, "quantizer", "hqq", "quantization_method", note=_GROUPS)
+    elif method in ("bnb", "bitsandbytes"):
         reader.note("bitsandbytes", "quantization_method")
+    else:
+        reader.refuse("quantization_method", "use bnb or hqq")
     bits = reader.get("quantization_bit")
     if bits == 8:
         derive(reader, "precision", "int8", "quantization_bit")
         reader.ignore("4 bit, and these are 8", "quantization_type", "double_quantization")
+    elif bits == 4 and method == "hqq":
+        derive(reader, "precision", "int4", "quantization_bit")
+        reader.ignore("settings of bitsandbytes", "quantization_type", "double_quantization")
     elif bits == 4:
         derive(reader, "precision", reader.get("quantization_type", "nf4"), "quantization_bit", "quantization_type")
         reader.set("double_quantization", reader.get("double_quantization", True), "double_quantization")

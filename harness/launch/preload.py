@@ -36,6 +36,11 @@ def _preload() -> None:
     # tqdm (4.67) makes a semaphore as its lock, which a worker that ends by os._exit would leave behind.
     tqdm.tqdm.set_lock(threading.RLock())
 
+    # peft imports torchao and HQQ where they are installed. torchao (0.18) says of each of its kernels for cards that
+    # it cannot be loaded, and torch (2.13) of torchao's enumerations that they need not be registered.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
     # bitsandbytes 0.50 warns at import that a kernel for inference is missing, which would come from a hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -50,8 +55,8 @@ def _preload() -> None:
 
 
 def _compiled_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """In place of `torch.compile` for functions that bitsandbytes (0.50) compiles at import: torch would import its
-    compiler, which takes longer than bitsandbytes itself, and few trials call them.
+    """In place of `torch.compile` for functions that bitsandbytes (0.50) and HQQ (0.2.8) compile at import: torch would
+    import its compiler, which takes longer than they do, and few trials call them.
     """
     if function is None:
         return functools.partial(_compiled_at_first_call, **options)

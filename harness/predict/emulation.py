@@ -20,6 +20,7 @@ from harness.environment import DeviceType
 from harness.predict import cuda_kernels, int8_on_cuda
 from harness.predict.cards import Capability
 from harness.predict.replay import Replay
+from harness.training import quantisers
 
 _PAGED_ABOVE = 100_000
 """Elements of the smallest optimizer state that bitsandbytes (0.50) pages: optim/optimizer.py, get_state_buffer."""
@@ -101,12 +102,11 @@ def _dequantised(module: Any) -> torch.Tensor:
     from bitsandbytes import functional
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    weight: torch.Tensor = module.weight
     if isinstance(module, Linear4bit):
-        weight = functional.dequantize_4bit(weight.data, module.quant_state)
-    elif isinstance(module, Linear8bitLt):
-        weight = functional.int8_vectorwise_dequant(weight.data, cast("torch.Tensor", module.state.SCB))
-    return weight
+        return functional.dequantize_4bit(module.weight.data, module.quant_state)  # type: ignore[no-any-return]
+    if isinstance(module, Linear8bitLt):
+        return functional.int8_vectorwise_dequant(module.weight.data, cast("torch.Tensor", module.state.SCB))
+    return quantisers.dequantised(module)
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

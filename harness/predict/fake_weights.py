@@ -6,8 +6,11 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+
+from harness.training import quantisers
 
 
 class Replica(torch.nn.Module):
@@ -56,11 +59,15 @@ def fill(network: Any) -> None:
 
     # By id of the original, which is kept with its replacement so that its id is not used again.
     replacements: dict[int, Any] = {}
-    for module in network.modules():
+    for _, module in sorted(network.named_modules(), key=lambda pair: _as_loaded(pair[0])):
         if isinstance(module, Linear4bit):
             _fill_4bit(module)
         elif isinstance(module, Linear8bitLt):
             _fill_8bit(module)
+        elif quantisers.of_hqq(module):
+            _fill_hqq(module)
+        elif quantisers.of_torchao(module._parameters.get("weight")):
+            _fill_torchao(module)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
                 if id(parameter) not in replacements:
@@ -74,10 +81,22 @@ def fill(network: Any) -> None:
                 module._buffers[name] = replacements[id(buffer)][1]
 
 
+def _as_loaded(name: str) -> tuple[Any, ...]:
+    """What orders modules as they are loaded: adapters come last."""
+    return "lora_" in name, *natural(name)
+
+
+def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Parts of a name, numbers by their value and before words."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
+
+
 def scales(module: Any) -> list[torch.Tensor]:
     """Tensors that a quantised layer has next to its weight; none for other layers."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
+    if quantisers.of_hqq(module):
+        return [module.meta["scale"], module.meta["zero"]]
     if isinstance(module, Linear8bitLt):
         return [module.state.SCB]  # type: ignore[list-item]  # set as the weights are
     if not isinstance(module, Linear4bit):
@@ -85,6 +104,17 @@ def scales(module: Any) -> list[torch.Tensor]:
     outer: Any = module.quant_state
     nested = [outer.offset, outer.state2.absmax, outer.state2.code] if outer.state2 is not None else []
     return [outer.absmax, outer.code, *nested]
+
+
+_HELD_BY_TORCHAO, _HELD_BY_HQQ = 8, 22
+"""Bytes for each weight that quantising it takes, next to itself in 16 bit: fp32 copies, of HQQ's rounds in fp16 on a
+card. As measured by the tracker, with the types of a card (torchao 0.18, HQQ 0.2.8)."""
+
+
+def unpacked_bytes(module: Any) -> int:
+    """Bytes that are held while the weight of a quantised layer is quantised, itself included."""
+    held = _HELD_BY_HQQ if quantisers.of_hqq(module) else 0 if quantisers.of_bitsandbytes(module) else _HELD_BY_TORCHAO
+    return int((2 + held) * module.in_features * module.out_features)
 
 
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -127,3 +157,28 @@ def _fill_8bit(module: Any) -> None:
     module._parameters["weight"] = weight
     module.state.CB = weight.data
     module.state.SCB = torch.empty(module.weight.shape[0])
+
+
+def _fill_hqq(module: Any) -> None:
+    """Quantised as real weights are, in two rounds: from the second one on it holds as much in each.
+
+    Patches truth of tensors in torch (2.13): HQQ (0.2.8) ends its rounds where an error has not fallen, which only
+    values tell. Not needed once HQQ has a number of rounds as a setting.
+    """
+    shape, bias = module.meta["shape"], module.bias
+    module.device, module.bias = "cpu", None
+    del module.W_q
+    module.quant_config["weight_quant_params"]["optimize"] = True
+    with mock.patch.object(torch.Tensor, "__bool__", mock.Mock(side_effect=[True, False])):
+        module.quantize(torch.empty(shape, dtype=module.compute_dtype), **module.quant_config)
+    module.bias = bias
+
+
+def _fill_torchao(module: Any) -> None:
+    """Quantised as real weights are."""
+    from torchao.quantization import quantize_
+
+    module._parameters["weight"] = torch.nn.Parameter(
+        torch.empty(module.weight.shape, dtype=module.weight.dtype), requires_grad=False
+    )
+    quantize_(module, quantisers.int8_of_torchao())

@@ -103,7 +103,7 @@ def _outputs(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
         yield Change("attention", "arithmetic", {"attention": "auto"})
     if spec.keep_outputs:
         yield Change("outputs", "nothing", {"keep_outputs": False})
-    if spec.upcast_unquantized and spec.precision in QUANTISED:
+    if spec.upcasts:
         yield Change("upcast", "arithmetic", {"upcast_unquantized": False})
 
 
@@ -140,12 +140,13 @@ def _precisions(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
         yield Change("precision", "arithmetic", {"precision": "fp16"})
     if spec.adapter == "none" or spec.sharding != "none" or spec.lora_bias != "none":
         return
+    library = {} if spec.quantizer == "bitsandbytes" else {"quantizer": "bitsandbytes"}
     if spec.precision not in QUANTISED:
-        yield Change("precision", "arithmetic", {"precision": "int8"})
-    if spec.precision not in ("nf4", "fp4"):
-        yield Change("precision", "arithmetic", {"precision": "nf4"})
+        yield Change("precision", "arithmetic", {"precision": "int8", **library})
+    if spec.precision not in ("nf4", "fp4", "int4"):
+        yield Change("precision", "arithmetic", {"precision": "nf4", **library})
     if not spec.double_quantization:
-        changed = {} if spec.precision in ("nf4", "fp4") else {"precision": "nf4"}
+        changed = {} if spec.precision in ("nf4", "fp4") else {"precision": "nf4", **library}
         yield Change("precision", "arithmetic", {**changed, "double_quantization": True})
 
 

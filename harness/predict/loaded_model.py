@@ -58,7 +58,7 @@ class LoadedModel:
         self.requests: list[Event] = requests(self.trace)
         """What loading them asks an allocator of CUDA for."""
         if spec.num_processes == 1:  # shards are made of a model in the machine's memory
-            upcast = spec.upcast_unquantized and model.is_quantised(spec)
+            upcast = spec.upcasts
             self.requests = loading.events(network, adapters, tracker.key_of, tracker.size_of, upcast=upcast)
         self.layers = None if all_layers else RepeatedLayers(network, tracker)
         self._keys = tracker.live_keys()

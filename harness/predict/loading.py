@@ -8,12 +8,13 @@ quantised is made fp32, if the spec asks for it, and the adapters are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from harness.predict import fake_weights
 from harness.predict.allocator import Event
+from harness.training.live_tensors import parts
 
 _WARM_UP, _UNPACKED, _IN_16_BIT = -2, -3, -4
 """Keys in the trace of what is held for a while: the last one, and those below it, of one weight each."""
@@ -37,15 +38,15 @@ def events(
         upcast: whether what is not quantised is loaded in 16 bit and made fp32 then.
     """
     last = {key(tensor) for tensor in adapters}
-    weights = [group for group in _by_name(network) if key(group[0]) not in last]
-    warm_up = sum(size(tensor) // (2 if upcast and _is_upcast(tensor, scales) else 1) for tensor, *scales in weights)
+    weights = [weight for weight in _by_name(network) if key(weight.tensor) not in last]
+    warm_up = sum(size(weight.tensor) // (2 if upcast and weight.is_upcast else 1) for weight in weights)
     trace, upcasts = [(_WARM_UP, warm_up), (_WARM_UP, 0)], list[Event]()
-    for number, (tensor, *scales) in enumerate(weights):
-        made = [(key(each), size(each)) for each in (tensor, *scales)]
-        if scales:
-            trace += [(_UNPACKED, 2 * _elements(tensor)), *made, (_UNPACKED, 0)]
-        elif upcast and _is_upcast(tensor, scales):
-            trace.append((_IN_16_BIT - number, size(tensor) // 2))
+    for number, weight in enumerate(weights):
+        made = [(key(each), size(each)) for each in (weight.tensor, *weight.scales)]
+        if weight.scales:
+            trace += [(_UNPACKED, weight.unpacked), *made, (_UNPACKED, 0)]
+        elif upcast and weight.is_upcast:
+            trace.append((_IN_16_BIT - number, size(weight.tensor) // 2))
             upcasts += [*made, (_IN_16_BIT - number, 0)]
         else:
             trace += made
@@ -53,30 +54,28 @@ def events(
     return [*trace, *buffers, *upcasts, *((key(tensor), size(tensor)) for tensor in adapters)]
 
 
-def _by_name(network: torch.nn.Module) -> list[list[torch.Tensor]]:
-    """Each weight once, in the order of names, with the scales of a quantised one."""
-    groups: dict[int, list[torch.Tensor]] = {}
+@dataclass(frozen=True)
+class _Weight:
+    """A weight, with the scales of a quantised one."""
+
+    tensor: torch.Tensor
+    scales: list[torch.Tensor]
+    unpacked: int
+    """Bytes that are held while it is quantised."""
+
+    @property
+    def is_upcast(self) -> bool:
+        return not self.scales and self.tensor.dtype is torch.float32
+
+
+def _by_name(network: torch.nn.Module) -> list[_Weight]:
+    """Each weight once, in the order of names."""
+    weights: dict[int, _Weight] = {}
     modules = dict(network.named_modules())
-    for name, parameter in sorted(network.named_parameters(), key=lambda pair: _natural(pair[0])):
+    for name, parameter in sorted(network.named_parameters(), key=lambda pair: fake_weights.natural(pair[0])):
         owner, _, own = name.rpartition(".")
-        scales = fake_weights.scales(modules[owner]) if own == "weight" else []
-        groups.setdefault(_key(parameter), [parameter, *scales])
-    return list(groups.values())
-
-
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Parts of a name, numbers by their value and before words."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _is_upcast(tensor: torch.Tensor, scales: Collection[torch.Tensor]) -> bool:
-    return not scales and tensor.dtype is torch.float32
-
-
-def _elements(packed: Any) -> int:
-    """Of a quantised weight: two to a byte in 4 bit."""
-    return int(packed.numel() * (2 if packed.dtype is torch.uint8 else 1))
+        tensor, *inner = parts(parameter)
+        scales = [*inner, *(fake_weights.scales(modules[owner]) if own in ("weight", "W_q") else ())]
+        unpacked = fake_weights.unpacked_bytes(modules[owner]) if scales else 0
+        weights.setdefault(int(tensor.untyped_storage()._cdata), _Weight(tensor, scales, unpacked))
+    return list(weights.values())

@@ -9,8 +9,17 @@ from pydantic import Field, StrictStr
 
 from harness.spec.datasets import Line
 
-Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "nf4", "fp4"]
-QUANTISED: frozenset[str] = frozenset({"int8", "nf4", "fp4"})
+Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "int4", "nf4", "fp4"]
+QUANTISED: frozenset[str] = frozenset({"int8", "int4", "nf4", "fp4"})
+FORMATS: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("int8", "nf4", "fp4"),
+    "torchao": ("int8",),
+    "hqq": ("int8", "int4"),
+}
+"""Quantised precisions by the library that has them. peft (0.21) puts no adapters on torchao's 4-bit weights."""
+Quantizer = Literal["bitsandbytes", "torchao", "hqq"]
+_OF_CARDS = {"fp8": "8.9", "nvfp4": "10.0"}
+"""Formats whose products are of cards alone, with the lowest compute capability that has them."""
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
@@ -33,6 +42,35 @@ SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fuse
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 ]  # fmt: skip
+
+
+def refuse_format_of_cards(precision: object) -> object:
+    """Hand on a precision, unless it is one that is known and not measured.
+
+    Raises:
+        ValueError: it is fp8 or nvfp4.
+    """
+    if isinstance(precision, str) and precision in _OF_CARDS:
+        raise ValueError(
+            f"{precision} is of cards of compute capability {_OF_CARDS[precision]} or newer, and is not measured here; "
+            "use bf16, or int8, int4 or nf4 for less memory"
+        )
+    return precision
+
+
+def check_format(precision: str, quantizer: str) -> None:
+    """Check that a quantizer has a precision.
+
+    Raises:
+        ValueError: it is a format of other quantizers.
+    """
+    if precision in QUANTISED and precision not in FORMATS[quantizer]:
+        others = [name for name, formats in FORMATS.items() if precision in formats]
+        raise ValueError(
+            f"precision {precision} with quantizer {quantizer}, which has {' and '.join(FORMATS[quantizer])}: "
+            f"use that, or quantizer: {' or '.join(others)}"
+        )
+
 
 ChatTemplate = Annotated[StrictStr, Field(min_length=1, max_length=20_000)]
 TokenRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     StrictBool,
     StrictInt,
@@ -28,11 +29,13 @@ from harness.spec.keys import (
     Noise,
     Optimizer,
     Precision,
+    Quantizer,
     Scheduler,
     SpecialTokens,
     UnitInterval,
     check_pattern,
     is_pattern,
+    refuse_format_of_cards,
 )
 
 _UNMEASURED = Facts(measured=False)
@@ -74,14 +77,16 @@ class Parameters(Frozen):
     special_tokens: Annotated[SpecialTokens | None, Facts(absent=None)] = None
     """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
 
-    precision: Precision = "bf16"
+    precision: Annotated[Precision, BeforeValidator(refuse_format_of_cards)] = "bf16"
     """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
+    quantizer: Annotated[Quantizer, Facts(absent="bitsandbytes")] = "bitsandbytes"
+    """Library of the quantised weights: `bitsandbytes` has int8, nf4 and fp4, `torchao` int8, `hqq` int8 and int4."""
     double_quantization: StrictBool = False
     """Quantise the scales of nf4 and fp4 too."""
     compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
-    """Arithmetic over int8, nf4 and fp4 weights, and format of what is not quantised; null: bf16."""
+    """Arithmetic over quantised weights, and format of what is not quantised; null: bf16."""
     upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
-    """Make what is not quantised of a quantised base (embeddings, head, norms, biases) fp32, as peft's
+    """Make what is not quantised of a base in bitsandbytes' formats (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
     autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
     """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""

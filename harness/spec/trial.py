@@ -17,6 +17,7 @@ from harness.spec.keys import (
     LOW_RANK_OPTIMIZERS,
     QUANTISED,
     SHARDED_OPTIMIZERS,
+    check_format,
 )
 from harness.spec.parameters import Parameters
 
@@ -45,6 +46,7 @@ class TrialSpec(Parameters):
                 f"precision {self.precision} with full fine-tuning: quantised weights cannot be trained; "
                 "use adapter: lora, or precision: bf16"
             )
+        check_format(self.precision, self.quantizer)
         if self.double_quantization and self.precision not in {"nf4", "fp4"}:
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
@@ -56,7 +58,7 @@ class TrialSpec(Parameters):
             )
         if self.compute_dtype is not None and self.precision not in QUANTISED:
             raise ValueError(
-                f"compute_dtype is for precision int8, nf4 or fp4; {self.precision} names its own arithmetic"
+                f"compute_dtype is for precision int8, int4, nf4 or fp4; {self.precision} names its own arithmetic"
             )
         if self.autocast is False and self.precision.endswith("-mixed"):
             raise ValueError(f"precision {self.precision} is 16 bit under autocast, and autocast is false; use fp32")
@@ -136,6 +138,11 @@ class TrialSpec(Parameters):
         return in_fp32 if self.autocast is None else self.autocast
 
     @property
+    def upcasts(self) -> bool:
+        """Whether what is not quantised is made fp32, which peft does over bitsandbytes' formats alone."""
+        return self.upcast_unquantized and self.precision in QUANTISED and self.quantizer == "bitsandbytes"
+
+    @property
     def _in_fp16(self) -> bool:
         return self.precision in ("fp16", "fp16-mixed") or self.compute_dtype == "fp16"
 
@@ -171,6 +178,8 @@ class TrialSpec(Parameters):
         if self.compute_dtype == "bf16":
             del values["compute_dtype"]
         if self.precision not in QUANTISED:
+            values.pop("quantizer", None)
+        if not self.upcasts:
             values.pop("upcast_unquantized", None)
         if self.loss == "full":
             values.pop("loss_chunk_size", None)

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from harness.training import quantisers
+from harness.training.live_tensors import parts
+
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -15,7 +18,7 @@ def byte_fractions(network: Any) -> dict[str, float]:
     """The part of the base weights' bytes in each format, largest first. Adapters do not count; tied weights once."""
     sizes: Counter[str] = Counter()
     for _, parameter, name, _ in _weights(network):
-        sizes[name] += parameter.numel() * parameter.element_size()
+        sizes[name] += sum(part.numel() * part.element_size() for part in parts(parameter))
     total = sizes.total()
     return {name: size / total for name, size in sizes.most_common()}
 
@@ -44,8 +47,10 @@ def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
 
 def _format(module: Any, key: str, parameter: torch.Tensor) -> tuple[str, int]:
     """Format of a module's parameter, and how many numbers it stands for."""
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    if key == "weight" and isinstance(module, Linear4bit | Linear8bitLt):
+    if key == "weight" and quantisers.of_bitsandbytes(module):
         return getattr(parameter, "quant_type", "int8"), module.in_features * module.out_features
+    if key == "W_q" and quantisers.of_hqq(module):
+        return f"int{module.meta['nbits']}", module.in_features * module.out_features
+    if quantisers.of_torchao(parameter):
+        return "int8", parameter.numel()
     return _NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.numel()

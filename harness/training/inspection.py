@@ -20,6 +20,7 @@ _MODEL_KEYS = (
     "base_model",
     "folder",
     "precision",
+    "quantizer",
     "double_quantization",
     "attention",
     "device",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from harness.metrics import COMPONENTS
@@ -34,6 +34,16 @@ class OutOfBudget(Exception):
         super().__init__(f"memory budget of {budget} bytes passed: {reached} held, {requested} requested")
         self.reached = reached
         self.requested = requested
+
+
+def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor is made of, like values and scales of a weight of torchao's; itself if it is plain."""
+    tensor = distributed.local_tensor(tensor)
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from parts(getattr(tensor, name))
 
 
 class LiveTensors(TorchDispatchMode):
@@ -129,6 +139,10 @@ class LiveTensors(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor, component: Component) -> None:
         tensor = distributed.local_tensor(tensor)
+        if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
+            for part in parts(tensor):  # its own storage has a size and no memory
+                self._add(part, component)
+            return
         if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -156,7 +170,7 @@ class LiveTensors(TorchDispatchMode):
 
     def adopt(self, tensors: Iterable[torch.Tensor], component: Component) -> None:
         """Count the tensors' storages as `component`, whether or not they were tracked before."""
-        for tensor in tensors:
+        for tensor in (part for whole in tensors for part in parts(whole)):
             key = distributed.local_tensor(tensor).untyped_storage()._cdata
             if key not in self._storages:
                 self._add(tensor, component)

@@ -14,7 +14,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.spec.keys import ALL_LINEAR, is_pattern
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_inputs
+from harness.training import adapter_inputs, quantisers
 
 _KEY = "lora_target_modules"
 
@@ -75,11 +75,17 @@ def _targets(network: Any, spec: TrialSpec) -> str | list[str]:
     if spec.lora_target_modules is not None:
         names = list(spec.lora_target_modules)
         if names[0] == ALL_LINEAR:
-            head = network.get_output_embeddings()
-            linear = [n for n, m in network.named_modules() if isinstance(m, _linear()) and m is not head]
-            return [*linear, *names[1:]]
+            return [*_linear_names(network), *names[1:]]
         return names[0] if is_pattern(names[0]) else names
-    return ALL_LINEAR if spec.lora_target_linear else _defaults(network)
+    if not spec.lora_target_linear:
+        return _defaults(network)
+    # peft (0.21) does not count HQQ's layers among all linear ones.
+    return _linear_names(network) if any(map(quantisers.of_hqq, network.modules())) else ALL_LINEAR
+
+
+def _linear_names(network: Any) -> list[str]:
+    head = network.get_output_embeddings()
+    return [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
 
 
 def _whole(network: Any, spec: TrialSpec) -> list[str] | None:
@@ -125,7 +131,7 @@ def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]
     """Whole names of the modules that each target matches, by peft's rules."""
     names = [name for name, _ in network.named_modules() if name]
     if targets == ALL_LINEAR:
-        return {ALL_LINEAR: [name for name in names if isinstance(network.get_submodule(name), _linear())]}
+        return {ALL_LINEAR: [name for name in names if _is_linear(network.get_submodule(name))]}
     if isinstance(targets, str):
         return {targets: [name for name in names if re.fullmatch(targets, name)]}
     return {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
@@ -134,7 +140,7 @@ def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]
 def _refuse_missing(network: Any, matches: Mapping[str, Sequence[str]], config: Any) -> None:
     missing = [target for target, names in matches.items() if not names]
     if missing and is_pattern(missing[0]):
-        linear = (name for name, module in network.named_modules() if isinstance(module, _linear()))
+        linear = (name for name, module in network.named_modules() if _is_linear(module))
         raise InputError(
             f"{_KEY}: {missing[0]!r} matches the whole name of no module; names are like {next(linear, 'lm_head')}: "
             "let it begin with .*"
@@ -172,20 +178,22 @@ def _near(target: str, layers: Sequence[str]) -> list[str]:
 
 def _layers(network: Any) -> list[str]:
     """Last parts of the names of layers that can have an adapter."""
-    names = (name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, _adaptable()))
+    names = (name.rpartition(".")[2] for name, module in network.named_modules() if _is_adaptable(module))
     return list(dict.fromkeys(name for name in names if not name.isdigit()))
 
 
-def _adaptable() -> tuple[type, ...]:
-    """The kinds of layers that peft puts adapters on; quantised ones are derived from `Linear`."""
+def _is_adaptable(module: torch.nn.Module) -> bool:
+    """Whether peft puts adapters on a layer."""
     nn = torch.nn
-    return (*_linear(), nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    return _is_linear(module) or isinstance(module, others)
 
 
-def _linear() -> tuple[type, ...]:
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether a layer is a linear one; quantised ones are derived from `Linear`, but for HQQ's."""
     from transformers.pytorch_utils import Conv1D
 
-    return (torch.nn.Linear, Conv1D)
+    return isinstance(module, torch.nn.Linear | Conv1D) or quantisers.of_hqq(module)
 
 
 def _unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
@@ -193,7 +201,7 @@ def _unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
     for target, names in matches.items():
         for name in names:
             module = network.get_submodule(name)
-            if not isinstance(module, _adaptable()):
+            if not _is_adaptable(module):
                 return (
                     f"{target!r} matches {name}, a {type(module).__name__}, which cannot have an adapter; "
                     f"layers that can are {', '.join(_layers(network))}"

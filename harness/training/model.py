@@ -17,7 +17,7 @@ from harness.errors import InputError
 from harness.sources import models
 from harness.spec.keys import QUANTISED
 from harness.spec.trial import TrialSpec
-from harness.training import chunked_loss, lora, packing, reach, recomputation
+from harness.training import chunked_loss, lora, packing, quantisers, reach, recomputation
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -27,6 +27,7 @@ _WEIGHTS: dict[str, torch.dtype] = {
     "bf16-mixed": torch.float32,
     "fp16-mixed": torch.float32,
     "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
     "nf4": torch.bfloat16,
     "fp4": torch.bfloat16,
 }
@@ -37,6 +38,7 @@ _COMPUTE: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "fp16-mixed": torch.float16,
     "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
     "nf4": torch.bfloat16,
     "fp4": torch.bfloat16,
 }
@@ -90,7 +92,7 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
 def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     """The model of a spec as from `load`, but on the device `meta`, from its config alone.
 
-    The weights of quantised layers have their unquantised shapes.
+    The weights of bitsandbytes' layers have their unquantised shapes.
 
     Raises:
         InputError: the model's config is not available, or no such model can be trained as the spec says.
@@ -111,23 +113,17 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
         raise _refused(spec, error) from None
     _keep_fp32(model, _weights_dtype(spec))
     if spec.precision in QUANTISED:
-        # Internal functions of transformers (5.23), whose `from_pretrained` quantises only while it loads weights. A
-        # public way to replace the layers of a model on `meta` would let them go.
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-        from transformers.quantizers.base import HfQuantizer
-
         quantisation = _quantisation(spec)["quantization_config"]
-        skipped = HfQuantizer.get_modules_to_not_convert(
-            model, stored.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
-        )
-        model = replace_with_bnb_linear(model, skipped, quantisation)
-        # peft (0.21) reads these attributes of the model.
-        model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantisation.load_in_8bit, quantisation.load_in_4bit
-    # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which these are in shape already, and
-    # bitsandbytes (0.50) cannot copy them.
-    dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", lambda module: module.weight.data)
+        quantisers.quantise_on_meta(model, quantisation, skipped=stored.get("llm_int8_skip_modules"))
+    # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which those of bitsandbytes (0.50) are in
+    # shape already, and it cannot copy them.
+    dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
     with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module), no_init_weights():
         return _prepared(model, spec)
+
+
+def _dequantised(module: Any) -> torch.Tensor:
+    return module.weight.data if quantisers.of_bitsandbytes(module) else quantisers.dequantised(module)
 
 
 def _config(spec: TrialSpec, trust_remote_code: bool) -> Any:
@@ -200,8 +196,9 @@ def _stored_format(spec: TrialSpec, config: Any) -> dict[str, Any]:
             f"the weights of base_model {spec.base_model} are quantised already ({how}), which is none of the formats "
             f"of precision ({', '.join(_WEIGHTS)}); give the checkpoint that it was made from"
         )
-    if (spec.precision, spec.double_quantization) != (name, double):
+    if (spec.precision, spec.quantizer, spec.double_quantization) != (name, "bitsandbytes", double):
         asked = spec.precision + " with double_quantization" * spec.double_quantization
+        asked += f" with quantizer {spec.quantizer}" * (spec.quantizer != "bitsandbytes")
         own = name + " with double_quantization: true" * double
         raise InputError(
             f"precision {asked}: the weights of base_model {spec.base_model} are quantised already; use their own, "
@@ -235,7 +232,7 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         recomputation.enable(model, spec)
     if spec.reentrant_checkpointing and spec.adapter == "lora":
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
-    if spec.upcast_unquantized and spec.precision in QUANTISED:
+    if spec.upcasts:
         _upcast_unquantized(model)
     if spec.neftune_noise_alpha is not None:
         model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
@@ -261,12 +258,10 @@ def _upcast_unquantized(model: Any) -> None:
 
     As `prepare_model_for_kbit_training` of peft (0.21), which also freezes the base and sets up checkpointing.
     """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # On `meta` the weights of quantised layers are still in 16 bit.
-            quantised = isinstance(module, Linear4bit | Linear8bitLt) and name == "weight"
+            quantised = quantisers.of_bitsandbytes(module) and name == "weight"
             if parameter.dtype in (torch.bfloat16, torch.float16) and not quantised:
                 parameter.data = parameter.data.to(torch.float32)
 
@@ -274,18 +269,10 @@ def _upcast_unquantized(model: Any) -> None:
 def _quantisation(spec: TrialSpec) -> dict[str, Any]:
     if spec.precision not in QUANTISED:
         return {}
-    from transformers import BitsAndBytesConfig
-
-    if spec.precision == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=spec.precision,
-            bnb_4bit_use_double_quant=spec.double_quantization,
-            bnb_4bit_compute_dtype=_weights_dtype(spec),
-        )
-    }
+    made = quantisers.config(
+        spec.quantizer, spec.precision, double=spec.double_quantization, arithmetic=_weights_dtype(spec)
+    )
+    return {"quantization_config": made}
 
 
 def _set_up_4bit(model: Any, spec: TrialSpec) -> None:

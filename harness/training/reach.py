@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 
+from harness.training import quantisers
+
 _REACHED: dict[tuple[type, str], frozenset[str]] = {}
 """Names of reached parameters by class and configuration of a model: many predictions are of one base."""
 
@@ -26,7 +28,13 @@ def unreached(network: Any) -> dict[str, torch.nn.Parameter]:
         except Exception:  # a model's own code may need values
             _REACHED[key] = frozenset()
     reached = _REACHED[key]
-    return {name: parameter for name, parameter in network.named_parameters() if reached and name not in reached}
+    return {name: each for name, each in network.named_parameters() if reached and _of_plain(name) not in reached}
+
+
+def _of_plain(name: str) -> str:
+    """Name of a parameter where no layer is HQQ's, which call their weight `W_q`."""
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.weight" if own == "W_q" else name
 
 
 def on_meta(network: Any) -> Any:
@@ -38,7 +46,7 @@ def on_meta(network: Any) -> Any:
     for buffer in network.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for module in network.modules():
-        if type(module).__module__.startswith("bitsandbytes."):
+        if quantisers.of_bitsandbytes(module) or quantisers.of_hqq(module):
             memo[id(module)] = torch.nn.Linear(
                 module.in_features, module.out_features, module.bias is not None, device="meta", dtype=torch.bfloat16
             )
