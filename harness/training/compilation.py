@@ -74,8 +74,8 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
     settings = {
         "recompile_limit": _MOST_GRAPHS,
         "fail_on_recompile_limit_hit": True,
-        # It would cut graphs where DistributedDataParallel sends gradients, which is between layers already, and
-        # compile the parts under the tracker of memory.
+        # It would cut graphs where DistributedDataParallel sends gradients, which is between layers already, and then
+        # the tracker of memory sees what is no memory of the step.
         "optimize_ddp": False,
     }
     with (
