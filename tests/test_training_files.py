@@ -208,7 +208,8 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     assert "--without-unsupported" in message
     assert "\n" not in message
     many = "".join(f"liger_{n}: true\n" for n in ("rope", "rms_norm", "layer_norm", "glu_activation"))
-    others = "torch_compile: true\ntorch_compile_mode: max-autotune\nlora_mlp_kernel: true\nrelora: true\nearly_stopping_patience: 3\n"
+    others = "torch_compile: true\ntorch_compile_mode: max-autotune\n"
+    others += "lora_mlp_kernel: true\nrelora: true\nearly_stopping_patience: 3\n"
     (tmp_path / "many.yml").write_text(AXOLOTLS + many + others)
     reasons = refusal(tmp_path / "many.yml")
     for key in re.findall(r"^(\w+):", many + others, re.MULTILINE):
