@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -213,6 +216,23 @@ def half_matmul() -> HalfMatmul:
         return "avx512_bf16"
     # An unknown processor keeps PyTorch's own kernels.
     return "native" if not flags or flags & NATIVE_HALF else "fp32-blocks"
+
+
+def missing_for_compiler(device_type: DeviceType) -> str | None:
+    """What `torch_compile` needs and this machine lacks, in a line; null: nothing."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    # As torch (2.13) looks for them.
+    names = ["CXX", "g++"] if device_type == "cpu" else ["CC", "gcc", "clang"]
+    compilers = [os.environ.get(names[0], names[1]), *names[2:]]
+    if not any(map(shutil.which, compilers)):
+        what = f"a compiler ({' or '.join(compilers)}, or what {names[0]} names)"
+    elif not header.is_file():
+        what = f"Python's headers ({header})"
+    elif device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        what = "the package triton"
+    else:
+        return None
+    return f"torch_compile needs {what}, which is not here; install it, or use torch_compile: false"
 
 
 @functools.cache

@@ -329,6 +329,23 @@ _TABLE = (
     _count("evaluated_stories", "evaluated stories", "Held-out stories behind eval_loss."),
     _count("judged_tokens", "judged tokens", "Completion tokens behind eval_loss."),
     Metric("load_seconds", "load time", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
+    Metric(
+        "compile_seconds",
+        "compile time",
+        "float",
+        "s",
+        "lower",
+        "speed",
+        "Seconds that torch's compiler took, from an empty cache; timed steps have none of it. Null without it.",
+        show_seconds,
+        across_processes="highest",
+    ),
+    _count(
+        "recompilations",
+        "recompilations",
+        "Graphs that were compiled beyond the first of each piece of code: for an input without gradient (the first "
+        "layer's, over frozen embeddings), other widths, other masks.",
+    ),
     Metric("trial_seconds", "trial time", "float", "s", "lower", "speed", "Seconds of the whole trial.", show_seconds),
 )
 
@@ -397,6 +414,7 @@ FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
 # A trial that did not train keeps its memory and sizes, which are valid; its scores are not.
 SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
     "load_seconds",
+    "compile_seconds",
     "trial_seconds",
     "eval_loss_before",
     "general_loss_before",

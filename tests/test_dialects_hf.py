@@ -33,7 +33,7 @@ REFUSED = {
     "llama_factory/packing": {"packing", "neat_packing", "enable_liger_kernel"},
     "llama_factory/unsloth": {"use_unsloth", "loraplus_lr_ratio", "eval_dataset", "rope_scaling"},
     "trl/experts": {"lora_target_parameters", "lr_scheduler_type", "lr_scheduler_kwargs"},
-    "trl/packing": {"packing", "use_liger_kernel", "torch_compile"},
+    "trl/packing": {"packing", "use_liger_kernel"},
     "trl/template_file": {"chat_template_path"},
 }
 
@@ -502,6 +502,9 @@ def test_keys_of_a_spec_in_tables_are_those_of_a_spec(dialect: Dialect) -> None:
         ({"padding_free": True}, {"sample_packing": True}),
         ({"packing": False}, {"sample_packing": False}),
         ({"train_sampling_strategy": "group_by_length"}, {"group_by_length": True}),
+        ({"torch_compile": True}, {"torch_compile": True}),
+        ({"torch_compile_mode": "default"}, {"torch_compile": True}),
+        ({"torch_compile": False}, {"torch_compile": False}),
     ],
 )
 def test_how_trl_makes_its_step(keys: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ OWN = tuple(key for key, facts in FACTS.items() if facts.given)
 REFUSED = {
     "llama2_7b_full_low_memory": ("enable_activation_offloading",),
     "llama3_8b_full_of_meta": ("checkpointer",),
-    "qwen2_5_3b_lora_packed": ("enable_activation_offloading", "dataset.packed", "compile"),
+    "qwen2_5_3b_lora_packed": ("enable_activation_offloading", "dataset.packed"),
     "llama3_3_70b_full_distributed": ("tensor_parallel_dim", "fsdp_cpu_offload", "enable_fp8_training", "optimizer"),
 }
 OTHER_TASKS = {
@@ -334,7 +334,7 @@ def test_a_prompt_template_becomes_a_format() -> None:
     [
         ("dtype", "fp16", "dtype: fp16"),
         ("shuffle", False, "shuffle: false"),
-        ("compile", {"model": True}, "compile: "),
+        ("compile", {"model": False, "loss": True}, "compile: "),
         ("device", "mps", "device: mps"),
         ("resume_from_checkpoint", True, "resume_from_checkpoint: true"),
         ("fsdp", {"cpu_offload": True}, "fsdp: "),

@@ -621,6 +621,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "precision": "nf4",
         "tf32": True,
         "attention": "eager",
+        "torch_compile": True,
         "device": "cpu",
         "memory_budget": 1,
         "adapter": "none",

@@ -29,6 +29,19 @@ def test_products_are_the_exact_ones_rounded_once(dtype: torch.dtype, shape: tup
         assert ((product.double() - exact).abs() <= step * 0.51 + 1e-4 * k**0.5).all()
 
 
+@pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm"])
+def test_products_into_a_buffer_are_the_same(name: str) -> None:
+    """As compiled code asks for them. Plain loops would round sums of other parts."""
+    batch = (2,) if name.startswith("b") else ()
+    torch.manual_seed(0)
+    added = [torch.randn(*batch, 30, 50).bfloat16()] if "add" in name else []
+    operands = [torch.randn(*batch, 30, 4000).bfloat16(), torch.randn(*batch, 4000, 50).bfloat16()]
+    out = torch.empty(*batch, 30, 50, dtype=torch.bfloat16)
+    product = getattr(torch, name)
+    assert product(*added, *operands, out=out) is out
+    assert torch.equal(out, product(*added, *operands))
+
+
 def test_blocks_cover_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(half_matmul, "_BLOCK", 64)
     a, b = torch.randn(37, 19).bfloat16(), torch.randn(19, 23).bfloat16()

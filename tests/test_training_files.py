@@ -208,11 +208,21 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
     assert "--without-unsupported" in message
     assert "\n" not in message
     many = "".join(f"liger_{n}: true\n" for n in ("rope", "rms_norm", "layer_norm", "glu_activation"))
-    others = "torch_compile: true\nlora_mlp_kernel: true\nrelora: true\nearly_stopping_patience: 3\n"
+    others = "torch_compile: true\ntorch_compile_mode: max-autotune\n"
+    others += "lora_mlp_kernel: true\nrelora: true\nearly_stopping_patience: 3\n"
     (tmp_path / "many.yml").write_text(AXOLOTLS + many + others)
     reasons = refusal(tmp_path / "many.yml")
     for key in re.findall(r"^(\w+):", many + others, re.MULTILINE):
-        assert key in reasons, "however many they are"
+        assert f"{key}: " in reasons or key == "torch_compile", "however many they are"
+
+
+def test_compiling_is_read_with_its_backend_and_mode(tmp_path: Path) -> None:
+    named = "torch_compile_backend: inductor\ntorch_compile_mode: default\n"
+    for asked in ("true", "auto"):
+        assert spec(tmp_path, AXOLOTLS + f"torch_compile: {asked}\n" + named).torch_compile
+    assert not spec(tmp_path, AXOLOTLS + named).torch_compile
+    (tmp_path / "a.yml").write_text(AXOLOTLS + "torch_compile: true\ntorch_compile_backend: eager\n")
+    assert "torch_compile_backend: eager (layers are compiled with inductor" in refusal(tmp_path / "a.yml")
 
 
 def test_a_key_that_no_table_has_is_refused_with_the_nearest(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from harness.dialects import axolotl_data
 from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
-from harness.dialects.common import NOT_MEASURED, set_optimizer, set_scheduler, shard
+from harness.dialects.common import NOT_MEASURED, read_compile, set_optimizer, set_scheduler, shard
 from harness.dialects.rules import Dialect, Reader, Together
 from harness.spec.keys import ALL_LINEAR
 
@@ -15,6 +15,7 @@ _WARM_UP = 0.03
 
 def _combine(reader: Reader) -> None:
     _read_model(reader)
+    read_compile(reader, implied=False)
     axolotl_data.read(reader)
     _read_precision(reader)
     _read_adapter(reader)

@@ -111,13 +111,13 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("the loss: tokens of the whole step are weighed alike here"), "average_tokens_across_devices"),
     "embeddings_skip_upcast": NoEffect("loading: embeddings are in the type of the arithmetic in training"),
     "peft_autocast_adapter_dtype": Together(),
+    **_all(Together(), "torch_compile torch_compile_backend torch_compile_mode"),
     "group_by_length": To("group_by_length"),
     "batch_flattening": To("sample_packing", lambda value: value in (True, "auto")),
     "sample_packing": Unsupported("use batch_flattening: true, which packs micro-batches; rows are not filled up here"),
     **_all(
         Unsupported(NOT_MEASURED),
-        "max_packed_sequence_len torch_compile "
-        "torch_compile_backend torch_compile_mode deepcompile flex_attn_compile_kwargs activation_offloading "
+        "max_packed_sequence_len deepcompile flex_attn_compile_kwargs activation_offloading "
         "layer_offloading selective_checkpointing chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp "
         "tiled_mlp_num_shards cut_cross_entropy liger_rope liger_rms_norm liger_glu_activation liger_swiglu "
         "liger_layer_norm liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling "

@@ -70,6 +70,26 @@ def derive(reader: Reader, key: str, value: Any, *names: str, note: str = "") ->
         reader.set(key, value, *names, note=note)
 
 
+def read_compile(reader: Reader, *, implied: bool) -> None:
+    """Take over whether the model is compiled, by torch's default backend in its default mode.
+
+    Args:
+        reader: of the file.
+        implied: whether naming a backend or a mode asks for it, as in transformers.
+    """
+    details = {"torch_compile_backend": "inductor", "torch_compile_mode": "default"}
+    wanted = reader.get("torch_compile") or (implied and any(map(reader.get, details)))
+    if not wanted:
+        reader.ignore("off", "torch_compile", *details)
+        return
+    reader.set("torch_compile", True, "torch_compile", note="each layer for itself")
+    for key, usual in details.items():
+        if reader.get(key, usual) == usual:
+            reader.note("torch_compile: true", key)
+        else:
+            reader.refuse(key, f"layers are compiled with {usual}; leave it out")
+
+
 def set_optimizer(reader: Reader, name: str) -> None:
     """Take over the optimizer that a key of the file names; one without a counterpart is refused.
 

@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from harness.dialects.common import NOT_MEASURED, PROJECTED, derive, each, set_optimizer, set_scheduler, shard
+from harness.dialects.common import (
+    NOT_MEASURED,
+    PROJECTED,
+    derive,
+    each,
+    read_compile,
+    set_optimizer,
+    set_scheduler,
+    shard,
+)
 from harness.dialects.rules import NoEffect, Reader, Rule, To, Together, Unlike, Unsupported
 
 _EVALUATION = "evaluation, which is before and after training here"
@@ -42,14 +51,14 @@ TABLE: Mapping[str, Rule] = {
         Together(),
         "num_train_epochs max_steps warmup_ratio warmup_steps optim adafactor lr_scheduler_type bf16 fp16 data_seed "
         "gradient_checkpointing activation_checkpointing gradient_checkpointing_kwargs activation_checkpointing_kwargs "
-        "deepspeed fsdp fsdp_config",
+        "deepspeed fsdp fsdp_config torch_compile torch_compile_backend torch_compile_mode",
     ),
     # What would change the training and has no counterpart
     "lr_scheduler_kwargs": Unsupported("leave it out: schedules have transformers' own parameters"),
     "optim_args": Unsupported("leave it out: optimizers have their usual parameters"),
     "optim_target_modules": Unsupported(PROJECTED, ("all-linear", "all_linear")),
     "label_smoothing_factor": Unsupported(NOT_MEASURED, (0, 0.0)),
-    **each(Unsupported(NOT_MEASURED), "use_liger_kernel torch_compile torch_compile_backend torch_compile_mode"),
+    **each(Unsupported(NOT_MEASURED), "use_liger_kernel"),
     **each(Unsupported(NOT_MEASURED), "torchdynamo torch_empty_cache_steps use_ipex jit_mode_eval full_determinism"),
     "group_by_length": To("group_by_length"),
     "train_sampling_strategy": To("group_by_length", _is_grouped),
@@ -135,6 +144,7 @@ def read_arguments(reader: Reader) -> None:
         reader.ignore("off", "adafactor")
     set_scheduler(reader, "lr_scheduler_type")
     _read_data_seed(reader)
+    read_compile(reader, implied=True)
     read_deepspeed(reader, "deepspeed")
     _read_fsdp(reader)
 

@@ -400,8 +400,11 @@ def _memory(reader: Reader) -> None:
     if mode not in (None, "full") and not some:
         reader.refuse("ac_mode", "whole layers are checkpointed; give ac_option as a number, like 2")
     compiled = reader.get("compile", False)
-    if any(compiled.values()) if isinstance(compiled, Mapping) else compiled:
-        reader.refuse("compile", "models are not compiled here; use compile: false")
+    parts = compiled if isinstance(compiled, Mapping) else {"model": compiled}
+    if parts.get("model"):  # its layers, as there; whether the loss and the optimizer are compiled makes no difference
+        reader.set("torch_compile", True, "compile", note="each layer for itself")
+    elif any(parts.values()):
+        reader.refuse("compile", "layers alone are compiled here; use compile: false")
     else:
         reader.ignore("off", "compile")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.environment import cards, current, resolve_device
+from harness.environment import cards, current, missing_for_compiler, resolve_device
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
 from harness.sources import splits, stories
@@ -33,6 +33,7 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
     if runs_locally:
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
+            _refuse_without_compiler(trial)
     counted: dict[Any, Counts] = {}
     for spec in (t.spec for t in grid.trials):
         data = (spec.datasets, spec.test_datasets, spec.folder, spec.skip_empty_rows)
@@ -51,3 +52,8 @@ def _refuse_too_many_processes(trial: Trial) -> None:
             f"{trial.label}: num_processes {trial.spec.num_processes}, and {there} {what}{'s' * (there != 1)} here; "
             f"each process takes a {what}"
         )
+
+
+def _refuse_without_compiler(trial: Trial) -> None:
+    if trial.spec.torch_compile and (missing := missing_for_compiler(resolve_device(trial.spec.device))):
+        raise InputError(f"{trial.label}: {missing}")

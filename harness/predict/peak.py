@@ -77,9 +77,11 @@ def predict(
 
     Raises:
         InputError: the model's config or the stories are not available.
-        Unpredictable: an operation cannot be replayed on fake tensors; the message names it.
+        Unpredictable: an operation cannot be replayed on fake tensors; the message names it. Or layers are compiled.
     """
     started = time.perf_counter()
+    if spec.torch_compile:
+        raise Unpredictable("torch_compile: what compiled layers keep in memory is the compiler's choice")
     tokenizer = _tokenizer(spec, trust_remote_code)
     assumed = tokenizer is None
     full_length = full_length or assumed

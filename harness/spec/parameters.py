@@ -94,6 +94,8 @@ class Parameters(Frozen):
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which."""
+    torch_compile: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    """Train with layers that torch's compiler has made faster, each kind of layer once; evaluation is uncompiled."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where available."""
     memory_budget: Annotated[int | None, _NO_MEMORY] = None

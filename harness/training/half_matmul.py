@@ -29,6 +29,8 @@ _UNBLOCKED = (
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
 """Operations whose operands are small enough to be converted whole (a head's attention, a bias)."""
+_UNBLOCKED_INTO = ("bmm.out", "addmm.out", "baddbmm.out")
+"""The same as compiled code calls them, into a buffer of its own."""
 
 # The library must outlive its registrations, which call the kernels that they replace.
 _library: torch.library.Library | None = None
@@ -49,11 +51,14 @@ def install() -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _library = torch.library.Library("aten", "IMPL")
-            for name in ("mm", *_UNBLOCKED):
+            for name in ("mm", "mm.out", *_UNBLOCKED, *_UNBLOCKED_INTO):
                 _kernels[name] = torch.library.get_kernel(f"aten::{name}", "CPU")
             _library.impl("mm", _mm, "CPU", with_keyset=True)
+            _library.impl("mm.out", _mm_into, "CPU", with_keyset=True)
             for name in _UNBLOCKED:
                 _library.impl(name, _in_fp32(name), "CPU", with_keyset=True)
+            for name in _UNBLOCKED_INTO:
+                _library.impl(name, _in_fp32_into(name), "CPU", with_keyset=True)
     return True
 
 
@@ -61,8 +66,18 @@ def _mm(keys: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left` (m, k) times `right` (k, n), in blocks of rows and columns. k is not split: elements are rounded once."""
     if left.dtype not in _HALF:
         return _kernels["mm"].call_boxed(keys, left, right)  # type: ignore[no-any-return]  # a boxed kernel
+    return _in_blocks(keys, left, right, left.new_empty(len(left), right.shape[1]))
+
+
+def _mm_into(keys: Any, left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """The same into a tensor that is there."""
+    if left.dtype not in _HALF:
+        return _kernels["mm.out"].call_boxed(keys, left, right, out=out)  # type: ignore[no-any-return]  # as above
+    return _in_blocks(keys, left, right, out)
+
+
+def _in_blocks(keys: Any, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     (m, k), n = left.shape, right.shape[1]
-    out = left.new_empty(m, n)
     step = max(1, _BLOCK // max(1, k))
     for i in range(0, m, step):
         rows = left[i : i + step].float()
@@ -84,6 +99,19 @@ def _in_fp32(name: str) -> Any:
         # Attention returns its output and the log-sum-exp, which stays fp32; its backward pass three gradients.
         rounded = 3 if name.endswith("backward") else 1
         return tuple(o.to(dtype) if i < rounded else o for i, o in enumerate(out))
+
+    return call
+
+
+def _in_fp32_into(name: str) -> Any:
+    """The same of a kernel that writes into `out`."""
+    plain = name.removesuffix(".out")
+
+    def call(keys: Any, *args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if out.dtype not in _HALF:
+            return _kernels[name].call_boxed(keys, *args, out=out, **kwargs)  # type: ignore[no-any-return]  # as above
+        named = {key: _to_fp32(value) for key, value in kwargs.items()}
+        return out.copy_(_kernels[plain].call_boxed(keys, *map(_to_fp32, args), **named))
 
     return call
 

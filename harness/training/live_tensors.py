@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from unittest import mock
 
 import torch
+from torch._C._dynamo import guards
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -78,7 +80,7 @@ class LiveTensors(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would wrap each dispatch to keep its compiler out; nothing is compiled here."""
+        """Torch would wrap each dispatch to keep its compiler out; nothing is compiled under this mode."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,3 +190,71 @@ class LiveTensors(TorchDispatchMode):
         """Start a new peak from what is live now."""
         self.peak = self.total
         self.peak_breakdown = dict(self.live)
+
+
+class CompiledLiveTensors(LiveTensors):
+    """The same of steps with compiled layers. Their matrix products and attention are operations as ever; what they
+    fuse are kernels, whose buffers are allocated by functions that no operation reports.
+
+    It patches these functions of torch (2.13): generated code takes them from `torch._C._dynamo.guards` when it is
+    imported. It uses private API too: `ignore_compile_internals` lets torch compile under the mode, which would run
+    layers uncompiled, and `torch._ops.HigherOrderOperator`. The hook for allocations that would replace all of
+    `LiveTensors` would replace these too.
+    """
+
+    supports_higher_order_operators = True
+    _entered: ClassVar[list[CompiledLiveTensors]] = []
+
+    def __init__(self, device_type: str, budget: int | None = None) -> None:
+        super().__init__(device_type, budget)
+        for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
+            allocate = getattr(guards, name)
+            if not hasattr(allocate, "__wrapped__"):  # for good: generated code keeps what it has taken
+                setattr(guards, name, _reporting(allocate))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Torch compiles with the mode switched off, and runs what it has compiled with the mode switched on."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, HigherOrderOperator):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        # Recomputed layers run operations that draw random numbers, as attention may, with a generator's state.
+        out = func(*args, **(kwargs or {}))
+        for at, inner in enumerate(args):
+            if isinstance(inner, torch._ops.OpOverload):
+                self.flops += operations(inner, args[at + 1 :], kwargs or {}, out[-1] if at == 0 else out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf, self.component)
+        return out
+
+    def __enter__(self) -> CompiledLiveTensors:
+        super().__enter__()
+        self._entered.append(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop()
+        super().__exit__(*exception)
+
+    @classmethod
+    def report(cls, tensor: torch.Tensor) -> None:
+        """Count a buffer of generated code, if it is made within such a mode."""
+        for tracker in cls._entered[-1:]:
+            tracker._add(tensor, tracker.component)
+
+
+def _reporting(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def allocated(*arguments: Any) -> torch.Tensor:
+        tensor = allocate(*arguments)
+        CompiledLiveTensors.report(tensor)
+        return tensor
+
+    return allocated

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from harness.training import card_watch
-from harness.training.live_tensors import LiveTensors
+from harness.training.live_tensors import CompiledLiveTensors, LiveTensors
 
 
 class MemoryMeter:
@@ -23,12 +23,14 @@ class MemoryMeter:
     Args:
         device: of the trial's tensors.
         budget: bytes that the trial may hold; null: what the device has.
+        compiled: whether layers of the model are compiled.
     """
 
-    def __init__(self, device: torch.device, budget: int | None) -> None:
+    def __init__(self, device: torch.device, budget: int | None, *, compiled: bool = False) -> None:
         self.device = device
         self._cuda = device.type == "cuda"
-        self.tracker = LiveTensors(device.type, None if self._cuda else budget)
+        tracker = CompiledLiveTensors if compiled else LiveTensors
+        self.tracker = tracker(device.type, None if self._cuda else budget)
         if self._cuda and budget is not None:
             card = torch.cuda.current_device()  # torch requires its number here
             total = torch.cuda.get_device_properties(card).total_memory

@@ -19,7 +19,7 @@ import torch
 
 from harness._util.messages import first_line
 from harness._util.redact import redact
-from harness.environment import Environment
+from harness.environment import DeviceType, Environment
 from harness.errors import is_disk_full
 from harness.metrics import SCORES
 from harness.record import DISK_FULL, NO_CONTENTS, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
@@ -27,6 +27,7 @@ from harness.sources import fingerprints, models
 from harness.training import (
     batches,
     checkpoints,
+    compilation,
     distributed,
     evaluation,
     formats,
@@ -79,7 +80,7 @@ def run(
     """
     there = losses_before.get(environment.id)
     recorded = None if there is None else LossesBefore.model_validate(there)
-    trial = _Trial(job, torch.device(environment.device_type), folder, trust_remote_code, recorded, on_progress)
+    trial = _Trial(job, environment.device_type, folder, trust_remote_code, recorded, on_progress)
     return Record.of(job, environment=environment, **trial.run())
 
 
@@ -89,7 +90,7 @@ class _Trial:
     def __init__(
         self,
         job: Job,
-        device: torch.device,
+        device_type: DeviceType,
         folder: Path | None,
         trust_remote_code: bool,
         recorded: LossesBefore | None,
@@ -98,8 +99,9 @@ class _Trial:
         self.spec = job.spec
         self.contents = job.contents
         self.visit = job.visit
-        self.device = device
-        self.clock = DeviceClock(device)
+        self.device_type: DeviceType = device_type
+        self.device = torch.device(device_type)
+        self.clock = DeviceClock(self.device)
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.recorded = recorded
@@ -113,6 +115,7 @@ class _Trial:
         self.attention_kernel: str | None = None
         self.base_formats: dict[str, float] | None = None
         self.disturbed = False
+        self.compilations = compilation.Compilations()
         self.pretrained = models.pretrained(self.spec.base_model)
 
     def run(self) -> dict[str, Any]:
@@ -124,8 +127,11 @@ class _Trial:
         self._enter("start")
         meter = None
         try:
-            meter = MemoryMeter(self.device, self.spec.memory_budget)
-            self._execute(meter)
+            meter = MemoryMeter(self.device, self.spec.memory_budget, compiled=self.spec.torch_compile)
+            # Visits compile what the trial has compiled: they take it from the cache.
+            compiling = compilation.counted(self.spec, self.device_type, empty_cache=self.visit is None)
+            with compiling as self.compilations:
+                self._execute(meter)
         except Exception as error:  # every end of a trial is a row
             traceback.print_exc()
             oom = out_of_memory(error, meter) if meter is not None else None
@@ -133,6 +139,8 @@ class _Trial:
             kind = DISK_FULL if is_disk_full(error) else type(error).__name__
             failure = {"phase": self.phase, "error_type": kind, "error": one_line(error)}
             self.metrics.update(oom or {})
+        if self.spec.torch_compile:
+            self.metrics |= self.compilations.metrics
         self.metrics["trial_seconds"] = time.perf_counter() - started
         if status != "ok":
             self.metrics = {name: value for name, value in self.metrics.items() if name not in SCORES}
@@ -200,6 +208,8 @@ class _Trial:
             **model.sizes(network, self.spec),
             "weights_in_format": formats.fraction_in(network, model.format_of_linear_weights(self.spec)),
         }
+        if self.spec.torch_compile:
+            compilation.compile_layers(network)
         self.attention_kernel = packing.attention(network)
         self.base_formats = formats.byte_fractions(network)
         return network
@@ -238,7 +248,7 @@ class _Trial:
         self._enter("evaluate")
         losses = loss_before.reusable(self.recorded, texts, kind) if when == "before" else None
         if losses is None:
-            with meter.phase(breakdown=False):
+            with meter.phase(breakdown=False), compilation.uncompiled(self.spec):
                 losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device)
             # That of the evaluation after training, once there is one: not every trial measures before.
             self.evaluation_peaks[when] = max(meter.peak(), self.evaluation_peaks.get(when, 0))
@@ -330,18 +340,21 @@ class _Trial:
         steps = [self._micro_batches(examples) for examples in order.timed_steps(self.spec, stories.train)]
         widest = max(steps, key=lambda step: max(batch.padded_tokens for batch in step))
         with meter.phase(breakdown=False):  # what is done once is done here; the budget holds for these steps too
-            trainer.tracked_step(widest, meter.tracker)
+            for once in steps if self.spec.torch_compile else [widest]:  # other widths may need other graphs
+                trainer.tracked_step(once, meter.tracker)
         self.metrics["peak_timed_bytes"] = meter.peak()
         schedule = VisitSchedule(len(steps), visit.seconds)
         with CardWatch(self.device) as card:
             waiting = Waiting()
             for step in schedule:
                 waiting.since_last()  # what comes between steps is not theirs
+                graphs = len(self.compilations.graphs)
                 started = self.clock.now()
                 result = trainer.step(steps[step])
                 seconds = self.clock.seconds_since(started)
                 waited = waiting.since_last()
-                disturbed = self._any_rank(is_disturbed(waited, seconds) or card.disturbed_since_last())
+                compiled = len(self.compilations.graphs) > graphs
+                disturbed = self._any_rank(compiled or is_disturbed(waited, seconds) or card.disturbed_since_last())
                 self._record_step(
                     len(self.steps) + 1, steps[step], result, seconds, tracked=False, peak_memory_bytes=None,
                     block=visit.block, waited_seconds=waited, disturbed=disturbed,
