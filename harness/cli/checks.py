@@ -113,9 +113,17 @@ def _cache() -> Check:
     return Check("cache", f"{redact_home(str(folder))}, {show_bytes(free)} free", free > _LEAST_FREE, remedy)
 
 
+_OPTIONAL = {
+    "optuna": "for tuning",
+    "ray": "for several machines",
+    "torchao": "for quantizer: torchao",
+    "hqq": "for quantizer: hqq",
+}
+
+
 def _optional() -> list[Check]:
     return [
         Check(name, version(name) or f"not installed ({purpose})", None, "" if version(name) else f"pip install {name}")
-        for name, purpose in (("optuna", "for tuning"), ("ray", "for several machines"))
+        for name, purpose in _OPTIONAL.items()
         if importlib.util.find_spec(name) is None or version(name)
     ]

@@ -103,9 +103,10 @@ def _dequantised(module: Any) -> torch.Tensor:
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     if isinstance(module, Linear4bit):
-        return functional.dequantize_4bit(module.weight.data, module.quant_state)  # type: ignore[no-any-return]
+        return functional.dequantize_4bit(module.weight.data, module.quant_state)
     if isinstance(module, Linear8bitLt):
-        return functional.int8_vectorwise_dequant(module.weight.data, cast("torch.Tensor", module.state.SCB))
+        scales = cast("torch.Tensor", module.state.SCB)
+        return cast("torch.Tensor", functional.int8_vectorwise_dequant(module.weight.data, scales))
     return quantisers.dequantised(module)
 
 

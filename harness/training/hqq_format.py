@@ -40,10 +40,10 @@ class Quantizer(HfQuantizer):
 
     quantization_config: Config
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._skipped = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether it is the weight of a layer that is made HQQ's."""
         owner, _, own = param_name.rpartition(".")
         linear = own == "weight" and isinstance(model.get_submodule(owner), torch.nn.Linear)
@@ -72,15 +72,9 @@ class _Quantise(ConversionOps):
     def __init__(self, bits: int) -> None:
         self._bits = bits
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: Any = None,
-        full_layer_name: str = "",
-        missing_keys: Any = None,
-        **_: Any,
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, **of: Any) -> dict[str, Any]:
         """Put a layer of HQQ in the place of the linear one that a weight is of."""
+        model, full_layer_name = of["model"], of["full_layer_name"]
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         path = full_layer_name.rpartition(".")[0]
@@ -92,6 +86,5 @@ class _Quantise(ConversionOps):
         made.bias = model.get_submodule(path).bias
         made._is_hf_initialized = True
         model.set_submodule(path, made)
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+        of["missing_keys"].discard(full_layer_name)
         return {}
