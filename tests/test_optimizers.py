@@ -71,7 +71,9 @@ def test_state_of_projected_gradients(optimizer: str, small: Small, tmp_path: Pa
         assert state[named[name]]["exp_avg"].shape == named[name].shape
 
 
-def test_adapters_are_of_low_rank_already(small: Small) -> None:
+def test_what_optimizers_do_not_go_with(small: Small) -> None:
+    with pytest.raises(ValueError, match="use one above 0"):
+        small(optimizer="schedule_free_adamw", adam_beta1=0.0)
     with pytest.raises(ValueError, match=r"optimizer galore_adamw with adapter lora, .*use adapter: none"):
         small(optimizer="galore_adamw")
 
@@ -143,6 +145,7 @@ def test_what_needs_all_gradients_is_refused(small: Small) -> None:
         ({"max_grad_norm": 1.0}, "use max_grad_norm: 0"),
         ({"num_processes": 2}, "use num_processes: 1"),
         ({"precision": "fp16-mixed"}, "bf16 or fp32"),
+        ({"optimizer": "apollo_adamw", "adapter": "none"}, "use galore_adamw"),
     ):
         with pytest.raises(ValueError, match=reason):
             small(**ALONE | keys, optimizer_in_backward=True)

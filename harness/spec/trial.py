@@ -94,6 +94,8 @@ class TrialSpec(Parameters):
                 f"optimizer {self.optimizer} with adapter lora, whose matrices are of low rank already: use adapter: "
                 "none, or another optimizer"
             )
+        if self.optimizer in ("schedule_free_adamw", "schedule_free_radam") and not self.adam_beta1:
+            raise ValueError(f"optimizer {self.optimizer} with adam_beta1 0, by which it divides; use one above 0")
         if self.optimizer_in_backward:
             self._refuse_in_backward()
         if self.sharding != "none":
@@ -105,6 +107,8 @@ class TrialSpec(Parameters):
             raise ValueError(f"{given}; use gradient_accumulation_steps: 1, and a larger micro_batch_size")
         if self.max_grad_norm:
             raise ValueError(f"{given}, before the norm of all is known; use max_grad_norm: 0")
+        if self.optimizer == "apollo_adamw":
+            raise ValueError(f"{given}, and apollo_adamw then projects all by one seed; use galore_adamw")
         if self.num_processes > 1:
             raise ValueError(f"{given}, and none is averaged over processes; use num_processes: 1")
         if self._in_fp16:
