@@ -138,6 +138,15 @@ def test_formats_that_a_quantizer_lacks_are_refused(precision: str, quantizer: s
         small(precision=precision, quantizer=quantizer)
 
 
+def test_weights_of_torchao_are_of_one_process(small: Small) -> None:
+    with pytest.raises(
+        ValueError, match=r"num_processes 2 with quantizer torchao: .*use quantizer: bitsandbytes or hqq"
+    ):
+        small(num_processes=2, **KINDS["torchao"])
+    assert small(num_processes=2, **KINDS["hqq 4"]).num_processes == 2
+    assert small(num_processes=2, precision="bf16", quantizer="torchao").num_processes == 2
+
+
 @pytest.mark.parametrize(("precision", "capability"), [("fp8", "8.9"), ("nvfp4", "10.0")])
 def test_formats_of_cards_are_known_and_refused(precision: str, capability: str) -> None:
     with pytest.raises(ValidationError) as caught:

@@ -47,6 +47,11 @@ class TrialSpec(Parameters):
                 "use adapter: lora, or precision: bf16"
             )
         check_format(self.precision, self.quantizer)
+        if self.num_processes > 1 and self.precision in QUANTISED and self.quantizer == "torchao":
+            raise ValueError(
+                f"num_processes {self.num_processes} with quantizer torchao: its weights cannot be handed to other "
+                "processes; use quantizer: bitsandbytes or hqq"
+            )
         if self.double_quantization and self.precision not in {"nf4", "fp4"}:
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
         if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
