@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -61,6 +62,7 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
     from torch._inductor.async_compile import shutdown_compile_workers
     from torch._inductor.utils import fresh_cache
 
+    depth = sys.getrecursionlimit()  # torch's compiler raises it for good
     torch.compiler.reset()  # of trials before this one in the same process
     started: list[float] = []
 
@@ -87,6 +89,7 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
         try:
             yield done
         finally:
+            sys.setrecursionlimit(depth)
             callback.callback_handler.remove_start_callback(start)
             callback.callback_handler.remove_end_callback(end)
             shutdown_compile_workers()  # processes of this one, whose end by os._exit they would outlive for a while

@@ -73,9 +73,10 @@ def needs_mask(network: Any) -> bool:
     return bool(network.config._attn_implementation != _BY_EXAMPLE)
 
 
-def attention(network: Any) -> str:
-    """The kernel of a model's attention."""
-    return "sdpa" if not needs_mask(network) else str(network.config._attn_implementation)
+def attention(network: Any) -> str | None:
+    """The kernel of a model's attention; null: the model's own code does not say."""
+    kernel: str | None = network.config._attn_implementation
+    return "sdpa" if kernel == _BY_EXAMPLE else kernel
 
 
 def _attention_by_example(
