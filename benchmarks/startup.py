@@ -1,16 +1,20 @@
 """What a launcher adds to a trial: forked here, or as a task of a Ray cluster; and a fresh Python for comparison.
 
+And what `harness --help` takes, beside a Python that imports what prints it.
+
 python benchmarks/startup.py [--trials 10]
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.launch.cluster import RayLauncher
@@ -73,6 +77,18 @@ def fresh() -> float:
         return time.perf_counter() - began
 
 
+def processor_seconds(*arguments: str) -> float:
+    """Least processor time of five calls of this Python: wall time depends on what else runs."""
+    return min(_processor_seconds(arguments) for _ in range(5))
+
+
+def _processor_seconds(arguments: Sequence[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def main() -> None:
     """Print the first start, the later ones, and fresh processes for comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,6 +105,13 @@ def main() -> None:
           f"slowest {max(later):.3f} s (0.2 s or less is asked)")  # fmt: skip
     print(f"beyond the trial itself: local median {statistics.median(local):.3f} s (0.2 s or less is asked), "
           f"Ray {statistics.median(cluster):.3f} s, slowest {max(cluster):.3f} s (0.5 s or less)")  # fmt: skip
+    of_help, bare = (
+        processor_seconds("-m", "harness", "--help"),
+        processor_seconds("-c", "import typer, typer.rich_utils"),
+    )
+    print(
+        f"harness --help: {of_help:.2f} s (0.5 s or less is asked), x{of_help / bare:.2f} of importing typer and rich"
+    )
     print(f"fresh process: median of {len(fresh_ones)}                {statistics.median(fresh_ones):6.2f} s")
 
 

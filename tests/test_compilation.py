@@ -14,6 +14,7 @@ import pytest
 import torch
 import trials
 from conftest import SMALL
+from torch._dynamo.utils import counters
 
 from harness import environment
 from harness.errors import InputError
@@ -132,10 +133,12 @@ def test_compilation_is_a_figure_of_its_own(whole: tuple[Record, Record]) -> Non
     assert plain.metrics.get("compile_seconds") is None
 
 
-def test_steps_are_timed_after_compilation(small: Small) -> None:
-    visit = Job(grid="test", spec=small(**DENSE, torch_compile=True), label="test", visit=Visit(block=0, seconds=0.5))
+def test_steps_are_timed_after_compilation(whole: tuple[Record, Record]) -> None:
     half_matmul.install()
+    counters["inductor"].clear()
+    visit = Job(grid="test", spec=whole[1].spec, label="test", visit=Visit(block=0, seconds=0.5))
     record = trial.run(visit, environment=environment.current("cpu"))
+    assert counters["inductor"]["fxgraph_cache_hit"] > 0, "what its trial compiled is there"
     seconds = record.metrics["compile_seconds"]
     assert seconds is not None
     assert record.steps

@@ -28,7 +28,8 @@ from harness.grids.spellings import normalise
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import models
-from harness.spec.trial import FACTS, TrialSpec
+from harness.spec.datasets import Part
+from harness.spec.trial import FACTS, TrialSpec, part_of
 
 LESSON = Path(__file__).parent / "lesson"
 BASE = "base: {base_model: random:tiny, micro_batch_size: 2, gradient_accumulation_steps: 2}\n"
@@ -332,6 +333,16 @@ def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------ designs
+
+
+def test_every_key_of_a_technique_acts_on_a_part() -> None:
+    of_machine_or_output = {"device", "memory_budget", "save_adapter", "measure_forgetting"}
+    nowhere = {key for key, facts in FACTS.items() if facts.measured and part_of([key]) is None}
+    assert nowhere == of_machine_or_output
+    assert part_of(["adapter", "learning_rate"]) is Part.ADAPTERS
+    assert part_of(["learning_rate", "max_steps"]) is Part.TRAINING
+    assert part_of(["precision", "lora_r"]) is Part.SEVERAL
+    assert part_of([]) is None
 
 
 def test_ablation_varies_one_factor_at_a_time(tmp_path: Path) -> None:

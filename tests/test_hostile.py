@@ -168,7 +168,7 @@ def _outputs(folder: Path) -> dict[str, str]:
 @settings(ONE_FOLDER, max_examples=10)
 def test_any_label_is_text_in_every_output(label: str, measured: Path, tmp_path: Path) -> None:
     outputs = _outputs(_with_label(measured, tmp_path / "g", label))
-    columns = 8
+    columns = 9
     for suffix, text in outputs.items():
         assert not fuzz.unprintable(text), suffix
         assert fuzz.wrong_with_page(suffix, text) is None, suffix

@@ -36,9 +36,9 @@ BASE = {"peak_memory_bytes": 1000, "tokens_per_second": 100.0, "eval_loss": 2.0}
 
 
 def row(m: Measurements, label: str) -> tuple[str, ...]:
-    """The technique comparison's cells for a label."""
+    """The technique comparison's figures for a label."""
     (cells,) = [cells for cells in tables.techniques(comparison.compare(m)).rows if cells[0].text == label]
-    return tuple(cell.text for cell in cells[1:])
+    return tuple(cell.text for cell in cells[2:])
 
 
 def estimate(m: Measurements, label: str, metric: str) -> Estimate:
@@ -549,6 +549,38 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
     keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
     with pytest.raises(InputError, match="no measured configuration in common"):
         compare_runs.compare_runs(a, loading.load(tmp_path / "d"))
+
+
+def test_techniques_stand_together_by_what_they_act_on(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    techniques: dict[str, tuple[str | None, dict[str, Any]]] = {
+        "micro_batch_size=2": ("micro_batch_size", {"micro_batch_size": 2, "gradient_accumulation_steps": 1}),
+        "more steps": ("technique", {"max_steps": 5, "learning_rate": 1e-3}),
+        "QLoRA": ("technique", {"precision": "nf4", "gradient_checkpointing": True}),
+        "kept": ("technique", {"gradient_checkpointing": True, "checkpoint_keep": "attention"}),
+        "full": ("technique", {"adapter": "none", "learning_rate": 1e-5}),
+        "precision=fp32": ("precision", {"precision": "fp32"}),
+    }
+    base = {"gradient_accumulation_steps": 2, "micro_batch_size": 1, "precision": "bf16"}
+    of_baseline = {"baseline_id": small(**base).id}
+    keep(store, small(**base), "baseline", [], **BASE | of_baseline)
+    for label, (factor, keys) in techniques.items():
+        keep(store, small(**base | keys), label, [], factor=factor, **BASE | of_baseline)
+    compared = comparison.compare(loading.load(tmp_path))
+    assert [tuple(cell.text for cell in cells[:2]) for cells in tables.techniques(compared).rows] == [
+        ("baseline", "–"),
+        ("precision=fp32", "weights"),
+        ("full", "adapters"),
+        ("kept", "activations"),
+        ("micro_batch_size=2", "data"),
+        ("more steps", "training"),
+        ("QLoRA", "several"),
+    ]
+    chart = plots.effects(compared)
+    assert chart is not None
+    panel = chart.spec()["hconcat"][0]["layer"][1]["encoding"]["y"]
+    names = panel["scale"]["domain"]
+    assert names[:4] == ["Weights", "precision=fp32", "Adapters", "full"]
 
 
 def test_each_panel_of_effects_has_the_rows_that_the_first_one_names() -> None:

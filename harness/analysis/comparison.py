@@ -19,6 +19,7 @@ from harness.analysis.measurements import Measurements
 from harness.analysis.words import NOT_MEASURED
 from harness.grids.claims import Claim, Contrast, LessonTable, Row, lesson
 from harness.metrics import COMPONENTS, HEADLINE, METRICS
+from harness.spec.datasets import Part
 
 MICRO_BATCH = Contrast(
     compare={"micro_batch_size": (None, None)},
@@ -144,16 +145,20 @@ def figures(trials: pandas.DataFrame, by: str) -> pandas.DataFrame:
 
 
 def order(m: Measurements) -> list[int]:
-    """The baseline and its second run first, then factor by factor, levels in their natural order."""
+    """The baseline and its second run first, then by what techniques act on, factor by factor, levels in their natural
+    order.
+    """
+    parts = list(Part)
     keys = pandas.DataFrame(
         {
             "group": (~m.configs["baseline"]).astype(int) + (~(m.configs["baseline"] | m.configs["twin"])).astype(int),
+            "part": [len(parts) if part is None else parts.index(part) for part in m.acts_on.values()],
             "factor": m.configs["factor"].fillna(""),
             "number": pandas.to_numeric(m.configs["level"], errors="coerce"),
             "label": m.configs["label"],
         }
     )
-    return keys.sort_values(["group", "factor", "number", "label"], kind="stable").index.tolist()
+    return keys.sort_values(["group", "part", "factor", "number", "label"], kind="stable").index.tolist()
 
 
 def failure(row: Any) -> str:

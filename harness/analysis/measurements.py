@@ -23,7 +23,8 @@ from harness.dialects.training_file import TrainingFile
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
 from harness.results.schema import spec_of
-from harness.spec.trial import TrialSpec
+from harness.spec.datasets import Part
+from harness.spec.trial import TrialSpec, part_of
 
 SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
@@ -128,6 +129,21 @@ class Measurements:
         """The spec of each configuration, by key; without the seed."""
         rows = self.configs.loc[list(configs), list(SPEC_KEYS)].to_dict("records")
         return [{str(key): None if _null(value) else value for key, value in row.items()} for row in rows]
+
+    @cached_property
+    def acts_on(self) -> dict[int, Part | None]:
+        """The part of a training that the technique of each configuration acts on; null of the baseline and its second
+        run, and of all without a baseline.
+        """
+        if self.baseline is None:
+            return dict.fromkeys(self.configs.index)
+        differs = self._codes[list(SPEC_KEYS)].ne(self._codes.loc[self.baseline, list(SPEC_KEYS)])
+        keys = numpy.array(SPEC_KEYS)
+        # A level of a key is a technique of that key, whatever is derived from it.
+        return {
+            int(config): part_of([factor] if factor in SPEC_KEYS else keys[row].tolist())
+            for config, factor, row in zip(differs.index, self.configs["factor"], differs.to_numpy(), strict=True)
+        }
 
     @property
     def unselected(self) -> Measurements:

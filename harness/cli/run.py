@@ -154,7 +154,6 @@ def run(
         _refuse_with_size(repeats, until_decided, where)
         budget = beforehand.seconds_of(size)
     loaded = grid_of(repeats)
-    print_training_file(loaded.training_file, grid)
     if until_decided is not None and until_decided < loaded.repeats:
         raise InputError(f"--until-decided {until_decided} is less than the {loaded.repeats} repeats of the grid")
     if skip_infeasible and not predict:
@@ -172,6 +171,7 @@ def run(
         loaded = beforehand.sized(grid_of, store, here, sizing)
     snapshot = Snapshot()
     if dry_run:
+        print_training_file(loaded.training_file, grid)
         beforehand.print_forecast(loaded, store, here)
         with contextlib.suppress(InputError):  # the run itself says what cannot be read
             loaded = loaded.with_contents(snapshot.of)
@@ -181,6 +181,7 @@ def run(
     loaded = loaded.with_contents(snapshot.of)
     inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code)
     store.set_aside()
+    print_training_file(loaded.training_file, grid)
 
     from harness.analysis import comparison, loading, sequential
     from harness.cli.progress import display

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -185,6 +186,7 @@ def effects(comparison: Comparison) -> Chart | None:
     if not others or m.baseline is None:
         return None
     described = _described(comparison, others)
+    named, headings = _under_headings(comparison, described)
     panels: list[Any] = []
     for metric in HEADLINE:
         rows = []
@@ -197,7 +199,7 @@ def effects(comparison: Comparison) -> Chart | None:
                 )  # fmt: skip
         if rows:
             data = pandas.DataFrame(rows).merge(described, on="config")
-            panels.append(_effect_panel(data, METRICS[metric], described, first=not panels))
+            panels.append(_effect_panel(data, METRICS[metric], named, headings, first=not panels))
     if not panels:
         return None
     chart = altair.hconcat(*panels, title="Effect of each technique against the baseline").resolve_scale(color="shared")
@@ -209,16 +211,30 @@ def effects(comparison: Comparison) -> Chart | None:
     )
 
 
-def _effect_panel(data: pandas.DataFrame, metric: Metric, described: pandas.DataFrame, *, first: bool) -> Any:
+def _under_headings(comparison: Comparison, described: pandas.DataFrame) -> tuple[list[str], list[str]]:
+    """The techniques in their order, with headings of what they act on between them; and these headings."""
+    parts = comparison.measurements.acts_on
+    groups: dict[str, list[str]] = {}
+    for config, technique in zip(described["config"], described["technique"], strict=True):
+        groups.setdefault((parts[config] or "").capitalize(), []).append(technique)
+    if len(groups) == 1:
+        return described["technique"].tolist(), []
+    named = [name for heading, names in groups.items() for name in ([heading, *names] if heading else names)]
+    return named, [heading for heading in groups if heading]
+
+
+def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], headings: list[str], *, first: bool) -> Any:
     ratio = metric.scale == "ratio"
     title = axis_title(metric.name, "×" if ratio else metric.unit)
     no_effect = 1.0 if ratio else 0.0
-    axis = _TECHNIQUES if first else altair.Axis(labels=False, ticks=False)
+    weight = {"condition": {"test": f"indexof({json.dumps(headings)}, datum.value) >= 0", "value": "bold"},
+              "value": "normal"}  # fmt: skip
+    axis = altair.Axis(labelLimit=260, labelFontWeight=weight) if first else altair.Axis(labels=False, ticks=False)
     x_scale = altair.Scale(type="log", nice=False, padding=10) if ratio else altair.Scale(zero=False)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
     # All techniques, measured or not: each panel has the rows that the first one names.
-    rows = altair.Scale(domain=described["technique"].tolist())
+    rows = altair.Scale(domain=named)
     base = altair.Chart(data).encode(
         y=altair.Y("technique:N", scale=rows, title=None, axis=axis),
         color=altair.Color("verdict:N", scale=colours, title=None, legend=altair.Legend(orient="top")),

@@ -103,7 +103,7 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
     return Table(
         "techniques",
         "Techniques against the baseline",
-        ("Technique", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
+        ("Technique", "Acts on", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
         tuple(rows),
         "Ratios and differences are to the baseline of the same repeat, whose two runs are averaged. Intervals hold "
         "all at once at 95 %, over all comparisons of the figure on this page. Memory is exact: of several repeats the "
@@ -116,7 +116,8 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
     label = str(row["label"])
     if row["status"] != "ok":
         label += f" ({failure(row)})"
-    cells = [Cell(label)]
+    part = comparison.measurements.acts_on[config]
+    cells = [Cell(label), Cell(part or MISSING)]
     for metric in HEADLINE:
         mean = comparison.mean(config).get(metric)
         estimate = comparison.of(metric, config)

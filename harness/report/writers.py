@@ -89,12 +89,12 @@ def terminal(comparison: Comparison) -> RichTable:
     shown = RichTable(title=plain(m.title), caption=caption, title_justify="left", caption_justify="left")
     for number, heading in enumerate(("Technique", *headings_of(HEADLINE), "n")):
         shown.add_column(heading, justify="right" if number == 4 else "left")
-    for technique, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
+    for technique, part, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
         figures = [
             f"{plain(value.text)}\n[dim]{plain(against.text)}[/]"
             for value, against in zip(cells[::2], cells[1::2], strict=True)
         ]
-        shown.add_row(plain(technique.text), *figures, repeats.text)
+        shown.add_row(f"{plain(technique.text)}\n[dim]{part.text}[/]", *figures, repeats.text)
     return shown
 
 

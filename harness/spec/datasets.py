@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -58,6 +59,37 @@ class Facts:
         if len(declared) > 1:
             raise TypeError(f"{field.description!r}: declare one Facts with all of them")
         return declared[0] if declared else cls()
+
+
+class Part(enum.StrEnum):
+    """Metadata of a field in its `Annotated`: the part of a training that it acts on, in the order of reports."""
+
+    WEIGHTS = "weights"
+    """The base model's, and the arithmetic on them."""
+    ADAPTERS = "adapters"
+    """What is trained."""
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer"
+    ACTIVATIONS = "activations"
+    """What a forward pass computes and keeps."""
+    DATA = "data"
+    """What is in a micro-batch."""
+    TRAINING = "training"
+    """How long and how fast it learns."""
+    SEVERAL = "several"
+    """Of a technique of several keys: they act on different parts."""
+
+    @classmethod
+    def of(cls, field: FieldInfo) -> Part | None:
+        """The part that a field acts on; null where it declares none.
+
+        Raises:
+            TypeError: it declares several.
+        """
+        declared = [each for each in field.metadata if isinstance(each, cls)]
+        if len(declared) > 1:
+            raise TypeError(f"{field.description!r}: declare one part")
+        return declared[0] if declared else None
 
 
 def _one_line(text: str) -> str:

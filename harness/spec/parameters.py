@@ -22,7 +22,7 @@ from pydantic import (
 
 from harness._util.redact import redact_home
 from harness._util.units import parse_bytes
-from harness.spec.datasets import MOST, DatasetSpec, Facts, Frozen, NameOrPath, PositiveInt
+from harness.spec.datasets import MOST, DatasetSpec, Facts, Frozen, NameOrPath, Part, PositiveInt
 from harness.spec.keys import (
     ALL_LINEAR,
     ChatTemplate,
@@ -51,151 +51,153 @@ def _later_rate(absent: Any) -> Facts:
 class Parameters(Frozen):
     """The parameters of one fine-tuning."""
 
-    base_model: NameOrPath
+    base_model: Annotated[NameOrPath, Part.WEIGHTS]
     """Bundled name (`smollm2-135m-instruct`), local folder, hub id, or `random:<architecture>`."""
-    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = (DatasetSpec(path="storyteller"),)
+    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1), Part.DATA] = (DatasetSpec(path="storyteller"),)
     """Sources of stories, concatenated."""
-    test_datasets: Annotated[Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] | None, Facts(absent=None)] = None
+    test_datasets: Annotated[
+        Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] | None, Facts(absent=None), Part.DATA
+    ] = None
     """Sources of the held-out stories; null: they are a part of `datasets`."""
-    sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST), _TRAINING] = 512
+    sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST), _TRAINING, Part.DATA] = 512
     """Longest example in tokens, prompt and completion together (`sequence_len` means the same)."""
-    eval_sequence_length: Annotated[StrictInt, Field(ge=8, le=MOST)] | None = None
+    eval_sequence_length: Annotated[Annotated[StrictInt, Field(ge=8, le=MOST)] | None, Part.DATA] = None
     """The same for held-out stories; null: `sequence_length`. Fix it where sequence lengths are compared."""
-    excess_length: Literal["truncate", "drop", "raise"] = "truncate"
+    excess_length: Annotated[Literal["truncate", "drop", "raise"], Part.DATA] = "truncate"
     """What happens to a longer example; the count is recorded."""
-    skip_empty_rows: Annotated[StrictBool, Facts(absent=False)] = False
+    skip_empty_rows: Annotated[StrictBool, Facts(absent=False), Part.DATA] = False
     """Pass over rows without an instruction or a completion, and count them; false: such a row is refused."""
-    train_on_inputs: Annotated[StrictBool, _TRAINING] = False
+    train_on_inputs: Annotated[StrictBool, _TRAINING, Part.DATA] = False
     """Take the loss on the prompt too."""
-    val_set_size: Annotated[float, Field(strict=True, ge=0)] = 32
+    val_set_size: Annotated[float, Field(strict=True, ge=0), Part.DATA] = 32
     """Held-out stories: a count (1 or more), or a fraction of the rows (below 1). 0: no evaluation."""
-    min_completion_tokens: Annotated[PositiveInt, Facts(absent=1)] = 16
+    min_completion_tokens: Annotated[PositiveInt, Facts(absent=1), Part.DATA] = 16
     """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
 
-    chat_template: Annotated[ChatTemplate | None, Facts(absent=None)] = None
+    chat_template: Annotated[ChatTemplate | None, Facts(absent=None), Part.DATA] = None
     """Name of a chat template (`chatml`, `llama3`, …) or one as Jinja text; null: the model's own."""
-    special_tokens: Annotated[SpecialTokens | None, Facts(absent=None)] = None
+    special_tokens: Annotated[SpecialTokens | None, Facts(absent=None), Part.DATA] = None
     """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
 
-    precision: Annotated[Precision, BeforeValidator(refuse_format_of_cards)] = "bf16"
+    precision: Annotated[Precision, BeforeValidator(refuse_format_of_cards), Part.WEIGHTS] = "bf16"
     """Format of weights and arithmetic; replaces `bf16`, `fp16`, `load_in_8bit` and `load_in_4bit`."""
-    quantizer: Annotated[Quantizer, Facts(absent="bitsandbytes")] = "bitsandbytes"
+    quantizer: Annotated[Quantizer, Facts(absent="bitsandbytes"), Part.WEIGHTS] = "bitsandbytes"
     """Library of the quantised weights: `bitsandbytes` has int8, nf4 and fp4, `torchao` int8, `hqq` int8 and int4."""
-    double_quantization: StrictBool = False
+    double_quantization: Annotated[StrictBool, Part.WEIGHTS] = False
     """Quantise the scales of nf4 and fp4 too."""
-    compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None)] = None
+    compute_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, Facts(absent=None), Part.WEIGHTS] = None
     """Arithmetic over quantised weights, and format of what is not quantised; null: bf16."""
-    upcast_unquantized: Annotated[StrictBool, Facts(absent=False)] = False
+    upcast_unquantized: Annotated[StrictBool, Facts(absent=False), Part.WEIGHTS] = False
     """Make what is not quantised of a base in bitsandbytes' formats (embeddings, head, norms, biases) fp32, as peft's
     `prepare_model_for_kbit_training` does."""
-    autocast: Annotated[StrictBool | None, Facts(absent=None)] = None
+    autocast: Annotated[StrictBool | None, Facts(absent=None), Part.WEIGHTS] = None
     """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""
-    tf32: StrictBool = False
+    tf32: Annotated[StrictBool, Part.WEIGHTS] = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Part.ACTIVATIONS] = "auto"
     """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which."""
-    torch_compile: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    torch_compile: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Train with layers that torch's compiler has made faster, each kind of layer once; evaluation is uncompiled."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where available."""
     memory_budget: Annotated[int | None, _NO_MEMORY] = None
     """Bytes (or `24GiB`) of each process beyond which the trial ends as out of memory; null: what the device has."""
 
-    adapter: Literal["lora", "none"] = "lora"
+    adapter: Annotated[Literal["lora", "none"], Part.ADAPTERS] = "lora"
     """`none` (or null) is full fine-tuning."""
-    lora_r: Annotated[PositiveInt, _TRAINING] = 16
+    lora_r: Annotated[PositiveInt, _TRAINING, Part.ADAPTERS] = 16
     """Rank."""
-    lora_alpha: Annotated[PositiveInt, _TRAINING_NO_MEMORY] = 16
+    lora_alpha: Annotated[PositiveInt, _TRAINING_NO_MEMORY, Part.ADAPTERS] = 16
     """Scale: the update is multiplied by alpha / r."""
-    lora_dropout: Annotated[UnitInterval, _TRAINING] = 0.0
+    lora_dropout: Annotated[UnitInterval, _TRAINING, Part.ADAPTERS] = 0.0
     """Dropout on the adapter's input."""
-    lora_bias: Annotated[Literal["none", "all", "lora_only"], _TRAINING] = "none"
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], _TRAINING, Part.ADAPTERS] = "none"
     """Which biases are trained."""
-    lora_target_linear: Annotated[StrictBool, _TRAINING] = True
+    lora_target_linear: Annotated[StrictBool, _TRAINING, Part.ADAPTERS] = True
     """Adapters on every linear layer but the head; false: the architecture's default in peft."""
-    lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING] = None
+    lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING, Part.ADAPTERS] = None
     """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
     `lora_target_linear`; `all-linear` means the same as that, and may be the first of several."""
-    lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None)] = None
+    lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None), Part.ADAPTERS] = None
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
-    adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32")] = "fp32"
+    adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32"), Part.ADAPTERS] = "fp32"
     """Format of the adapters; bf16 ones compute without autocast and without fp32 copies of their inputs."""
-    recompute_adapter_inputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    recompute_adapter_inputs: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Keep an adapter's input as the layer has it, and make its dropped or converted copy anew in the backward pass."""
-    use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
+    use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY, Part.ADAPTERS] = False
     """Scale by alpha / sqrt(r)."""
-    use_dora: StrictBool = False
+    use_dora: Annotated[StrictBool, Part.ADAPTERS] = False
     """Weight-decomposed LoRA."""
     save_adapter: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Keep the trained adapter with the results."""
     measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False
     """Evaluate the bundled general text too, before and after training, to measure forgetting."""
 
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Annotated[PositiveInt, Part.DATA] = 1
     """Examples in one forward and backward pass."""
-    pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None)] = None
+    pad_to_sequence_len: Annotated[StrictBool | None, Facts(untrained=False, absent=None), Part.DATA] = None
     """Pad micro-batches to `sequence_length`; otherwise to their longest example (where `harness plan` assumes full
     length: null, the others are padded to it; false, all fill it)."""
-    sample_packing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    sample_packing: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.DATA] = False
     """Put the examples of a micro-batch into one row without padding, each with positions and attention of its own."""
-    group_by_length: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    group_by_length: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.DATA] = False
     """Train on examples of similar length together, so that little of a micro-batch is padding."""
-    gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING] = 1
+    gradient_accumulation_steps: Annotated[PositiveInt, _TRAINING, Part.GRADIENTS] = 1
     """Micro-batches in one optimizer step."""
-    num_processes: PositiveInt = 1
+    num_processes: Annotated[PositiveInt, Part.GRADIENTS] = 1
     """Processes that train together."""
-    sharding: Annotated[Literal["none", "shard_grad_op", "full_shard"], Facts(absent="none")] = "none"
+    sharding: Annotated[Literal["none", "shard_grad_op", "full_shard"], Facts(absent="none"), Part.WEIGHTS] = "none"
     """Whether each process holds the whole model (`none`: DDP) or a shard (FSDP), gathered per step or per layer."""
-    gradient_checkpointing: Annotated[StrictBool, _TRAINING] = False
+    gradient_checkpointing: Annotated[StrictBool, _TRAINING, Part.ACTIVATIONS] = False
     """Recompute activations in the backward pass instead of keeping them."""
-    checkpoint_every_n_layers: Annotated[PositiveInt, Facts(untrained=False, absent=1)] = 1
+    checkpoint_every_n_layers: Annotated[PositiveInt, Facts(untrained=False, absent=1), Part.ACTIVATIONS] = 1
     """With `gradient_checkpointing`, recompute one of so many layers, and keep the activations of the others."""
-    checkpoint_keep: Annotated[Literal["nothing", "attention", "matmuls"], Facts(untrained=False, absent="nothing")] = (
-        "nothing"
-    )
+    checkpoint_keep: Annotated[
+        Literal["nothing", "attention", "matmuls"], Facts(untrained=False, absent="nothing"), Part.ACTIVATIONS
+    ] = "nothing"
     """Outputs that recomputed layers keep all the same: of attention, or of matrix products and attention."""
-    checkpoint_offload: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    checkpoint_offload: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Keep the inputs of recomputed layers in the host's memory until the backward pass (CUDA)."""
-    reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    reentrant_checkpointing: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
-    keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
-    loss: Annotated[Literal["full", "chunked"], Facts(absent="full")] = "full"
+    loss: Annotated[Literal["full", "chunked"], Facts(absent="full"), Part.ACTIVATIONS] = "full"
     """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together."""
-    loss_chunk_size: Annotated[PositiveInt, Facts(absent=256)] = 256
+    loss_chunk_size: Annotated[PositiveInt, Facts(absent=256), Part.ACTIVATIONS] = 256
     """Positions in a part of a chunked loss."""
 
-    train_samples: Annotated[PositiveInt | None, _TRAINING] = None
+    train_samples: Annotated[PositiveInt | None, _TRAINING, Part.TRAINING] = None
     """Examples to train on; the stories are repeated where there are fewer."""
-    max_steps: Annotated[PositiveInt | None, _TRAINING] = None
+    max_steps: Annotated[PositiveInt | None, _TRAINING, Part.TRAINING] = None
     """Optimizer steps, instead of `train_samples`."""
-    num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING] = None
+    num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING, Part.TRAINING] = None
     """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
-    optimizer: Annotated[Optimizer, _TRAINING] = "adamw_torch"
+    optimizer: Annotated[Optimizer, _TRAINING, Part.OPTIMIZER] = "adamw_torch"
     """Name of the optimizer, as in transformers; `muon` is torch's, with AdamW for all but the matrices of layers."""
-    optimizer_in_backward: Annotated[StrictBool, Facts(untrained=False, absent=False)] = False
+    optimizer_in_backward: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.GRADIENTS] = False
     """Update each parameter in the backward pass, as soon as its gradient is there, and release that."""
-    learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY] = 2e-4
+    learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY, Part.TRAINING] = 2e-4
     """Peak learning rate."""
-    lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY] = "linear"
+    lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY, Part.TRAINING] = "linear"
     """Learning rate schedule."""
-    warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY] = 0.0
+    warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY, Part.TRAINING] = 0.0
     """Share of the steps over which the learning rate rises."""
-    warmup_steps: Annotated[Annotated[StrictInt, Field(ge=0, le=MOST)] | None, _later_rate(None)] = None
+    warmup_steps: Annotated[Annotated[StrictInt, Field(ge=0, le=MOST)] | None, _later_rate(None), Part.TRAINING] = None
     """The same as a number of steps."""
-    adam_beta1: Annotated[UnitInterval, _later_rate(0.9)] = 0.9
+    adam_beta1: Annotated[UnitInterval, _later_rate(0.9), Part.TRAINING] = 0.9
     """Decay of Adam's first moment."""
-    adam_beta2: Annotated[UnitInterval, _later_rate(0.999)] = 0.999
+    adam_beta2: Annotated[UnitInterval, _later_rate(0.999), Part.TRAINING] = 0.999
     """Decay of Adam's second moment."""
-    adam_epsilon: Annotated[Annotated[float, Field(strict=True, ge=0)], _later_rate(1e-8)] = 1e-8
+    adam_epsilon: Annotated[Annotated[float, Field(strict=True, ge=0)], _later_rate(1e-8), Part.TRAINING] = 1e-8
     """What keeps Adam's division finite."""
-    weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 0.0
+    weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING, Part.TRAINING] = 0.0
     """Decoupled weight decay; not on biases and norms."""
-    max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING] = 1.0
+    max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING, Part.TRAINING] = 1.0
     """Gradient clipping; 0: none."""
-    neftune_noise_alpha: Annotated[Noise | None, Facts(untrained=False, absent=None)] = None
+    neftune_noise_alpha: Annotated[Noise | None, Facts(untrained=False, absent=None), Part.DATA] = None
     """Uniform noise on the embeddings in training, up to alpha / sqrt(length x width) (NEFTune); null: none."""
-    seed: Annotated[StrictInt, Field(ge=0, le=MOST), _TRAINING] = 0
+    seed: Annotated[StrictInt, Field(ge=0, le=MOST), _TRAINING, Part.TRAINING] = 0
     """Adapter initialisation, dropout and data order. Never the held-out split."""
 
     output_dir: Annotated[Annotated[StrictStr, AfterValidator(redact_home)] | None, _UNMEASURED] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import (
@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from harness.spec.datasets import Facts
+from harness.spec.datasets import Facts, Part
 from harness.spec.keys import (
     LOW_RANK_OPTIMIZERS,
     QUANTISED,
@@ -240,6 +240,20 @@ class TrialSpec(Parameters):
 
 FACTS: dict[str, Facts] = {name: Facts.of(field) for name, field in TrialSpec.model_fields.items()}
 """The facts of each key."""
+_PARTS = {name: part for name, field in TrialSpec.model_fields.items() if (part := Part.of(field)) is not None}
+
+
+def part_of(keys: Collection[str]) -> Part | None:
+    """The part of a training that a technique acts on; null where no key of it acts on one.
+
+    A learning rate or a length that goes with a technique does not count: full fine-tuning has a rate of its own.
+
+    Args:
+        keys: those in which it differs from what it is compared with.
+    """
+    parts = {_PARTS[key] for key in keys if key in _PARTS}
+    parts = parts - {Part.TRAINING} or parts
+    return next(iter(parts), None) if len(parts) <= 1 else Part.SEVERAL
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -40,13 +42,14 @@ class Compilations:
 def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> Iterator[Compilations]:
     """Within, layers may be compiled, and what that takes is counted. Nothing is where the spec does not ask for it.
 
-    Uses private modules of torch (2.13): `torch._dynamo.callback` for the seconds, and `fresh_cache` of
-    `torch._inductor.utils`. Counters of compilations and an argument for the cache would replace them; none yet.
+    Uses private modules of torch (2.13): `torch._dynamo.callback` for the seconds, and those of `_empty_cache`.
+    Counters of compilations and an argument for the cache would replace them; none yet.
 
     Args:
         spec: of the trial.
         device_type: that it runs on.
-        empty_cache: compile everything anew. Otherwise what earlier processes compiled is taken from torch's cache.
+        empty_cache: compile everything anew, and leave it in torch's cache. Otherwise what earlier processes compiled
+            is taken from there.
 
     Raises:
         InputError: something that the compiler needs is missing on this machine.
@@ -60,7 +63,6 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
     import torch._dynamo.config  # the compiler takes seconds to import
     from torch._dynamo import callback
     from torch._inductor.async_compile import shutdown_compile_workers
-    from torch._inductor.utils import fresh_cache
 
     depth = sys.getrecursionlimit()  # torch's compiler raises it for good
     torch.compiler.reset()  # of trials before this one in the same process
@@ -82,7 +84,7 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
     }
     with (
         torch._dynamo.config.patch(settings),
-        fresh_cache() if empty_cache else contextlib.nullcontext(),
+        _empty_cache() if empty_cache else contextlib.nullcontext(),
     ):
         callback.on_compile_start(start)
         callback.on_compile_end(end)
@@ -93,6 +95,29 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
             callback.callback_handler.remove_start_callback(start)
             callback.callback_handler.remove_end_callback(end)
             shutdown_compile_workers()  # processes of this one, whose end by os._exit they would outlive for a while
+
+
+@contextlib.contextmanager
+def _empty_cache() -> Iterator[None]:
+    """Within, the compiler's cache is empty at first. What it holds in the end joins torch's, for timing visits.
+
+    Uses `fresh_cache` and `cache_dir` of torch's compiler (2.13), which are private.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.utils import fresh_cache
+
+    lasting = cache_dir()
+    with fresh_cache():
+        yield
+        with contextlib.suppress(OSError):  # without it a visit compiles anew
+            shutil.copytree(cache_dir(), lasting, copy_function=_copy_aside, dirs_exist_ok=True)
+
+
+def _copy_aside(source: str, target: str) -> None:
+    """Others may be reading the cache: a file is there as a whole or not at all, and one that is there stays."""
+    if not os.path.exists(target):
+        shutil.copy2(source, f"{target}.{os.getpid()}")
+        os.replace(f"{target}.{os.getpid()}", target)
 
 
 def compile_layers(model: torch.nn.Module) -> None:
