@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -109,6 +110,44 @@ def test_predicted_peaks_of_other_architectures_are_the_measured_ones(
     small = spec(architecture, precision=precision, train_samples=8, val_set_size=1.0)
     predicted = peak.predict(small, "cpu", trust_remote_code=True).peak_memory_bytes
     assert predicted == pytest.approx(run(small).metrics["peak_memory_bytes"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------ adapters of experts
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"gradient_checkpointing": True}, {"precision": "bf16", "recompute_adapter_inputs": True}],
+    ids=["fp32", "checkpointing", "bf16"],
+)
+def test_experts_in_one_weight_have_adapters_that_are_trained_and_predicted(
+    spec: MakeSpec, keys: dict[str, Any]
+) -> None:
+    few = keys | {"lora_target_modules": ["q_proj"], "train_samples": 8}
+    alone, experts = spec("qwen3_moe", **few), spec("qwen3_moe", **few, lora_target_parameters=EXPERTS)
+    without, with_them = run(alone).metrics, run(experts).metrics
+    config = json.loads((Path(experts.base_model) / "config.json").read_text())
+    wide, narrow = config["hidden_size"], config["moe_intermediate_size"]
+    of_layer = experts.lora_r * config["num_local_experts"] * ((wide + 2 * narrow) + (narrow + wide))
+    more = with_them["trainable_parameters"] - without["trainable_parameters"]
+    assert more == config["num_hidden_layers"] * of_layer
+    assert with_them["eval_loss"] != without["eval_loss"]
+    assert with_them["eval_loss"] < with_them["eval_loss_before"]
+    predicted = peak.predict(experts, "cpu").peak_memory_bytes
+    assert predicted == pytest.approx(with_them["peak_memory_bytes"], rel=1e-3)
+
+
+def test_weights_that_cannot_have_an_adapter_are_refused_in_one_line(spec: MakeSpec, small: MakeSpec) -> None:
+    with pytest.raises(
+        InputError, match=r"no weight of several experts called experts.up_proj; those are mlp.experts.gate_up_proj, "
+    ):
+        inspection.inspect([("x", spec("qwen3_moe", lora_target_parameters=["experts.up_proj"]))])
+    with pytest.raises(InputError, match=r"there are none; use lora_target_modules"):
+        inspection.inspect([("x", spec("llama", lora_target_parameters=["mlp.up_proj.weight"]))])
+    with pytest.raises(ValidationError, match="use lora_dropout: 0"):
+        small(lora_target_parameters=EXPERTS, lora_dropout=0.1)
 
 
 # ------------------------------------------------------------------------------------ attention

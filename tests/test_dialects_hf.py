@@ -32,7 +32,7 @@ REFUSED = {
     "llama_factory/galore": {"use_galore"},
     "llama_factory/packing": {"packing", "neat_packing", "enable_liger_kernel"},
     "llama_factory/unsloth": {"use_unsloth", "loraplus_lr_ratio", "eval_dataset", "rope_scaling"},
-    "trl/experts": {"lora_target_parameters", "lr_scheduler_type", "lr_scheduler_kwargs"},
+    "trl/experts": {"lr_scheduler_type", "lr_scheduler_kwargs"},
     "trl/packing": {"packing", "use_liger_kernel"},
     "trl/template_file": {"chat_template_path"},
 }
@@ -162,7 +162,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "llama_factory/adafactor": {"precision": "fp16-mixed", "optimizer": "adafactor", "attention": "eager"},
     "llama_factory/no_flags": {"precision": "fp32", "learning_rate": 1e-5, "lr_scheduler": "constant"},
     "llama_factory/deepspeed_mapping": {"sharding": "shard_grad_op"},
-    "llama_factory/tracked": {"optimizer": "adamw_bnb_8bit", "gradient_checkpointing": True, "val_set_size": 100},
+    "llama_factory/tracked": {"optimizer": "adamw_torch_8bit", "gradient_checkpointing": True, "val_set_size": 100},
     "trl/minimal": {
         "adapter": "none", "sequence_length": 1024, "micro_batch_size": 8, "num_epochs": 3.0, "learning_rate": 2e-5,
         "lr_scheduler": "linear", "optimizer": "adamw_torch_fused", "seed": 42, "precision": "bf16-mixed",

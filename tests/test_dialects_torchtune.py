@@ -278,7 +278,8 @@ def test_defaults_of_a_builder_with_adapters() -> None:
         ("bitsandbytes.optim.AdamW8bit", "adamw_8bit", 1e-3, 1e-2),
         ("bitsandbytes.optim.PagedAdamW", "paged_adamw_32bit", 1e-3, 1e-2),
         ("bitsandbytes.optim.Lion8bit", "lion_8bit", 1e-4, 0.0),
-        ("torchao.optim.AdamW8bit", "adamw_8bit", 1e-3, 1e-2),
+        ("torchao.optim.AdamW8bit", "adamw_torch_8bit", 1e-3, 1e-2),
+        ("torchao.optim.AdamW4bit", "adamw_torch_4bit", 1e-3, 1e-2),
     ],
 )
 def test_optimizers_at_their_own_defaults(component: str, name: str, rate: float, decay: float) -> None:
@@ -344,7 +345,7 @@ def test_a_prompt_template_becomes_a_format() -> None:
         ("batch_size", "${size}", "batch_size: ${size}"),
         ("seed", -1, "seed: -1"),
         ("collate_fn", "mine.collate", "collate_fn: mine.collate"),
-        ("optimizer", {"_component_": "torchao.optim.AdamW4bit"}, "optimizer: torchao.optim.AdamW4bit"),
+        ("optimizer", {"_component_": "torchao.optim.AdamWFp8"}, "optimizer: torchao.optim.AdamWFp8"),
         ("lr_scheduler", {"_component_": "mine.decay"}, "lr_scheduler: mine.decay"),
         ("loss", {"_component_": "mine.Loss"}, "loss: mine.Loss"),
         ("dataset", {"_component_": "mine.dataset"}, "dataset: mine.dataset"),

@@ -643,6 +643,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "lora_target_linear": True,
         "lora_target_modules": ["q_proj"],
         "lora_modules_to_save": ["lm_head"],
+        "lora_target_parameters": ["experts.down_proj"],
         "use_rslora": True,
         "use_dora": True,
         "save_adapter": True,

@@ -20,6 +20,7 @@ from harness.record import Job
 from harness.spec.keys import SCHEDULE_FREE_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, inspection, model, optimizers, order, trial
+from harness.training.live_tensors import parts
 from harness.training.step import Trainer
 
 Small = Callable[..., TrialSpec]
@@ -71,6 +72,30 @@ def test_state_of_projected_gradients(optimizer: str, small: Small, tmp_path: Pa
         assert state[named[name]]["exp_avg"].shape == named[name].shape
 
 
+@pytest.mark.parametrize(("optimizer", "bits"), [("adamw_torch_8bit", 8), ("adamw_torch_4bit", 4)])
+def test_quantised_state_of_torchao(optimizer: str, bits: int, small: Small, tmp_path: Path) -> None:
+    """Each of two moments has codes, a scale to 256 and a table of what codes mean; that of a small weight none."""
+    pytest.importorskip("torchao")
+    keys = {"base_model": tiny_model(tmp_path), "adapter": "none", "learning_rate": 1e-3}
+    spec, plain = small(**keys, optimizer=optimizer), run(small(**keys))
+    record = run(spec)
+    assert record.status == "ok", record.error
+    network, trainer, _ = trained(spec)
+    sizes = [p.numel() for p in network.parameters()]
+    assert max(sizes) >= 4096 > min(sizes)
+    of_each = [n * bits // 8 + 4 * (n // 256 + 2**bits) if n >= 4096 and n % 256 == 0 else 4 * n for n in sizes]
+    held = [part for state in trainer.optimizer_state() for part in parts(state)]
+    assert sum(part.untyped_storage().nbytes() for part in held) == 2 * sum(of_each)
+    assert record.metrics["memory_optimizer_bytes"] == pytest.approx(2 * sum(of_each), rel=0.005)
+    for ours, theirs in zip(record.steps, plain.steps, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.02)
+        assert ours.learning_rate == pytest.approx(theirs.learning_rate)
+    assert record.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=0.01)
+    assert record.metrics["eval_loss"] < record.metrics["eval_loss_before"]
+    measured = record.metrics["peak_memory_bytes"]
+    assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(measured, rel=0.005)
+
+
 def test_what_optimizers_do_not_go_with(small: Small) -> None:
     with pytest.raises(ValueError, match="use one above 0"):
         small(optimizer="schedule_free_adamw", adam_beta1=0.0)
@@ -113,6 +138,7 @@ def test_what_is_not_installed_is_one_line(small: Small, monkeypatch: pytest.Mon
         ("adagrad", {"weight_decay": 0.1}),
         ("muon", {"gradient_checkpointing": True}),
         ("schedule_free_adamw", {"lr_scheduler": "constant"}),
+        ("adamw_torch_8bit", {}),
     ],
 )
 def test_updates_within_the_backward_pass(optimizer: str, keys: dict[str, Any], small: Small, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_int8_on_cuda_allocates_what_its_code_does(inner: int, columns: int, bia
     [
         *("adagrad", "adafactor", "rmsprop", "paged_ademamix_32bit", "paged_lion_8bit", "muon"),
         *("stable_adamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
-        *("galore_adamw", "apollo_adamw"),
+        *("galore_adamw", "apollo_adamw", "adamw_torch_8bit", "adamw_torch_4bit"),
     ],
 )
 def test_optimizers_with_state_beyond_adams(optimizer: str, small: Small, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_micro_batching_changes_nothing_but_memory_and_time(small: Small) -> Non
             "muon",
         ),
         *("stable_adamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"),
-        *("galore_adamw", "apollo_adamw"),
+        *("galore_adamw", "apollo_adamw", "adamw_torch_8bit", "adamw_torch_4bit"),
     ],
 )
 def test_optimizers_train(small: Small, optimizer: str) -> None:

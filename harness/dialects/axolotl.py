@@ -125,8 +125,9 @@ def _read_adapter(reader: Reader) -> None:
         reader.set("adapter_dtype", "bf16", "peft_autocast_adapter_dtype")
     else:
         reader.ignore("adapters are fp32, as in peft", "peft_autocast_adapter_dtype")
-    if "lora_modules_to_save" in reader.given:
-        reader.set("lora_modules_to_save", reader.get("lora_modules_to_save"), "lora_modules_to_save")
+    for name in ("lora_modules_to_save", "lora_target_parameters"):
+        if name in reader.given:
+            reader.set(name, reader.get(name), name)
     _read_targets(reader)
     _read_peft(reader)
 

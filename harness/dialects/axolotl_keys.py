@@ -34,7 +34,8 @@ TABLE: dict[str, Rule] = {
     **_all(Together(), "base_model datasets test_datasets pretraining_dataset val_set_size chat_template"),
     **_all(Together(), "chat_template_jinja default_system_message special_tokens plugins"),
     **_all(Together(), "bf16 fp16 bfloat16 float16 float32 load_in_8bit load_in_4bit bnb_config_kwargs adapter"),
-    **_all(Together(), "lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear lora_modules_to_save"),
+    **_all(Together(), "lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear"),
+    **_all(Together(), "lora_target_parameters lora_modules_to_save"),
     **_all(Together(), "peft_use_dora peft_use_rslora peft"),
     **_all(Together(), "max_steps num_epochs warmup_steps warmup_ratio optimizer lr_scheduler"),
     **_all(Together(), "micro_batch_size gradient_accumulation_steps batch_size gradient_checkpointing"),
@@ -123,7 +124,7 @@ TABLE: dict[str, Rule] = {
         "liger_layer_norm liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling "
         "liger_rms_norm_gated unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv "
-        "flash_attn_fuse_mlp flash_optimum lora_target_parameters use_kernels use_scattermoe use_sonicmoe "
+        "flash_attn_fuse_mlp flash_optimum use_kernels use_scattermoe use_sonicmoe "
         "mlp_kernel experts_implementation quantize_moe_experts llama4_linearized_experts kernelize",
     ),
     **_all(

@@ -14,16 +14,14 @@ NOT_MEASURED = "leave it out: not measured here yet"
 PROJECTED = "use all-linear: GaLore and APOLLO project the gradients of every matrix in layers here"
 """Advice on other choices of matrices."""
 
-_BITSANDBYTES = "bitsandbytes' 8-bit AdamW in place of {}'s"
-
 OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_args(Optimizer)} | {
     "adamw_hf": ("adamw_torch", "torch's AdamW in place of the one that transformers had"),
     "adamw_torch_npu_fused": ("adamw_torch_fused", "torch's fused kernel of this device"),
     "adamw_torch_xla": ("adamw_torch", "torch's AdamW of this device"),
     "adamw_apex_fused": ("adamw_torch_fused", "torch's fused kernel in place of Apex's"),
     "adamw_bnb": ("adamw_bnb_8bit", ""),
-    "adamw_torch_8bit": ("adamw_bnb_8bit", _BITSANDBYTES.format("torchao")),
-    "ao_adamw_8bit": ("adamw_bnb_8bit", _BITSANDBYTES.format("torchao")),
+    "ao_adamw_8bit": ("adamw_torch_8bit", ""),
+    "ao_adamw_4bit": ("adamw_torch_4bit", ""),
     "lion": ("lion_32bit", ""),
     "paged_adamw": ("paged_adamw_32bit", ""),
     "paged_lion": ("paged_lion_32bit", ""),
@@ -34,7 +32,7 @@ OPTIMIZERS: Mapping[str, tuple[str, str]] = {name: (name, "") for name in get_ar
 
 UNLIKE_OPTIMIZERS: frozenset[str] = frozenset(
     {
-        *("adamw_anyprecision", "adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "adam_mini"),
+        *("adamw_anyprecision", "ao_adamw_fp8", "adam_mini"),
         *("galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit", "grokadamw", "optimi_adamw"),
         *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo"),
         *("apollo_adamw_layerwise", "dion", "came_pytorch", "lion_pytorch"),

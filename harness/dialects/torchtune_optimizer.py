@@ -19,7 +19,7 @@ class _Known:
     note: str = ""
 
 
-_TORCHAO = _Known("adamw_8bit", decay=1e-2, note="8-bit states of bitsandbytes in place of torchao's")
+_IN_8_BIT, _IN_4_BIT = (_Known(f"adamw_torch_{bits}bit", decay=1e-2) for bits in (8, 4))
 _OPTIMIZERS = {
     "torch": {
         "AdamW": _Known("adamw_torch", decay=1e-2),
@@ -46,7 +46,7 @@ _OPTIMIZERS = {
         "RMSprop8bit": _Known("rmsprop_bnb_8bit", rate=1e-2),
         "RMSprop32bit": _Known("rmsprop_bnb_32bit", rate=1e-2),
     },
-    "torchao": {"AdamW8bit": _TORCHAO, "_AdamW8bit": _TORCHAO},
+    "torchao": {"AdamW8bit": _IN_8_BIT, "_AdamW8bit": _IN_8_BIT, "AdamW4bit": _IN_4_BIT, "_AdamW4bit": _IN_4_BIT},
 }
 """By the package, and the last part of the path."""
 _INSTEAD = "use torch.optim.AdamW, or one of bitsandbytes.optim like AdamW8bit or PagedAdamW"

@@ -31,7 +31,7 @@ _TABLE: dict[str, Rule] = {
     "lora_modules_to_save": To("lora_modules_to_save", lambda value: [value] if isinstance(value, str) else value),
     "use_rslora": To("use_rslora"),
     "use_dora": To("use_dora"),
-    "lora_target_parameters": Unsupported("use lora_target_modules: adapters are on layers"),
+    "lora_target_parameters": To("lora_target_parameters", lambda value: [value] if isinstance(value, str) else value),
     "lora_task_type": OtherTask("training of a head in place of the language model's", ("CAUSAL_LM",)),
     "bnb_4bit_quant_storage": NoEffect("how 4-bit weights are kept for sharding"),
     # The data

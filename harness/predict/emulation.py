@@ -35,14 +35,17 @@ def emulate_kernels(device_type: DeviceType, capability: Capability, tracker: Re
         yield
 
 
-def _kernels_of_cuda(capability: Capability) -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _kernels_of_cuda(capability: Capability) -> Iterator[None]:
     # Patches torch (2.13): on CPU and CUDA, dropout keeps different tensors for the backward pass, autocast treats
     # layer norms differently, and attention has other kernels. Not needed once fake tensors of the device `cuda` work
     # without a CUDA build of torch.
     attention = cuda_kernels.attention(capability)
-    return mock.patch.multiple(
+    functions = mock.patch.multiple(
         torch.nn.functional, dropout=_dropout, layer_norm=_layer_norm, scaled_dot_product_attention=attention
     )
+    with functions, mock.patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
+        yield
 
 
 @contextlib.contextmanager
@@ -113,6 +116,14 @@ def _dequantised(module: Any) -> torch.Tensor:
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """CUDA's kernel: it keeps a mask of one byte per element, a CPU one of the input's type."""
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+_torch_is_autocast_enabled = torch.is_autocast_enabled
+
+
+def _is_autocast_enabled(device_type: str = "cuda") -> bool:
+    """What peft asks without a device before it converts an adapter's input: autocast of CUDA, replayed as a CPU's."""
+    return _torch_is_autocast_enabled("cpu" if device_type == "cuda" else device_type)
 
 
 _torch_layer_norm = torch.nn.functional.layer_norm

@@ -21,7 +21,7 @@ from harness.predict.roofline import Work
 from harness.predict.trace import Entry
 from harness.record import Phase
 from harness.training import distributed
-from harness.training.live_tensors import Component, LiveTensors
+from harness.training.live_tensors import Component, LiveTensors, is_quantised_state
 
 _ROUNDING: dict[DeviceType, int] = {"cpu": 1, "cuda": 512}
 """Smallest block of the allocator, in bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""
@@ -105,6 +105,8 @@ class Replay(LiveTensors):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _device:  # two thirds of all calls, and slow in FakeTensorMode
             return args[0].fake_device
+        if any(map(is_quantised_state, types)):
+            return NotImplemented  # as of the tracker
         if func is _VALUE and self.phase in self.updates_in:
             return 1.0 if args[0].is_floating_point() else 1
         key = _key(func, args, kwargs)

@@ -21,8 +21,12 @@ Quantizer = Literal["bitsandbytes", "torchao", "hqq"]
 _OF_CARDS = {"fp8": "8.9", "nvfp4": "10.0"}
 """Formats whose products are of cards alone, with the lowest compute capability that has them."""
 
+_LOSSES_OF_CARDS = ("liger", "cce")
+"""Losses of the packages liger-kernel and cut-cross-entropy."""
+
 Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit",
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
@@ -35,6 +39,9 @@ SCHEDULE_FREE_OPTIMIZERS: frozenset[str] = frozenset(
 """Those that train at a constant rate, and whose weights to evaluate are averages."""
 LOW_RANK_OPTIMIZERS: frozenset[str] = frozenset({"galore_adamw", "apollo_adamw"})
 """Those whose state is of projections of the gradients of matrices."""
+
+TORCHAO_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch_8bit", "adamw_torch_4bit"})
+"""Those of torchao, whose state is of 8 or 4 bits."""
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 """Those of torch, which update a shard as they do a whole weight."""
@@ -56,6 +63,20 @@ def refuse_format_of_cards(precision: object) -> object:
             "use bf16, or int8, int4 or nf4 for less memory"
         )
     return precision
+
+
+def refuse_loss_of_cards(loss: object) -> object:
+    """Hand on how the loss is taken, unless it is by kernels that are known and not measured.
+
+    Raises:
+        ValueError: it is liger or cce.
+    """
+    if loss in _LOSSES_OF_CARDS:
+        raise ValueError(
+            f"{loss} is of kernels for CUDA cards alone, and is not measured here; use chunked, which holds no more "
+            "logits than loss_chunk_size says"
+        )
+    return loss
 
 
 def check_format(precision: str, quantizer: str) -> None:

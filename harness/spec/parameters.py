@@ -36,6 +36,7 @@ from harness.spec.keys import (
     check_pattern,
     is_pattern,
     refuse_format_of_cards,
+    refuse_loss_of_cards,
 )
 
 _UNMEASURED = Facts(measured=False)
@@ -118,6 +119,9 @@ class Parameters(Frozen):
     lora_target_modules: Annotated[tuple[StrictStr, ...] | None, _TRAINING, Part.ADAPTERS] = None
     """Names of the layers that get an adapter, or one regular expression of their whole names, instead of
     `lora_target_linear`; `all-linear` means the same as that, and may be the first of several."""
+    lora_target_parameters: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None), Part.ADAPTERS] = None
+    """Names of weights outside of linear layers that get an adapter too: a layer's experts in one weight, like
+    `mlp.experts.down_proj`."""
     lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None), Part.ADAPTERS] = None
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
     adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32"), Part.ADAPTERS] = "fp32"
@@ -162,7 +166,9 @@ class Parameters(Frozen):
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
-    loss: Annotated[Literal["full", "chunked"], Facts(absent="full"), Part.ACTIVATIONS] = "full"
+    loss: Annotated[
+        Literal["full", "chunked"], BeforeValidator(refuse_loss_of_cards), Facts(absent="full"), Part.ACTIVATIONS
+    ] = "full"
     """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together."""
     loss_chunk_size: Annotated[PositiveInt, Facts(absent=256), Part.ACTIVATIONS] = 256
     """Positions in a part of a chunked loss."""

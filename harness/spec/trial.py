@@ -76,6 +76,11 @@ class TrialSpec(Parameters):
             raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
         if self.adapter == "lora" and self.recompute_adapter_inputs and self.use_dora:
             raise ValueError("recompute_adapter_inputs with use_dora: DoRA's layers use their inputs twice; keep one")
+        if self.adapter == "lora" and self.lora_target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError(
+                "lora_target_parameters with lora_dropout or use_dora, which adapters of such weights do not have: use "
+                "lora_dropout: 0 and use_dora: false"
+            )
         if self.gradient_checkpointing and self.checkpoint_keep != "nothing" and self.reentrant_checkpointing:
             raise ValueError(
                 f"checkpoint_keep {self.checkpoint_keep} with reentrant_checkpointing, which recomputes all; keep one"

@@ -28,6 +28,7 @@ _MODEL_KEYS = (
     "lora_bias",
     "lora_target_linear",
     "lora_target_modules",
+    "lora_target_parameters",
     "compute_dtype",
     "upcast_unquantized",
     "lora_modules_to_save",

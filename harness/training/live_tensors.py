@@ -48,6 +48,12 @@ def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from parts(getattr(tensor, name))
 
 
+@functools.cache
+def is_quantised_state(kind: type) -> bool:
+    """Whether tensors of a class are the state of torchao's optimizers, made of tensors that they work on."""
+    return kind.__module__.startswith("torchao.optim.")
+
+
 class LiveTensors(TorchDispatchMode):
     """Bytes of live tensor storage on one device, their peak, and its breakdown into components.
 
@@ -84,6 +90,8 @@ class LiveTensors(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(is_quantised_state, types)):
+            return NotImplemented  # the tensor's own code comes first, and its operations come here
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.flops += operations(func, args, kwargs, out)

@@ -40,6 +40,7 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
         lora_dropout=spec.lora_dropout,
         bias=spec.lora_bias,
         target_modules=targets,
+        target_parameters=_weights(network, spec),
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         modules_to_save=_whole(network, spec),
@@ -112,6 +113,29 @@ def _whole(network: Any, spec: TrialSpec) -> list[str] | None:
                 )
             )
     return list(spec.lora_modules_to_save)
+
+
+def _weights(network: Any, spec: TrialSpec) -> list[str] | None:
+    """Names of the weights that get an adapter besides the layers.
+
+    Raises:
+        InputError: the model has none of a name, or one that cannot have an adapter.
+    """
+    if spec.lora_target_parameters is None:
+        return None
+    of_linear = {id(weight) for module in network.modules() if _is_linear(module) for weight in module.parameters()}
+    fit = [name for name, weight in network.named_parameters() if weight.ndim == 3 and id(weight) not in of_linear]
+    for target in spec.lora_target_parameters:
+        if not any(f".{name}".endswith(f".{target}") for name in fit):
+            others = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in fit)
+            there = f"those are {', '.join(others)}" if others else "there are none; use lora_target_modules"
+            raise InputError(
+                one_line(
+                    f"lora_target_parameters: {type(network).__name__} has no weight of several experts called "
+                    f"{target}; {there}"
+                )
+            )
+    return list(spec.lora_target_parameters)
 
 
 def _defaults(network: Any) -> str | list[str]:

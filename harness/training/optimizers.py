@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harness.errors import InputError
-from harness.spec.keys import LOW_RANK_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS
+from harness.spec.keys import LOW_RANK_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS, TORCHAO_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import muon
 
@@ -22,6 +22,7 @@ _LIBRARIES = {
     "galore_adamw": "galore_torch",
     "apollo_adamw": "apollo_torch",
     **dict.fromkeys(SCHEDULE_FREE_OPTIMIZERS, "schedulefree"),
+    **dict.fromkeys(TORCHAO_OPTIMIZERS, "torchao"),
 }
 """Modules of optimizers that are neither torch's, transformers' nor bitsandbytes'."""
 
@@ -34,8 +35,9 @@ def refuse_missing(spec: TrialSpec) -> None:
     """
     library = _LIBRARIES.get(spec.optimizer)
     if library is not None and importlib.util.find_spec(library) is None:
+        extra = library if spec.optimizer in TORCHAO_OPTIMIZERS else "optimizers"
         raise InputError(
-            f"optimizer {spec.optimizer}: {library} is not installed; pip install 'harness-bench[optimizers]'"
+            f"optimizer {spec.optimizer}: {library} is not installed; pip install 'harness-bench[{extra}]'"
         )
 
 
@@ -91,6 +93,8 @@ def _factory(model: Any, spec: TrialSpec, warm_up_steps: int) -> Callable[[Group
         use_cpu=True,  # keeps it from initialising CUDA; nothing is moved
     )
     factory, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if spec.optimizer in TORCHAO_OPTIMIZERS:
+        factory = _uncompiled(factory)
     if spec.optimizer in LOW_RANK_OPTIMIZERS:
         *_, of_matrices = options.pop("params")  # its own groups, without weight decay
         projection = {name: value for name, value in of_matrices.items() if name != "params"}
@@ -98,6 +102,11 @@ def _factory(model: Any, spec: TrialSpec, warm_up_steps: int) -> Callable[[Group
         of_groups = functools.partial(factory, **options, betas=betas, eps=eps, no_deprecation_warning=True)
         return lambda groups: of_groups(_with_projection(groups, others, projection))
     return lambda groups: _unpaged(factory(groups, **options), model)
+
+
+def _uncompiled(factory: Any) -> Any:
+    """An optimizer of torchao (0.18) without torch's compiler, whose code the tracker of memory does not see."""
+    return type(factory.__name__, (factory,), {"step": torch.compiler.set_stance("force_eager")(factory.step)})
 
 
 def _with_projection(groups: Groups, others: set[int], projection: dict[str, Any]) -> Groups:
