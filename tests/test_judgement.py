@@ -175,8 +175,8 @@ def test_both_runs_of_the_baseline_are_shown_as_they_were(small: Small, tmp_path
     rows = {row[0].text: row for row in tables.techniques(comparison.compare(m)).rows}
     for label in ("baseline", "baseline again"):
         mean = m.trials.loc[m.trials["label"] == label, "tokens_per_second"].mean()
-        assert rows[label][3].text == METRICS["tokens_per_second"].show(mean)
-    assert rows["baseline"][3].value != rows["baseline again"][3].value
+        assert rows[label][4].text == METRICS["tokens_per_second"].show(mean)
+    assert rows["baseline"][4].value != rows["baseline again"][4].value
 
 
 # ------------------------------------------------------------------------------------ one page
@@ -195,9 +195,9 @@ def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
         techniques = {row[0].text: row for row in report.tables[0].rows}
         of_table = {"checkpointing": cells(m, "methods", "Gradient checkpointing")}
         for label, row in of_table.items():
-            assert [row[i] for i in (2, 4, 6)] == [techniques[label][i].text for i in (2, 4, 6)]
+            assert [row[i] for i in (2, 4, 6)] == [techniques[label][i].text for i in (3, 5, 7)]
         slower = next(v for v in report.verdicts if v.claim.id == "checkpointing-slower")
-        assert techniques["checkpointing"][4].text.startswith(slower.size)
+        assert techniques["checkpointing"][5].text.startswith(slower.size)
         for interval, word in intervals(report):
             no_effect = interval[0] <= 0 <= interval[1]
             assert no_effect == (word == "not distinguishable") or word.startswith("same"), (interval, word)
@@ -206,7 +206,7 @@ def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
             assert_word_agrees_with_interval(verdict)
         for sentence in report.summary:
             if best := re.match(r"(Fastest|Lowest loss): (.*), [×−+]", sentence):
-                cell = techniques[best[2]][4 if best[1] == "Fastest" else 6].text
+                cell = techniques[best[2]][5 if best[1] == "Fastest" else 7].text
                 assert re.search(r"faster|better", cell), cell
                 assert "negligibly" not in cell, "what is negligible is no best"
     assert negligible, "some were significant, and negligible"

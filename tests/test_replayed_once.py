@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from harness.environment import DeviceType
 from harness.predict import loaded_model, peak
 from harness.predict.prediction import Prediction
-from harness.spec.keys import LOW_RANK_OPTIMIZERS, Optimizer
+from harness.spec.keys import LOW_RANK_OPTIMIZERS, TORCHAO_OPTIMIZERS, Optimizer
 from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -32,7 +32,7 @@ def test_a_first_update_stands_for_later_ones(
     optimizer: str, device_type: DeviceType, small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It makes the optimizer's state, and does what every update does. Adafactor's also makes a number for each weight
-    that the next one makes again.
+    that the next one makes again. Of torchao's, what is moved differs by 8 bytes.
     """
     spec = small(optimizer=optimizer, lora_r=64, adapter="none" if optimizer in LOW_RANK_OPTIMIZERS else "lora")
     once = predicted(spec, device_type)
@@ -40,7 +40,8 @@ def test_a_first_update_stands_for_later_ones(
     twice = predicted(spec, device_type)
     assert once.model_copy(update={"work": twice.work}) == twice
     moved, of_two = (sum(each.calls * each.moved_bytes for each in one.work) for one in (once, twice))
-    assert moved == (pytest.approx(of_two, rel=1e-4) if optimizer == "adafactor" else of_two)
+    roughly = optimizer == "adafactor" or optimizer in TORCHAO_OPTIMIZERS
+    assert moved == (pytest.approx(of_two, rel=1e-4) if roughly else of_two)
 
 
 STEPS: tuple[dict[str, Any], ...] = (

@@ -389,9 +389,9 @@ def test_the_winner_is_judged_once(recorded: tuple[Path, Measurements]) -> None:
     (winner,) = [
         row for row in content.tables[0].rows if content.recommended and row[0].text == content.recommended.label
     ]
-    for of_rival, of_technique in zip(of_rivals[2:5], winner[2:7:2], strict=True):
+    for of_rival, of_technique in zip(of_rivals[2:5], winner[3:8:2], strict=True):
         assert of_rival.text == of_technique.text
-    assert winner[6].text.split(") ")[0] in against
+    assert winner[7].text.split(") ")[0] in against
     assert content.recommended is not None
     assert recommend.recommend(m).label == content.recommended.label
 
@@ -410,7 +410,7 @@ def test_a_finalist_whose_fresh_repeats_all_fail_is_reported(recorded: tuple[Pat
     content = document.document(dataclasses.replace(m, trials=trials, configs=configs), folder)
     shown = f"{read.label(runner_up)} (timeout in forward)"
     (row,) = [row for row in content.tables[0].rows if row[0].text == shown]
-    assert [cell.text for cell in row[1:]] == ["–"] * 6 + ["0"]
+    assert [cell.text for cell in row[2:]] == ["–"] * 6 + ["0"]
 
 
 def test_fresh_repeats_choose_the_winner(launcher: LocalLauncher, tmp_path: Path) -> None:
