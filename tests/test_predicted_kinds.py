@@ -109,6 +109,17 @@ def test_int8_on_cuda_allocates_what_its_code_does(inner: int, columns: int, bia
     assert emulated != peaks(contextlib.nullcontext())
 
 
+def test_adapters_over_quantised_weights_copy_no_inputs_under_autocast_on_cuda(small: Small) -> None:
+    """peft leaves the conversion to autocast there, and makes an fp32 copy first over 16-bit weights."""
+
+    def activations(precision: str, **keys: Any) -> int:
+        spec = small(precision=precision, sequence_length=512, **keys)
+        return peak.predict(spec, "cuda").breakdown["memory_activations_bytes"]
+
+    assert activations("nf4") < 0.98 * activations("bf16")
+    assert activations("nf4", autocast=False) >= activations("bf16", autocast=False)
+
+
 # ------------------------------------------------------------------------------------ optimizers
 
 

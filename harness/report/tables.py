@@ -117,7 +117,7 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
     if row["status"] != "ok":
         label += f" ({failure(row)})"
     part = comparison.measurements.acts_on[config]
-    cells = [Cell(label), Cell(part or MISSING)]
+    cells = [Cell(label), Cell(MISSING if part is None else part.value)]
     for metric in HEADLINE:
         mean = comparison.mean(config).get(metric)
         estimate = comparison.of(metric, config)

@@ -123,8 +123,8 @@ def _weights(network: Any, spec: TrialSpec) -> list[str] | None:
     """
     if spec.lora_target_parameters is None:
         return None
-    of_linear = {id(weight) for module in network.modules() if _is_linear(module) for weight in module.parameters()}
-    fit = [name for name, weight in network.named_parameters() if weight.ndim == 3 and id(weight) not in of_linear]
+    of_layers = {id(weight) for module in network.modules() if _is_adaptable(module) for weight in module.parameters()}
+    fit = [name for name, weight in network.named_parameters() if weight.ndim == 3 and id(weight) not in of_layers]
     for target in spec.lora_target_parameters:
         if not any(f".{name}".endswith(f".{target}") for name in fit):
             others = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in fit)
