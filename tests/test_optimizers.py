@@ -96,6 +96,16 @@ def test_quantised_state_of_torchao(optimizer: str, bits: int, small: Small, tmp
     assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(measured, rel=0.005)
 
 
+def test_what_torchaos_update_holds_for_a_moment_counts(small: Small, tmp_path: Path) -> None:
+    """Of large weights and few tokens it is the peak: state is unpacked, and packed again."""
+    pytest.importorskip("torchao")
+    folder = tiny_model(tmp_path, config={"hidden_size": 256, "head_dim": 64, "intermediate_size": 512})
+    few = {"sequence_length": 160, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "train_samples": 4}
+    spec = small(base_model=folder, adapter="none", optimizer="adamw_torch_8bit", val_set_size=0.0, **few)
+    measured = run(spec).metrics["peak_memory_bytes"]
+    assert peak.predict(spec, "cpu").peak_memory_bytes == pytest.approx(measured, rel=0.005)
+
+
 def test_what_optimizers_do_not_go_with(small: Small) -> None:
     with pytest.raises(ValueError, match="use one above 0"):
         small(optimizer="schedule_free_adamw", adam_beta1=0.0)
