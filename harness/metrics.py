@@ -330,6 +330,17 @@ _TABLE = (
     _count("judged_tokens", "judged tokens", "Completion tokens behind eval_loss."),
     Metric("load_seconds", "load time", "float", "s", "lower", "speed", "Seconds to load the model.", show_seconds),
     Metric(
+        "adapter_seconds",
+        "adapter start-up",
+        "float",
+        "s",
+        "lower",
+        "speed",
+        "Seconds to make the adapter over the loaded base, with what it takes of the base's weights, such as singular "
+        "vectors. Within the load time; null for full fine-tuning.",
+        show_seconds,
+    ),
+    Metric(
         "compile_seconds",
         "compile time",
         "float",
@@ -414,6 +425,7 @@ FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
 # A trial that did not train keeps its memory and sizes, which are valid; its scores are not.
 SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
     "load_seconds",
+    "adapter_seconds",
     "compile_seconds",
     "trial_seconds",
     "eval_loss_before",

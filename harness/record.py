@@ -313,3 +313,37 @@ def trial_id(spec: TrialSpec, environment: Environment, contents: Contents = NO_
     where it is the baseline's second run.
     """
     return "-".join(filter(None, (spec.id, environment.id, contents.key, "twin" * twin)))
+
+
+class TunedRate(BaseModel):
+    """What was found for one configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    label: str
+    """Of the configuration."""
+    losses: dict[str, float | None]
+    """Loss on the stories to tune on, by rate as text; null: that training did not end well."""
+    rate: float
+    """The one with the lowest loss; its own where none ended well."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether it is the lowest or the highest that was tried: a better one may lie beyond."""
+        rates = [float(rate) for rate in self.losses]
+        return self.rate in (min(rates), max(rates))
+
+
+class Tuned(BaseModel):
+    """What was found for all, and what it took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    rates: tuple[TunedRate, ...]
+    """By configuration."""
+    trials: int
+    """Trainings that it took."""
+    seconds: float
+    """Seconds of all of them."""
+    results: str
+    """Name of the grid whose results they are."""

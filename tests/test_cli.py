@@ -4,6 +4,7 @@ else in this one, through its own entry point: starting 30 would take as long as
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,3 +274,24 @@ def test_tune_refuses_in_one_line(tmp_path: Path, ask: Ask, arguments: list[str]
     assert code == 2
     assert output in " ".join(errors.split())
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_methods_are_listed_within_80_columns(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "methods"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(re.match(r"│ trainable_tokens +│ yes ", line) for line in lines)
+    assert any(re.match(r"│ hra +│ yes +│ yes +│ - +│ - ", line) for line in lines)
+    one = harness("methods", "loha", cwd=tmp_path)
+    assert "nf4: does not train:" in one.stdout, one.stderr
+    assert "rank_dropout" in one.stdout
+    assert "target_modules" not in one.stdout, "a key of its own"
+    assert "did you mean loha?" in harness("methods", "lohaa", cwd=tmp_path).stderr

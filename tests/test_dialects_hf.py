@@ -31,7 +31,7 @@ REFUSED = {
     "llama_factory/full_zero3_offload": {"deepspeed"},
     "llama_factory/galore": {"use_galore"},
     "llama_factory/packing": {"packing", "neat_packing", "enable_liger_kernel"},
-    "llama_factory/unsloth": {"use_unsloth", "loraplus_lr_ratio", "eval_dataset", "rope_scaling"},
+    "llama_factory/unsloth": {"use_unsloth", "eval_dataset", "rope_scaling"},
     "trl/experts": {"lr_scheduler_type", "lr_scheduler_kwargs"},
     "trl/packing": {"packing", "use_liger_kernel"},
     "trl/template_file": {"chat_template_path"},

@@ -28,6 +28,7 @@ from harness.predict import cards, peak
 from harness.predict.prediction import MARGIN, Prediction, fits
 from harness.record import Phase
 from harness.spec.trial import TrialSpec
+from harness.training import inspection
 
 ROOT = Path(__file__).parent.parent
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
@@ -264,12 +265,20 @@ def test_options_exist() -> None:
 
 @pytest.mark.parametrize("text", fenced("yaml", PAGES["docs/grids.md"])[:1])
 def test_the_grid_of_the_page_is_valid(text: str, tmp_path: Path) -> None:
-    claims = fenced("yaml", PAGES["docs/grids.md"])[1]
+    claims = next(each for each in fenced("yaml", PAGES["docs/grids.md"]) if each.startswith("claims:"))
     (tmp_path / "mine.yml").write_text(text + claims)
     loaded = grid.load(tmp_path / "mine.yml")
     assert loaded.name == "mine"
     assert len(loaded.trials) == 10, "eight trials, the baseline and the baseline again"
     assert loaded.claims
+
+
+def test_the_methods_of_the_page_can_be_trained(tmp_path: Path) -> None:
+    methods = next(each for each in fenced("yaml", PAGES["docs/grids.md"]) if "LoHa" in each)
+    (tmp_path / "mine.yml").write_text("base: {base_model: random:tiny, val_set_size: 0}\n" + methods)
+    trials = grid.load(tmp_path / "mine.yml").trials
+    assert {trial.spec.adapter for trial in trials} == {"lora", "loha", "oft", "prompt_tuning"}
+    inspection.inspect((trial.label, trial.spec) for trial in trials)
 
 
 def test_the_search_of_the_page_is_valid(tmp_path: Path) -> None:

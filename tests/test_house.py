@@ -109,7 +109,16 @@ def test_lora_and_precision_are_read_where_models_are_built() -> None:
     pattern = re.compile(r"\.(lora_\w+|use_dora|use_rslora|precision|double_quantization)\b")
     readers = {name for name, file in modules().items() if pattern.search(file.read_text())}
     # What can be changed of a spec to make it fit is a list of such keys. Layers of peft have attributes of such names.
-    assert readers <= {"spec.trial", "training.model", "training.lora", "training.adapter_inputs", "predict.fixes"}
+    of_training = {f"training.{name}" for name in ("model", "adapter_methods", "adapter_targets", "adapter_inputs")}
+    of_training |= {"training.optimizers"}  # LoRA-FA scales by rank and alpha
+    assert readers <= {
+        "spec.trial",
+        "spec.capabilities",
+        "cli.methods",
+        "predict.fixes",
+        "predict.matching",
+        *of_training,
+    }
 
 
 def test_yaml_is_read_with_a_safe_loader_only() -> None:

@@ -136,7 +136,7 @@ def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:
     table = "\n".join(rows)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {spec.base_model}, merged\n\n"
-        "A LoRA adapter merged into its base model by harness.\n\n"
+        f"An adapter ({spec.adapter}) merged into its base model by harness.\n\n"
         f"| measured | |\n|---|---|\n{table}\n\n## Configuration\n\n"
         f"```yaml\n{spec_to_yaml(spec)}```\n"
     )

@@ -14,6 +14,7 @@ from harness.record import NO_CONTENTS, Contents
 from harness.results.schema import spec_of
 from harness.results.store import find
 from harness.sources import fingerprints
+from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
 
 _CARD_METRICS = ("peak_memory_bytes", "tokens_per_second", "eval_loss_before", "eval_loss", "trainable_parameters",
@@ -146,5 +147,5 @@ def check_adapter(folder: Path) -> None:
         kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder}/adapter_config.json: not a configuration of peft") from None
-    if kind != "LORA":
-        raise InputError(f"{folder}: an adapter of kind {kind}; LoRA alone is merged")
+    if reason := capabilities.why_not_merged(str(kind).lower()):
+        raise InputError(f"{folder}: an adapter of kind {kind}: {reason}")

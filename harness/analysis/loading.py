@@ -21,7 +21,8 @@ from harness.dialects.training_file import TrainingFile
 from harness.environment import Environment, cards, current
 from harness.errors import InputError
 from harness.grids.claims import CONDITIONS, Claim
-from harness.record import TIMED_FIGURES
+from harness.metrics import METRICS
+from harness.record import TIMED_FIGURES, Tuned
 from harness.results.schema import INFERENCE_TABLES, Table
 from harness.results.store import Store, looks_of
 from harness.results.timing import STEP_COLUMNS, counting_steps, speeds
@@ -89,6 +90,8 @@ def load(
         environment_id=chosen,
         left_out=tuple(left_out),
         training_file=TrainingFile.recorded(about.get("training_file")),
+        match=about["match"] if about.get("match") in METRICS else None,
+        tuned=_tuned(about, store.folder / "grid.json"),
         _codes=codes,
         alpha=stats.ALPHA / looks_of(about),
     )
@@ -100,6 +103,15 @@ def _claims(about: Mapping[str, Any], file: Path) -> tuple[Claim, ...]:
     except (ValidationError, TypeError) as error:
         reason = explain(error, Claim) if isinstance(error, ValidationError) else "no list"
         raise InputError(one_line(f"{file}: its claims are not readable ({reason})")) from None
+
+
+def _tuned(about: Mapping[str, Any], file: Path) -> Tuned | None:
+    if about.get("tuned") is None:
+        return None
+    try:
+        return Tuned.model_validate(about["tuned"])
+    except ValidationError as error:
+        raise InputError(one_line(f"{file}: its learning rates are not readable ({explain(error, Tuned)})")) from None
 
 
 def _choose(folder: Path, recorded: Sequence[str], here: Sequence[Environment]) -> str:

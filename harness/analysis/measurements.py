@@ -22,6 +22,7 @@ from harness.analysis.undecided import with_power
 from harness.dialects.training_file import TrainingFile
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
+from harness.record import Tuned
 from harness.results.schema import spec_of
 from harness.spec.datasets import Part
 from harness.spec.trial import TrialSpec, part_of
@@ -67,6 +68,10 @@ class Measurements:
     """Excluded rows, in words."""
     training_file: TrainingFile | None
     """What the training file that the base comes from means; null: the base is harness's own."""
+    match: str | None
+    """The figure at which the grid made its adapters as large as the baseline's; null: none."""
+    tuned: Tuned | None
+    """The learning rates that were found before the comparison; null: each configuration had its own."""
     _codes: pandas.DataFrame
     """By configuration, each condition as a small integer."""
     alpha: float = stats.ALPHA

@@ -15,6 +15,7 @@ from harness.analysis.pilot import Variances
 from harness.grids.grid import Trial
 from harness.predict.prediction import Predictions
 from harness.predict.roofline import predicted_seconds
+from harness.spec.keys import FULL
 from harness.spec.trial import TrialSpec
 
 LEAST_VISITS, LEAST_STORIES = 3, 32
@@ -150,7 +151,7 @@ def predicted_costs(specs: Iterable[TrialSpec], predictions: Predictions, storie
         if prediction is None or predictions.rates is None:
             continue
         step = predicted_seconds(prediction.work, predictions.rates)
-        passes = 2 + (2 if spec.adapter == "lora" else 4) + 2 * spec.gradient_checkpointing
+        passes = 2 + (4 if spec.adapter == FULL else 2) + 2 * spec.gradient_checkpointing
         position = step / prediction.positions
         story = 2 / passes * position * (spec.eval_sequence_length or spec.sequence_length)
         steps = math.ceil(spec.samples(stories) / spec.effective_batch_size)

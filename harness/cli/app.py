@@ -15,7 +15,7 @@ import typer
 
 from harness import __version__
 from harness._util.terminal import plain, print_anything
-from harness.cli import adapters, doctor, plan, reports, results, run, training_files, tune
+from harness.cli import adapters, doctor, methods, plan, reports, results, run, training_files, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
 from harness.sources import home
@@ -72,6 +72,7 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         results.ls: ("harness ls", "harness ls techniques"),
         results.show: ("harness show 3f2a", "harness show baseline"),
         results.keys: (),
+        methods.methods: ("harness methods", "harness methods loha"),
     },
     "Use a trained adapter": {
         adapters.merge: (

@@ -126,6 +126,7 @@ def plan(
     if grid is None:
         raise InputError("harness plan needs a grid file, or --calibrate with a results folder")
     from harness import environment
+    from harness.cli.matching import matched
     from harness.grids import preflight
     from harness.grids.grid import MAX_TRIALS, load
     from harness.predict import calibration, cards
@@ -152,6 +153,7 @@ def plan(
         max_trials=max_trials or MAX_TRIALS,
         without_unsupported=without_unsupported,
     )
+    loaded = matched(loaded, trust_remote_code=trust_remote_code)
     print_training_file(loaded.training_file, grid)
     preflight.preflight(loaded, to_plan=True)
     trials = sorted((trial for trial in loaded.trials if not trial.twin), key=_by_factor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.sequential import Undecided
     from harness.grids.grid import Grid
     from harness.launch.launcher import Launcher
-    from harness.record import Status
+    from harness.record import Status, Tuned
     from harness.results.store import Store
     from harness.runner.grid_run import Summary
 
@@ -123,11 +123,13 @@ def run(
 ) -> None:
     """Run the trials of a grid that are not recorded yet, each in a process of its own."""
     began = time.monotonic()
+    from harness.cli.matching import matched
+    from harness.cli.rates import find_rates
     from harness.grids import preflight
     from harness.grids.grid import MAX_TRIALS, labels_like, load
     from harness.launch.local import LocalLauncher
     from harness.results.store import Store
-    from harness.runner import grid_run
+    from harness.runner import grid_run, learning_rates
     from harness.sources import models
     from harness.sources.fingerprints import Snapshot
 
@@ -136,6 +138,7 @@ def run(
     overrides = {key: value for key, value in given.items() if value is not None}
 
     most_trials = max_trials or MAX_TRIALS
+    tuned: Tuned | None = None
 
     def grid_of(times: int | None, stories: int | None = None) -> Grid:
         held_out = {} if stories is None else {"val_set_size": float(stories)}
@@ -146,7 +149,9 @@ def run(
             max_trials=most_trials,
             without_unsupported=without_unsupported,
         )
-        return loaded.only(labels_like(loaded, only)) if only else loaded
+        chosen = loaded.only(labels_like(loaded, only)) if only else loaded
+        sized = matched(chosen, trust_remote_code=trust_remote_code)
+        return sized if tuned is None else learning_rates.with_rates(sized, tuned)
 
     where = LauncherOptions(engine, workers, address, cpus, accelerator)
     where.check()
@@ -173,6 +178,9 @@ def run(
     if dry_run:
         print_training_file(loaded.training_file, grid)
         beforehand.print_forecast(loaded, store, here)
+        if loaded.rates:
+            trainings = learning_rates.grid_of_rates(loaded)
+            out.print(f"before them, {len(trainings.trials)} trainings find the learning rates", highlight=False)
         with contextlib.suppress(InputError):  # the run itself says what cannot be read
             loaded = loaded.with_contents(snapshot.of)
         _print_trials(loaded, store, planned, statuses)
@@ -195,6 +203,20 @@ def run(
     beforehand.print_forecast(loaded, store, here)
 
     with failures.allowed(allow_failures), make_launcher(where, loaded) as launcher:
+
+        def find(trainings: Grid, own: Store) -> Summary:
+            inspect_trials(grid_run.pending(trainings, own, launcher, statuses), trust_remote_code)
+            with display(out) as progress:
+                return grid_run.run_grid(
+                    trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until
+                )
+
+        if loaded.rates:
+            trainings = learning_rates.grid_of_rates(loaded).with_contents(snapshot.of)
+            tuned = find_rates(loaded, trainings, Store(results / trainings.name), launcher, find)
+            if tuned is None:
+                return
+            loaded = learning_rates.with_rates(loaded, tuned).with_contents(snapshot.of)
         executed = loaded
 
         def execute(version: Grid) -> bool:

@@ -13,6 +13,15 @@ from harness.spec.keys import ALL_LINEAR
 _WARM_UP = 0.03
 
 
+_OF_PEFT = {
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "loraplus_lr_ratio": "loraplus_lr_ratio",
+}
+"""Keys of adapters that have another name here."""
+
+
 def _combine(reader: Reader) -> None:
     _read_model(reader)
     read_compile(reader, implied=False)
@@ -102,7 +111,7 @@ def _read_4bit(reader: Reader) -> None:
 
 def _read_adapter(reader: Reader) -> None:
     kind = reader.get("adapter")
-    lora_keys = [name for name in reader.given if name.startswith(("lora_", "peft_use_"))]
+    lora_keys = [name for name in reader.given if name.startswith(("lora_", "peft_use_", "peft_init_", "loraplus_"))]
     if kind is None:
         reader.set("adapter", "none")
         for name in lora_keys:  # those that only hold for adapters
@@ -118,8 +127,8 @@ def _read_adapter(reader: Reader) -> None:
     reader.set("lora_r", reader.get("lora_r", 8), "lora_r")
     reader.set("lora_alpha", reader.get("lora_alpha", 8), "lora_alpha")
     reader.set("lora_dropout", reader.get("lora_dropout", 0.0), "lora_dropout")
-    for name, key in (("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora")):
-        if name in reader.given:
+    for name, key in _OF_PEFT.items():
+        if reader.get(name) is not None:
             reader.set(key, reader.get(name), name)
     if reader.get("peft_autocast_adapter_dtype") is False:
         reader.set("adapter_dtype", "bf16", "peft_autocast_adapter_dtype")

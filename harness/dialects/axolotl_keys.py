@@ -36,7 +36,7 @@ TABLE: dict[str, Rule] = {
     **_all(Together(), "bf16 fp16 bfloat16 float16 float32 load_in_8bit load_in_4bit bnb_config_kwargs adapter"),
     **_all(Together(), "lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear"),
     **_all(Together(), "lora_target_parameters lora_modules_to_save"),
-    **_all(Together(), "peft_use_dora peft_use_rslora peft"),
+    **_all(Together(), "peft_use_dora peft_use_rslora peft peft_init_lora_weights loraplus_lr_ratio"),
     **_all(Together(), "max_steps num_epochs warmup_steps warmup_ratio optimizer lr_scheduler"),
     **_all(Together(), "micro_batch_size gradient_accumulation_steps batch_size gradient_checkpointing"),
     **_all(Together(), "gradient_checkpointing_kwargs attn_implementation flash_attention sdp_attention"),
@@ -147,7 +147,7 @@ TABLE: dict[str, Rule] = {
     ),
     **_all(
         Unsupported("leave it out: one learning rate for all weights here"),
-        "embedding_lr embedding_lr_scale loraplus_lr_ratio lr_groups",
+        "embedding_lr embedding_lr_scale lr_groups",
     ),
     "loraplus_lr_embedding": NoEffect("loraplus alone"),
     **_all(
@@ -169,9 +169,9 @@ TABLE: dict[str, Rule] = {
         "spectrum_top_fraction spectrum_model_name freeze_mm_modules fix_untrained_tokens reinit_weights",
     ),
     **_all(
-        Unsupported("leave it out: adapters are as LoRA initialises them, on every layer"),
+        Unsupported("leave it out: adapters are on every layer that is named"),
         "lora_model_dir lora_fan_in_fan_out peft_layers_to_transform peft_layers_pattern peft_layer_replication "
-        "peft_init_lora_weights peft_trainable_token_indices peft_ensure_weight_tying loftq_config",
+        "peft_trainable_token_indices peft_ensure_weight_tying loftq_config",
     ),
     **_all(
         Unsupported("give a checkpoint whose config and vocabulary are as they shall be"),

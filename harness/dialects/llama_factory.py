@@ -52,13 +52,15 @@ _TABLE: dict[str, Rule] = {
     "use_rslora": To("use_rslora"),
     "use_dora": To("use_dora"),
     **each(Together(), "lora_alpha lora_target additional_target"),
-    **each(Unsupported(NOT_MEASURED), "loraplus_lr_ratio pissa_init use_llama_pro"),
+    "loraplus_lr_ratio": To("loraplus_lr_ratio"),
+    **each(Together(), "pissa_init pissa_iter"),
+    **each(Unsupported(NOT_MEASURED), "use_llama_pro"),
     **each(Unsupported(NOT_MEASURED), "use_dft_loss use_asft_loss use_eaft_loss use_chunked_ce_loss"),
     **each(Unsupported(_OPTIMIZER), "use_galore use_apollo use_badam use_adam_mini use_muon"),
     "disable_shuffling": Unsupported("leave it out: the order of the rows is random, by `seed`"),
     "early_stopping_steps": Unsupported("leave it out: give the length by num_train_epochs or max_steps"),
     **each(NoEffect("details of LoRA+"), "loraplus_lr_embedding"),
-    **each(NoEffect("details of PiSSA"), "pissa_iter pissa_convert"),
+    "pissa_convert": NoEffect("how the adapter is kept"),
     **each(NoEffect("details of adapter_name_or_path"), "create_new_adapter"),
     **each(
         NoEffect("details of finetuning_type: freeze"),
@@ -244,6 +246,13 @@ def _read_method(reader: Reader) -> None:
     else:
         reader.values.pop("lora_target_linear", None)
         derive(reader, "lora_target_modules", targets, "lora_target")
+    rounds = reader.get("pissa_iter", 16)
+    if reader.get("pissa_init") is True:
+        name = "pissa" if rounds == -1 else f"pissa_niter_{rounds}"
+        derive(reader, "init_lora_weights", name, "pissa_init")
+        reader.note(f"init_lora_weights: {name}", "pissa_iter")
+    else:
+        reader.ignore("PiSSA, which is off", "pissa_init", "pissa_iter")
     if "additional_target" in reader.given:
         derive(reader, "lora_modules_to_save", _split(reader.get("additional_target")), "additional_target")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from harness._util.messages import first_line, kind_of, one_line, unknown
 from harness._util.redact import redact_home
@@ -17,14 +17,20 @@ from harness.dialects import llama_factory_data
 from harness.dialects.training_file import TrainingFile, interpret, is_training_file
 from harness.errors import InputError
 from harness.grids.levels import SPEC_KEYS, normalised
+from harness.grids.spellings import as_number
 from harness.grids.yaml_file import read_yaml
 from harness.sources import models, stories
 from harness.spec.trial import TrialSpec
 
 GRID_KEYS = (
     "name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "baseline_repeats", "visits",
-    "visit_seconds", "claims", "tune",
+    "visit_seconds", "claims", "tune", "match", "tune_first",
 )  # fmt: skip
+
+Match = Literal["trainable_parameters", "peak_memory_bytes"]
+"""Figures at which the adapters of a grid can be made as large as the baseline's."""
+MATCHED_WITHIN = 0.1
+"""Part of the baseline's figure within which an adapter is as large."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,53 @@ def timing_of(document: Mapping[str, Any]) -> Timing:
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
         raise ValueError(f"visit_seconds is {kind_of(seconds)}; it must be a number of seconds above 0")
     return Timing(visits, float(seconds))
+
+
+def match_of(document: Mapping[str, Any], design: str) -> Match | None:
+    """`match` of a grid file; null: adapters are as large as their options say.
+
+    Raises:
+        ValueError: it is no such figure, or the grid has no baseline to be as large as.
+    """
+    figure = document.get("match")
+    if figure is None:
+        return None
+    if figure not in get_args(Match):
+        raise ValueError(unknown("match", figure, get_args(Match)))
+    if design not in ("ablation", "ladder"):
+        raise ValueError(f"match goes with a baseline, which design {design} does not have; use design: ablation")
+    known: Match = figure
+    return known
+
+
+_RATES = (10**-0.5, 1.0, 10**0.5, 10.0)
+"""Learning rates that are tried, as multiples of the base's."""
+
+
+def rates_of(document: Mapping[str, Any], base: TrialSpec) -> tuple[float, ...]:
+    """Learning rates of `tune_first` that each configuration is tried at before the comparison; empty: none.
+
+    Raises:
+        ValueError: it is neither `learning_rate` nor a list of rates, or the base has no losses to choose by.
+    """
+    given = document.get("tune_first")
+    if given is None:
+        return ()
+    rates = given.get("learning_rate") if isinstance(given, Mapping) and len(given) == 1 else given
+    if rates == "learning_rate":
+        rates = [float(f"{base.learning_rate * multiple:.2g}") for multiple in _RATES]
+    rates = [as_number(rate) for rate in rates] if isinstance(rates, list) else rates
+    if not isinstance(rates, list) or len(rates) < 2 or not all(_is_rate(rate) for rate in rates):
+        raise ValueError(
+            f"tune_first is {kind_of(given)}; use learning_rate, or learning_rate: [1e-4, 3e-4, 1e-3] with two or more"
+        )
+    if not base.val_set_size or not models.pretrained(base.base_model):
+        raise ValueError("tune_first chooses by losses: give a pretrained base_model, and val_set_size above 0")
+    return tuple(sorted({float(rate) for rate in rates}))
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:

@@ -18,7 +18,18 @@ from harness.dialects.training_file import OWN, TrainingFile, is_training_file
 from harness.environment import DeviceType, resolve_device
 from harness.errors import InputError
 from harness.grids.claims import Claim, unique
-from harness.grids.document import GRID_KEYS, NO_TIMING, Timing, base_of, header, located, timing_of
+from harness.grids.document import (
+    GRID_KEYS,
+    NO_TIMING,
+    Match,
+    Timing,
+    base_of,
+    header,
+    located,
+    match_of,
+    rates_of,
+    timing_of,
+)
 from harness.grids.levels import (
     ACCUMULATION,
     Level,
@@ -30,7 +41,7 @@ from harness.grids.levels import (
 )
 from harness.grids.spellings import merge
 from harness.grids.yaml_file import read_yaml
-from harness.record import NO_CONTENTS, Contents
+from harness.record import NO_CONTENTS, Contents, Tuned
 from harness.spec.trial import TrialSpec
 
 Design = Literal["ablation", "ladder", "grid", "list"]
@@ -80,6 +91,12 @@ class Grid:
     """How much is timed."""
     looks: int = 1
     """How often its rows are looked at, at most, to see whether more are needed."""
+    match: Match | None = None
+    """At which figure its adapters are as large as the baseline's; null: they are as their options say."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that each configuration is tried at before the comparison; empty: each has its own."""
+    tuned: Tuned | None = None
+    """What was found by that; null: nothing yet."""
     training_file: TrainingFile | None = None
     """What the training file that its base comes from means; null: the base is harness's own."""
 
@@ -90,6 +107,10 @@ class Grid:
             "title": self.title,
             "claims": [claim.model_dump(mode="json") for claim in self.claims],
         }
+        if self.match is not None:
+            about["match"] = self.match
+        if self.tuned is not None:
+            about["tuned"] = self.tuned.model_dump(mode="json")
         if self.looks > 1:
             about["looks"] = self.looks
         if self.training_file is not None:
@@ -115,6 +136,17 @@ class Grid:
     def with_contents(self, contents_of: Callable[[TrialSpec], Contents]) -> Grid:
         """The grid with the fingerprints of what each trial reads."""
         return replace(self, trials=tuple(replace(t, contents=contents_of(t.spec)) for t in self.trials))
+
+    def with_specs(self, specs: Mapping[str, TrialSpec]) -> Grid:
+        """The grid with other specs in place of those with these ids."""
+        ids = {old: new.id for old, new in specs.items()}
+        return replace(
+            self,
+            trials=tuple(
+                replace(t, spec=specs.get(t.spec.id, t.spec), baseline_id=ids.get(t.baseline_id or "", t.baseline_id))
+                for t in self.trials
+            ),
+        )
 
     def only(self, labels: Collection[str]) -> Grid:
         """The grid with these trials only, and the baseline that they are compared with."""
@@ -211,6 +243,8 @@ def _build(
         tuple(interleave(repeated, name)),
         claims,
         timing=timing,
+        match=match_of(document, design),
+        rates=rates_of(document, base_spec),
         training_file=None if meant.tool == OWN else meant,
     )
 

@@ -88,7 +88,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
         values["lora_target_linear"] = False
     # YAML writes whole numbers where a float is meant, and some writers put 1e-4 in quotes.
     for key in FLOAT_KEYS & values.keys():
-        values[key] = _as_float(values[key])
+        values[key] = as_number(values[key])
     return values
 
 
@@ -103,7 +103,7 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in base.items() if key not in dropped} | dict(override)
 
 
-def _as_float(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A whole number, or one like 1e-4 that YAML 1.1 reads as text, as a float; other values unchanged."""
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**63 else math.inf

@@ -3,8 +3,8 @@
 peak (replays evaluation and training steps on fake tensors: fake_weights, loading, emulation, cuda_kernels, replay),
 allocator (what torch takes from the driver for it), predictor (a pool of processes that predict specs), prediction
 (what is predicted, and whether it fits), largest (the largest value that fits), fixes (changes that make it fit),
-calibration (corrects peaks by measured rows), roofline (step time), device_rates and rates_cache (rates of this
-device), cards.
+matching (adapters as large as the baseline's), calibration (corrects peaks by measured rows), roofline (step time),
+device_rates and rates_cache (rates of this device), cards.
 """
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "cards",
     "fixes",
     "largest",
+    "matching",
     "prediction",
     "predictor",
     "rates_cache",

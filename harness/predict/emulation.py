@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import _meta_registrations
+from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.environment import DeviceType
 from harness.predict import cuda_kernels, int8_on_cuda
@@ -58,6 +59,26 @@ def emulate_optimizer(device_type: DeviceType, optimizer: torch.optim.Optimizer,
         if group.get("foreach", False) is None and not group.get("fused") and "triton" not in group:
             group["foreach"] = True  # torch's default on CUDA; optimi's is a kernel that updates a weight in place
     with _paged_state_uncounted(optimizer, tracker):
+        yield
+
+
+_ANSWERS = {"loha": True, "lokr": True, "cpt": False, "vblora": False}
+"""What forward passes of methods of peft (0.21) ask of values, answered as in a first step: whether a layer's adapter
+is not dropped, whether a prompt has moved too far, whether vectors of a bank are chosen for good."""
+
+
+@contextlib.contextmanager
+def answer_questions(method: str) -> Iterator[None]:
+    """Within, fake tensors answer what the forward pass of an adapter's method asks of their values."""
+    if method not in _ANSWERS:
+        yield
+        return
+    truth = torch.Tensor.__bool__
+
+    def answer(tensor: torch.Tensor) -> bool:
+        return _ANSWERS[method] if isinstance(tensor, FakeTensor) else truth(tensor)
+
+    with mock.patch.object(torch.Tensor, "__bool__", answer):
         yield
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from harness.training import quantisers
+from harness.training import adapter_methods, quantisers
 
 
 class Replica(torch.nn.Module):
@@ -48,7 +48,8 @@ class Replica(torch.nn.Module):
 
 
 def fill(network: Any) -> None:
-    """Replace parameters and buffers on `meta` by CPU tensors in their loaded formats; tied weights stay tied.
+    """Replace parameters and buffers on `meta` by CPU tensors in their loaded formats; tied weights stay tied, and
+    adapters come last.
 
     Under FakeTensorMode this takes no memory.
     """
@@ -59,7 +60,8 @@ def fill(network: Any) -> None:
 
     # By id of the original, which is kept with its replacement so that its id is not used again.
     replacements: dict[int, Any] = {}
-    for _, module in sorted(network.named_modules(), key=lambda pair: _as_loaded(pair[0])):
+    of_adapters = {name.rpartition(".")[0] for name in adapter_methods.tensor_names(network)}
+    for _, module in sorted(network.named_modules(), key=lambda pair: (pair[0] in of_adapters, natural(pair[0]))):
         if isinstance(module, Linear4bit):
             _fill_4bit(module)
         elif isinstance(module, Linear8bitLt):
@@ -79,11 +81,6 @@ def fill(network: Any) -> None:
                 if id(buffer) not in replacements:
                     replacements[id(buffer)] = buffer, torch.empty(buffer.shape, dtype=buffer.dtype)
                 module._buffers[name] = replacements[id(buffer)][1]
-
-
-def _as_loaded(name: str) -> tuple[Any, ...]:
-    """What orders modules as they are loaded: adapters come last."""
-    return "lora_" in name, *natural(name)
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:

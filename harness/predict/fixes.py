@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from harness.environment import DeviceType
 from harness.predict.prediction import Prediction, SpecPrediction, Verdict
-from harness.spec.keys import QUANTISED, SHARDED_OPTIMIZERS
+from harness.spec.keys import FULL, LORA, QUANTISED, SHARDED_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 
 Alters = Literal["nothing", "arithmetic", "hardware", "model"]
@@ -163,8 +163,9 @@ def _cards(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
 
 
 def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
-    if spec.adapter == "none":
-        yield Change("adapter", "model", {"adapter": "lora"})
+    if spec.adapter == FULL:
+        yield Change("adapter", "model", {"adapter": LORA})
+    if spec.adapter != LORA:
         return
     if spec.adapter_dtype == "fp32" and spec.precision != "fp32":
         yield Change("adapter type", "arithmetic", {"adapter_dtype": "bf16"})

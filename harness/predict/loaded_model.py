@@ -49,7 +49,7 @@ class LoadedModel:
             if mesh is not None:
                 distributed.shard(network, spec.sharding, mesh)
         gc.collect()
-        adapters = model.adapters(network, spec)
+        adapters = model.adapters(network)
         tracker.adopt((*network.parameters(), *network.buffers()), "weights")
         tracker.adopt(adapters, "adapters")
         tracker.component = "activations"

@@ -20,14 +20,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from harness._util.messages import first_line
 from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.predict import fake_weights, loaded_model, masks, reserve
 from harness.predict.cards import AMPERE, Capability
-from harness.predict.emulation import emulate_kernels, emulate_optimizer
+from harness.predict.emulation import answer_questions, emulate_kernels, emulate_optimizer
 from harness.predict.loaded_model import LoadedModel
 from harness.predict.prediction import Prediction
 from harness.predict.repeated_layers import Irregular
@@ -103,7 +107,7 @@ def predict(
             prediction, traces = replayed(all_layers=spec.num_processes > 1 or spec.optimizer_in_backward)
         except Irregular:
             prediction, traces = replayed(all_layers=True)
-    except (DataDependentOutputException, UnsupportedOperatorException) as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
@@ -174,7 +178,8 @@ class _StepReplay:
     ) -> tuple[Prediction, reserve.Traces | None]:
         """Evaluate, then take what holds most of the steps; with the traces on CUDA."""
         tracker = self.tracker
-        with emulate_kernels(self.device_type, self.capability, tracker):
+        answered = answer_questions(self.spec.adapter)
+        with emulate_kernels(self.device_type, self.capability, tracker), answered:
             if held_out:
                 self._evaluate(held_out)
                 gc.collect()  # what is left in cycles would count until the collector happens to run

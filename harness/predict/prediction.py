@@ -46,7 +46,7 @@ _OF_STEPS = frozenset(
 def model_key(spec: TrialSpec) -> str:
     """Equal for specs whose models are the same when they are loaded."""
     values = {k: v for k, v in spec.canonical().items() if FACTS[k].memory and k not in _OF_STEPS}
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values | {"freezes_a": spec.optimizer == "lora_fa"}, sort_keys=True)
 
 
 class Prediction(BaseModel):

@@ -99,6 +99,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
         tables=(
             first,
             *(search.tables if search else ()),
+            *([] if measurements.tuned is None else [tables.learning_rates(measurements.tuned)]),
             *rest,
             inference_tables.models(measurements, comparison),
             *([inference_tables.generated_stories(measurements)] if stories else []),
@@ -232,7 +233,8 @@ def _span(numbers: list[int]) -> str:
 
 def _baseline(m: Measurements) -> str:
     base = m.configs.loc[m.baseline]
-    adapter = f"LoRA r {base['lora_r']}" if base["adapter"] == "lora" else "full fine-tuning"
+    names = {"lora": f"LoRA r {base['lora_r']}", "none": "full fine-tuning"}
+    adapter = names.get(str(base["adapter"]), base["adapter"])
     return (
         f"{base['base_model']}, {adapter}, {base['precision']}, micro-batch {base['micro_batch_size']} × "
         f"{base['gradient_accumulation_steps']}, {base['sequence_length']} tokens"

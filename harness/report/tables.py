@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas
 
+from harness._util.units import show_seconds
 from harness.analysis import words
 from harness.analysis.compare_runs import RunComparison
 from harness.analysis.comparison import (
@@ -24,7 +25,10 @@ from harness.analysis.comparison import (
 from harness.analysis.estimate import Estimate
 from harness.analysis.words import MISSING, NOT_MEASURED, effect_and_word, figure
 from harness.grids.claims import Contrast, LessonTable, lesson
+from harness.grids.document import MATCHED_WITHIN
 from harness.metrics import COMPONENTS, HEADLINE, METRICS
+from harness.record import Tuned
+from harness.spec.keys import FULL
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
     label = str(row["label"])
     if row["status"] != "ok":
         label += f" ({failure(row)})"
+    label += _unmatched(comparison, config)
     part = comparison.measurements.acts_on[config]
     cells = [Cell(label), Cell(MISSING if part is None else part.value)]
     for metric in HEADLINE:
@@ -125,6 +130,36 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
         noise = row["twin"] and metric == "tokens_per_second"
         cells.append(effect_cell(estimate, "the noise between two equal runs" if noise else MISSING))
     return (*cells, Cell(str(row["repeats"]), float(row["repeats"])))
+
+
+def _unmatched(comparison: Comparison, config: int) -> str:
+    """What is said of a configuration that the grid should have made as large as the baseline, and is not."""
+    m = comparison.measurements
+    if m.match is None or m.baseline is None or m.configs.loc[config, "adapter"] == FULL:
+        return ""
+    own, wanted = (comparison.mean(each).get(m.match) for each in (config, m.baseline))
+    if not own or not wanted or abs(own / wanted - 1) <= MATCHED_WITHIN:
+        return ""
+    return f" ({own / wanted:.2g}× the {METRICS[m.match].label}, unmatched)"
+
+
+def learning_rates(tuned: Tuned) -> Table:
+    """The loss of each configuration at each learning rate that was tried before the comparison, and the one chosen."""
+    tried = list(dict.fromkeys(rate for each in tuned.rates for rate in each.losses))
+    rows = []
+    for each in tuned.rates:
+        losses = [figure_cell("eval_loss", each.losses.get(rate)) for rate in tried]
+        edge = ", the last one tried" if each.at_edge else ""
+        rows.append((Cell(each.label), *losses, Cell(f"{each.rate:g}{edge}", each.rate)))
+    return Table(
+        "rates",
+        "Learning rates before the comparison",
+        ("Technique", *tried, "Chosen"),
+        tuple(rows),
+        f"Loss in nats on stories that nothing here is compared on. The same {len(tried)} rates for each, "
+        f"{tuned.trials} trainings of {show_seconds(tuned.seconds)} in all, whose rows are in results/{tuned.results}. "
+        "The lowest or highest rate chosen: a better one may lie beyond.",
+    )
 
 
 def components(comparison: Comparison) -> Table:

@@ -38,7 +38,8 @@ _IDENTITY = {
     "log": pa.string(),
     "started_at": pa.timestamp("us", tz="UTC"),
 }
-_JSON = ("datasets", "test_datasets", "special_tokens", "lora_modules_to_save", "lora_target_parameters")
+_JSON = ("datasets", "test_datasets", "special_tokens", "lora_modules_to_save", "lora_target_parameters",
+         "adapter_options")  # fmt: skip
 """Fields of a spec that are stored as JSON: mappings, and lists, which could not be compared."""
 _ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
 

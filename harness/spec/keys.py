@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import importlib.util
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictStr
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, StrictStr
 
+from harness._util.messages import unknown
 from harness.spec.datasets import Line
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "int8", "int4", "nf4", "fp4"]
@@ -30,7 +36,7 @@ Optimizer = Literal[
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-    "sgd", "adagrad", "adafactor", "muon",
+    "sgd", "adagrad", "adafactor", "muon", "lora_fa",
     "stable_adamw", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd", "galore_adamw", "apollo_adamw",
 ]  # fmt: skip
 SCHEDULE_FREE_OPTIMIZERS: frozenset[str] = frozenset(
@@ -121,5 +127,91 @@ def check_pattern(text: str, *, alone: bool) -> None:
         raise ValueError(f"{text!r} is neither a name of a layer nor a regular expression ({error})") from None
 
 
+FULL, LORA = "none", "lora"
+ADAPTERS: tuple[str, ...] = (
+    "lora", "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora",
+    "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss", "oft",
+    "osf", "p_tuning", "peanut", "prefix_tuning", "prompt_tuning", "psoft", "pvera", "randlora", "road", "shira",
+    "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
+)  # fmt: skip
+"""Methods of peft (0.21) that train a causal language model by its text alone."""
+_OTHER_ADAPTERS = {
+    "multitask_prompt_tuning": "it trains on several tasks that are told apart",
+    "poly": "it trains on several tasks that are told apart",
+    "shadow": "it trains a second model next to the base",
+    "xlora": "it mixes adapters that were trained before",
+}
+"""Methods of peft that need more than a text, with the reason."""
+
+
+@functools.cache
+def _later_adapters() -> frozenset[str]:
+    """Methods that a later peft has. Read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("peft")
+    types = Path(spec.origin).with_name("utils") / "peft_types.py" if spec is not None and spec.origin else None
+    if types is None or not types.is_file():
+        return frozenset()
+    return frozenset(name.lower() for name in re.findall(r'^    ([A-Z\d_]+) = "\1"$', types.read_text("utf-8"), re.M))
+
+
+def check_adapter(name: str) -> str:
+    """Hand on the name of a method of peft, or `none`.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot be trained on texts alone.
+    """
+    if name in (FULL, *ADAPTERS) or (name in _later_adapters() and name not in _OTHER_ADAPTERS):
+        return name
+    if name in _OTHER_ADAPTERS:
+        raise ValueError(f"{name} is not trained here: {_OTHER_ADAPTERS[name]}; `harness methods` lists those that are")
+    raise ValueError(unknown("adapter", name, (FULL, *ADAPTERS), _methods_near(name)))
+
+
+def _methods_near(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), ADAPTERS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"use {LORA} or {FULL}"
+    return f"; {hint} (`harness methods` lists all)"
+
+
+Adapter = Annotated[StrictStr, AfterValidator(check_adapter)]
+
+
+def _as_pairs(options: object) -> object:
+    """A mapping as pairs in the order of their names, so that equal options make equal trials; null if it is empty."""
+    return tuple(sorted(options.items())) or None if isinstance(options, Mapping) else options
+
+
+AdapterOptions = Annotated[tuple[tuple[StrictStr, JsonValue], ...] | None, BeforeValidator(_as_pairs)]
+
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica")
+OF_UNQUANTISED = ("pissa", "mica")
+"""Those that take parts of weights that are not quantised."""
+_OTHER_INITIALISATIONS = {
+    "loftq": "peft (0.21) computes it on CUDA cards alone, and it is not measured here; use olora, which takes parts "
+    "of quantised weights too",
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "it needs passes over the data first, which are not made here; use "
+                    "pissa or olora"),
+}  # fmt: skip
+_PISSA_ROUNDS = re.compile(r"pissa_niter_[1-9]\d?")
+
+
+def _check_initialisation(name: Any) -> Any:
+    """Hand on a way to begin LoRA's matrices; `true` is peft's name of its default.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = "default" if name is True else name
+    if name in INITIALISATIONS or (isinstance(name, str) and _PISSA_ROUNDS.fullmatch(name)):
+        return name
+    if name in _OTHER_INITIALISATIONS:
+        raise ValueError(f"{name}: {_OTHER_INITIALISATIONS[name]}")
+    near = difflib.get_close_matches(str(name).lower(), INITIALISATIONS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"{name!r} is unknown; {hint}use {', '.join(INITIALISATIONS)}, or pissa_niter_4")
+
+
+Initialisation = Annotated[StrictStr, BeforeValidator(_check_initialisation)]
+RateRatio = Annotated[float, Field(strict=True, ge=1)]
 Noise = Annotated[float, Field(strict=True, gt=0)]
 UnitInterval = Annotated[float, Field(strict=True, ge=0, lt=1)]

@@ -25,11 +25,16 @@ from harness._util.units import parse_bytes
 from harness.spec.datasets import MOST, DatasetSpec, Facts, Frozen, NameOrPath, Part, PositiveInt
 from harness.spec.keys import (
     ALL_LINEAR,
+    LORA,
+    Adapter,
+    AdapterOptions,
     ChatTemplate,
+    Initialisation,
     Noise,
     Optimizer,
     Precision,
     Quantizer,
+    RateRatio,
     Scheduler,
     SpecialTokens,
     UnitInterval,
@@ -72,6 +77,9 @@ class Parameters(Frozen):
     """Take the loss on the prompt too."""
     val_set_size: Annotated[float, Field(strict=True, ge=0), Part.DATA] = 32
     """Held-out stories: a count (1 or more), or a fraction of the rows (below 1). 0: no evaluation."""
+    held_out_part: Annotated[Literal["comparison", "tuning"], Facts(absent="comparison"), Part.DATA] = "comparison"
+    """Which stories are held out: those that configurations are compared on, or as many others to tune them on, where
+    the former are left out altogether."""
     min_completion_tokens: Annotated[PositiveInt, Facts(absent=1), Part.DATA] = 16
     """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
 
@@ -104,8 +112,11 @@ class Parameters(Frozen):
     memory_budget: Annotated[int | None, _NO_MEMORY] = None
     """Bytes (or `24GiB`) of each process beyond which the trial ends as out of memory; null: what the device has."""
 
-    adapter: Annotated[Literal["lora", "none"], Part.ADAPTERS] = "lora"
-    """`none` (or null) is full fine-tuning."""
+    adapter: Annotated[Adapter, Part.ADAPTERS] = LORA
+    """`lora`, or another method of peft in small letters (`harness methods` lists them); `none` (or null) is full
+    fine-tuning."""
+    adapter_options: Annotated[AdapterOptions, Facts(absent=None), Part.ADAPTERS] = None
+    """Options of the method that have no key of their own, as peft calls them: `{r: 8, alpha: 16}` for `loha`."""
     lora_r: Annotated[PositiveInt, _TRAINING, Part.ADAPTERS] = 16
     """Rank."""
     lora_alpha: Annotated[PositiveInt, _TRAINING_NO_MEMORY, Part.ADAPTERS] = 16
@@ -132,6 +143,11 @@ class Parameters(Frozen):
     """Scale by alpha / sqrt(r)."""
     use_dora: Annotated[StrictBool, Part.ADAPTERS] = False
     """Weight-decomposed LoRA."""
+    init_lora_weights: Annotated[Initialisation, Facts(absent="default"), Part.ADAPTERS] = "default"
+    """How LoRA's matrices begin: `default` (random times zero), or `pissa`, `olora`, `loftq` and others, which take
+    parts of the base weights."""
+    loraplus_lr_ratio: Annotated[RateRatio | None, _later_rate(None), Part.OPTIMIZER] = None
+    """Learning rate of LoRA's B as a multiple of A's (LoRA+); null: the same."""
     save_adapter: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Keep the trained adapter with the results."""
     measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False

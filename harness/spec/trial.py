@@ -14,7 +14,10 @@ from pydantic import (
 
 from harness.spec.datasets import Facts, Part
 from harness.spec.keys import (
+    FULL,
+    LORA,
     LOW_RANK_OPTIMIZERS,
+    OF_UNQUANTISED,
     QUANTISED,
     SHARDED_OPTIMIZERS,
     check_format,
@@ -23,6 +26,15 @@ from harness.spec.parameters import Parameters
 
 _POLYNOMIAL_END = 1e-7
 """Last learning rate of `polynomial` in transformers."""
+
+
+_OF_LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_parameters", "use_", "adapter_dtype",
+    "recompute_adapter_", "init_lora_", "loraplus_",
+)  # fmt: skip
+"""Beginnings of keys that other methods do not have."""
+_OF_ADAPTERS = ("lora_", "adapter_", "save_adapter")
+"""Beginnings of keys that full fine-tuning does not have, besides those."""
 
 
 class TrialSpec(Parameters):
@@ -41,7 +53,7 @@ class TrialSpec(Parameters):
         Raises:
             ValueError: each is valid, but together they cannot be trained.
         """
-        if self.adapter == "none" and self.precision in QUANTISED:
+        if self.adapter == FULL and self.precision in QUANTISED:
             raise ValueError(
                 f"precision {self.precision} with full fine-tuning: quantised weights cannot be trained; "
                 "use adapter: lora, or precision: bf16"
@@ -54,9 +66,9 @@ class TrialSpec(Parameters):
             )
         if self.double_quantization and self.precision not in {"nf4", "fp4"}:
             raise ValueError(f"double_quantization is for precision nf4 or fp4, not {self.precision}")
-        if self.precision in QUANTISED and self.adapter == "lora" and self.lora_bias != "none":
+        if self.precision in QUANTISED and self.adapter == LORA and self.lora_bias != "none":
             raise ValueError(f"lora_bias {self.lora_bias} with precision {self.precision}: use lora_bias: none")
-        if self.precision == "fp16" and self.adapter == "lora" and self.lora_bias != "none":
+        if self.precision == "fp16" and self.adapter == LORA and self.lora_bias != "none":
             raise ValueError(
                 f"lora_bias {self.lora_bias} with precision fp16: the loss scaler cannot unscale gradients of fp16 "
                 "biases; use lora_bias: none, or precision: fp16-mixed or bf16"
@@ -67,20 +79,15 @@ class TrialSpec(Parameters):
             )
         if self.autocast is False and self.precision.endswith("-mixed"):
             raise ValueError(f"precision {self.precision} is 16 bit under autocast, and autocast is false; use fp32")
-        if self.autocast and self.precision == "fp16" and self.adapter == "none":
+        if self.autocast and self.precision == "fp16" and self.adapter == FULL:
             raise ValueError(
                 "autocast with precision fp16 and full fine-tuning: the loss scaler cannot unscale gradients of fp16 "
                 "weights; use precision: fp16-mixed"
             )
-        if self.adapter == "lora" and self.adapter_dtype == "bf16" and self._in_fp16:
-            raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
-        if self.adapter == "lora" and self.recompute_adapter_inputs and self.use_dora:
-            raise ValueError("recompute_adapter_inputs with use_dora: DoRA's layers use their inputs twice; keep one")
-        if self.adapter == "lora" and self.lora_target_parameters and (self.lora_dropout or self.use_dora):
-            raise ValueError(
-                "lora_target_parameters with lora_dropout or use_dora, which adapters of such weights do not have: use "
-                "lora_dropout: 0 and use_dora: false"
-            )
+        if self.adapter == LORA:
+            self._refuse_of_lora()
+        if self.adapter == FULL and self.adapter_options:
+            raise ValueError("adapter_options with full fine-tuning, which has no adapter; leave them out, or name one")
         if self.gradient_checkpointing and self.checkpoint_keep != "nothing" and self.reentrant_checkpointing:
             raise ValueError(
                 f"checkpoint_keep {self.checkpoint_keep} with reentrant_checkpointing, which recomputes all; keep one"
@@ -99,11 +106,13 @@ class TrialSpec(Parameters):
                 f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "
                 "use a higher one, or lr_scheduler: linear"
             )
-        if self.optimizer in LOW_RANK_OPTIMIZERS and self.adapter == "lora":
+        if self.optimizer in LOW_RANK_OPTIMIZERS and self.adapter != FULL:
             raise ValueError(
-                f"optimizer {self.optimizer} with adapter lora, whose matrices are of low rank already: use adapter: "
-                "none, or another optimizer"
+                f"optimizer {self.optimizer} with adapter {self.adapter}, whose weights are small already: use "
+                "adapter: none, or another optimizer"
             )
+        if self.optimizer == "lora_fa" and self.adapter != LORA:
+            raise ValueError(f"optimizer lora_fa with adapter {self.adapter}: it is for LoRA's matrices alone")
         if self.optimizer in ("schedule_free_adamw", "schedule_free_radam") and not self.adam_beta1:
             raise ValueError(f"optimizer {self.optimizer} with adam_beta1 0, by which it divides; use one above 0")
         if self.optimizer_in_backward:
@@ -111,12 +120,47 @@ class TrialSpec(Parameters):
         if self.sharding != "none":
             self._refuse_sharding()
 
+    def _refuse_of_lora(self) -> None:
+        if self.adapter_dtype == "bf16" and self._in_fp16:
+            raise ValueError("adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32, or bf16 arithmetic")
+        if self.recompute_adapter_inputs and self.use_dora:
+            raise ValueError("recompute_adapter_inputs with use_dora: DoRA's layers use their inputs twice; keep one")
+        if self.lora_target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError(
+                "lora_target_parameters with lora_dropout or use_dora, which adapters of such weights do not have: use "
+                "lora_dropout: 0 and use_dora: false"
+            )
+        given = f"init_lora_weights {self.init_lora_weights}"
+        if self.init_lora_weights.startswith(OF_UNQUANTISED) and self.precision in QUANTISED:
+            raise ValueError(
+                f"{given} with precision {self.precision}: it takes parts of weights that are not quantised; use "
+                "olora, or precision: bf16"
+            )
+        if self.init_lora_weights == "olora" and self.precision in QUANTISED and self.quantizer != "bitsandbytes":
+            raise ValueError(f"{given} with quantizer {self.quantizer}: use quantizer: bitsandbytes")
+        if self.init_lora_weights.startswith("pissa_niter_") and self.save_adapter:
+            raise ValueError(
+                f"{given} with save_adapter: what it took of the weights is found by random projections, and cannot be "
+                "found again when the adapter is loaded; use pissa"
+            )
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise ValueError(f"{given} with lora_r {self.lora_r}: the rank must be even")
+        if self.optimizer == "lora_fa" and (self.use_dora or self.loraplus_lr_ratio or self.lora_modules_to_save):
+            raise ValueError(
+                "optimizer lora_fa trains LoRA's B alone, without use_dora, loraplus_lr_ratio or lora_modules_to_save; "
+                "leave them out, or use another optimizer"
+            )
+        if self.optimizer == "muon" and self.loraplus_lr_ratio:
+            raise ValueError("loraplus_lr_ratio with optimizer muon, which scales updates itself; keep one")
+
     def _refuse_in_backward(self) -> None:
         given = "optimizer_in_backward updates with the gradients of one micro-batch, one parameter at a time"
         if self.gradient_accumulation_steps > 1:
             raise ValueError(f"{given}; use gradient_accumulation_steps: 1, and a larger micro_batch_size")
         if self.max_grad_norm:
             raise ValueError(f"{given}, before the norm of all is known; use max_grad_norm: 0")
+        if self.optimizer == "lora_fa":
+            raise ValueError(f"{given}, and lora_fa updates pairs of them; use adamw_torch")
         if self.optimizer == "apollo_adamw":
             raise ValueError(f"{given}, and apollo_adamw then projects all by one seed; use galore_adamw")
         if self.num_processes > 1:
@@ -130,7 +174,7 @@ class TrialSpec(Parameters):
             raise ValueError(f"{given} num_processes 1: there are no processes to shard over; use sharding: none")
         if self.precision in QUANTISED:
             raise ValueError(f"{given} precision {self.precision}: quantised weights are not sharded; use bf16")
-        if self.lora_bias != "none" and self.adapter == "lora" and self.precision == "bf16":
+        if self.lora_bias != "none" and self.adapter == LORA and self.precision == "bf16":
             raise ValueError(
                 f"{given} lora_bias {self.lora_bias} and precision bf16: trained weights of several formats are not "
                 "sharded; use lora_bias: none, or precision: bf16-mixed"
@@ -148,7 +192,8 @@ class TrialSpec(Parameters):
         """Whether forward passes run under autocast: never where arithmetic is fp32."""
         if "fp32" in (self.precision, self.compute_dtype):
             return False
-        in_fp32 = self.precision.endswith("-mixed") or (self.adapter == "lora" and self.adapter_dtype == "fp32")
+        adapter_in_fp32 = self.adapter != FULL and (self.adapter != LORA or self.adapter_dtype == "fp32")
+        in_fp32 = self.precision.endswith("-mixed") or adapter_in_fp32
         return in_fp32 if self.autocast is None else self.autocast
 
     @property
@@ -211,9 +256,11 @@ class TrialSpec(Parameters):
             values["num_epochs"] = self.num_epochs or 1.0
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
-        if self.adapter == "none":
-            of_adapters = ("lora_", "use_", "adapter_", "recompute_adapter_", "save_adapter")
-            values = {name: value for name, value in values.items() if not name.startswith(of_adapters)}
+            values.pop("held_out_part", None)
+        if self.adapter != LORA:
+            values = {name: value for name, value in values.items() if not name.startswith(_OF_LORA)}
+        if self.adapter == FULL:
+            values = {name: value for name, value in values.items() if not name.startswith(_OF_ADAPTERS)}
         return values
 
     @property

@@ -1,14 +1,15 @@
 """Runs one trial: a measured fine-tuning in this process, or over several.
 
-worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run) with
-limits (of a model), processes and distributed (several processes), step (the training step) with optimizers, muon and
+worker (entry point of a process), trial (its phases in order), inspection (what trials meet, before a run) with limits
+(of a model), processes and distributed (several processes), step (the training step) with optimizers, muon and
 recomputation, order (which examples a step has), schedule (of a timing visit), waiting (for a processor), model with
-lora (where adapters are), quantisers, adapter_inputs and packing, reach (what text reaches) and formats (of weights),
-loss, checkpoints, saved_adapters, prompts, chat (of several turns) with chat_templates, batches, evaluation; memory
-with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
+adapter_methods (of peft), adapter_targets (where they are), quantisers, adapter_inputs and packing, reach (what text
+reaches) and formats (of weights), loss, checkpoints, saved_adapters, prompts, chat (of several turns) with
+chat_templates, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [
+    "adapter_methods",
     "batches",
     "chat",
     "checkpoints",

@@ -31,6 +31,7 @@ _KEYS = (
     "skip_empty_rows",
     "train_on_inputs",
     "val_set_size",
+    "held_out_part",
     "min_completion_tokens",
     "measure_forgetting",
     "chat_template",
@@ -115,7 +116,7 @@ class Data:
     short: int
     """Stories that were passed over when those held out were chosen."""
     unused: int = 0
-    """Stories that the data hold out, and that are not among those held out here; they are not trained on either."""
+    """Stories that are neither held out here nor trained on: the data hold them out, or others are compared on them."""
 
     @property
     def folded(self) -> int:
@@ -150,7 +151,7 @@ class Data:
             f"of those held out cut to {evaluated_length(spec)} tokens": self.truncated_held_out,
             f"left out ({too_long} {length} tokens)": self.dropped,
             "left out (copies of held-out ones)": self.copies,
-            "neither trained nor evaluated on (held out by the data)": self.unused,
+            "neither trained nor evaluated on (held out by the data, or compared on)": self.unused,
             "skipped (empty)": self.skipped,
         }
         rows = len(self.train) + len(self.held_out) + self.dropped + self.copies + self.skipped + self.unused
@@ -183,8 +184,13 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     candidates = given or splits.distinct(rows)
     wanted = splits.counts(read).held_out(spec.val_set_size)
     held_out = _choose_held_out(candidates, wanted, spec, tokenizer)
+    compared_on = set[str]()
+    if spec.held_out_part == "tuning":
+        compared_on = {example.story_id for example in held_out.examples}
+        others = [story for story in candidates if story.id not in compared_on]
+        held_out = _choose_held_out(others, wanted, spec, tokenizer)
     held_out_ids = {example.story_id for example in held_out.examples}
-    left_out_ids = {story.id for story in given} or held_out_ids
+    left_out_ids = {story.id for story in given} or held_out_ids | compared_on
 
     whole = [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in left_out_ids]
     train = _fit(whole, spec.sequence_length, spec.excess_length)
@@ -197,12 +203,12 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
         general=tuple(general(tokenizer)) if measured else (),
         wanted=wanted,
         skipped=read.skipped,
-        copies=len(rows) - len(whole) - (0 if given else len(held_out_ids)),
+        copies=len(rows) - len(whole) - (0 if given else len(held_out_ids | compared_on)),
         truncated=train.truncated,
         truncated_held_out=held_out.truncated,
         dropped=train.dropped,
         short=held_out.dropped,
-        unused=len(read.held_out) - len(held_out_ids) if given else 0,
+        unused=len(read.held_out) - len(held_out_ids) if given else len(compared_on),
     )
 
 

@@ -50,7 +50,6 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[
     the decoder's output to logits, which would let both go.
     """
     forward = causal.forward
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
     def without_logits(*arguments: Any, **options: Any) -> Any:
         with _outputs_of(causal.base_model, causal.get_decoder()) as made:
@@ -67,6 +66,8 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[
                 logits: torch.Tensor = forward().logits.flatten(0, 1)
             return logits
 
+        # Tokens of an adapter's prompt may stand before the others.
+        targets = F.pad(labels[:, 1:], (output[0].shape[1] - labels.shape[1], 1), value=IGNORED)
         kept = {"loss": _losses(output[0], targets, logits_of, _trained_beyond(causal), size)}
         if getattr(outputs, "aux_loss", None) is not None:
             kept["aux_loss"] = outputs.aux_loss

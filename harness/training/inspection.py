@@ -13,6 +13,7 @@ from harness._util.units import show_share
 from harness.environment import resolve_device
 from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
+from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, formats, limits, model, optimizers, order, recomputation
 
@@ -25,6 +26,8 @@ _MODEL_KEYS = (
     "attention",
     "device",
     "adapter",
+    "adapter_options",
+    "init_lora_weights",
     "lora_bias",
     "lora_target_linear",
     "lora_target_modules",
@@ -91,6 +94,8 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     for label, spec in trials:
         data_key, model_key = batches.key(spec), _key(spec)
         try:
+            if refused := capabilities.refusal(spec):
+                raise InputError(refused)
             if model_key not in networks:
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
             if data_key not in data:

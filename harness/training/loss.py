@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
-from harness.training import chunked_loss, packing
+from harness.training import adapter_methods, chunked_loss, packing
 from harness.training.batches import IGNORED
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
@@ -29,10 +29,11 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     """Sum of the cross entropies in nats, in fp32, over all positions whose next label is not `IGNORED`.
 
     Args:
-        logits: of shape (examples, length, vocabulary); position t predicts label t + 1.
+        logits: of shape (examples, length, vocabulary); position t predicts label t + 1. Those of an adapter's prompt
+            may stand before them.
         labels: int64 of shape (examples, length).
     """
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+    targets = F.pad(labels[:, 1:], (logits.shape[1] - labels.shape[1], 1), value=IGNORED)
     return F.cross_entropy(
         logits.float().view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED, reduction="sum"
     )
@@ -72,7 +73,8 @@ def _outputs(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialS
 
 
 def auxiliary(network: Any, outputs: Any) -> torch.Tensor | None:
-    """The auxiliary loss of a micro-batch (balance of a router's experts) at the model's own weight; null: it has none.
+    """The auxiliary loss of a micro-batch: balance of a router's experts at the model's own weight, and what the method
+    of the adapter adds; null: neither.
 
     Args:
         network: with or without adapters.
@@ -81,10 +83,11 @@ def auxiliary(network: Any, outputs: Any) -> torch.Tensor | None:
     Raises:
         InputError: the model says no weight for it.
     """
-    term = getattr(outputs, "aux_loss", None)
+    term, penalty = getattr(outputs, "aux_loss", None), adapter_methods.penalty(network)
     if not isinstance(term, torch.Tensor):
-        return None
-    return _weight(_base(network)) * term
+        return penalty
+    weighted = _weight(_base(network)) * term
+    return weighted if penalty is None else weighted + penalty
 
 
 def _weight(base: Any) -> float:

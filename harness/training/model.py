@@ -1,4 +1,6 @@
-"""Builds the model of a spec: the base at its precision, with adapters. It and `lora` read `precision` and `lora_*`."""
+"""Builds the model of a spec: the base at its precision, with adapters. It, `adapter_methods` and
+`adapter_targets` read `precision` and `lora_*`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ import torch
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
-from harness.spec.keys import QUANTISED
+from harness.spec.keys import FULL, LORA, QUANTISED
 from harness.spec.trial import TrialSpec
-from harness.training import chunked_loss, lora, packing, quantisers, reach, recomputation
+from harness.training import adapter_methods, chunked_loss, packing, quantisers, reach, recomputation
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -118,7 +120,9 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which those of bitsandbytes (0.50) are in
     # shape already, and it cannot copy them.
     dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
-    with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module), no_init_weights():
+    # Other methods use what torch's functions of initialisation return, which without them is nothing.
+    uninitialised = no_init_weights() if spec.adapter == LORA else contextlib.nullcontext()
+    with dequantised, mock.patch("peft.tuners.lora.dora.deepcopy", lambda module: module), uninitialised:
         return _prepared(model, spec)
 
 
@@ -230,15 +234,15 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         packing.set_up(model)
     if spec.gradient_checkpointing:
         recomputation.enable(model, spec)
-    if spec.reentrant_checkpointing and spec.adapter == "lora":
+    if spec.reentrant_checkpointing and spec.adapter != FULL:
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcasts:
         _upcast_unquantized(model)
     if spec.neftune_noise_alpha is not None:
         model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
     unreached = reach.unreached(model)
-    if spec.adapter == "lora":
-        model = lora.attach(model, spec, unreached)
+    if spec.adapter != FULL:
+        model = adapter_methods.attach(model, spec, unreached)
     for parameter in unreached.values():
         parameter.requires_grad_(False)
     model.train()
@@ -331,7 +335,7 @@ def compute_dtype(spec: TrialSpec) -> torch.dtype | None:
     """Type of 16-bit arithmetic over weights that are of another type in part; null: none, for fp32 and for full
     fine-tuning in 16 bit.
     """
-    if spec.adapter == "none" and spec.precision in ("bf16", "fp16") and not spec.autocasts:
+    if spec.adapter == FULL and spec.precision in ("bf16", "fp16") and not spec.autocasts:
         return None
     if spec.compute_dtype is not None:
         return None if spec.compute_dtype == "fp32" else _WEIGHTS[spec.compute_dtype]
@@ -350,15 +354,15 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def adapters(model: Any, spec: TrialSpec) -> list[torch.nn.Parameter]:
-    """Trained weights of the adapters; none for full fine-tuning."""
-    return trainable(model) if spec.adapter == "lora" else []
+def adapters(model: Any) -> list[torch.Tensor]:
+    """Tensors of the adapters, and what is trained of the base with them; none for full fine-tuning."""
+    return adapter_methods.tensors(model)
 
 
 def not_trained(model: Any, spec: TrialSpec) -> str | None:
     """What the spec names and is not trained, because text does not reach it; null: there is nothing."""
-    if spec.adapter == "lora":
-        left, trained = lora.without(model)
+    if spec.adapter != FULL:
+        left, trained = adapter_methods.without(model)
         what = f"{len(left)} layers of {{}} get no adapter"
     else:
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -369,8 +373,8 @@ def not_trained(model: Any, spec: TrialSpec) -> str | None:
 
 
 def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
-    """`trainable_parameters`, `total_parameters`, `adapter_bytes` and `adapter_share`, as metrics."""
-    if spec.adapter == "none":
+    """`trainable_parameters` and `total_parameters`, and of adapters their `_bytes`, `_share` and `_seconds`."""
+    if spec.adapter == FULL:
         return {
             "trainable_parameters": model.num_parameters(only_trainable=True),
             "total_parameters": model.num_parameters(),
@@ -385,4 +389,5 @@ def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
         "total_parameters": total,
         "adapter_bytes": sum(t.numel() * t.element_size() for t in saved),
         "adapter_share": adapter_parameters / (total - adapter_parameters),
+        "adapter_seconds": model.seconds_to_attach,
     }

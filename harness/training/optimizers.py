@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harness.errors import InputError
-from harness.spec.keys import LOW_RANK_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS, TORCHAO_OPTIMIZERS
+from harness.spec.keys import LORA, LOW_RANK_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS, TORCHAO_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import muon
 
@@ -60,10 +60,14 @@ def make(model: Any, spec: TrialSpec, warm_up_steps: int) -> torch.optim.Optimiz
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    if spec.optimizer == "lora_fa":
+        return _lora_fa(model, spec)
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if n in decayed], "weight_decay": spec.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
+    if spec.adapter == LORA and spec.loraplus_lr_ratio is not None:
+        groups = _with_rates(groups, {id(p) for n, p in named if ".lora_B." in n}, spec)
     groups = [group for group in groups if group["params"]]
     factory = _factory(model, spec, warm_up_steps)
     return UpdatesInBackward(groups, factory) if spec.optimizer_in_backward else factory(groups)
@@ -102,6 +106,26 @@ def _factory(model: Any, spec: TrialSpec, warm_up_steps: int) -> Callable[[Group
         of_groups = functools.partial(factory, **options, betas=betas, eps=eps, no_deprecation_warning=True)
         return lambda groups: of_groups(_with_projection(groups, others, projection))
     return lambda groups: _unpaged(factory(groups, **options), model)
+
+
+def _with_rates(groups: Groups, faster: set[int], spec: TrialSpec) -> list[dict[str, Any]]:
+    """The groups with LoRA's B apart, at LoRA+'s rate; the others first, whose rate is the recorded one."""
+    ratio = spec.loraplus_lr_ratio or 1.0
+    slow = [{**group, "params": [p for p in group["params"] if id(p) not in faster]} for group in groups]
+    fast = [{**group, "params": [p for p in group["params"] if id(p) in faster]} for group in groups]
+    return [*slow, *({**group, "lr": ratio * spec.learning_rate} for group in fast)]
+
+
+def _lora_fa(model: Any, spec: TrialSpec) -> torch.optim.Optimizer:
+    """The optimizer of peft for LoRA's B over a frozen A: AdamW of projected gradients (arXiv:2308.03303)."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    made = create_lorafa_optimizer(
+        model, r=spec.lora_r, lora_alpha=spec.lora_alpha, lr=spec.learning_rate, weight_decay=spec.weight_decay
+    )
+    for group in made.param_groups:
+        group |= {"betas": (spec.adam_beta1, spec.adam_beta2), "eps": spec.adam_epsilon}
+    return made
 
 
 def _uncompiled(factory: Any) -> Any:

@@ -28,7 +28,7 @@ def save(model: Any, spec: TrialSpec, folder: Path | None) -> str | None:
     Returns:
         The id, which is the hash of the files; null without a folder.
     """
-    weights = adapter_weights(model)
+    weights = None if spec.sharding == "none" else full_weights(model)
     if folder is None:
         return None
     adapter_id = ""
@@ -39,12 +39,12 @@ def save(model: Any, spec: TrialSpec, folder: Path | None) -> str | None:
         return adapter_id
 
     with folder_aside(folder, name, exist_ok=True) as aside:
-        write(model, spec, weights, aside)
+        write(model, spec, aside, weights=weights)
     return adapter_id
 
 
-def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The weights that peft saves, unsharded, by their names in the model: adapters, trained biases and embeddings."""
+def full_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of a sharded model that peft saves, by their names: adapters, trained biases and embeddings."""
     from peft import get_peft_model_state_dict
 
     weights = model.state_dict()
@@ -52,12 +52,20 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: distributed.full_tensor(weight) for name, weight in weights.items() if id(weight) in saved}
 
 
-def write(model: Any, spec: TrialSpec, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write an adapter. Its base has the name that the spec gives it, not a path of this machine."""
+def write(model: Any, spec: TrialSpec, folder: Path, *, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter. Its base has the name that the spec gives it, not a path of this machine.
+
+    Args:
+        model: with the adapter.
+        spec: that it was trained by.
+        folder: to write to.
+        weights: of `full_weights`; null: the model's own, which is not sharded.
+    """
     for config in model.peft_config.values():
         config.base_model_name_or_path = spec.base_model
-        if isinstance(config.target_modules, set):  # whose order differs between processes
-            config.target_modules = sorted(config.target_modules)
+        for name, value in vars(config).items():
+            if isinstance(value, set):  # whose order differs between processes
+                setattr(config, name, sorted(value))
     model.save_pretrained(folder, state_dict=weights)
     card = folder / "README.md"  # peft writes the path there
     # Private attribute of transformers (5.23), from which peft (0.21) takes the path.
@@ -94,9 +102,17 @@ def merged(network: Any) -> Any:
 
     A weight that several modules hold (a head tied to the embeddings) is changed in the adapted module alone: the model
     is no longer tied.
+
+    Raises:
+        InputError: the method adds to no weights, or peft does not merge it into these.
     """
+    if not hasattr(network, "merge_and_unload"):
+        raise InputError("it adds to what layers are given, not to weights: there is nothing to merge")
     _untie(network.get_base_model())
-    return network.merge_and_unload(safe_merge=True)
+    try:
+        return network.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"peft does not merge it into these weights ({first_line(error)})") from None
 
 
 def _untie(base: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from harness.record import Phase
 from harness.spec.trial import TrialSpec
-from harness.training import distributed, loss, optimizers, order
+from harness.training import adapter_methods, distributed, loss, optimizers, order
 from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
@@ -63,12 +63,14 @@ class Trainer:
         self._module = model
         self.spec = spec
         self.device = device
+        adapter_methods.set_steps(model, steps)
         self.optimizer = optimizers.make(model, spec, order.warm_up_steps(spec, steps))
         optimizers.set_averaged(self.optimizer, False)
         self.scheduler = _scheduler(self.optimizer, spec, steps)
         self.scaler = torch.amp.GradScaler(device.type) if compute_dtype(spec) is torch.float16 else None
         self._parameters = trainable(model)
         self.on_phase = on_phase
+        self._updates = 0
         self._read = read
         self._kept_outputs: Any = None
 
@@ -188,6 +190,8 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.scheduler.step()
+        self._updates += 1
+        adapter_methods.after_update(self._module, self._updates)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, auxiliary_loss, norm, rate)
 

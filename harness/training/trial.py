@@ -200,7 +200,7 @@ class _Trial:
             network = model.load(self.spec, device, trust_remote_code=self.trust_remote_code)
             if sharded:
                 distributed.shard(network, self.spec.sharding, distributed.device_mesh(self.device))
-            meter.adopt_model(network, model.adapters(network, self.spec))
+            meter.adopt_model(network, model.adapters(network))
         meter.tracker.component = "activations"
         self.metrics |= {
             "load_seconds": time.perf_counter() - started,

@@ -1,4 +1,4 @@
-"""Adapters of a model: the layers that get one are those that the spec names, all of them, or it is refused."""
+"""The layers that get an adapter: those that the spec names, all of them, or it is refused."""
 
 from __future__ import annotations
 
@@ -14,72 +14,30 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.spec.keys import ALL_LINEAR, is_pattern
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_inputs, quantisers
+from harness.training import quantisers
 
-_KEY = "lora_target_modules"
+KEY = "lora_target_modules"
+"""The key that names them."""
 
 
-def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
-    """A base model with adapters over it.
+def targets(network: Any, spec: TrialSpec, by_architecture: Mapping[str, Sequence[str] | str]) -> str | list[str]:
+    """As peft takes them: a text is a regular expression of whole names, or `all-linear`.
 
     Args:
         network: the base model.
-        spec: which adapters, and where.
-        unreached: names of parameters that text does not reach; a layer whose own are all among them gets no adapter.
+        spec: which layers.
+        by_architecture: the method's default layers by kinds of models.
 
     Raises:
-        InputError: a target is the name of no layer that can have an adapter, or of none that text reaches.
+        InputError: they are the defaults, and the method has none for this kind of model.
     """
-    from peft import LoraConfig, get_peft_model
-
-    targets = _targets(network, spec)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.lora_r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        bias=spec.lora_bias,
-        target_modules=targets,
-        target_parameters=_weights(network, spec),
-        use_rslora=spec.use_rslora,
-        use_dora=spec.use_dora,
-        modules_to_save=_whole(network, spec),
-    )
-    matches = _matches(network, targets)
-    if spec.lora_target_modules is not None:  # an architecture may lack one of peft's defaults
-        _refuse_missing(network, matches, config)
-    config.exclude_modules = _excluded(network, matches, unreached)
-    unfit = _unfit(network, matches)
-    try:
-        # peft makes adapters of 16-bit and quantised models fp32; those of a model on `meta` are on `meta`.
-        adapted = get_peft_model(network, config, low_cpu_mem_usage=network.device.type == "meta")
-    except ValueError as error:
-        reason = unfit or f"{', '.join(matches)}: peft: {first_line(error)}"
-        raise InputError(one_line(f"{_KEY}: {reason}")) from None
-    if spec.adapter_dtype == "bf16":
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and ".lora_" in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    if spec.recompute_adapter_inputs:
-        adapter_inputs.recompute(adapted)
-    return adapted
-
-
-def without(network: Any) -> tuple[list[str], list[str]]:
-    """Names of the layers that match the targets of a model with adapters and have none, and of those that have one."""
-    (config,) = network.peft_config.values()
-    return list(config.exclude_modules or ()), list(network.base_model.targeted_module_names)
-
-
-def _targets(network: Any, spec: TrialSpec) -> str | list[str]:
-    """As peft takes them: a text is a regular expression of whole names, or `all-linear`."""
     if spec.lora_target_modules is not None:
         names = list(spec.lora_target_modules)
         if names[0] == ALL_LINEAR:
             return [*_linear_names(network), *names[1:]]
         return names[0] if is_pattern(names[0]) else names
     if not spec.lora_target_linear:
-        return _defaults(network)
+        return _defaults(network, by_architecture)
     # peft (0.21) does not count HQQ's layers among all linear ones.
     return _linear_names(network) if any(map(quantisers.of_hqq, network.modules())) else ALL_LINEAR
 
@@ -89,7 +47,7 @@ def _linear_names(network: Any) -> list[str]:
     return [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
 
 
-def _whole(network: Any, spec: TrialSpec) -> list[str] | None:
+def whole(network: Any, spec: TrialSpec) -> list[str] | None:
     """Names of the layers that are trained as a whole.
 
     Raises:
@@ -115,7 +73,7 @@ def _whole(network: Any, spec: TrialSpec) -> list[str] | None:
     return list(spec.lora_modules_to_save)
 
 
-def _weights(network: Any, spec: TrialSpec) -> list[str] | None:
+def weights(network: Any, spec: TrialSpec) -> list[str] | None:
     """Names of the weights that get an adapter besides the layers.
 
     Raises:
@@ -138,20 +96,18 @@ def _weights(network: Any, spec: TrialSpec) -> list[str] | None:
     return list(spec.lora_target_parameters)
 
 
-def _defaults(network: Any) -> str | list[str]:
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
+def _defaults(network: Any, by_architecture: Mapping[str, Sequence[str] | str]) -> str | list[str]:
     kind = network.config.model_type
-    defaults: str | Sequence[str] | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    defaults = by_architecture.get(kind)
     if defaults is None:
         raise InputError(
-            f"lora_target_linear false: peft has no default layers for {kind}; name them in {_KEY} "
+            f"lora_target_linear false: peft has no default layers for {kind}; name them in {KEY} "
             f"({', '.join(_layers(network))}), or leave the key out for all linear layers"
         )
     return defaults if isinstance(defaults, str) else list(defaults)
 
 
-def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]:
+def matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]:
     """Whole names of the modules that each target matches, by peft's rules."""
     names = [name for name, _ in network.named_modules() if name]
     if targets == ALL_LINEAR:
@@ -161,12 +117,17 @@ def _matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]
     return {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
 
 
-def _refuse_missing(network: Any, matches: Mapping[str, Sequence[str]], config: Any) -> None:
+def refuse_missing(network: Any, matches: Mapping[str, Sequence[str]], config: Any) -> None:
+    """Check that each target that the spec names matches a module.
+
+    Raises:
+        InputError: one matches none.
+    """
     missing = [target for target, names in matches.items() if not names]
     if missing and is_pattern(missing[0]):
         linear = (name for name, module in network.named_modules() if _is_linear(module))
         raise InputError(
-            f"{_KEY}: {missing[0]!r} matches the whole name of no module; names are like {next(linear, 'lm_head')}: "
+            f"{KEY}: {missing[0]!r} matches the whole name of no module; names are like {next(linear, 'lm_head')}: "
             "let it begin with .*"
         )
     if missing and (missing := [target for target in missing if target in _converted(network, config)]):
@@ -182,7 +143,7 @@ def _converted(network: Any, config: Any) -> Collection[str]:
     try:
         convert_peft_config_for_transformers(converted, network, None)
     except ValueError as error:
-        raise InputError(one_line(f"{_KEY}: {first_line(error)}")) from None
+        raise InputError(one_line(f"{KEY}: {first_line(error)}")) from None
     return list(converted.target_modules)
 
 
@@ -191,7 +152,7 @@ def _missing(network: Any, missing: Sequence[str]) -> str:
     near = [name for target in missing for name in _near(target, layers)]
     hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
     return one_line(
-        f"{_KEY}: {type(network).__name__} has no module {' or '.join(missing)}; {hint}"
+        f"{KEY}: {type(network).__name__} has no module {' or '.join(missing)}; {hint}"
         f"its layers that can have an adapter are {', '.join(layers)}"
     )
 
@@ -220,7 +181,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | Conv1D) or quantisers.of_hqq(module)
 
 
-def _unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
+def unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
     """What is wrong with the first module that matches a target and cannot have an adapter."""
     for target, names in matches.items():
         for name in names:
@@ -233,7 +194,7 @@ def _unfit(network: Any, matches: Mapping[str, Sequence[str]]) -> str | None:
     return None
 
 
-def _excluded(network: Any, matches: Mapping[str, Sequence[str]], unreached: Collection[str]) -> list[str] | None:
+def excluded(network: Any, matches: Mapping[str, Sequence[str]], unreached: Collection[str]) -> list[str] | None:
     """The matched modules that text does not reach; null where it reaches all.
 
     Raises:
@@ -244,7 +205,7 @@ def _excluded(network: Any, matches: Mapping[str, Sequence[str]], unreached: Col
         beyond = {name for name in names if _is_beyond(network.get_submodule(name), name, unreached)}
         if names and len(beyond) == len(names):
             raise InputError(
-                one_line(f"{_KEY}: {target} is {min(beyond)} alone, which text does not reach: it would not be trained")
+                one_line(f"{KEY}: {target} is {min(beyond)} alone, which text does not reach: it would not be trained")
             )
         excluded |= beyond
     return sorted(excluded) or None

@@ -1,0 +1,45 @@
+"""Finds a learning rate for each configuration before the comparison (`tune_first`), and shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from harness._util.terminal import plain
+from harness.cli.console import out
+from harness.grids.grid import Grid
+
+if TYPE_CHECKING:
+    from harness.launch.launcher import Launcher
+    from harness.record import Tuned
+    from harness.results.store import Store
+    from harness.runner.grid_run import Summary
+
+
+def find_rates(
+    grid: Grid, trainings: Grid, store: Store, launcher: Launcher, run: Callable[[Grid, Store], Summary]
+) -> Tuned | None:
+    """Train what is not recorded yet of each configuration at each rate, and choose; null: it was interrupted.
+
+    Args:
+        grid: whose rates are looked for.
+        trainings: of `learning_rates.grid_of_rates`, with contents.
+        store: for these trainings.
+        launcher: that makes them.
+        run: runs a grid into a store.
+    """
+    from harness.runner import learning_rates
+
+    rates = ", ".join(f"{rate:g}" for rate in grid.rates)
+    out.print(f"learning rates first: {len(trainings.trials)} trainings at {rates}", highlight=False)
+    if run(trainings, store).left:
+        out.print("the comparison begins once all of them are done; go on with the same command", highlight=False)
+        return None
+    tuned = learning_rates.tuned(grid, trainings, store, launcher)
+    for each in tuned.rates:
+        if all(loss is None for loss in each.losses.values()):
+            out.print(f"[yellow]{plain(each.label)}: no training ended well; its own rate stays[/]", highlight=False)
+            continue
+        edge = " (the last one tried: a better one may lie beyond)" if each.at_edge else ""
+        out.print(f"{plain(each.label)}: {each.rate:g}{edge}", highlight=False, soft_wrap=True)
+    return tuned

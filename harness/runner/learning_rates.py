@@ -1,0 +1,76 @@
+"""Learning rates found before a comparison: each configuration is tried at the same few, judged on other stories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.grids.document import NO_TIMING
+from harness.grids.grid import Grid, Trial, interleave
+from harness.launch.launcher import Launcher
+from harness.record import Tuned, TunedRate
+from harness.results.store import Store
+from harness.runner.identity import possible_ids
+from harness.spec.trial import TrialSpec
+
+
+def grid_of_rates(grid: Grid) -> Grid:
+    """The trainings by which each configuration of a grid gets its learning rate: a grid of its own."""
+    trials = [
+        Trial(_tuning(trial.spec, rate), f"{trial.label}, learning_rate={rate:g}", trial.label, f"{rate:g}")
+        for trial in _configurations(grid)
+        for rate in grid.rates
+    ]
+    name = f"{grid.name}-rates"
+    return Grid(name, f"{grid.title}: learning rates", "list", tuple(interleave(trials, name)), timing=NO_TIMING)
+
+
+def tuned(grid: Grid, trainings: Grid, store: Store, launcher: Launcher) -> Tuned:
+    """What the recorded trainings say.
+
+    Args:
+        grid: whose rates are looked for.
+        trainings: of `grid_of_rates`, with contents.
+        store: of the trainings.
+        launcher: in whose environments they were made.
+    """
+    columns = ["trial_id", "status", "eval_loss", "trial_seconds"]
+    rows = {row["trial_id"]: row for row in store.read("trials", columns).to_pylist()}
+    made = {t.spec.id: rows[each] for t in trainings.trials for each in possible_ids(t, launcher) if each in rows}
+    rates = []
+    for trial in _configurations(grid):
+        losses: dict[str, float | None] = {}
+        for rate in grid.rates:
+            row = made.get(_tuning(trial.spec, rate).id, {})
+            losses[str(rate)] = row["eval_loss"] if row.get("status") == "ok" else None
+        ended = {rate: loss for rate, loss in losses.items() if loss is not None}
+        best = float(min(ended, key=lambda rate: ended[rate])) if ended else trial.spec.learning_rate
+        rates.append(TunedRate(label=trial.label, losses=losses, rate=best))
+    seconds = sum(row["trial_seconds"] or 0.0 for row in made.values())
+    return Tuned(rates=tuple(rates), trials=len(made), seconds=seconds, results=trainings.name)
+
+
+def with_rates(grid: Grid, tuned: Tuned) -> Grid:
+    """The grid with each configuration at its rate, in all repeats."""
+    rates = {each.label: each.rate for each in tuned.rates}
+    by_key = {_key(trial.spec): rates[trial.label] for trial in _configurations(grid) if trial.label in rates}
+    specs = {
+        trial.spec.id: trial.spec.model_copy(update={"learning_rate": by_key[_key(trial.spec)]})
+        for trial in grid.trials
+        if _key(trial.spec) in by_key
+    }
+    return replace(grid.with_specs(specs), tuned=tuned)
+
+
+def _configurations(grid: Grid) -> list[Trial]:
+    """Each configuration once."""
+    return [trial for trial in grid.trials if trial.repeat == 0 and not trial.twin]
+
+
+def _tuning(spec: TrialSpec, rate: float) -> TrialSpec:
+    keys = {"learning_rate": rate, "held_out_part": "tuning", "measure_forgetting": False, "save_adapter": False}
+    return spec.model_copy(update=keys)
+
+
+def _key(spec: TrialSpec) -> str:
+    """Equal for all repeats of a configuration."""
+    return spec.model_copy(update={"seed": 0}).id
