@@ -273,7 +273,7 @@ _TABLE = (
     _nats(
         "eval_loss_before",
         "eval loss before training",
-        "The same before training: the untouched base at this precision.",
+        "The same before training: the base at this precision, with an adapter as it begins.",
     ),
     _nats(
         "forgetting",

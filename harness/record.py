@@ -322,6 +322,8 @@ class TunedRate(BaseModel):
 
     label: str
     """Of the configuration."""
+    key: str
+    """Id of its spec before, with seed 0."""
     losses: dict[str, float | None]
     """Loss on the stories to tune on, by rate as text; null: that training did not end well."""
     rate: float

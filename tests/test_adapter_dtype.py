@@ -52,7 +52,7 @@ def test_no_copies_of_an_adapters_input_are_kept(small: Small, tmp_path: Path) -
 def test_a_kept_adapter_has_that_format(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small(base_model=tiny_model(tmp_path), precision="bf16", adapter_dtype="bf16")
     network = model.load(spec, torch.device("cpu"))
-    assert {each.dtype for each in model.adapters(network, spec)} == {torch.bfloat16}
+    assert {each.dtype for each in model.adapters(network)} == {torch.bfloat16}
     network.save_pretrained(tmp_path / "kept")
     kept = load_file(tmp_path / "kept/adapter_model.safetensors")
     assert {each.dtype for each in kept.values()} == {torch.bfloat16}

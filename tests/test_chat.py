@@ -460,7 +460,9 @@ def test_rows_that_the_data_hold_out_are_evaluated_on(
     assert f"23 stories: {held_out} held out, 13 to train on; 2 left out (copies of held-out ones), " in data.describe(
         spec
     )
-    assert data.describe(spec).endswith(f"{8 - held_out} neither trained nor evaluated on (held out by the data)")
+    assert data.describe(spec).endswith(
+        f"{8 - held_out} neither trained nor evaluated on (held out by the data, or compared on)"
+    )
     counts = splits.counts(stories.read_all(spec))
     assert (counts.others, counts.given, counts.held_out(wanted), counts.trained_on(wanted)) == (12, 7, held_out, 12)
 

@@ -55,7 +55,7 @@ def of_step(
         tokenizer = checkpoints.load_tokenizer(spec)
         with meter.phase(breakdown=True):
             network: Any = model.load(spec, CPU)
-            meter.adopt_model(network, model.adapters(network, spec))
+            meter.adopt_model(network, model.adapters(network))
         meter.tracker.component = "activations"
         if spec.torch_compile:
             compilation.compile_layers(network)

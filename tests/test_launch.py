@@ -319,7 +319,7 @@ def without_memory_to_save(job: str, options: dict[str, Any], channel: Any) -> N
 
     from harness.training import saved_adapters, worker
 
-    def write(network: Any, spec: TrialSpec, weights: Any, folder: Path) -> None:
+    def write(network: Any, spec: TrialSpec, folder: Path, *, weights: Any) -> None:
         folder.mkdir(parents=True)
         (folder / "half").write_text("half")
         torch.empty(2**50, dtype=torch.uint8)  # more than any machine has

@@ -14,19 +14,33 @@ import torch
 from peft import PeftType
 from pydantic import ValidationError
 from test_cli import harness
+from transformers import AutoConfig, AutoModelForCausalLM
 from trials import run
 
 from harness.analysis import comparison, loading
 from harness.errors import InputError
+from harness.grids.claims import Contrast, recorded_level
 from harness.grids.grid import load
 from harness.predict import matching, peak
-from harness.report import tables
+from harness.report import adapter_tables, document, tables
 from harness.results.store import Store
 from harness.sources import models
 from harness.spec import capabilities
 from harness.spec.keys import ADAPTERS
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, inspection, loss, model, optimizers, order, saved_adapters
+from harness.training import (
+    adapter_methods,
+    batches,
+    checkpoints,
+    formats,
+    inspection,
+    limits,
+    loss,
+    model,
+    optimizers,
+    order,
+    saved_adapters,
+)
 from harness.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -115,6 +129,7 @@ def test_the_table_is_of_every_method_and_of_the_installed_release() -> None:
         ({"adapter": "loha", "adapter_options": {"target_modules": ["q_proj"]}}, "use lora_target_modules"),
         ({"adapter_options": {"r": 4}}, "adapter_options.r: it has a key of its own; use lora_r"),
         ({"adapter": "adalora", "adapter_options": {"total_step": 9}}, "it follows from the trial"),
+        ({"adapter": "adalora", "adapter_options": {"r": 9}}, "use init_r and target_r"),
         ({"adapter": "prompt_tuning"}, "needs num_virtual_tokens, as in adapter_options: {num_virtual_tokens: 20}"),
         ({"adapter": "c3a"}, "block size"),
         ({"adapter": "loha", "lora_target_modules": ["q_prj"]}, "did you mean q_proj?"),
@@ -136,10 +151,21 @@ def test_an_impossible_option_is_one_line_beforehand(small: Small, keys: dict[st
         ({"init_lora_weights": "loftq"}, "on CUDA cards alone"),
         ({"init_lora_weights": "pissa", "precision": "nf4"}, "use olora"),
         ({"init_lora_weights": "pissa_niter_8", "save_adapter": True}, "cannot be found again"),
+        ({"init_lora_weights": ["pissa", "olora"]}, "is not the name of one"),
+        ({"adapter": "loha", "adapter_options": "r=8"}, "is no mapping of names to values"),
+        ({"adapter": "loha", "adapter_options": [{"r": 8}]}, "is no mapping of names to values"),
+        ({"adapter": "loha", "adapter_options": {"r": 8, True: 1}}, "is no mapping of names to values"),
+        ({"init_lora_weights": "mica", "optimizer": "lora_fa"}, "mica trains LoRA's A alone"),
+        ({"init_lora_weights": "mica", "loraplus_lr_ratio": 2.0}, "mica trains LoRA's A alone"),
+        ({"optimizer": "lora_fa", "adapter_options": {"lora_bias": True}}, "trains LoRA's B alone"),
         ({"init_lora_weights": "orthogonal", "lora_r": 3}, "the rank must be even"),
         ({"adapter": "loha", "optimizer": "lora_fa"}, "it is for LoRA's matrices alone"),
         ({"optimizer": "lora_fa", "use_dora": True}, "trains LoRA's B alone"),
         ({"loraplus_lr_ratio": 0.5}, "greater than or equal to 1"),
+        (
+            {"adapter": "adalora", "optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 1},
+            "adalora looks at all of them afterwards",
+        ),
         ({"adapter": "vera", "optimizer": "galore_adamw"}, "whose weights are small already"),
     ],
 )
@@ -152,10 +178,19 @@ def test_equal_options_make_equal_trials(small: Small) -> None:
     one = small(adapter="loha", adapter_options={"r": 4, "alpha": 8}, lora_r=4)
     assert small(adapter="loha", adapter_options={"alpha": 8, "r": 4}, lora_r=99, use_dora=True).id == one.id
     assert small(adapter="loha", adapter_options={"r": 5, "alpha": 8}).id != one.id
+    assert small(adapter="loha", adapter_options=[["r", 4], ["alpha", 8]], lora_r=4).id == one.id
     assert small(adapter="loha", adapter_options={}).id == small(adapter="loha").id
     assert small(loraplus_lr_ratio=2.0).id != small().id == small(init_lora_weights=True).id
     assert small(adapter="loha", loraplus_lr_ratio=2.0).id == small(adapter="loha").id
     assert TrialSpec.model_validate_json(one.model_dump_json()) == one
+
+
+def test_losses_before_training_are_of_one_seed_where_an_adapter_begins_at_random(small: Small) -> None:
+    prompt = {"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 4}}
+    for keys in (prompt, {"adapter": "loha"}, {"init_lora_weights": "pissa_niter_4"}):
+        assert small(**keys).untrained_key != small(**keys, seed=1).untrained_key
+    assert small().untrained_key == small(seed=1, lora_r=8, init_lora_weights="default").untrained_key
+    assert small(init_lora_weights="pissa").untrained_key != small(init_lora_weights="pissa", lora_r=8).untrained_key
 
 
 def test_options_reach_the_method(small: Small) -> None:
@@ -225,7 +260,51 @@ def test_a_prompt_changes_no_label(small: Small) -> None:
     assert float(in_parts) == pytest.approx(float(summed), rel=1e-6)
 
 
+def test_a_prompt_takes_positions(small: Small) -> None:
+    shape = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
+    for tokens, fits in ((64, True), (65, False)):
+        options = {"num_virtual_tokens": tokens}
+        spec = small(adapter="prompt_tuning", adapter_options=options, sequence_length=256)
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, vocab_size=512, n_positions=320))
+        adapted = adapter_methods.attach(network, spec, ())
+        assert ((limits.of_model(adapted).positions or 0) >= 256) == fits
+
+
+def test_noise_is_on_trained_tokens_too(small: Small) -> None:
+    spec = small(adapter="trainable_tokens", adapter_options={"token_indices": [1, 2]}, neftune_noise_alpha=5.0)
+    network = model.load(spec, CPU)
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    one, other = (network(input_ids=tokens).logits for _ in range(2))
+    assert not torch.equal(one, other)
+    network.eval()
+    one, other = (network(input_ids=tokens).logits for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_weights_of_an_adapter_are_none_of_the_base(small: Small) -> None:
+    spec = small(adapter="loha", precision="bf16", adapter_options={"r": 64})
+    assert formats.fraction_in(model.load(spec, CPU), "bf16") == 1.0
+    assert not inspection.inspect([("trial", spec)]).warnings
+
+
 # ------------------------------------------------------------------------------------ AdaLoRA
+
+
+def test_adalora_adds_its_penalty_once_however_the_loss_is_taken(small: Small) -> None:
+    full, chunked = (run(small(adapter="adalora", loss=how)) for how in ("full", "chunked"))
+    for a, b in zip(full.steps, chunked.steps, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-4)
+        assert b.auxiliary_loss == pytest.approx(a.auxiliary_loss, rel=1e-4)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-3)
+    spec = small(adapter="adalora")
+    network = model.load(spec, CPU)
+    data = batches.load(spec, checkpoints.load_tokenizer(spec))
+    batch = next(iter(batches.micro_batches(data.held_out, spec, 0, CPU)))
+    with torch.no_grad():
+        in_parts = loss.by_example(network, batch.inputs, small(adapter="adalora", loss="chunked"))
+        assert [float(x) for x in loss.by_example(network, batch.inputs, spec)] == pytest.approx(
+            [float(x) for x in in_parts], rel=1e-5
+        )
 
 
 def test_adalora_has_the_penalty_and_the_schedule_of_peft(small: Small) -> None:
@@ -353,6 +432,16 @@ def test_a_method_of_one_size_says_how_large_it_is(small: Small) -> None:
     assert kept.spec.lora_r == 4, "a variant of LoRA at LoRA's rank"
 
 
+def test_sizes_that_do_not_go_with_the_layers_are_passed_over(small: Small) -> None:
+    """GraLoRA's rank is a multiple of its blocks; what cannot be built without values keeps its size."""
+    gralora, shira = (small(adapter=name, adapter_options=None) for name in ("gralora", "shira"))
+    each, kept = matching.match([gralora, shira], small(lora_r=7), "trainable_parameters")
+    rank = int(each.size.partition(" ")[2])
+    assert rank % 2 == 0
+    assert each.ratio == pytest.approx(1, abs=0.2)
+    assert (kept.size, kept.ratio, kept.spec) == ("", None, shira)
+
+
 def test_peaks_are_matched_too(small: Small) -> None:
     baseline = small(lora_r=64)
     (each,) = matching.match([small(adapter="loha")], baseline, "peak_memory_bytes")
@@ -381,6 +470,16 @@ def test_a_grid_solves_sizes_before_it_runs_and_says_which_do_not_fit(tmp_path: 
     assert sizes["LoHa", 0] == sizes["LoHa", 1] == sizes["baseline", 0] == 16384
     assert {row["seed"] for row in rows if row["label"] == "LoHa"} == {0, 1}
     table = tables.techniques(comparison.compare(loading.load(tmp_path / "results/sizes")))
+    measurements = loading.load(tmp_path / "results/sizes")
+    # A claim compares methods whose sizes differ, each its own; and finds one by its options.
+    assert len(measurements.pairs(Contrast(compare={"adapter": ("lora", "loha")}))) == 1
+    assert recorded_level("adapter_options", {"r": 4}) in set(measurements.configs["adapter_options"])
+    cards = document.document(measurements, tmp_path / "results/sizes").tables
+    (card,) = (each for each in cards if each.id == "adapters")
+    shown = {row[0].text: [cell.text for cell in row] for row in card.rows}
+    assert shown["LoHa"][1:4] == ["r 4", "0.0002", "16,384"]
+    assert shown["baseline"][1] == "rank 8"
+    assert shown["IA3"][1] == "–"
     labels = [row[0].text for row in table.rows]
     assert "IA3 (0.07× the trainable parameters, unmatched)" in labels
     assert "LoHa" in labels
@@ -400,6 +499,25 @@ def test_the_stories_to_tune_on_are_others(small: Small) -> None:
     assert not trained & (judged[0] | judged[1]), "neither is trained on"
     assert len(trained) == len(compared.train) - 4
     assert "4 neither trained nor evaluated on" in tuned.describe(tuning)
+
+
+def test_configurations_that_become_one_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yml"
+    file.write_text(json.dumps({"base": {"base_model": "random:tiny"}, "vary": {"lora_r": [4, 8]}}))
+    grid = load(file)
+    specs = {t.spec.id: t.spec.model_copy(update={"lora_r": 16}) for t in grid.trials}
+    with pytest.raises(InputError, match="are one configuration"):
+        grid.with_specs(specs)
+
+
+def test_options_of_the_base_are_not_those_of_another_method(tmp_path: Path) -> None:
+    base = {"base_model": "random:tiny", "adapter": "loha", "adapter_options": {"r": 4}}
+    file = tmp_path / "grid.yml"
+    vary = {"method": {"full": {"adapter": "none"}, "IA3": {"adapter": "ia3"}, "larger": {"learning_rate": 1e-3}}}
+    file.write_text(json.dumps({"base": base, "vary": vary}))
+    options = {trial.label: trial.spec.adapter_options for trial in load(file).trials}
+    assert options["full"] is options["IA3"] is None
+    assert options["larger"] == options["baseline"] == (("r", 4),)
 
 
 def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None:
@@ -437,7 +555,7 @@ def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None
         assert row["held_out_part"] == "comparison"
     measurements = loading.load(tmp_path / "results/tuned")
     assert measurements.baseline is not None
-    shown = tables.learning_rates(measurements.tuned) if measurements.tuned else None
+    shown = adapter_tables.learning_rates(measurements.tuned) if measurements.tuned else None
     assert shown is not None
     assert "6 trainings" in shown.note
     assert [row[0].text for row in shown.rows] == ["baseline", "IA3"]
@@ -451,6 +569,14 @@ def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None
         ({"tune_first": {"learning_rate": [1e-4]}}, "with two or more"),
         ({"tune_first": {"learning_rate": [1e-4, -1]}}, "with two or more"),
         ({"tune_first": "learning_rate"}, "give a pretrained base_model"),
+        (
+            {
+                "tune_first": "learning_rate",
+                "base": {"base_model": "smollm2-135m-instruct"},
+                "vary": {"learning_rate": [1]},
+            },
+            "tune_first chooses the learning rate of each configuration",
+        ),
         ({"match": "parameters"}, "unknown match 'parameters'"),
         ({"match": "trainable_parameters", "design": "grid"}, "match goes with a baseline"),
     ],

@@ -13,7 +13,7 @@ from trials import quantizer_of, run
 from harness.sources import models
 from harness.spec.keys import QUANTISED, Precision
 from harness.spec.trial import TrialSpec
-from harness.training import lora, model
+from harness.training import adapter_methods, model
 
 Small = Callable[..., TrialSpec]
 
@@ -51,7 +51,7 @@ def test_adapters_have_the_published_sizes(architecture: str, spec: dict[str, An
         values["lora_target_linear"] = False
     chosen = TrialSpec.model_validate(values)
     with torch.device("meta"):
-        network = lora.attach(on_meta(architecture), chosen, unreached=())
+        network = adapter_methods.attach(on_meta(architecture), chosen, unreached=())
     sizes = model.sizes(network, chosen)
     assert sizes["trainable_parameters"] == trained
     assert sizes["adapter_bytes"] == 4 * trained  # 35.0 MiB for q and v of the 3B at rank 32

@@ -162,7 +162,7 @@ def test_every_optimizer_of_the_spec_is_known_to_transformers() -> None:
 
     from harness.spec.keys import Optimizer, Scheduler
 
-    assert set(get_args(Optimizer)) - {"muon"} <= {name.value for name in OptimizerNames}
+    assert set(get_args(Optimizer)) - {"muon", "lora_fa"} <= {name.value for name in OptimizerNames}
     assert set(get_args(Scheduler)) <= {name.value for name in SchedulerType}
 
 

@@ -91,7 +91,7 @@ def generate(
         InputError: the folder holds no adapter, it does not fit its base, the base has changed since, or there is no
             synopsis.
     """
-    check_adapter(adapter.folder)
+    check_adapter(adapter.folder, to_merge="merged" in models)
     refuse_changed_base(adapter)
     options = {"most_tokens": most_tokens, "temperature": temperature, "seed": seed}
     spec = adapter.spec.model_dump_json()

@@ -70,7 +70,7 @@ def find_adapter(results: Path, trial: str) -> RecordedAdapter:
         folder, row = matches[0]
         raise InputError(
             f"{row['label']} of {folder.name} ended as {row['status']} and kept no adapter; "
-            "that takes adapter: lora and save_adapter: true"
+            "that takes an adapter and save_adapter: true"
         )
     if len(kept) > 1:
         ids = ", ".join(row["trial_id"] for _, row in kept[:4])
@@ -134,11 +134,15 @@ def spec_of_file(file: Path) -> TrialSpec:
     return chosen[0]
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, *, to_merge: bool = True) -> None:
     """Refuse a folder that holds no adapter, before anything is loaded.
 
+    Args:
+        folder: of the adapter.
+        to_merge: it shall be merged, which some methods cannot be.
+
     Raises:
-        InputError: what is missing.
+        InputError: what is missing, or why it cannot be merged.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
@@ -147,5 +151,5 @@ def check_adapter(folder: Path) -> None:
         kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder}/adapter_config.json: not a configuration of peft") from None
-    if reason := capabilities.why_not_merged(str(kind).lower()):
+    if to_merge and (reason := capabilities.why_not_merged(str(kind).lower())):
         raise InputError(f"{folder}: an adapter of kind {kind}: {reason}")

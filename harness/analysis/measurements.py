@@ -240,6 +240,9 @@ class Measurements:
     def _rest(self, contrast: Contrast) -> pandas.Series:
         """A hash of each configuration's keys that must be equal within a pair."""
         varied = {*contrast.compare, *contrast.free}
+        # Each configuration has its own, as its technique does.
+        varied |= {"learning_rate"} if self.tuned is not None else set()
+        varied |= {"lora_r", "lora_alpha", "adapter_options"} if self.match is not None else set()
         columns = [key for key in (*SPEC_KEYS, *contrast.hold) if key not in varied or key in contrast.hold]
         # A sum of random multiples: the chance of a collision among 10^5 configurations is 10^-9.
         weights = numpy.random.default_rng(0).integers(1, 2**63, len(columns), dtype=numpy.uint64)

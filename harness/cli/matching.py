@@ -6,12 +6,13 @@ from typing import Any
 
 from harness._util.terminal import plain
 from harness.cli.console import out
+from harness.errors import InputError
 from harness.grids.document import MATCHED_WITHIN
 from harness.grids.grid import Grid, Trial
 from harness.spec.keys import FULL
 from harness.spec.trial import TrialSpec
 
-_solved: dict[tuple[str, str, str], tuple[str, str, float]] = {}
+_solved: dict[tuple[str, str, str], tuple[str, str, float | None]] = {}
 """Spec, size and ratio, by figure, baseline and spec, in JSON: a grid is loaded several times."""
 NEAR = 0.1
 
@@ -25,8 +26,10 @@ def matched(grid: Grid, *, trust_remote_code: bool) -> Grid:
     from harness.launch.isolated import run_isolated
 
     baseline = next((trial.spec for trial in grid.trials if trial.baseline), None)
-    if grid.match is None or baseline is None:
+    if grid.match is None:
         return grid
+    if baseline is None:
+        raise InputError(f"{grid.name}: match makes adapters as large as the baseline's, and the grid excludes it")
     of_baseline = baseline.model_dump_json()
     trials = {_without_seed(t, baseline): t for t in grid.trials if t.spec.adapter != FULL and not _is_baseline(t)}
     missing = [spec for spec in trials if (grid.match, of_baseline, spec) not in _solved]
@@ -56,16 +59,22 @@ def _seeded(spec: str, trial: Trial) -> TrialSpec:
     return TrialSpec.model_validate_json(spec).model_copy(update={"seed": trial.spec.seed})
 
 
-def _print(label: str, figure: str, size: str, ratio: float) -> None:
+def _print(label: str, figure: str, size: str, ratio: float | None) -> None:
     from harness.metrics import METRICS
 
+    if ratio is None:
+        text = f"{plain(label)}: {METRICS[figure].label} not known before it is trained; its size stays"
+        out.print(f"[yellow]{text}[/]", highlight=False, soft_wrap=True)
+        return
     off = abs(ratio - 1) > MATCHED_WITHIN
     which = size or "has one size alone"
     text = f"{plain(label)}: {which}, {ratio:.2f} of the baseline's {METRICS[figure].label}"
     out.print(f"[yellow]{text}[/]" if off else text, highlight=False, soft_wrap=True)
 
 
-def _match(specs: list[str], baseline: str, figure: Any, trust_remote_code: bool) -> list[tuple[str, str, float]]:
+def _match(
+    specs: list[str], baseline: str, figure: Any, trust_remote_code: bool
+) -> list[tuple[str, str, float | None]]:
     """In the child: the fields of each `predict.matching.Matched`, the spec as JSON."""
     from harness.predict import matching
 

@@ -40,6 +40,10 @@ def find_rates(
         if all(loss is None for loss in each.losses.values()):
             out.print(f"[yellow]{plain(each.label)}: no training ended well; its own rate stays[/]", highlight=False)
             continue
+        failed = [rate for rate, loss in each.losses.items() if loss is None]
+        if failed:
+            rates = ", ".join(failed)
+            out.print(f"[yellow]{plain(each.label)}: no loss at {rates}, whose training did not end well[/]")
         edge = " (the last one tried: a better one may lie beyond)" if each.at_edge else ""
         out.print(f"{plain(each.label)}: {each.rate:g}{edge}", highlight=False, soft_wrap=True)
     return tuned

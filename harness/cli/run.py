@@ -172,6 +172,8 @@ def run(
     planned = LocalLauncher() if where.remote else make_launcher(where, loaded)
     here = () if where.remote else beforehand.environments_of(loaded, planned)
     if size is not None:
+        if loaded.rates:
+            raise InputError("--size does not know how long tune_first takes; leave one of them out")
         sizing = beforehand.Sizing(budget, trust_remote_code, predict, most_trials)
         loaded = beforehand.sized(grid_of, store, here, sizing)
     snapshot = Snapshot()

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,12 +40,14 @@ _EXPECT = re.compile(
 
 
 def recorded_level(key: str, level: Any) -> Any:
-    """A level of a condition as rows hold it: the layers that get an adapter are JSON, `all-linear` is null.
+    """A level of a condition as rows hold it: options and layers that get an adapter are JSON, `all-linear` is null.
 
     Args:
         key: the condition.
         level: as a claim writes it; of layers one name, a list of names, or a list of such lists (any of them).
     """
+    if key == "adapter_options" and isinstance(level, Mapping):
+        return json.dumps(sorted([name, value] for name, value in level.items()))
     if key != "lora_target_modules" or level in (None, "any"):
         return level
     if isinstance(level, str):

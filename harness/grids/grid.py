@@ -138,15 +138,24 @@ class Grid:
         return replace(self, trials=tuple(replace(t, contents=contents_of(t.spec)) for t in self.trials))
 
     def with_specs(self, specs: Mapping[str, TrialSpec]) -> Grid:
-        """The grid with other specs in place of those with these ids."""
+        """The grid with other specs in place of those with these ids.
+
+        Raises:
+            InputError: two of its configurations are one then.
+        """
         ids = {old: new.id for old, new in specs.items()}
-        return replace(
-            self,
-            trials=tuple(
-                replace(t, spec=specs.get(t.spec.id, t.spec), baseline_id=ids.get(t.baseline_id or "", t.baseline_id))
-                for t in self.trials
-            ),
+        trials = tuple(
+            replace(t, spec=specs.get(t.spec.id, t.spec), baseline_id=ids.get(t.baseline_id or "", t.baseline_id))
+            for t in self.trials
         )
+        labels: dict[str, str] = {}
+        for trial in (each for each in trials if not each.twin):
+            if labels.setdefault(trial.spec.id, trial.label) != trial.label:
+                raise InputError(
+                    f"{self.name}: {labels[trial.spec.id]} and {trial.label} are one configuration at the size and the "
+                    "learning rate that match and tune_first give them; drop one of them"
+                )
+        return replace(self, trials=trials)
 
     def only(self, labels: Collection[str]) -> Grid:
         """The grid with these trials only, and the baseline that they are compared with."""
@@ -230,6 +239,9 @@ def _build(
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
     trials = [replace(trial, spec=located(trial.spec, path)) for trial in _merge_duplicates(trials)]
+    rates = rates_of(document, base_spec)
+    if rates and any(trial.factor == "learning_rate" for trial in trials):
+        raise ValueError("tune_first chooses the learning rate of each configuration, and vary gives it; keep one")
     timing = timing_of(document)
     repeated = [trial for k in range(times) for trial in repeat(trials, base_spec, k)]
     # Alone, it has no second run: it shows how much a seed changes a loss.
@@ -244,7 +256,7 @@ def _build(
         claims,
         timing=timing,
         match=match_of(document, design),
-        rates=rates_of(document, base_spec),
+        rates=rates,
         training_file=None if meant.tool == OWN else meant,
     )
 

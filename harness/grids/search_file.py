@@ -46,6 +46,9 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, *, without_unsu
     document = read_yaml(path)
     try:
         name, title = header(document, path)
+        for key in ("match", "tune_first"):
+            if key in document:
+                raise ValueError(f"{key} is of a grid that harness run compares; leave it out of a search")
         if not isinstance(document.get("tune"), dict):
             given = kind_of(document["tune"]) if "tune" in document else "missing"
             raise ValueError(f"tune is {given}; it must be a mapping with at least space, as in grids/tune.yml")

@@ -100,6 +100,8 @@ def _is_all_linear(targets: Any) -> bool:
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the keys of `override`; a key that excludes another removes it from the base."""
     dropped = {key for group in _EXCLUSIVE if group & override.keys() for key in group - override.keys()}
+    if override.get("adapter", base.get("adapter")) != base.get("adapter"):  # options are of one method
+        dropped |= {"adapter_options"}
     return {key: value for key, value in base.items() if key not in dropped} | dict(override)
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from harness.environment import DeviceType
 from harness.predict.prediction import Prediction, SpecPrediction, Verdict
+from harness.spec import capabilities
 from harness.spec.keys import FULL, LORA, QUANTISED, SHARDED_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 
@@ -266,6 +267,7 @@ def _changed(spec: TrialSpec, changes: Sequence[Change]) -> TrialSpec | None:
     for change in changes:
         keys |= change.keys
     try:
-        return TrialSpec.model_validate(spec.model_dump() | keys)
+        changed = TrialSpec.model_validate(spec.model_dump() | keys)
     except ValidationError:
         return None
+    return None if capabilities.refusal(changed) else changed

@@ -6,6 +6,7 @@ comes nearest is found by building the model without values, or by predicting it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from harness.grids.document import Match
 from harness.predict import peak
 from harness.spec.keys import FULL, LORA
 from harness.spec.trial import TrialSpec
-from harness.training import model
+from harness.training import adapter_targets, model
 
 _RANKS = dict.fromkeys(
     ("loha", "lokr", "delora", "deft", "glora", "gralora", "hira", "hra", "lily", "miss", "peanut", "psoft", "pvera",
@@ -45,8 +46,12 @@ _SIZES = _RANKS | {
 built without values."""
 _BLOCKS = frozenset({"boft", "c3a", "oft"})
 """Methods whose size divides the widths of layers."""
+_UNKNOWN = (NotImplementedError, peak.Unpredictable)
+"""What is raised where a figure is not known without values."""
 _POWERS = 10
 """Powers of four that are tried, the first of which is 1."""
+_NEAREST = 8
+"""Sizes that are tried where the one that is aimed at does not go with the layers."""
 _SURELY = 64
 """Size up to which all of them are."""
 _TARGET_OF_ADALORA = 2 / 3
@@ -59,8 +64,8 @@ class Matched(NamedTuple):
     spec: TrialSpec
     size: str
     """Of the adapter, like `r 8`; empty where the method has no sizes."""
-    ratio: float
-    """Its figure as a multiple of the baseline's."""
+    ratio: float | None
+    """Its figure as a multiple of the baseline's; null: it is not known before it is measured."""
 
 
 def match(
@@ -94,9 +99,8 @@ def _common_divisors(spec: TrialSpec, trust_remote_code: bool) -> list[int]:
     """Of the widths of all linear layers but the head."""
     base = spec.model_copy(update={"adapter": FULL, "adapter_options": None})
     network = model.skeleton(base, trust_remote_code=trust_remote_code)
-    head = network.get_output_embeddings()
-    linear = [each for each in network.modules() if hasattr(each, "out_features") and each is not head]
-    common = math.gcd(*(width for each in linear for width in (each.in_features, each.out_features)))
+    linear = [network.get_submodule(name) for name in adapter_targets.linear_names(network)]
+    common = math.gcd(*(width for each in linear for width in each.weight.shape))
     return [size for size in range(1, common + 1) if common % size == 0]
 
 
@@ -104,20 +108,25 @@ def _nearest(
     spec: TrialSpec, wanted: int, measure: Callable[[TrialSpec], int], blocks: Callable[[], list[int]]
 ) -> Matched:
     if spec.adapter not in _SIZES:
-        return Matched(spec, "", measure(spec) / wanted)
+        try:
+            return Matched(spec, "", measure(spec) / wanted)
+        except _UNKNOWN:
+            return Matched(spec, "", None)
 
     @functools.cache
     def at(size: int) -> float | None:
         """The figure at a size as a multiple of what is wanted; null: the layers do not take the size."""
         try:
             return measure(_sized(spec, size)) / wanted or None
-        except InputError:
+        except (InputError, *_UNKNOWN):
             return None
 
     sizes = blocks() if spec.adapter in _BLOCKS else _approached(at)
     ratios = {size: ratio for size in sizes if (ratio := at(size)) is not None}
     if not ratios:
-        measure(_sized(spec, sizes[0]))  # whose refusal says why
+        with contextlib.suppress(*_UNKNOWN):
+            measure(_sized(spec, 1))  # whose refusal says why
+        return Matched(spec, "", None)
     size = min(ratios, key=lambda size: (abs(math.log(ratios[size])), size))
     return Matched(_sized(spec, size), f"{_SIZES[spec.adapter]} {size}", ratios[size])
 
@@ -146,11 +155,13 @@ def _between(at: Callable[[int], float | None], low: int, high: int) -> list[int
         if before is None or after is None:
             break
         part = (1 - before) / (after - before)
-        size = min(max(low + round(part * (high - low)), low + 1), high - 1)
-        tried.append(size)
-        ratio = at(size)
-        if ratio is None:
+        aimed = min(max(low + round(part * (high - low)), low + 1), high - 1)
+        sizes = sorted(range(low + 1, high), key=lambda size: abs(size - aimed))[:_NEAREST]
+        size = next((size for size in sizes if at(size) is not None), None)
+        if size is None:
             break
+        tried.append(size)
+        ratio = at(size) or 1.0
         low, high = (low, size) if (ratio < 1) != (before < 1) else (size, high)
     return tried
 

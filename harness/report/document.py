@@ -21,7 +21,7 @@ from harness.analysis.pilot import PILOT_MODEL
 from harness.dialects.training_file import TrainingFile
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS, MOSTLY_IN_FORMAT
-from harness.report import inference_tables, plots, tables, tuning
+from harness.report import adapter_tables, inference_tables, plots, tables, tuning
 from harness.results.store import Store
 
 MOST_ROWS = 500
@@ -99,8 +99,9 @@ def document(measurements: Measurements, folder: Path) -> Document:
         tables=(
             first,
             *(search.tables if search else ()),
-            *([] if measurements.tuned is None else [tables.learning_rates(measurements.tuned)]),
             *rest,
+            *([adapter_tables.adapters(comparison)] if adapter_tables.compares_methods(comparison) else []),
+            *([] if measurements.tuned is None else [adapter_tables.learning_rates(measurements.tuned)]),
             inference_tables.models(measurements, comparison),
             *([inference_tables.generated_stories(measurements)] if stories else []),
         ),

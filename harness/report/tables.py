@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas
 
-from harness._util.units import show_seconds
 from harness.analysis import words
 from harness.analysis.compare_runs import RunComparison
 from harness.analysis.comparison import (
@@ -27,7 +26,6 @@ from harness.analysis.words import MISSING, NOT_MEASURED, effect_and_word, figur
 from harness.grids.claims import Contrast, LessonTable, lesson
 from harness.grids.document import MATCHED_WITHIN
 from harness.metrics import COMPONENTS, HEADLINE, METRICS
-from harness.record import Tuned
 from harness.spec.keys import FULL
 
 
@@ -141,25 +139,6 @@ def _unmatched(comparison: Comparison, config: int) -> str:
     if not own or not wanted or abs(own / wanted - 1) <= MATCHED_WITHIN:
         return ""
     return f" ({own / wanted:.2g}× the {METRICS[m.match].label}, unmatched)"
-
-
-def learning_rates(tuned: Tuned) -> Table:
-    """The loss of each configuration at each learning rate that was tried before the comparison, and the one chosen."""
-    tried = list(dict.fromkeys(rate for each in tuned.rates for rate in each.losses))
-    rows = []
-    for each in tuned.rates:
-        losses = [figure_cell("eval_loss", each.losses.get(rate)) for rate in tried]
-        edge = ", the last one tried" if each.at_edge else ""
-        rows.append((Cell(each.label), *losses, Cell(f"{each.rate:g}{edge}", each.rate)))
-    return Table(
-        "rates",
-        "Learning rates before the comparison",
-        ("Technique", *tried, "Chosen"),
-        tuple(rows),
-        f"Loss in nats on stories that nothing here is compared on. The same {len(tried)} rates for each, "
-        f"{tuned.trials} trainings of {show_seconds(tuned.seconds)} in all, whose rows are in results/{tuned.results}. "
-        "The lowest or highest rate chosen: a better one may lie beyond.",
-    )
 
 
 def components(comparison: Comparison) -> Table:

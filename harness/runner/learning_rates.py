@@ -44,15 +44,15 @@ def tuned(grid: Grid, trainings: Grid, store: Store, launcher: Launcher) -> Tune
             losses[str(rate)] = row["eval_loss"] if row.get("status") == "ok" else None
         ended = {rate: loss for rate, loss in losses.items() if loss is not None}
         best = float(min(ended, key=lambda rate: ended[rate])) if ended else trial.spec.learning_rate
-        rates.append(TunedRate(label=trial.label, losses=losses, rate=best))
+        rates.append(TunedRate(label=trial.label, key=_key(trial.spec), losses=losses, rate=best))
     seconds = sum(row["trial_seconds"] or 0.0 for row in made.values())
     return Tuned(rates=tuple(rates), trials=len(made), seconds=seconds, results=trainings.name)
 
 
 def with_rates(grid: Grid, tuned: Tuned) -> Grid:
     """The grid with each configuration at its rate, in all repeats."""
-    rates = {each.label: each.rate for each in tuned.rates}
-    by_key = {_key(trial.spec): rates[trial.label] for trial in _configurations(grid) if trial.label in rates}
+    rates = {each.key: each.rate for each in tuned.rates}
+    by_key = {key: rates[key] for trial in _configurations(grid) if (key := _key(trial.spec)) in rates}
     specs = {
         trial.spec.id: trial.spec.model_copy(update={"learning_rate": by_key[_key(trial.spec)]})
         for trial in grid.trials

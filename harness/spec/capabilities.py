@@ -7,6 +7,7 @@ import importlib.metadata
 from pathlib import Path
 
 from harness.spec.datasets import Frozen
+from harness.spec.keys import QUANTISED
 from harness.spec.trial import TrialSpec
 
 TABLE = Path(__file__).with_name("capabilities.json")
@@ -63,7 +64,8 @@ def table() -> Capabilities:
 
 def refusal(spec: TrialSpec) -> str | None:
     """Why a method cannot train as a spec says; null where it can, was not tried, or another peft may know how."""
-    if spec.quantizer != "bitsandbytes" or dict(table().versions)["peft"] != importlib.metadata.version("peft"):
+    of_another_library = spec.precision in QUANTISED and spec.quantizer != "bitsandbytes"
+    if of_another_library or dict(table().versions)["peft"] != importlib.metadata.version("peft"):
         return None
     cell = table().find(spec.adapter, _LIKE.get(spec.precision, spec.precision))
     if cell is None:

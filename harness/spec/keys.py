@@ -177,8 +177,21 @@ Adapter = Annotated[StrictStr, AfterValidator(check_adapter)]
 
 
 def _as_pairs(options: object) -> object:
-    """A mapping as pairs in the order of their names, so that equal options make equal trials; null if it is empty."""
-    return tuple(sorted(options.items())) or None if isinstance(options, Mapping) else options
+    """A mapping as pairs in the order of their names, so that equal options make equal trials; null if it is empty.
+
+    Raises:
+        ValueError: it is neither a mapping of names nor such pairs.
+    """
+    if options is None:
+        return None
+    pairs = list(options.items()) if isinstance(options, Mapping) else options
+    if not isinstance(pairs, list | tuple) or not all(_is_pair(each) for each in pairs):
+        raise ValueError(f"{options!r} is no mapping of names to values, like {{r: 8, alpha: 16}}")
+    return tuple(sorted(dict(pairs).items())) or None
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 AdapterOptions = Annotated[tuple[tuple[StrictStr, JsonValue], ...] | None, BeforeValidator(_as_pairs)]
@@ -202,6 +215,8 @@ def _check_initialisation(name: Any) -> Any:
         ValueError: there is none of that name.
     """
     name = "default" if name is True else name
+    if not isinstance(name, str | bool):
+        raise ValueError(f"{name!r} is not the name of one; use {', '.join(INITIALISATIONS)}, or pissa_niter_4")
     if name in INITIALISATIONS or (isinstance(name, str) and _PISSA_ROUNDS.fullmatch(name)):
         return name
     if name in _OTHER_INITIALISATIONS:

@@ -144,7 +144,7 @@ class Parameters(Frozen):
     use_dora: Annotated[StrictBool, Part.ADAPTERS] = False
     """Weight-decomposed LoRA."""
     init_lora_weights: Annotated[Initialisation, Facts(absent="default"), Part.ADAPTERS] = "default"
-    """How LoRA's matrices begin: `default` (random times zero), or `pissa`, `olora`, `loftq` and others, which take
+    """How LoRA's matrices begin: `default` (random times zero), or `pissa`, `olora`, `mica` and others, which take
     parts of the base weights."""
     loraplus_lr_ratio: Annotated[RateRatio | None, _later_rate(None), Part.OPTIMIZER] = None
     """Learning rate of LoRA's B as a multiple of A's (LoRA+); null: the same."""

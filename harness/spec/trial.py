@@ -145,11 +145,16 @@ class TrialSpec(Parameters):
             )
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             raise ValueError(f"{given} with lora_r {self.lora_r}: the rank must be even")
-        if self.optimizer == "lora_fa" and (self.use_dora or self.loraplus_lr_ratio or self.lora_modules_to_save):
+        biased = bool(dict(self.adapter_options or ()).get("lora_bias")) or self.lora_bias != "none"
+        others = self.use_dora or self.loraplus_lr_ratio or self.lora_modules_to_save or biased
+        if self.optimizer == "lora_fa" and others:
             raise ValueError(
-                "optimizer lora_fa trains LoRA's B alone, without use_dora, loraplus_lr_ratio or lora_modules_to_save; "
-                "leave them out, or use another optimizer"
+                "optimizer lora_fa trains LoRA's B alone, without use_dora, loraplus_lr_ratio, lora_modules_to_save or "
+                "biases; leave them out, or use another optimizer"
             )
+        if self.init_lora_weights == "mica" and (self.optimizer == "lora_fa" or self.loraplus_lr_ratio):
+            name = "optimizer lora_fa" if self.optimizer == "lora_fa" else "loraplus_lr_ratio"
+            raise ValueError(f"{given} with {name}: mica trains LoRA's A alone, and that is about B; keep one")
         if self.optimizer == "muon" and self.loraplus_lr_ratio:
             raise ValueError("loraplus_lr_ratio with optimizer muon, which scales updates itself; keep one")
 
@@ -159,6 +164,8 @@ class TrialSpec(Parameters):
             raise ValueError(f"{given}; use gradient_accumulation_steps: 1, and a larger micro_batch_size")
         if self.max_grad_norm:
             raise ValueError(f"{given}, before the norm of all is known; use max_grad_norm: 0")
+        if self.adapter == "adalora":
+            raise ValueError(f"{given}, and adalora looks at all of them afterwards; use optimizer_in_backward: false")
         if self.optimizer == "lora_fa":
             raise ValueError(f"{given}, and lora_fa updates pairs of them; use adamw_torch")
         if self.optimizer == "apollo_adamw":
@@ -278,14 +285,18 @@ class TrialSpec(Parameters):
     def untrained_key(self) -> str:
         """As `id`, but equal for specs whose models have the same losses before training, to the bit.
 
-        An adapter adds an exact zero until it is trained, whatever its size and place. DoRA also scales each layer that
-        has one by norms that round, so its `lora_` keys count.
+        LoRA adds an exact zero until it is trained, whatever its size and place. DoRA also scales each layer that has
+        one by norms that round, so its `lora_` keys count. What takes parts of the weights rounds them, and other
+        methods begin as they do, prompts with random tokens: there the seed counts too.
         """
+        adds_zero = self.adapter == FULL or (self.adapter == LORA and self.init_lora_weights in ("default", "gaussian"))
         return _digest(
             {
                 k: v
                 for k, v in self.canonical().items()
-                if FACTS[k].untrained or (self.use_dora and k.startswith("lora_"))
+                if FACTS[k].untrained
+                or (k.startswith("lora_") and (self.use_dora or not adds_zero))
+                or (k == "seed" and not adds_zero)
             }
         )
 

@@ -10,6 +10,7 @@ chat_templates, batches, evaluation; memory with live_tensors and out_of_memory,
 
 __all__ = [
     "adapter_methods",
+    "adapter_targets",
     "batches",
     "chat",
     "checkpoints",

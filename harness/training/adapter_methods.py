@@ -41,6 +41,8 @@ _SET_HERE = frozenset(
      "inference_mode", "exclude_modules", "total_step"}
 )  # fmt: skip
 """Options that follow from the trial."""
+_BY_OTHER_NAMES = {"adalora": {"r": "init_r and target_r"}}
+"""Options that a method inherits and does not read, with those that it does, by method."""
 _OWN_LAYERS = frozenset({"adaption_prompt", "ln_tuning", "trainable_tokens"})
 """Methods that choose their layers themselves, none of which is linear, unless they are named."""
 _SCHEDULE = {"adalora": "total_step"}
@@ -95,12 +97,11 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
         if ".ranknum." in name:  # a count: peft (0.21) lets AdaLoRA train it over 16-bit and quantised weights
             parameter.requires_grad_(False)
     named = (*adapted.named_parameters(), *adapted.named_buffers())
-    # What is trained of the base itself, such as biases, belongs to the adapter too.
-    adapted.adapter_tensors = frozenset(
-        name
-        for name, tensor in named
-        if tensor.requires_grad or (id(tensor) not in of_base and "base_layer." not in name)
+    adapted.own_tensors = frozenset(
+        name for name, tensor in named if id(tensor) not in of_base and "base_layer." not in name
     )
+    # What is trained of the base itself, such as biases, belongs to the adapter too.
+    adapted.adapter_tensors = adapted.own_tensors | {name for name, tensor in named if tensor.requires_grad}
     if spec.adapter == LORA:
         _set_up_lora(adapted, spec)
     adapted.seconds_to_attach = time.perf_counter() - started
@@ -127,7 +128,7 @@ def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
         if parameter.requires_grad and ".lora_" in name:
             if spec.adapter_dtype == "bf16":
                 parameter.data = parameter.data.to(torch.bfloat16)
-            if spec.optimizer == "lora_fa" and ".lora_A." in name:
+            if spec.optimizer == "lora_fa" and (".lora_A." in name or ".lora_embedding_" in name):
                 parameter.requires_grad_(False)
     if spec.recompute_adapter_inputs:
         adapter_inputs.recompute(adapted)
@@ -207,6 +208,8 @@ def _options(kind: Any, spec: TrialSpec) -> dict[str, Any]:
             raise InputError(f"adapter_options.{name}: it has a key of its own; use {keys[name]}")
         if name in _SET_HERE:
             raise InputError(f"adapter_options.{name}: it follows from the trial; leave it out")
+        if instead := _BY_OTHER_NAMES.get(spec.adapter, {}).get(name):
+            raise InputError(f"adapter_options.{name}: {spec.adapter} does not read it; use {instead}")
         known = [each for each in hints if each not in keys and each not in _SET_HERE]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -286,9 +289,10 @@ def _layers_of_ia3(
     }
 
 
-def is_prompt(network: Any) -> bool:
-    """Whether a model's adapter is tokens, or keys and values of tokens, that stand before each text."""
-    return any(config.is_prompt_learning for config in getattr(network, "peft_config", {}).values())
+def prompt_tokens(network: Any) -> int:
+    """Tokens of an adapter's prompt, which stand before each text; 0 where it has none."""
+    configs = getattr(network, "peft_config", {}).values()
+    return sum(config.num_virtual_tokens for config in configs if config.is_prompt_learning)
 
 
 def without(network: Any) -> tuple[list[str], list[str]]:
@@ -303,6 +307,12 @@ def tensor_names(network: Any) -> frozenset[str]:
     an adapter.
     """
     names: frozenset[str] = getattr(network, "adapter_tensors", frozenset())
+    return names
+
+
+def own_names(network: Any) -> frozenset[str]:
+    """Names of the parameters and buffers that an adapter has added; empty without one."""
+    names: frozenset[str] = getattr(network, "own_tensors", frozenset())
     return names
 
 

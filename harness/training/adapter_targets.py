@@ -34,15 +34,16 @@ def targets(network: Any, spec: TrialSpec, by_architecture: Mapping[str, Sequenc
     if spec.lora_target_modules is not None:
         names = list(spec.lora_target_modules)
         if names[0] == ALL_LINEAR:
-            return [*_linear_names(network), *names[1:]]
+            return [*linear_names(network), *names[1:]]
         return names[0] if is_pattern(names[0]) else names
     if not spec.lora_target_linear:
         return _defaults(network, by_architecture)
     # peft (0.21) does not count HQQ's layers among all linear ones.
-    return _linear_names(network) if any(map(quantisers.of_hqq, network.modules())) else ALL_LINEAR
+    return linear_names(network) if any(map(quantisers.of_hqq, network.modules())) else ALL_LINEAR
 
 
-def _linear_names(network: Any) -> list[str]:
+def linear_names(network: Any) -> list[str]:
+    """Whole names of all linear layers but the head."""
     head = network.get_output_embeddings()
     return [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
 

@@ -188,6 +188,11 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     if spec.held_out_part == "tuning":
         compared_on = {example.story_id for example in held_out.examples}
         others = [story for story in candidates if story.id not in compared_on]
+        if len(others) < len(compared_on):
+            raise InputError(
+                f"held_out_part tuning: {len(compared_on)} of {len(candidates)} stories that can be held out are "
+                f"compared on, and as many others are asked for; use val_set_size: {len(candidates) // 2} or less"
+            )
         held_out = _choose_held_out(others, wanted, spec, tokenizer)
     held_out_ids = {example.story_id for example in held_out.examples}
     left_out_ids = {story.id for story in given} or held_out_ids | compared_on

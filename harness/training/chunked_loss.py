@@ -38,8 +38,9 @@ def refuse_if_impossible(causal: Any) -> None:
 
 @contextlib.contextmanager
 def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[None]:
-    """Within, a forward pass of a causal language model has no logits: its outputs' `loss` are the sums of the cross
-    entropies of each example in nats, or in training that of all of them.
+    """Within, a forward pass of a causal language model has no logits: in their place its outputs have the sums of the
+    cross entropies of each example in nats, or in training that of all of them. Their `loss` stays free: AdaLoRA adds
+    to it what is there.
 
     Args:
         causal: without the wrapper of its adapters, whose layers it has.
@@ -68,7 +69,7 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, size: int) -> Iterator[
 
         # Tokens of an adapter's prompt may stand before the others.
         targets = F.pad(labels[:, 1:], (output[0].shape[1] - labels.shape[1], 1), value=IGNORED)
-        kept = {"loss": _losses(output[0], targets, logits_of, _trained_beyond(causal), size)}
+        kept = {"logits": _losses(output[0], targets, logits_of, _trained_beyond(causal), size)}
         if getattr(outputs, "aux_loss", None) is not None:
             kept["aux_loss"] = outputs.aux_loss
         return type(outputs)(**kept)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.training import quantisers
+from harness.training import adapter_methods, quantisers
 from harness.training.live_tensors import parts
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -38,9 +38,10 @@ def fraction_in(network: Any, name: str) -> float | None:
 def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
     """Each base weight once: its module, itself, its format, and how many numbers it stands for."""
     seen = set()
+    of_adapters = adapter_methods.own_names(network)
     for path, module in network.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if "lora_" not in path and id(parameter) not in seen:
+            if f"{path}.{key}" not in of_adapters and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield module, parameter, *_format(module, key, parameter)
 

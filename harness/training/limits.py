@@ -9,6 +9,7 @@ import torch
 
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
+from harness.training import adapter_methods
 from harness.training.batches import Data
 
 _OFFSET = 2
@@ -22,7 +23,7 @@ class Limits:
     embeddings: int | None
     """Ids that have an embedding: those below; null: the model does not show its embeddings."""
     positions: int | None
-    """Longest sequence; null: any, since positions are computed and not looked up."""
+    """Longest sequence, next to an adapter's prompt; null: any, since positions are computed and not looked up."""
     made_for: int | None
     """Positions that its config names, beyond which it may not have been trained."""
 
@@ -50,7 +51,9 @@ def of_model(network: Any) -> Limits:
     made_for = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if made_for is None or made_for < 1:
         return Limits(rows, None, None)
-    return Limits(rows, _positions(network, embeddings, made_for), made_for)
+    positions = _positions(network, embeddings, made_for)
+    prompt = adapter_methods.prompt_tokens(network)
+    return Limits(rows, None if positions is None else positions - prompt, made_for)
 
 
 def of_texts(data: Data, tokenizer: Any) -> Texts:

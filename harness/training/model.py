@@ -238,11 +238,11 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcasts:
         _upcast_unquantized(model)
-    if spec.neftune_noise_alpha is not None:
-        model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
     unreached = reach.unreached(model)
     if spec.adapter != FULL:
         model = adapter_methods.attach(model, spec, unreached)
+    if spec.neftune_noise_alpha is not None:  # on what an adapter has in place of the embeddings, if it has
+        model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
     for parameter in unreached.values():
         parameter.requires_grad_(False)
     model.train()

@@ -191,7 +191,8 @@ class Trainer:
             self.scaler.update()
         self.scheduler.step()
         self._updates += 1
-        adapter_methods.after_update(self._module, self._updates)
+        if norm is not None:  # else gradients are not finite
+            adapter_methods.after_update(self._module, self._updates)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, auxiliary_loss, norm, rate)
 
