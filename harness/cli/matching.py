@@ -14,7 +14,6 @@ from harness.spec.trial import TrialSpec
 
 _solved: dict[tuple[str, str, str], tuple[str, str, float | None]] = {}
 """Spec, size and ratio, by figure, baseline and spec, in JSON: a grid is loaded several times."""
-NEAR = 0.1
 
 
 def matched(grid: Grid, *, trust_remote_code: bool) -> Grid:
