@@ -337,7 +337,7 @@ _TABLE = (
         "lower",
         "speed",
         "Seconds to make the adapter over the loaded base, with what it takes of the base's weights, such as singular "
-        "vectors. Within the load time; null for full fine-tuning.",
+        "vectors, or of the data. Within the load time; null for full fine-tuning.",
         show_seconds,
     ),
     Metric(

@@ -13,6 +13,7 @@ import torch
 
 from harness.errors import InputError
 from harness.sources import stories
+from harness.sources.files import read_file
 from harness.sources.stories import Story
 from harness.spec.datasets import DatasetSpec, PromptSpec
 from harness.spec.trial import TrialSpec
@@ -65,9 +66,21 @@ def test_bundled_texts() -> None:
 
 def test_general_text_is_judged_without_a_prompt(tokenizer: Any) -> None:
     (_, text), *_ = stories.general()
-    example = batches.general(tokenizer)[0]
+    example = batches.general(tokenizer, 64)[0]
     assert tokenizer.decode(example.input_ids) == text
     assert sum(label != batches.IGNORED for label in example.labels) == len(example) - 1
+
+
+def test_some_general_passages_are_of_all_kinds(tokenizer: Any) -> None:
+    kinds = [row["kind"] for row in read_file(stories.GENERAL)]
+    order = [passage for passage, _ in stories.general()]
+    for samples in (1, 16, 63, 64):
+        numbers = [order.index(example.story_id) for example in batches.general(tokenizer, samples)]
+        assert len({*numbers}) == samples
+        assert numbers == sorted(numbers)
+        for kind in {*kinds}:
+            expected = samples * kinds.count(kind) / len(kinds)
+            assert abs(sum(kinds[number] == kind for number in numbers) - expected) < 1
 
 
 def test_held_out_stories_depend_on_neither_seed_nor_row_order(small: Small, tokenizer: Any, tmp_path: Path) -> None:

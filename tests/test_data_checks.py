@@ -350,16 +350,16 @@ def test_steps_without_a_learning_rate_are_refused(small: Small, name: str) -> N
         for ratio in RATIOS:
             spec = small(lr_scheduler=name, warmup_ratio=ratio, train_samples=None, max_steps=steps)
             if any(rates_of(spec, steps)):
-                order.check_rates(spec, 100)
+                order.check_schedules(spec, 100)
                 continue
             with pytest.raises(InputError, match="warmup_ratio") as refused:
-                order.check_rates(spec, 100)
+                order.check_schedules(spec, 100)
             ways = dict(re.findall(r"(warmup_ratio|max_steps): ([\d.]+)", str(refused.value)))
             assert "warmup_ratio" in ways
             for key, value in ways.items():
                 given = {key: float(value) if key == "warmup_ratio" else int(value)}
                 changed = spec.model_copy(update=given)
-                order.check_rates(changed, 100)
+                order.check_schedules(changed, 100)
                 assert any(rates_of(changed, -(-changed.samples(100) // 4)))
 
 

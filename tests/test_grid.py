@@ -336,7 +336,7 @@ def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
 
 
 def test_every_key_of_a_technique_acts_on_a_part() -> None:
-    of_machine_or_output = {"device", "memory_budget", "save_adapter", "measure_forgetting"}
+    of_machine_or_output = {"device", "memory_budget", "save_adapter", "measure_forgetting", "general_samples"}
     nowhere = {key for key, facts in FACTS.items() if facts.measured and part_of([key]) is None}
     assert nowhere == of_machine_or_output
     assert part_of(["adapter", "learning_rate"]) is Part.ADAPTERS
@@ -682,7 +682,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     # examples.
     bound = {"double_quantization", "compute_dtype", "upcast_unquantized", "sharding", "reentrant_checkpointing"}
     bound |= {"optimizer_in_backward"}  # without clipping
-    bound |= {"quantizer"}
+    bound |= {"quantizer", "general_samples"}
     bound |= {"loss_chunk_size", "checkpoint_every_n_layers", "checkpoint_keep", "checkpoint_offload", "sample_packing"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
     assert set(TrialSpec.model_fields) - set(changes) == unmeasured | bound
@@ -692,6 +692,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     for precision, quantizer in (("int8", "bitsandbytes"), ("int8", "torchao"), ("int8", "hqq"), ("int4", "hqq")):
         chosen = TrialSpec.model_validate(plain | {"precision": precision, "quantizer": quantizer})
         ids[f"{precision} of {quantizer}"] = chosen.id
+    ids["some passages"] = TrialSpec.model_validate(plain | {"measure_forgetting": True, "general_samples": 8}).id
     for how in ("full_shard", "shard_grad_op"):
         ids[how] = TrialSpec.model_validate(plain | {"num_processes": 2, "sharding": how}).id
     assert len(set(ids.values())) == len(ids)

@@ -122,7 +122,7 @@ def test_a_trial_that_reuses_them_has_the_same_row(
     first = made(**FORMATS[form], measure_forgetting=True)
     second = made(**FORMATS[form], measure_forgetting=True, lora_r=8, seed=1)
     passages = stories.general()[:3]
-    monkeypatch.setattr(stories, "general", lambda: passages)
+    monkeypatch.setattr(stories, "general", lambda samples: passages)
     measured: list[int] = []
     measure = evaluation.story_losses
 

@@ -22,8 +22,6 @@ LEAST_VISITS, LEAST_STORIES = 3, 32
 _MOST_VISITS, _MOST_REPEATS = 100, 50
 _STEPS_OF_VISIT = 3
 """Different steps that a visit repeats."""
-_GENERAL_PASSAGES = 64
-"""Whose loss is measured where forgetting is."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def predicted_costs(specs: Iterable[TrialSpec], predictions: Predictions, storie
         position = step / prediction.positions
         story = 2 / passes * position * (spec.eval_sequence_length or spec.sequence_length)
         steps = math.ceil(spec.samples(stories) / spec.effective_batch_size)
-        general = _GENERAL_PASSAGES * story if spec.measure_forgetting else 0.0
+        general = spec.general_samples * story if spec.measure_forgetting else 0.0
         costs[cost_key(spec)] = Cost(pilot.START_SECONDS + pilot.LOAD_SECONDS, step, steps, story, general)
     return costs
 

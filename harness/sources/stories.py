@@ -109,10 +109,16 @@ def _examples(dataset: DatasetSpec, shape: Shape, rows: Sequence[NumberedRow], s
     return examples
 
 
-def general() -> list[tuple[str, str]]:
-    """Hash and text of each passage of the bundled general text."""
+def general(samples: int | None = None) -> list[tuple[str, str]]:
+    """Hash and text of each passage of the bundled general text.
+
+    Args:
+        samples: so many of them, at equal distances: their kinds stand one after another. Null: all.
+    """
     texts = [row["text"] for row in read_file(GENERAL)]
-    return [(hashlib.sha256(text.encode()).hexdigest()[:16], text) for text in texts]
+    count = min(samples or len(texts), len(texts))
+    chosen = [texts[number * len(texts) // count] for number in range(count)]
+    return [(hashlib.sha256(text.encode()).hexdigest()[:16], text) for text in chosen]
 
 
 def held_out(wanted: float, distinct: int) -> int:

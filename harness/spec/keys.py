@@ -196,15 +196,12 @@ def _is_pair(value: object) -> bool:
 
 AdapterOptions = Annotated[tuple[tuple[StrictStr, JsonValue], ...] | None, BeforeValidator(_as_pairs)]
 
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica")
-OF_UNQUANTISED = ("pissa", "mica")
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq")
+OF_UNQUANTISED = ("pissa", "mica", "corda")
 """Those that take parts of weights that are not quantised."""
-_OTHER_INITIALISATIONS = {
-    "loftq": "peft (0.21) computes it on CUDA cards alone, and it is not measured here; use olora, which takes parts "
-    "of quantised weights too",
-    **dict.fromkeys(("eva", "corda", "lora_ga"), "it needs passes over the data first, which are not made here; use "
-                    "pissa or olora"),
-}  # fmt: skip
+INITIALISED_LATER = frozenset({"eva", "corda", "loftq"})
+"""Those that take more than a layer and its weights: passes over data, or the weights before they were quantised."""
+_OTHER_INITIALISATIONS = {"lora_ga": "it needs gradients of passes over the data, which are not made here; use eva"}
 _PISSA_ROUNDS = re.compile(r"pissa_niter_[1-9]\d?")
 
 

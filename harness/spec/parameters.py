@@ -145,13 +145,15 @@ class Parameters(Frozen):
     """Weight-decomposed LoRA."""
     init_lora_weights: Annotated[Initialisation, Facts(absent="default"), Part.ADAPTERS] = "default"
     """How LoRA's matrices begin: `default` (random times zero), or `pissa`, `olora`, `mica` and others, which take
-    parts of the base weights."""
+    parts of the base weights; `eva` and `corda` by the data, `loftq` by what quantising has taken."""
     loraplus_lr_ratio: Annotated[RateRatio | None, _later_rate(None), Part.OPTIMIZER] = None
     """Learning rate of LoRA's B as a multiple of A's (LoRA+); null: the same."""
     save_adapter: Annotated[StrictBool, _TRAINING_NO_MEMORY] = False
     """Keep the trained adapter with the results."""
     measure_forgetting: Annotated[StrictBool, Facts(memory=False, absent=False)] = False
     """Evaluate the bundled general text too, before and after training, to measure forgetting."""
+    general_samples: Annotated[Annotated[StrictInt, Field(ge=1, le=64)], Facts(memory=False, absent=64)] = 64
+    """How many of the 64 passages of the general text, of each kind as large a part; fewer take less time."""
 
     micro_batch_size: Annotated[PositiveInt, Part.DATA] = 1
     """Examples in one forward and backward pass."""

@@ -15,6 +15,7 @@ from pydantic import (
 from harness.spec.datasets import Facts, Part
 from harness.spec.keys import (
     FULL,
+    INITIALISED_LATER,
     LORA,
     LOW_RANK_OPTIMIZERS,
     OF_UNQUANTISED,
@@ -35,6 +36,9 @@ _OF_LORA = (
 """Beginnings of keys that other methods do not have."""
 _OF_ADAPTERS = ("lora_", "adapter_", "save_adapter")
 """Beginnings of keys that full fine-tuning does not have, besides those."""
+
+_BEGINS_AT_ZERO = ("default", "gaussian", "eva")
+"""Initialisations of LoRA by which it adds an exact zero until it is trained."""
 
 
 class TrialSpec(Parameters):
@@ -138,11 +142,19 @@ class TrialSpec(Parameters):
             )
         if self.init_lora_weights == "olora" and self.precision in QUANTISED and self.quantizer != "bitsandbytes":
             raise ValueError(f"{given} with quantizer {self.quantizer}: use quantizer: bitsandbytes")
-        if self.init_lora_weights.startswith("pissa_niter_") and self.save_adapter:
+        if self.save_adapter and self.init_lora_weights == "loftq":
             raise ValueError(
-                f"{given} with save_adapter: what it took of the weights is found by random projections, and cannot be "
-                "found again when the adapter is loaded; use pissa"
+                f"{given} with save_adapter: it makes up for quantising, which the weights that an adapter is merged "
+                "into do not have behind them; use olora"
             )
+        if self.save_adapter and self.init_lora_weights.startswith(("pissa_niter_", "corda")):
+            by = "of data" if self.init_lora_weights == "corda" else "by random projections"
+            raise ValueError(
+                f"{given} with save_adapter: what it took of the weights is found {by}, and cannot be found again when "
+                "the adapter is loaded; use pissa"
+            )
+        if self.init_lora_weights in INITIALISED_LATER:
+            self._refuse_initialised_later(given)
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             raise ValueError(f"{given} with lora_r {self.lora_r}: the rank must be even")
         biased = bool(dict(self.adapter_options or ()).get("lora_bias")) or self.lora_bias != "none"
@@ -157,6 +169,16 @@ class TrialSpec(Parameters):
             raise ValueError(f"{given} with {name}: mica trains LoRA's A alone, and that is about B; keep one")
         if self.optimizer == "muon" and self.loraplus_lr_ratio:
             raise ValueError("loraplus_lr_ratio with optimizer muon, which scales updates itself; keep one")
+
+    def _refuse_initialised_later(self, given: str) -> None:
+        if self.init_lora_weights == "loftq" and self.precision not in QUANTISED:
+            raise ValueError(f"{given} with precision {self.precision}: it makes up for quantising; use precision: nf4")
+        if self.use_dora and self.init_lora_weights != "eva":
+            raise ValueError(f"{given} with use_dora, whose norms are of the weights before it: keep one")
+        if self.lora_target_parameters:
+            raise ValueError(f"{given} with lora_target_parameters: it is of linear layers; leave one out")
+        if self.sharding != "none":
+            raise ValueError(f"{given} with sharding {self.sharding}: it takes whole weights; use sharding: none")
 
     def _refuse_in_backward(self) -> None:
         given = "optimizer_in_backward updates with the gradients of one micro-batch, one parameter at a time"
@@ -264,6 +286,8 @@ class TrialSpec(Parameters):
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
             values.pop("held_out_part", None)
+        if not self.measure_forgetting:
+            values.pop("general_samples", None)
         if self.adapter != LORA:
             values = {name: value for name, value in values.items() if not name.startswith(_OF_LORA)}
         if self.adapter == FULL:
@@ -289,7 +313,7 @@ class TrialSpec(Parameters):
         one by norms that round, so its `lora_` keys count. What takes parts of the weights rounds them, and other
         methods begin as they do, prompts with random tokens: there the seed counts too.
         """
-        adds_zero = self.adapter == FULL or (self.adapter == LORA and self.init_lora_weights in ("default", "gaussian"))
+        adds_zero = self.adapter == FULL or (self.adapter == LORA and self.init_lora_weights in _BEGINS_AT_ZERO)
         return _digest(
             {
                 k: v

@@ -8,6 +8,7 @@ import difflib
 import json
 import time
 import typing
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
-from harness.spec.keys import LORA
+from harness.spec.keys import INITIALISED_LATER, LORA
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_inputs, adapter_targets
+from harness.training import adapter_inputs, adapter_targets, initialisations
 
 _GRID_KEYS = {
     "target_modules": adapter_targets.KEY,
@@ -51,6 +52,8 @@ _ANY_STEPS = 10**9
 """That number until it is known."""
 _OF_VALUES = frozenset({"boft", "unilora"})
 """Methods that make tensors of an adapter of the values of others, such as permutations."""
+_OUT_OF_WEIGHTS = ("pissa", "olora", "corda")
+"""Beginnings of the initialisations that take a part out of the base's weights."""
 _REQUIRED: dict[str, dict[str, Any]] = {
     **{name: {"num_virtual_tokens": 20} for name in ("prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")},
     "adaption_prompt": {"adapter_len": 10, "adapter_layers": 8},
@@ -124,6 +127,10 @@ def _to_meta(adapted: Any) -> None:
 
 
 def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
+    if spec.init_lora_weights in INITIALISED_LATER:
+        initialisations.check(adapted, spec.init_lora_weights)
+    if spec.init_lora_weights.startswith(_OUT_OF_WEIGHTS):
+        _refuse_tied(adapted, spec)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and ".lora_" in name:
             if spec.adapter_dtype == "bf16":
@@ -132,6 +139,22 @@ def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
                 parameter.requires_grad_(False)
     if spec.recompute_adapter_inputs:
         adapter_inputs.recompute(adapted)
+
+
+def _refuse_tied(adapted: Any, spec: TrialSpec) -> None:
+    """Refuse to take a part out of a weight that another module has too, and no adapter in its place.
+
+    Raises:
+        InputError: there is such a weight.
+    """
+    base = adapted.get_base_model()
+    holders = Counter(id(weight) for module in base.modules() for weight in module.parameters(recurse=False))
+    for name, layer in initialisations.layers(adapted).items():
+        if any(holders[id(weight)] > 1 for weight in layer.get_base_layer().parameters(recurse=False)):
+            raise InputError(
+                f"init_lora_weights {spec.init_lora_weights}: it takes a part out of the weight of {name}, which "
+                f"another layer has too; leave {name.rpartition('.')[2]} out of {adapter_targets.KEY}"
+            )
 
 
 def _described(spec: TrialSpec, error: Exception) -> str:
@@ -258,7 +281,7 @@ def _of_lora(network: Any, spec: TrialSpec) -> dict[str, Any]:
         return {}
     # What takes parts of the base's weights has no values on `meta`, and adapters of the same shapes.
     of_weights = network.device.type == "meta" and spec.init_lora_weights != "mica"
-    as_default = {"default", spec.init_lora_weights if of_weights else "default"}
+    as_default = {"default", *INITIALISED_LATER, spec.init_lora_weights if of_weights else "default"}
     return {
         "r": spec.lora_r,
         "lora_alpha": spec.lora_alpha,
@@ -323,21 +346,11 @@ def tensors(network: Any) -> list[torch.Tensor]:
 
 
 def set_steps(network: Any, steps: int) -> None:
-    """Say how many optimizer steps there will be to a method that takes ranks away on the way.
-
-    Raises:
-        InputError: its schedule is longer.
-    """
+    """Say how many optimizer steps there will be to a method that takes ranks away on the way."""
     for config in getattr(network, "peft_config", {}).values():
-        if getattr(config, "total_step", None) is None:
-            continue
-        if config.tinit >= steps - config.tfinal:
-            raise InputError(
-                f"adapter_options: tinit {config.tinit} and tfinal {config.tfinal} leave no step of {steps} to take "
-                "ranks away in; use smaller ones, or more steps"
-            )
-        config.total_step = steps
-        network.base_model.rankallocator.set_total_step(steps)
+        if getattr(config, "total_step", None) is not None:
+            config.total_step = steps
+            network.base_model.rankallocator.set_total_step(steps)
 
 
 def after_update(network: Any, step: int) -> None:

@@ -34,6 +34,7 @@ _KEYS = (
     "held_out_part",
     "min_completion_tokens",
     "measure_forgetting",
+    "general_samples",
     "chat_template",
     "special_tokens",
 )
@@ -196,7 +197,6 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
         held_out = _choose_held_out(others, wanted, spec, tokenizer)
     held_out_ids = {example.story_id for example in held_out.examples}
     left_out_ids = {story.id for story in given} or held_out_ids | compared_on
-
     whole = [_tokenise(s, tokenizer, spec.train_on_inputs) for s in rows if s.id not in left_out_ids]
     train = _fit(whole, spec.sequence_length, spec.excess_length)
     if not train.examples:
@@ -205,7 +205,7 @@ def load(spec: TrialSpec, tokenizer: Any) -> Data:
     return Data(
         train.examples,
         held_out.examples,
-        general=tuple(general(tokenizer)) if measured else (),
+        general=tuple(general(tokenizer, spec.general_samples)) if measured else (),
         wanted=wanted,
         skipped=read.skipped,
         copies=len(rows) - len(whole) - (0 if given else len(held_out_ids | compared_on)),
@@ -237,10 +237,10 @@ def evaluated_length(spec: TrialSpec) -> int:
     return spec.eval_sequence_length or spec.sequence_length
 
 
-def general(tokenizer: Any) -> list[Example]:
-    """The bundled general text, without a prompt: the loss is over each token but the first."""
-    texts = [(passage, tokenizer(text)["input_ids"]) for passage, text in stories.general()]
-    return [Example(passage, tuple(ids), ((1, len(ids)),)) for passage, ids in texts]
+def general(tokenizer: Any, samples: int) -> list[Example]:
+    """Passages of the bundled general text, without a prompt: the loss is over each token but the first."""
+    texts = {passage: tuple(tokenizer(text)["input_ids"]) for passage, text in stories.general(samples)}
+    return [Example(passage, ids, ((1, len(ids)),)) for passage, ids in texts.items()]
 
 
 @dataclass(frozen=True)

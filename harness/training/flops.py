@@ -9,6 +9,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_products = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
+"""Nearly all that is counted, and where the two matrices begin among the arguments. The formula in the registry takes a
+fifth of a millisecond to find the shapes."""
 
 
 def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
@@ -25,6 +28,9 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         out: its result.
     """
     packet = func._overloadpacket
+    if (first := _products.get(packet)) is not None:
+        left, right = args[first : first + 2]
+        return int(2 * left.numel() * right.shape[-1])
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is _attention:

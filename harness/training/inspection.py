@@ -103,7 +103,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
             seen, network = data[data_key], networks[model_key]
             optimizers.refuse_missing(spec)
             recomputation.refuse_on(spec, resolve_device(spec.device))
-            order.check_rates(spec, seen.training_stories)
+            order.check_schedules(spec, seen.training_stories)
             limits.check(spec, seen.texts, network.limits)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None

@@ -187,6 +187,11 @@ def _stored_format(spec: TrialSpec, config: Any) -> dict[str, Any]:
     given = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if given is None:
         return {}
+    if spec.init_lora_weights == "loftq":
+        raise InputError(
+            f"init_lora_weights loftq: the weights of base_model {spec.base_model} are quantised already, and what "
+            "that has taken is not known; give the checkpoint that it was made from"
+        )
     stored: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
     double = False
     if stored.get("load_in_4bit"):

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
@@ -36,18 +37,27 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
     return steps
 
 
-def check_rates(spec: TrialSpec, examples: int) -> None:
-    """Check that the schedule of a spec has learning rates: warm-up begins at 0.
+def check_schedules(spec: TrialSpec, examples: int) -> None:
+    """Check that a spec has steps enough for its schedules: warm-up begins at a learning rate of 0, and AdaLoRA takes
+    ranks away between its first steps and its last.
 
     Args:
         spec: what to train.
         examples: the distinct ones.
 
     Raises:
-        InputError: there is one step, and it is the warm-up's first; or `polynomial` has no step left after warm-up.
+        InputError: there is one step, and it is the warm-up's first; or `polynomial` has no step left after warm-up; or
+            AdaLoRA none.
     """
     samples = spec.samples(examples)
     steps = math.ceil(samples / spec.effective_batch_size)
+    options: dict[str, Any] = dict(spec.adapter_options or ()) if spec.adapter == "adalora" else {}
+    first, last = options.get("tinit", 0), options.get("tfinal", 0)
+    if first + last >= steps:
+        raise InputError(
+            f"adapter_options: tinit {first} and tfinal {last} leave no step of {steps} to take ranks away in; use "
+            "smaller ones, or more steps"
+        )
     warm_up = warm_up_steps(spec, steps)
     if not warm_up or spec.lr_scheduler == "constant":
         return

@@ -24,6 +24,7 @@ from harness.errors import is_disk_full
 from harness.metrics import SCORES
 from harness.record import DISK_FULL, NO_CONTENTS, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
 from harness.sources import fingerprints, models
+from harness.spec.keys import INITIALISED_LATER
 from harness.training import (
     batches,
     checkpoints,
@@ -31,6 +32,7 @@ from harness.training import (
     distributed,
     evaluation,
     formats,
+    initialisations,
     limits,
     loss_before,
     model,
@@ -165,7 +167,7 @@ class _Trial:
         tokenizer = checkpoints.load_tokenizer(self.spec, trust_remote_code=self.trust_remote_code)
         stories = batches.load(self.spec, tokenizer)
         self.metrics |= stories.metrics
-        order.check_rates(self.spec, len(stories.train))
+        order.check_schedules(self.spec, len(stories.train))
         network = self._load(meter)
         self._refuse_changed_contents()  # again: they may have changed while they were read
         model_limits = limits.of_model(network)
@@ -174,6 +176,7 @@ class _Trial:
         if self.visit is not None:
             self._time(network, stories, meter, self.visit)
             return
+        self._initialise(network, stories, meter)
         self._evaluate(network, stories, meter, "before")
         self._train(network, stories, meter)
         self._evaluate(network, stories, meter, "after")
@@ -213,6 +216,32 @@ class _Trial:
         self.attention_kernel = packing.attention(network)
         self.base_formats = formats.byte_fractions(network)
         return network
+
+    def _initialise(self, network: Any, stories: batches.Data, meter: MemoryMeter) -> None:
+        """Give LoRA the values that loading could not, for which a timing visit has no use."""
+        how = self.spec.init_lora_weights
+        if how not in INITIALISED_LATER:
+            return
+        started = time.perf_counter()
+        # Without autocasting, which would decompose matrices in 16 bit too.
+        with meter.phase(breakdown=False), torch.no_grad(), compilation.uncompiled(self.spec):
+            data = (stories.train, self.pad_id, self.device)
+            if how == "eva":
+                initialisations.eva(network, *data, size=self.spec.micro_batch_size)
+            elif how == "corda":
+                initialisations.corda(network, *data)
+            else:
+                initialisations.loftq(network, self._original)
+        meter.adopt_model(network, model.adapters(network))
+        network.train()
+        self.metrics["peak_load_bytes"] = max(self.metrics["peak_load_bytes"] or 0, meter.peak())
+        for name in ("adapter_seconds", "load_seconds"):
+            self.metrics[name] = (self.metrics[name] or 0.0) + time.perf_counter() - started
+
+    def _original(self) -> Any:
+        """The base before it was quantised, where there is room for it."""
+        spec = model.unquantised(self.spec)
+        return model.base(spec, torch.device("cpu"), trust_remote_code=self.trust_remote_code)
 
     # -------------------------------------------------------------------------------- evaluate
 
@@ -274,8 +303,10 @@ class _Trial:
         meter.tracker.adopt(trainer.optimizer_state(), "optimizer")
         meter.tracker.flops = 0
         meter.restart()
-        # On CUDA the allocator sees every step, and the tracker adds the components of the peak.
-        tracked = order.heaviest_steps(steps, self.spec) if self.device.type == "cuda" else range(len(steps))
+        # On CUDA the allocator sees every step, and the tracker adds the components of the peak. Where rates are looked
+        # for, memory is not compared, and tracking takes up to half as long as a step.
+        every = self.device.type == "cpu" and self.spec.held_out_part == "comparison"
+        tracked = range(len(steps)) if every else order.heaviest_steps(steps, self.spec)
         peak, breakdown = 0, dict[str, int]()
         for number, step in enumerate(steps):
             with meter.phase(breakdown=True) if number in tracked else contextlib.nullcontext():
