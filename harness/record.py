@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -328,6 +328,10 @@ class TunedRate(BaseModel):
     """Loss on the stories to tune on, by rate as text; null: that training did not end well."""
     rate: float
     """The one with the lowest loss; its own where none ended well."""
+    trials: int
+    """Trainings that it took."""
+    seconds: float
+    """Seconds of these."""
 
     @property
     def at_edge(self) -> bool:
@@ -343,9 +347,26 @@ class Tuned(BaseModel):
 
     rates: tuple[TunedRate, ...]
     """By configuration."""
-    trials: int
-    """Trainings that it took."""
-    seconds: float
-    """Seconds of all of them."""
     results: str
     """Name of the grid whose results they are."""
+
+    @property
+    def trials(self) -> int:
+        """Trainings that it took."""
+        return sum(each.trials for each in self.rates)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all of them."""
+        return sum(each.seconds for each in self.rates)
+
+    def joined(self, before: Tuned | None, labels: Collection[str]) -> Tuned:
+        """With the configurations of an earlier run that this one leaves out.
+
+        Args:
+            before: what that found; null: there was none.
+            labels: of the configurations that there are.
+        """
+        left = {*labels} - {each.label for each in self.rates}
+        others = [each for each in (() if before is None else before.rates) if each.label in left]
+        return self.model_copy(update={"rates": (*self.rates, *others)})

@@ -24,6 +24,7 @@ from harness.grids.grid import load
 from harness.predict import matching, peak
 from harness.report import adapter_tables, document, tables
 from harness.results.store import Store
+from harness.runner import learning_rates
 from harness.sources import models
 from harness.spec import capabilities
 from harness.spec.keys import ADAPTERS
@@ -148,7 +149,6 @@ def test_an_impossible_option_is_one_line_beforehand(small: Small, keys: dict[st
         ({"adapter": "xlora"}, "it mixes adapters that were trained before"),
         ({"adapter": "none", "adapter_options": {"r": 4}}, "which has no adapter"),
         ({"init_lora_weights": "pisa"}, "did you mean pissa?"),
-        ({"init_lora_weights": "loftq"}, "on CUDA cards alone"),
         ({"init_lora_weights": "pissa", "precision": "nf4"}, "use olora"),
         ({"init_lora_weights": "pissa_niter_8", "save_adapter": True}, "cannot be found again"),
         ({"init_lora_weights": ["pissa", "olora"]}, "is not the name of one"),
@@ -330,9 +330,12 @@ def test_adalora_has_the_penalty_and_the_schedule_of_peft(small: Small) -> None:
 
 
 def test_a_schedule_that_is_longer_than_the_training_is_refused(small: Small) -> None:
-    record = run(small(adapter="adalora", adapter_options={"tinit": 200}))
+    spec = small(adapter="adalora", adapter_options={"tinit": 2, "tfinal": 2})
+    assert "tinit 2 and tfinal 2 leave no step of 4" in refusal(spec)
+    record = run(spec)
     assert record.status == "failed"
     assert "leave no step of 4" in (record.error or "")
+    assert run(small(adapter="adalora", adapter_options={"tinit": 1, "tfinal": 2})).status == "ok"
 
 
 # ------------------------------------------------------------------------------------ beginnings and rates of LoRA
@@ -414,7 +417,7 @@ def test_sizes_come_as_near_as_there_are_sizes(small: Small) -> None:
         "prompt_tuning": lambda tokens: 64 * tokens,
     }
     specs = [small(adapter=name, adapter_options=methods.OPTIONS.get(name)) for name in counts]
-    matched = matching.match(specs, baseline, "trainable_parameters")
+    matched = matching.match([("", spec) for spec in specs], baseline, "trainable_parameters")
     for (name, count), each in zip(counts.items(), matched, strict=True):
         option, _, size = each.size.partition(" ")
         assert dict(each.spec.adapter_options or ())[option] == int(size)
@@ -426,7 +429,8 @@ def test_sizes_come_as_near_as_there_are_sizes(small: Small) -> None:
 
 
 def test_a_method_of_one_size_says_how_large_it_is(small: Small) -> None:
-    each, kept = matching.match([small(adapter="ia3"), small(use_dora=True)], small(), "trainable_parameters")
+    trials = [("IA3", small(adapter="ia3")), ("DoRA", small(use_dora=True))]
+    each, kept = matching.match(trials, small(), "trainable_parameters")
     assert each.size == ""
     assert each.ratio == pytest.approx(1152 / 8192)
     assert kept.spec.lora_r == 4, "a variant of LoRA at LoRA's rank"
@@ -435,16 +439,21 @@ def test_a_method_of_one_size_says_how_large_it_is(small: Small) -> None:
 def test_sizes_that_do_not_go_with_the_layers_are_passed_over(small: Small) -> None:
     """GraLoRA's rank is a multiple of its blocks; what cannot be built without values keeps its size."""
     gralora, shira = (small(adapter=name, adapter_options=None) for name in ("gralora", "shira"))
-    each, kept = matching.match([gralora, shira], small(lora_r=7), "trainable_parameters")
+    each, kept = matching.match([("", gralora), ("", shira)], small(lora_r=7), "trainable_parameters")
     rank = int(each.size.partition(" ")[2])
     assert rank % 2 == 0
     assert each.ratio == pytest.approx(1, abs=0.2)
     assert (kept.size, kept.ratio, kept.spec) == ("", None, shira)
 
 
+def test_a_model_that_cannot_be_built_is_named(small: Small) -> None:
+    with pytest.raises(InputError, match=r"^narrow: adapter_options\.rr"):
+        matching.match([("narrow", small(adapter="ia3", adapter_options={"rr": 1}))], small(), "trainable_parameters")
+
+
 def test_peaks_are_matched_too(small: Small) -> None:
     baseline = small(lora_r=64)
-    (each,) = matching.match([small(adapter="loha")], baseline, "peak_memory_bytes")
+    (each,) = matching.match([("", small(adapter="loha"))], baseline, "peak_memory_bytes")
     assert each.ratio == pytest.approx(1, abs=0.01)
     peaks = [peak.predict(spec, "cpu").peak_memory_bytes for spec in (each.spec, baseline)]
     assert peaks[0] / peaks[1] == pytest.approx(each.ratio)
@@ -533,12 +542,19 @@ def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None
         "vary": {"method": {"IA3": {"adapter": "ia3", "learning_rate": 5e-5}}},
     }  # fmt: skip
     file = tmp_path / "tuned.yml"
+    inline = ("--no-predict", "--engine", "inline")
     file.write_text(json.dumps(grid))
-    first = harness("run", str(file), "--no-predict", "--limit", "1", cwd=tmp_path)
+    first = harness("run", str(file), *inline, "--limit", "1", cwd=tmp_path)
     assert "the comparison begins once all of them are done" in first.stdout, first.stderr
     assert not (tmp_path / "results/tuned").exists()
-    done = harness("run", str(file), "--no-predict", cwd=tmp_path)
+    seven = harness("run", str(file), *inline, "--limit", "7", cwd=tmp_path)
+    assert len(Store(tmp_path / "results/tuned").completed()) == 2, seven.stderr
+    done = harness("run", str(file), *inline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    planned = harness("run", str(file), "--dry-run", cwd=tmp_path)
+    assert "6 trainings find the learning rates, 0 of them to run" in planned.stdout
+    assert "6 trials, 0 to run" in planned.stdout, "at the rates that were found"
+    assert harness("run", str(file), *inline, "--only", "IA3", cwd=tmp_path).returncode == 0
     trainings = Store(tmp_path / "results/tuned-rates").read("trials").to_pylist()
     assert len(trainings) == 6
     assert {row["held_out_part"] for row in trainings} == {"tuning"}
@@ -562,9 +578,29 @@ def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None
     assert shown.rows[0][2].value == pytest.approx(losses["baseline"][0.01])
 
 
+def test_multiples_are_of_the_rate_of_each_configuration(tmp_path: Path) -> None:
+    grid = {
+        "base": {"base_model": "smollm2-135m-instruct", "learning_rate": 2e-3},
+        "tune_first": {"learning_rate": {"multiples": [4, 0.25]}},
+        "repeats": 2,
+        "vary": {"method": {"IA3": {"adapter": "ia3", "learning_rate": 3.2e-2}}},
+    }
+    file = tmp_path / "grid.yml"
+    for given, multiples in ((grid, (0.25, 4)), (grid | {"tune_first": "learning_rate"}, (0.316, 1, 3.16, 10))):
+        file.write_text(json.dumps(given))
+        trials = learning_rates.grid_of_rates(load(file)).trials
+        rates = {(trial.label.split(",")[0], trial.spec.learning_rate) for trial in trials}
+        assert len(rates) == len(trials) == 2 * len(multiples)
+        for label, rate in rates:
+            own = 3.2e-2 if label == "IA3" else 2e-3
+            assert min(abs(rate / own / multiple - 1) for multiple in multiples) < 0.01
+
+
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
+        ({"tune_first": {"learning_rate": {"multiples": [1]}}}, "with two or more"),
+        ({"tune_first": {"learning_rate": {"times": [1, 2]}}}, "with two or more"),
         ({"tune_first": "rank"}, "use learning_rate, or learning_rate: [1e-4"),
         ({"tune_first": {"learning_rate": [1e-4]}}, "with two or more"),
         ({"tune_first": {"learning_rate": [1e-4, -1]}}, "with two or more"),

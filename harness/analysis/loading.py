@@ -91,7 +91,7 @@ def load(
         left_out=tuple(left_out),
         training_file=TrainingFile.recorded(about.get("training_file")),
         match=about["match"] if about.get("match") in METRICS else None,
-        tuned=_tuned(about, store.folder / "grid.json"),
+        tuned=tuned_of(about, store.folder / "grid.json"),
         _codes=codes,
         alpha=stats.ALPHA / looks_of(about),
     )
@@ -105,7 +105,12 @@ def _claims(about: Mapping[str, Any], file: Path) -> tuple[Claim, ...]:
         raise InputError(one_line(f"{file}: its claims are not readable ({reason})")) from None
 
 
-def _tuned(about: Mapping[str, Any], file: Path) -> Tuned | None:
+def tuned_of(about: Mapping[str, Any], file: Path) -> Tuned | None:
+    """The learning rates that were found before a comparison, of what its store is described by; null: none were.
+
+    Raises:
+        InputError: they are not readable.
+    """
     if about.get("tuned") is None:
         return None
     try:

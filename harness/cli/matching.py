@@ -33,7 +33,8 @@ def matched(grid: Grid, *, trust_remote_code: bool) -> Grid:
     trials = {_without_seed(t, baseline): t for t in grid.trials if t.spec.adapter != FULL and not _is_baseline(t)}
     missing = [spec for spec in trials if (grid.match, of_baseline, spec) not in _solved]
     if missing:
-        sizes = run_isolated(_match, missing, of_baseline, grid.match, trust_remote_code)
+        named = [(trials[spec].label, spec) for spec in missing]
+        sizes = run_isolated(_match, named, of_baseline, grid.match, trust_remote_code)
         for spec, solved in zip(missing, sizes, strict=True):
             _solved[grid.match, of_baseline, spec] = solved
             _print(trials[spec].label, grid.match, *solved[1:])
@@ -72,12 +73,12 @@ def _print(label: str, figure: str, size: str, ratio: float | None) -> None:
 
 
 def _match(
-    specs: list[str], baseline: str, figure: Any, trust_remote_code: bool
+    trials: list[tuple[str, str]], baseline: str, figure: Any, trust_remote_code: bool
 ) -> list[tuple[str, str, float | None]]:
     """In the child: the fields of each `predict.matching.Matched`, the spec as JSON."""
     from harness.predict import matching
 
-    parsed = [TrialSpec.model_validate_json(spec) for spec in specs]
+    parsed = [(label, TrialSpec.model_validate_json(spec)) for label, spec in trials]
     solved = matching.match(
         parsed, TrialSpec.model_validate_json(baseline), figure, trust_remote_code=trust_remote_code
     )

@@ -103,10 +103,7 @@ def plan(
             help="Folder for plan.json, plan.parquet, plan.svg and plan.png, and for what --fix proposes first.",
         ),
     ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", rich_help_panel=options.OUTPUT, help="Print JSON, and everything else to stderr."),
-    ] = False,
+    as_json: options.AsJson = False,
     results: options.Results = Path("results"),
     max_trials: options.MaxTrials = None,
     without_unsupported: options.WithoutUnsupported = False,
@@ -133,6 +130,7 @@ def plan(
     from harness.predict.prediction import LOCAL_MACHINE, capacity_of
     from harness.predict.predictor import Predictor
     from harness.report import predictions
+    from harness.runner.learning_rates import grid_of_rates
 
     capacities = _capacities(memory, gpu)
     if gpu and device == "cpu":
@@ -210,6 +208,9 @@ def plan(
         out.print(table)
     for note in made.footnotes():
         out.print(plain(note), style="dim", highlight=False)
+    if loaded.rates:
+        count = len(grid_of_rates(loaded).trials)
+        out.print(f"before them, {count} trainings as large as these find the learning rates", style="dim")
     written = predictions.write(made, output) if output is not None else []
     proposed = []
     if fix:

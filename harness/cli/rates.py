@@ -11,9 +11,29 @@ from harness.grids.grid import Grid
 
 if TYPE_CHECKING:
     from harness.launch.launcher import Launcher
-    from harness.record import Tuned
+    from harness.record import Status, Tuned
     from harness.results.store import Store
     from harness.runner.grid_run import Summary
+
+
+def planned_rates(
+    grid: Grid, trainings: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status]
+) -> Tuned | None:
+    """Print the trainings that come before a comparison; the rates where all of them are recorded, else null.
+
+    Args:
+        grid: whose rates are looked for.
+        trainings: of `learning_rates.grid_of_rates`.
+        store: for these trainings.
+        launcher: that would make them.
+        statuses: of trainings that would be made again.
+    """
+    from harness.runner import grid_run, learning_rates
+
+    left = len(grid_run.pending(trainings, store, launcher, statuses))
+    recorded = f", {left} of them to run" if left < len(trainings.trials) else ""
+    out.print(f"before them, {len(trainings.trials)} trainings find the learning rates{recorded}", highlight=False)
+    return None if left else learning_rates.tuned(grid, trainings, store, launcher)
 
 
 def find_rates(
@@ -30,7 +50,7 @@ def find_rates(
     """
     from harness.runner import learning_rates
 
-    rates = ", ".join(f"{rate:g}" for rate in grid.rates)
+    rates = "" if grid.rates is None else grid.rates.text
     out.print(f"learning rates first: {len(trainings.trials)} trainings at {rates}", highlight=False)
     if run(trainings, store).left:
         out.print("the comparison begins once all of them are done; go on with the same command", highlight=False)

@@ -82,30 +82,49 @@ def match_of(document: Mapping[str, Any], design: str) -> Match | None:
     return known
 
 
-_RATES = (10**-0.5, 1.0, 10**0.5, 10.0)
-"""Learning rates that are tried, as multiples of the base's."""
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates that each configuration is tried at before the comparison."""
+
+    values: tuple[float, ...]
+    relative: bool
+    """They are multiples of the configuration's own rate."""
+
+    def of(self, spec: TrialSpec) -> tuple[float, ...]:
+        """The rates of one configuration, lowest first."""
+        if not self.relative:
+            return self.values
+        return tuple(float(f"{spec.learning_rate * multiple:.3g}") for multiple in self.values)
+
+    @property
+    def text(self) -> str:
+        """1e-4, 3e-4 and so on; or 0.25, 1 and so on times its own."""
+        return ", ".join(f"{value:g}" for value in self.values) + " times its own" * self.relative
 
 
-def rates_of(document: Mapping[str, Any], base: TrialSpec) -> tuple[float, ...]:
-    """Learning rates of `tune_first` that each configuration is tried at before the comparison; empty: none.
+_MULTIPLES = (10**-0.5, 1.0, 10**0.5, 10.0)
+"""Those that are tried where none are given."""
+_OF_RATES = "use learning_rate, or learning_rate: [1e-4, 3e-4, 1e-3], or learning_rate: {multiples: [0.25, 1, 4]}"
+
+
+def rates_of(document: Mapping[str, Any], base: TrialSpec) -> Rates | None:
+    """`tune_first` of a grid file; null: each configuration has its own rate.
 
     Raises:
-        ValueError: it is neither `learning_rate` nor a list of rates, or the base has no losses to choose by.
+        ValueError: it is neither `learning_rate` nor rates or multiples, or the base has no losses to choose by.
     """
     given = document.get("tune_first")
     if given is None:
-        return ()
-    rates = given.get("learning_rate") if isinstance(given, Mapping) and len(given) == 1 else given
-    if rates == "learning_rate":
-        rates = [float(f"{base.learning_rate * multiple:.2g}") for multiple in _RATES]
+        return None
+    wanted: Any = given.get("learning_rate") if isinstance(given, Mapping) and len(given) == 1 else given
+    relative = wanted == "learning_rate" or (isinstance(wanted, Mapping) and [*wanted] == ["multiples"])
+    rates = (list(_MULTIPLES) if wanted == "learning_rate" else wanted["multiples"]) if relative else wanted
     rates = [as_number(rate) for rate in rates] if isinstance(rates, list) else rates
     if not isinstance(rates, list) or len(rates) < 2 or not all(_is_rate(rate) for rate in rates):
-        raise ValueError(
-            f"tune_first is {kind_of(given)}; use learning_rate, or learning_rate: [1e-4, 3e-4, 1e-3] with two or more"
-        )
+        raise ValueError(f"tune_first is {kind_of(given)}; {_OF_RATES}, with two or more")
     if not base.val_set_size or not models.pretrained(base.base_model):
         raise ValueError("tune_first chooses by losses: give a pretrained base_model, and val_set_size above 0")
-    return tuple(sorted({float(rate) for rate in rates}))
+    return Rates(tuple(sorted({float(rate) for rate in rates})), relative)
 
 
 def _is_rate(value: Any) -> bool:

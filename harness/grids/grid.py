@@ -22,6 +22,7 @@ from harness.grids.document import (
     GRID_KEYS,
     NO_TIMING,
     Match,
+    Rates,
     Timing,
     base_of,
     header,
@@ -93,8 +94,8 @@ class Grid:
     """How often its rows are looked at, at most, to see whether more are needed."""
     match: Match | None = None
     """At which figure its adapters are as large as the baseline's; null: they are as their options say."""
-    rates: tuple[float, ...] = ()
-    """Learning rates that each configuration is tried at before the comparison; empty: each has its own."""
+    rates: Rates | None = None
+    """Learning rates that each configuration is tried at before the comparison; null: each has its own."""
     tuned: Tuned | None = None
     """What was found by that; null: nothing yet."""
     training_file: TrainingFile | None = None

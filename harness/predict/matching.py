@@ -69,18 +69,18 @@ class Matched(NamedTuple):
 
 
 def match(
-    specs: Iterable[TrialSpec], baseline: TrialSpec, figure: Match, *, trust_remote_code: bool = False
+    trials: Iterable[tuple[str, TrialSpec]], baseline: TrialSpec, figure: Match, *, trust_remote_code: bool = False
 ) -> list[Matched]:
     """Each spec at the size whose figure comes nearest to the baseline's.
 
     Args:
-        specs: with adapters.
+        trials: label and spec of each, with adapters.
         baseline: whose figure is wanted.
         figure: which.
         trust_remote_code: let models from the hub run their own code.
 
     Raises:
-        InputError: a model cannot be built.
+        InputError: a model cannot be built; the trial is named.
     """
 
     def measure(spec: TrialSpec) -> int:
@@ -92,7 +92,13 @@ def match(
 
     wanted = measure(baseline)
     blocks = functools.cache(lambda: _common_divisors(baseline, trust_remote_code))
-    return [_nearest(spec, wanted, measure, blocks) for spec in specs]
+    matched = []
+    for label, spec in trials:
+        try:
+            matched.append(_nearest(spec, wanted, measure, blocks))
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from None
+    return matched
 
 
 def _common_divisors(spec: TrialSpec, trust_remote_code: bool) -> list[int]:

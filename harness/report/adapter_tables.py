@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from harness._util.units import show_seconds
+from harness.analysis import words
 from harness.analysis.comparison import Comparison
-from harness.analysis.words import MISSING
 from harness.record import Tuned
 from harness.report.tables import Cell, Table, effect_cell, figure_cell, headings_of
 from harness.spec.keys import FULL, LORA
@@ -37,7 +37,7 @@ def adapters(comparison: Comparison) -> Table:
         options = json.loads(row["adapter_options"]) if isinstance(row["adapter_options"], str) else []
         size = f"rank {row['lora_r']}" if row["adapter"] == LORA else ", ".join(f"{k} {v}" for k, v in options)
         effect = effect_cell(comparison.of("eval_loss", config))
-        described = (Cell(str(row["label"])), Cell(size or MISSING), Cell(f"{row['learning_rate']:g}"))
+        described = (Cell(str(row["label"])), Cell(size or words.MISSING), Cell(f"{row['learning_rate']:g}"))
         rows.append((*described, *figures, effect))
     return Table(
         "adapters",
@@ -45,16 +45,32 @@ def adapters(comparison: Comparison) -> Table:
         ("Adapter", "Size", "Learning rate", *headings_of(_OF_ADAPTERS), "Loss against baseline"),
         tuple(rows),
         "Means of all repeats. Start-up is the time to make the adapter over the loaded base. Trained parameters are "
-        "those that the optimizer changes: frozen parts of an adapter are in its memory alone.",
+        f"those that the optimizer changes: frozen parts of an adapter are in its memory alone. {_by_loss(comparison)}",
     )
+
+
+def _by_loss(comparison: Comparison) -> str:
+    """Which adapters have another loss than the baseline, and of which none was seen that would have been."""
+    labels = comparison.measurements.configs["label"]
+    judged = {str(labels[each]): of for each in comparison.shown if (of := comparison.of("eval_loss", each))}
+    parts = []
+    for verdict, text in (("better", "Lower loss than"), ("worse", "Higher loss than"), ("same", "As low a loss as")):
+        those = [label for label, estimate in judged.items() if estimate.verdict == verdict]
+        parts += [f"{text} the baseline: {', '.join(those)}."] if those else []
+    open_ones = {label: each for label, each in judged.items() if each.verdict == "not distinguishable"}
+    if open_ones:
+        seen = max(open_ones.values(), key=lambda estimate: estimate.detectable or 0.0)
+        could = f", though {words.detectable(seen)} would have been seen" if seen.detectable else ""
+        parts.append(f"Not distinguishable from it: {', '.join(open_ones)}{could}.")
+    return " ".join(parts)
 
 
 def learning_rates(tuned: Tuned) -> Table:
     """The loss of each configuration at each learning rate that was tried before the comparison, and the one chosen."""
-    tried = list(dict.fromkeys(rate for each in tuned.rates for rate in each.losses))
+    tried = sorted({rate for each in tuned.rates for rate in each.losses}, key=float)
     rows = []
     for each in tuned.rates:
-        losses = [figure_cell("eval_loss", each.losses.get(rate)) for rate in tried]
+        losses = [figure_cell("eval_loss", each.losses[rate]) if rate in each.losses else Cell("") for rate in tried]
         edge = ", the last one tried" if each.at_edge else ""
         rows.append((Cell(each.label), *losses, Cell(f"{each.rate:g}{edge}", each.rate)))
     return Table(
@@ -62,7 +78,12 @@ def learning_rates(tuned: Tuned) -> Table:
         "Learning rates before the comparison",
         ("Technique", *tried, "Chosen"),
         tuple(rows),
-        f"Loss in nats on stories that nothing here is compared on. The same {len(tried)} rates for each, "
-        f"{tuned.trials} trainings of {show_seconds(tuned.seconds)} in all, whose rows are in results/{tuned.results}. "
+        f"Loss in nats on stories that nothing here is compared on. {_counts(tuned)} rates for each, {tuned.trials} "
+        f"trainings of {show_seconds(tuned.seconds)} in all, whose rows are in results/{tuned.results}. "
         "The lowest or highest rate chosen: a better one may lie beyond.",
     )
+
+
+def _counts(tuned: Tuned) -> str:
+    """How many rates each configuration had."""
+    return " or ".join(map(str, sorted({len(each.losses) for each in tuned.rates})))

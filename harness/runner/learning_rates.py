@@ -14,11 +14,11 @@ from harness.spec.trial import TrialSpec
 
 
 def grid_of_rates(grid: Grid) -> Grid:
-    """The trainings by which each configuration of a grid gets its learning rate: a grid of its own."""
+    """The trainings by which each configuration of a grid with `rates` gets its own: a grid for itself."""
     trials = [
         Trial(_tuning(trial.spec, rate), f"{trial.label}, learning_rate={rate:g}", trial.label, f"{rate:g}")
         for trial in _configurations(grid)
-        for rate in grid.rates
+        for rate in _rates(grid, trial)
     ]
     name = f"{grid.name}-rates"
     return Grid(name, f"{grid.title}: learning rates", "list", tuple(interleave(trials, name)), timing=NO_TIMING)
@@ -38,15 +38,20 @@ def tuned(grid: Grid, trainings: Grid, store: Store, launcher: Launcher) -> Tune
     made = {t.spec.id: rows[each] for t in trainings.trials for each in possible_ids(t, launcher) if each in rows}
     rates = []
     for trial in _configurations(grid):
-        losses: dict[str, float | None] = {}
-        for rate in grid.rates:
-            row = made.get(_tuning(trial.spec, rate).id, {})
-            losses[str(rate)] = row["eval_loss"] if row.get("status") == "ok" else None
+        own = {str(rate): made.get(_tuning(trial.spec, rate).id) for rate in _rates(grid, trial)}
+        losses = {rate: row["eval_loss"] if row and row["status"] == "ok" else None for rate, row in own.items()}
         ended = {rate: loss for rate, loss in losses.items() if loss is not None}
-        best = float(min(ended, key=lambda rate: ended[rate])) if ended else trial.spec.learning_rate
-        rates.append(TunedRate(label=trial.label, key=_key(trial.spec), losses=losses, rate=best))
-    seconds = sum(row["trial_seconds"] or 0.0 for row in made.values())
-    return Tuned(rates=tuple(rates), trials=len(made), seconds=seconds, results=trainings.name)
+        seconds = [row["trial_seconds"] or 0.0 for row in own.values() if row is not None]
+        each = TunedRate(
+            label=trial.label,
+            key=_key(trial.spec),
+            losses=losses,
+            rate=float(min(ended, key=lambda rate: ended[rate])) if ended else trial.spec.learning_rate,
+            trials=len(seconds),
+            seconds=sum(seconds),
+        )
+        rates.append(each)
+    return Tuned(rates=tuple(rates), results=trainings.name)
 
 
 def with_rates(grid: Grid, tuned: Tuned) -> Grid:
@@ -64,6 +69,10 @@ def with_rates(grid: Grid, tuned: Tuned) -> Grid:
 def _configurations(grid: Grid) -> list[Trial]:
     """Each configuration once."""
     return [trial for trial in grid.trials if trial.repeat == 0 and not trial.twin]
+
+
+def _rates(grid: Grid, trial: Trial) -> tuple[float, ...]:
+    return () if grid.rates is None else grid.rates.of(trial.spec)
 
 
 def _tuning(spec: TrialSpec, rate: float) -> TrialSpec:
