@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"merge_lora": "harness.adapters.merge"}
+_PUBLIC = {"load": "harness.report.notebook", "merge_lora": "harness.adapters.merge"}
 """Public functions and their modules, imported on first use."""
 
 

@@ -91,7 +91,7 @@ def test_warm_up_in_steps(small: Small) -> None:
         trainer.scheduler.step()
     assert rates == [0.0, 0.5, 1.0, 0.5]
     with pytest.raises(InputError, match=r"warmup_steps 1 of 1 optimizer step .* use warmup_steps: 0"):
-        order.check_rates(small(warmup_steps=1, max_steps=1, train_samples=None), 8)
+        order.check_schedules(small(warmup_steps=1, max_steps=1, train_samples=None), 8)
 
 
 def test_moments_of_adam(small: Small) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from harness import __version__
 from harness._util.terminal import plain, print_anything
-from harness.cli import adapters, doctor, methods, plan, reports, results, run, training_files, tune
+from harness.cli import adapters, doctor, methods, plan, publish, reports, results, run, training_files, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
 from harness.sources import home
@@ -69,9 +69,14 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
             "harness compare laptop/results/techniques results/techniques",
             "harness compare A B --across-environments",
         ),
-        results.ls: ("harness ls", "harness ls techniques"),
+        publish.publish: (
+            "harness publish results/techniques --to ./published/techniques",
+            "harness publish results/techniques --to me/small-machines --public",
+        ),
+        results.ls: ("harness ls", "harness ls techniques", "harness ls techniques --json"),
         results.show: ("harness show 3f2a", "harness show baseline"),
         results.keys: (),
+        results.schema: ("harness schema > grid.schema.json",),
         methods.methods: ("harness methods", "harness methods loha"),
     },
     "Use a trained adapter": {

@@ -19,3 +19,13 @@ def stdout_for_data() -> Iterator[None]:
         yield
     finally:
         out.stderr = False
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Within, `out` prints nothing; errors are printed as ever."""
+    out.quiet = True
+    try:
+        yield
+    finally:
+        out.quiet = False

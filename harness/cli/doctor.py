@@ -9,6 +9,7 @@ import typer
 
 from harness._util.terminal import plain
 from harness.cli.console import out
+from harness.cli.options import AsJson
 from harness.cli.results import stores_in
 
 
@@ -17,12 +18,16 @@ def doctor(
         Path | None,
         typer.Argument(metavar="RESULTS", help="Results to check: a grid's folder, or the folder of several."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine: what works on it, what is missing and how to get it; or check recorded results."""
     from harness.cli import checks
+    from harness.cli.documents import print_document
 
     done = checks.check_machine() if results is None else checks.check_results(stores_in(results))
-    for check in done:
+    if as_json:
+        print_document(done)
+    for check in [] if as_json else done:
         mark = {True: "[green]yes[/]", False: "[red]no [/]", None: "[yellow]-  [/]"}[check.works]
         out.print(f"{mark} {plain(check.what)}: {plain(check.detail)}", highlight=False, soft_wrap=True)
         if check.remedy:

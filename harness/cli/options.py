@@ -22,6 +22,12 @@ Results = Annotated[
         "--results", metavar="DIR", rich_help_panel=OUTPUT, help="Results folder, with a subfolder for each grid."
     ),
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON, and everything else to stderr.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="Print errors alone, and what --json prints.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -13,7 +13,7 @@ from harness.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.measurements import Measurements
 from harness.cli.console import out
-from harness.cli.options import EnvironmentId, GridFolder
+from harness.cli.options import AsJson, EnvironmentId, GridFolder
 
 
 def report(
@@ -60,6 +60,7 @@ def recommend(
         ),
     ] = None,
     environment: EnvironmentId = None,
+    as_json: AsJson = False,
 ) -> None:
     """Name the best measured configuration within limits, say what it trades, and write its YAML."""
     from rich.table import Table
@@ -67,6 +68,7 @@ def recommend(
     from harness._util.units import parse_bytes, show_bytes
     from harness.analysis import recommend as recommending
     from harness.analysis import words
+    from harness.cli.documents import print_document
     from harness.metrics import METRICS
 
     try:
@@ -76,6 +78,14 @@ def recommend(
     measurements = _load(folder, environment)
     best = recommending.recommend(measurements, memory=limit, max_loss=max_loss, min_speed=min_speed)
     shown = ("tokens_per_second", "eval_loss")
+    target = output or Path("reports") / folder.resolve().name / "recommended.yml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(best.yaml, encoding="utf-8")
+    if as_json:
+        front = best.choices[["label", "memory", *shown]].to_dict("records")
+        about = {"configuration": best.label, "yaml": best.yaml, "file": target, "sentences": best.sentences}
+        print_document(about | {"front": front})
+        return
     columns = ("configuration", "memory", *(METRICS[metric].label for metric in shown))
     table = Table(*columns, title="The Pareto front within the limits")
     for number, row in best.choices.iterrows():
@@ -85,9 +95,6 @@ def recommend(
     out.print(table)
     for sentence in best.sentences:
         out.print(plain(sentence), highlight=False)
-    target = output or Path("reports") / folder.resolve().name / "recommended.yml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(best.yaml, encoding="utf-8")
     out.print(
         f"written to {plain(str(target))}; run it with: harness run {plain(str(target))}",
         highlight=False,
@@ -105,11 +112,13 @@ def compare(
     across_environments: Annotated[
         bool, typer.Option("--across-environments", help="Compare speeds of different machines or versions too.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two runs of a grid, on two machines or under two versions, and say what differs between them."""
     from rich.table import Table
 
     from harness.analysis.compare_runs import compare_runs
+    from harness.cli.documents import print_document
     from harness.report.tables import run_comparison
 
     ids = environment or []
@@ -117,6 +126,9 @@ def compare(
         raise InputError(f"--environment is given {len(ids)} times; there are two results")
     one, other = (_load(folder, ids[i] if i < len(ids) else None) for i, folder in enumerate((first, second)))
     comparison = compare_runs(one, other, across_environments=across_environments)
+    if as_json:
+        print_document(comparison)
+        return
     if comparison.environments:
         table = Table("environment", "first", "second", title="What differs between the two")
         for names in comparison.environments:

@@ -1,4 +1,4 @@
-"""`harness ls`, `show`, `keys`, `merge-results` and `clean`."""
+"""`harness ls`, `show`, `keys`, `schema`, `merge-results` and `clean`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from harness.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.results.store import Store
 from harness.cli.console import out
-from harness.cli.options import Results
+from harness.cli.options import AsJson, Results
 
 
 def ls(
     grid: Annotated[str | None, typer.Argument(help="Name of a grid; without it, the grids are listed.")] = None,
     results: Results = Path("results"),
+    as_json: AsJson = False,
 ) -> None:
     """List the recorded grids, or the trials of one."""
     from collections import Counter
 
     from rich.table import Table
 
+    from harness.cli.documents import print_document, trial_document
     from harness.metrics import HEADLINE, METRICS
     from harness.results.store import Store
 
@@ -32,16 +34,26 @@ def ls(
     if grid is None:
         if not folders:
             raise InputError(f"{results}: nothing is recorded there yet; begin with: harness run grids/smoke.yml")
+        ended = {
+            folder: Counter(Store(folder).read("trials", ["trial_id", "status"])["status"].to_pylist())
+            for folder in folders
+        }
+        if as_json:
+            listed = [{"grid": folder.name, "trials": n.total(), "status": n} for folder, n in ended.items()]
+            print_document(listed)
+            return
         table = Table("grid", "trials", "status")
-        for folder in folders:
-            counts = Counter(Store(folder).read("trials", ["trial_id", "status"])["status"].to_pylist())
+        for folder, counts in ended.items():
             ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-            table.add_row(plain(folder.name), str(sum(counts.values())), ends)
+            table.add_row(plain(folder.name), str(counts.total()), ends)
         out.print(table)
         return
     if results / grid not in folders:
         known = ", ".join(folder.name for folder in folders) or "nothing"
         raise InputError(f"no grid {grid!r} in {results}; there is {known}")
+    if as_json:
+        print_document([trial_document(row) for row in _rows(results / grid)])
+        return
     table = Table("trial", "label", "repeat", "status", *(METRICS[m].label for m in HEADLINE))
     for row in _rows(results / grid):
         figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
@@ -60,12 +72,14 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def show(
     trial: Annotated[str, typer.Argument(help="Beginning of a trial's id, or its label.")],
     results: Results = Path("results"),
+    as_json: AsJson = False,
 ) -> None:
     """Print one trial: its configuration as YAML, its environment and every figure."""
     import json
 
     from rich.table import Table
 
+    from harness.cli.documents import print_document, trial_document
     from harness.grids.yaml_file import spec_to_yaml
     from harness.metrics import METRICS
     from harness.results.schema import spec_of
@@ -74,6 +88,14 @@ def show(
     matches = list(find(results, trial))
     if not matches:
         raise InputError(f"no trial {trial!r} in {results}; `harness ls <grid>` lists them")
+    if as_json:
+        print_document(
+            [
+                {"grid": folder.name, **trial_document(row), "environment": json.loads(row["environment"])}
+                for folder, row in matches
+            ]
+        )
+        return
     for folder, row in matches:
         out.rule(f"{plain(folder.name)} / {plain(row['label'])} (repeat {row['repeat']}), {row['status']}")
         if row["error"]:
@@ -117,6 +139,14 @@ def keys() -> None:
     for metric in FIGURES.values():
         table.add_row(metric.name, metric.unit, metric.definition)
     out.print(table)
+
+
+def schema() -> None:
+    """Print the JSON schema of grid files, by which editors complete and check YAML."""
+    from harness.cli.documents import print_document
+    from harness.grids.json_schema import grid_schema
+
+    print_document(grid_schema())
 
 
 def stores_in(folder: Path) -> list[Store]:

@@ -12,7 +12,7 @@ import typer
 
 from harness._util.terminal import plain
 from harness.cli import beforehand, failures, options
-from harness.cli.console import out
+from harness.cli.console import out, quietly, stdout_for_data
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import predict_trials
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
 
 
 def run(
+    context: typer.Context,
     grid: Annotated[
         Path, typer.Argument(metavar="GRID", help="A grid file, or a training file as a grid of one trial.")
     ],
@@ -120,11 +121,18 @@ def run(
     ] = False,
     results: options.Results = Path("results"),
     trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run the trials of a grid that are not recorded yet, each in a process of its own."""
     began = time.monotonic()
+    if as_json:
+        context.with_resource(stdout_for_data())
+    if quiet:
+        context.with_resource(quietly())
+    from harness.cli.documents import print_document, run_document
     from harness.cli.matching import matched
-    from harness.cli.rates import find_rates
+    from harness.cli.rates import find_rates, planned_rates
     from harness.grids import preflight
     from harness.grids.grid import MAX_TRIALS, labels_like, load
     from harness.launch.local import LocalLauncher
@@ -139,6 +147,7 @@ def run(
 
     most_trials = max_trials or MAX_TRIALS
     tuned: Tuned | None = None
+    labels = set[str]()
 
     def grid_of(times: int | None, stories: int | None = None) -> Grid:
         held_out = {} if stories is None else {"val_set_size": float(stories)}
@@ -149,6 +158,7 @@ def run(
             max_trials=most_trials,
             without_unsupported=without_unsupported,
         )
+        labels.update(trial.label for trial in loaded.trials)
         chosen = loaded.only(labels_like(loaded, only)) if only else loaded
         sized = matched(chosen, trust_remote_code=trust_remote_code)
         return sized if tuned is None else learning_rates.with_rates(sized, tuned)
@@ -180,12 +190,15 @@ def run(
     if dry_run:
         print_training_file(loaded.training_file, grid)
         beforehand.print_forecast(loaded, store, here)
-        if loaded.rates:
-            trainings = learning_rates.grid_of_rates(loaded)
-            out.print(f"before them, {len(trainings.trials)} trainings find the learning rates", highlight=False)
         with contextlib.suppress(InputError):  # the run itself says what cannot be read
             loaded = loaded.with_contents(snapshot.of)
-        _print_trials(loaded, store, planned, statuses)
+        if loaded.rates:
+            trainings = learning_rates.grid_of_rates(loaded)
+            with contextlib.suppress(InputError):
+                trainings = trainings.with_contents(snapshot.of)
+            recorded = planned_rates(loaded, trainings, Store(results / trainings.name), planned, statuses)
+            loaded = loaded if recorded is None else learning_rates.with_rates(loaded, recorded)
+        _print_trials(loaded, store, planned, statuses, as_json=as_json)
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
     loaded = loaded.with_contents(snapshot.of)
@@ -207,17 +220,26 @@ def run(
     with failures.allowed(allow_failures), make_launcher(where, loaded) as launcher:
 
         def find(trainings: Grid, own: Store) -> Summary:
+            nonlocal limit
             inspect_trials(grid_run.pending(trainings, own, launcher, statuses), trust_remote_code)
             with display(out) as progress:
-                return grid_run.run_grid(
+                summary = grid_run.run_grid(
                     trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until
                 )
+            limit = limit and limit - len(summary.records)
+            return summary
 
         if loaded.rates:
             trainings = learning_rates.grid_of_rates(loaded).with_contents(snapshot.of)
             tuned = find_rates(loaded, trainings, Store(results / trainings.name), launcher, find)
-            if tuned is None:
+            if limit == 0 and tuned is not None:
+                out.print("the comparison begins with the next run of the same command", highlight=False)
+            if tuned is None or limit == 0:
+                if as_json:
+                    print_document(run_document(loaded, store, launcher))
                 return
+            if only:
+                tuned = tuned.joined(loading.tuned_of(store.description(), store.folder / "grid.json"), labels)
             loaded = learning_rates.with_rates(loaded, tuned).with_contents(snapshot.of)
         executed = loaded
 
@@ -265,6 +287,8 @@ def run(
             out.print(writers.terminal(comparison.compare(measurements)))
         rows = grid_run.recorded(executed, store, launcher)
         left = grid_run.pending(executed, store, launcher)
+        if as_json:
+            print_document(run_document(executed, store, launcher))
         hint = "; run them again with --rerun and that status"
         failures.refuse(rows, store.folder, complete=not left, hint=hint)
 
@@ -299,9 +323,10 @@ def _statuses(given: list[str]) -> frozenset[Status]:
     return frozenset(status for status in known if "all" in given or status in given)
 
 
-def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status]) -> None:
+def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status], *, as_json: bool) -> None:
     from rich.table import Table
 
+    from harness.cli.documents import planned_document, print_document
     from harness.runner import grid_run
 
     pending = grid_run.pending(grid, store, launcher, statuses)
@@ -314,6 +339,9 @@ def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozen
         recorded = "" if trial in pending else "yes"
         table.add_row(str(number), plain(trial.label), str(trial.repeat), trial.spec.id, recorded)
     out.print(table)
+    if as_json:
+        trials = [planned_document(trial, recorded=trial not in pending) for trial in grid.trials]
+        print_document({"grid": grid.name, "folder": store.folder, "left": len(pending), "trials": trials})
 
 
 def _print_summary(summary: Summary, store: Store, grid: Path) -> None:

@@ -1,3 +1,14 @@
-"""Renders analyses, predictions and searches for people: tables, plots, page, Markdown, CSV and LaTeX."""
+"""Renders analyses, predictions and searches for people: tables, plots, page, Markdown, CSV, LaTeX, dataset cards."""
 
-__all__ = ["adapter_tables", "document", "fixes", "inference_tables", "predictions", "tables", "tuning", "writers"]
+__all__ = [
+    "adapter_tables",
+    "document",
+    "fixes",
+    "inference_tables",
+    "notebook",
+    "predictions",
+    "publishing",
+    "tables",
+    "tuning",
+    "writers",
+]

@@ -100,12 +100,8 @@ def terminal(comparison: Comparison) -> RichTable:
 
 def markdown(document: Document) -> str:
     """The report as Markdown that links its plots."""
-    parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
-    parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
-    if document.recommended is not None:
-        parts.append(f"The recommended configuration, {_md(document.recommended.label)}, is in recommended.yml.")
-    first, *rest = document.tables
-    parts.append(_md_table(first))
+    parts = [headline(document)]
+    rest = document.tables[1:]
     parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]
     parts.append("## Claims\n\n" + _md_rows(_CLAIM_HEADINGS, _claim_rows(document)))
     parts += [_md_table(table) for table in rest]
@@ -121,6 +117,23 @@ def markdown(document: Document) -> str:
             for snippet in document.snippets
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def headline(document: Document, folder: str = "") -> str:
+    """The beginning of the report as Markdown: what was measured, what is to be said of it, and the first table.
+
+    Args:
+        document: the report.
+        folder: of its files, with a slash at its end.
+    """
+    parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
+    parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
+    if document.recommended is not None:
+        parts.append(
+            f"The recommended configuration, {_md(document.recommended.label)}, is in {folder}recommended.yml."
+        )
+    parts.append(_md_table(document.tables[0]))
+    return "\n\n".join(parts)
 
 
 _READING = """
