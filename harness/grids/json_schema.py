@@ -115,30 +115,17 @@ def _value(name: str, field: dict[str, Any]) -> dict[str, Any]:
 
 def _levels(of: dict[str, Any]) -> list[dict[str, Any]]:
     listed = {"type": "array", "items": of, "minItems": 1}
-    held = {
-        "type": "object",
-        "properties": {"levels": listed, "hold": {"const": "effective_batch_size"}},
-        "required": ["levels"],
-        "additionalProperties": False,
-    }
-    return [listed, held]
+    held = {"levels": listed, "hold": {"const": "effective_batch_size"}}
+    return [listed, _mapping(held, required=["levels"])]
 
 
 def _tune(keys: dict[str, Any], labelled: dict[str, Any]) -> dict[str, Any]:
     number = {"anyOf": [{"type": "number"}, _NUMBER]}
     when = {"type": "object"}
-    interval = {
-        "type": "object",
-        "properties": {"low": number, "high": number, "log": {"type": "boolean"}, "step": number, "when": when},
-        "required": ["low", "high"],
-        "additionalProperties": False,
-    }
-    conditional = {
-        "type": "object",
-        "properties": {"levels": {}, "hold": {"const": "effective_batch_size"}, "when": when},
-        "required": ["levels"],
-        "additionalProperties": False,
-    }
+    ends = {"low": number, "high": number, "log": {"type": "boolean"}, "step": number, "when": when}
+    interval = _mapping(ends, required=["low", "high"])
+    levels = {"levels": {}, "hold": {"const": "effective_batch_size"}, "when": when}
+    conditional = _mapping(levels, required=["levels"])
     space = {key: {"anyOf": [interval, conditional, *_levels(of), labelled]} for key, of in keys.items()}
     properties = {
         "space": {"type": "object", "properties": space, "additionalProperties": {"anyOf": [labelled, conditional]}},
@@ -151,4 +138,4 @@ def _tune(keys: dict[str, Any], labelled: dict[str, Any]) -> dict[str, Any]:
         "confirm": {"type": "integer", "minimum": 0},
         "seed": {"type": "integer", "minimum": 0},
     }
-    return {"type": "object", "properties": properties, "required": ["space"], "additionalProperties": False}
+    return _mapping(properties, required=["space"])
