@@ -7,6 +7,8 @@ import gc
 import os
 import resource
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -40,8 +42,12 @@ class MemoryMeter:
     def phase(self, *, breakdown: bool) -> Iterator[None]:
         """Start a new peak and track it within. `breakdown` asks for components on CUDA too."""
         self.restart()
-        with self.tracker if breakdown or not self._cuda else contextlib.nullcontext():
+        with self.tracking(breakdown=breakdown):
             yield
+
+    def tracking(self, *, breakdown: bool) -> AbstractContextManager[Any]:
+        """Within, the tracker is in use if it is needed."""
+        return self.tracker if breakdown or not self._cuda else contextlib.nullcontext()
 
     def restart(self) -> None:
         """Start a new peak from what is held now."""

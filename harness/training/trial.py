@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import math
 import random
 import time
@@ -277,8 +278,10 @@ class _Trial:
         self._enter("evaluate")
         losses = loss_before.reusable(self.recorded, texts, kind) if when == "before" else None
         if losses is None:
-            with meter.phase(breakdown=False), compilation.uncompiled(self.spec):
-                losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device)
+            meter.restart()
+            tracking = functools.partial(meter.tracking, breakdown=False)
+            with compilation.uncompiled(self.spec):
+                losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device, tracking)
             # That of the evaluation after training, once there is one: not every trial measures before.
             self.evaluation_peaks[when] = max(meter.peak(), self.evaluation_peaks.get(when, 0))
             self.metrics["peak_evaluate_bytes"] = self.evaluation_peaks[when]
