@@ -10,7 +10,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"load": "harness.report.notebook", "merge_lora": "harness.adapters.merge"}
+_PUBLIC = {
+    "Grid": "harness.cli.python",
+    "WatchCallback": "harness.watching.trainer",
+    "load": "harness.report.notebook",
+    "merge_lora": "harness.adapters.merge",
+    "plan": "harness.cli.python",
+    "run": "harness.cli.python",
+    "tune": "harness.cli.python",
+    "watch": "harness.watching.watch",
+    "write_report": "harness.cli.python",
+}
 """Public functions and their modules, imported on first use."""
 
 

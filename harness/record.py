@@ -81,8 +81,8 @@ class Step(Row):
     """Whether memory was tracked. Tracked steps are not timed, and timed steps are not tracked."""
     seconds: float
     """Wall time, including the tracker's overhead in tracked steps."""
-    loss: float
-    """Nats per supervised token before this step's update."""
+    loss: float | None
+    """Nats per supervised token before this step's update; null where a watched loop computes its own."""
     auxiliary_loss: float | None = None
     """Of the model's own, at its weight, which is added to the loss; null where it has none."""
     grad_norm: float | None
@@ -239,6 +239,10 @@ class Job(Row):
     """Of the rows that it reads, see `sources.fingerprints`; null: they are read as they are."""
     base_fingerprint: Annotated[str | None, Facts(absent=None)] = None
     """Of its base model."""
+    watched: Annotated[bool, Facts(absent=False)] = False
+    """Whether it is somebody's own training loop that was watched, see `harness.watch`."""
+    unseen: tuple[str, ...] = ()
+    """Keys of a watched loop's spec that nobody gave and that could not be seen: null in its row."""
 
     @property
     def contents(self) -> Contents:
@@ -305,7 +309,8 @@ class Record(Job):
     @property
     def trial_id(self) -> str:
         """Id of spec, environment and contents: the same trial on the same machine has the same id."""
-        return trial_id(self.spec, self.environment, self.contents, twin=self.twin)
+        name = trial_id(self.spec, self.environment, self.contents, twin=self.twin)
+        return f"{name}-watched-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}" if self.watched else name
 
 
 def trial_id(spec: TrialSpec, environment: Environment, contents: Contents = NO_CONTENTS, *, twin: bool = False) -> str:

@@ -26,6 +26,7 @@ FLOORS = (
     "predict",
     "runner",
     "adapters",
+    "watching",
     "analysis",
     "tuning",
     "report",

@@ -18,6 +18,7 @@ from harness.launch.cluster import RayLauncher
 from harness.launch.inline import InlineLauncher
 from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
+from harness.launch.scheduler import SubmititLauncher
 from harness.results.store import Store
 from harness.runner.execution import Policy
 from harness.runner.grid_run import pending
@@ -28,13 +29,14 @@ from harness.training import checkpoints
 Small = Callable[..., TrialSpec]
 
 
-@pytest.fixture(scope="module", params=["inline", "local", "ray"])
+@pytest.fixture(scope="module", params=["inline", "local", "ray", "submitit"])
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     """Each of them in turn."""
     made: dict[str, Callable[[], Launcher]] = {
         "inline": InlineLauncher,
         "local": LocalLauncher,
         "ray": lambda: RayLauncher(cpus=1, most_workers=1),
+        "submitit": lambda: SubmititLauncher("local", cpus=1, folder=tmp_path_factory.mktemp("jobs")),
     }
     with made[request.param]() as entered:
         if request.param == "inline":

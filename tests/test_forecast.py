@@ -92,9 +92,9 @@ def test_the_pilot_is_that_of_the_committed_rows() -> None:
     """Within a factor: constants are good for a plan, and rows are measured anew."""
     m = loading.load(ROOT / "results/techniques")
     known = forecast.variances_of(m)
-    assert {"story", "seeds"} <= known.recorded
+    assert {"story", "reading"} <= known.recorded
     assert known.trials == len(m.trials)
-    assert known.variances.seeds.sigma == pytest.approx(PILOT.seeds.sigma, rel=1)
+    assert known.variances.reading.sigma == pytest.approx(PILOT.reading.sigma, rel=1)
     assert known.variances.story == pytest.approx(PILOT.story, rel=1)
     assert forecast.variances_of(None) == Known(PILOT)
 

@@ -14,6 +14,7 @@ WITHOUT_TORCH = ("_util", "sources", "dialects", "grids", "results", "runner", "
 """Packages that never import torch: commands answer at once, and a report needs no GPU stack."""
 WITH_TORCH = {
     "launch.cluster",  # Ray, an extra
+    "launch.scheduler",  # submitit, an extra
     "launch.preload",  # what the fork server imports for its children
     "launch.quiet",  # and before that
 }

@@ -47,7 +47,7 @@ class Watch:
         self.seen: list[tuple[str, str, Any]] = []
         self.times: list[float] = []
 
-    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0, visit_seconds: float = 0.0) -> None:
         self.total, self.skipped = total, skipped
 
     def trial(self, number: int, job: Job) -> None:

@@ -16,6 +16,7 @@ import trials
 
 from harness.record import Record
 from harness.spec.trial import TrialSpec
+from harness.training import batches, checkpoints, evaluation, model
 from harness.training.live_tensors import LiveTensors, OutOfBudget
 from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory
@@ -212,3 +213,23 @@ def test_a_budget_on_a_card_is_the_allocators_limit(monkeypatch: pytest.MonkeyPa
 def test_the_peak_is_the_highest_of_all_steps(spec: TrialSpec) -> None:
     """Whatever the lengths, the micro-batches and the seed: recorded to the byte, chosen beforehand, predicted."""
     assert faults(spec) == []
+
+
+def test_an_evaluation_is_tracked_where_it_holds_most(small: Small) -> None:
+    spec = small(val_set_size=9.0, micro_batch_size=2)
+    texts = sorted(batches.load(spec, checkpoints.load_tokenizer(spec)).held_out, key=len)  # the heaviest come last
+    assert len(texts[0]) < len(texts[-1])
+    cpu = torch.device("cpu")
+    network = model.load(spec, cpu)
+    whole, heaviest = LiveTensors("cpu"), LiveTensors("cpu")
+    with whole:
+        evaluation.story_losses(network, texts, spec, 0, cpu)
+    entered: list[LiveTensors] = []
+
+    def tracking() -> LiveTensors:
+        entered.append(heaviest)
+        return heaviest
+
+    evaluation.story_losses(network, texts, spec, 0, cpu, tracking)
+    assert heaviest.peak == whole.peak
+    assert 1 < len(entered) < 5

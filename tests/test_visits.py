@@ -249,6 +249,10 @@ def test_the_time_left_knows_that_visits_are_shorter(monkeypatch: pytest.MonkeyP
         left.append(pace.seconds_left)
     assert left == [None, 60 + 4 * 60, 60 + 3 * 10, 3 * 10, 2 * 10, 10, 0, 0]
     assert (pace.done, pace.total) == (7, 7), "a disturbed visit was made again"
+    pace = Pace(trials=2, visits=4, visit_seconds=5.0)
+    clock[0] += 60
+    pace.finished(trial)  # type: ignore[arg-type]  # as above
+    assert pace.seconds_left == 60 + 4 * 10, "a visit loads a model, and times for five seconds"
 
 
 def test_failed_trials_are_not_timed(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:

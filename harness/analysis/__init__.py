@@ -3,6 +3,7 @@
 __all__ = [
     "compare_runs",
     "comparison",
+    "cost",
     "estimate",
     "forecast",
     "inference",

@@ -79,7 +79,7 @@ def load(
         configs=configs,
         rates=_rates(store, kept["trial_id"]),
         readings=_readings(visited, kept),
-        unwatched=bool(visited["waited_seconds"].isna().any()),
+        waits_unknown=bool(visited["waited_seconds"].isna().any()),
         stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
         changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
         inference_results={
@@ -90,6 +90,7 @@ def load(
         environment_id=chosen,
         left_out=tuple(left_out),
         training_file=TrainingFile.recorded(about.get("training_file")),
+        price_per_hour=_price(about),
         match=about["match"] if about.get("match") in METRICS else None,
         tuned=tuned_of(about, store.folder / "grid.json"),
         _codes=codes,
@@ -103,6 +104,14 @@ def _claims(about: Mapping[str, Any], file: Path) -> tuple[Claim, ...]:
     except (ValidationError, TypeError) as error:
         reason = explain(error, Claim) if isinstance(error, ValidationError) else "no list"
         raise InputError(one_line(f"{file}: its claims are not readable ({reason})")) from None
+
+
+def _price(about: Mapping[str, Any]) -> float | None:
+    """The machine's price; a file edited by hand may hold anything."""
+    price = about.get("price_per_hour")
+    if not isinstance(price, int | float) or isinstance(price, bool):
+        return None
+    return float(price) if 0 < price < float("inf") else None
 
 
 def tuned_of(about: Mapping[str, Any], file: Path) -> Tuned | None:
@@ -183,13 +192,21 @@ def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.
             {d: _any_prompt(d, "format") or _any_prompt(d, "no_input_format") for d in trials["datasets"].unique()}
         ),
         twin=trials["twin"].fillna(False).astype(bool),
+        watched=trials["watched"].fillna(False).astype(bool),
     )
     codes = pandas.DataFrame(
         {key: pandas.factorize(trials[key], use_na_sentinel=False)[0] for key in CONDITIONS}, trials.index
     )
-    key = codes[list(SPEC_KEYS)].assign(twin=trials["twin"])
+    # Watched loops of one spec are other programs.
+    program = pandas.factorize(trials["label"].where(trials["watched"], ""))[0]
+    key = codes[list(SPEC_KEYS)].assign(twin=trials["twin"], program=program)
     # The baseline first, then in the order of the rows; reports show configurations by number.
     baseline = (trials["spec_id"] == trials["baseline_id"]) & ~trials["twin"]
+    if trials["watched"].all():
+        first = trials.loc[baseline].sort_values("started_at").index[:1]
+        baseline &= numpy.isin(program, program[first])
+    else:
+        baseline &= ~trials["watched"]
     order = numpy.lexsort((trials.index, ~baseline))
     numbers = pandas.factorize(_row_numbers(key)[order])[0]
     trials["config"] = pandas.Series(numbers, trials.index[order])

@@ -47,13 +47,14 @@ class Measurements:
     """One row per trial, numbered from 0: the columns of the record, `config`, and `stands_for`, which is `config` too,
     except that a baseline's second run stands for the baseline."""
     configs: pandas.DataFrame
-    """One row per configuration (all repeats of it): its spec, label and status, `repeats`, `baseline`, `twin`."""
+    """One row per configuration (all repeats of it): its spec, label and status, `repeats`, `baseline`, `twin`,
+    `watched`."""
     rates: pandas.DataFrame
     """By trial number: mean, var and count of log(tokens ÷ seconds) over the timed steps."""
     readings: pandas.DataFrame
     """Speeds by trial and block of timing visits: trial, block, whether it was a `visit`, and `TIMED_FIGURES`. A trial
     from before there were visits has one reading, whose block is its repeat."""
-    unwatched: bool
+    waits_unknown: bool
     """Whether there are timed steps of which is not known how long they waited for a processor."""
     stories: pandas.DataFrame
     """Loss of each held-out story after training: trial, story, loss, tokens."""
@@ -68,6 +69,8 @@ class Measurements:
     """Excluded rows, in words."""
     training_file: TrainingFile | None
     """What the training file that the base comes from means; null: the base is harness's own."""
+    price_per_hour: float | None
+    """Of the machine, in whatever currency; null: not given."""
     match: str | None
     """The figure at which the grid made its adapters as large as the baseline's; null: none."""
     tuned: Tuned | None
@@ -128,7 +131,12 @@ class Measurements:
     def differing_keys(self, configs: Sequence[int]) -> list[dict[str, Any]]:
         """The keys in which each configuration differs from the baseline, with its values; without one, all keys."""
         base = {} if self.baseline is None else self.keys_of([self.baseline])[0]
-        return [{k: v for k, v in row.items() if k not in base or v != base[k]} for row in self.keys_of(configs)]
+        differing = [{k: v for k, v in row.items() if k not in base or v != base[k]} for row in self.keys_of(configs)]
+        watched = self.configs.loc[list(configs), "watched"]  # whose nulls are not known
+        return [
+            {k: v for k, v in row.items() if v is not None} if is_watched else row
+            for row, is_watched in zip(differing, watched, strict=True)
+        ]
 
     def keys_of(self, configs: Sequence[int]) -> list[dict[str, Any]]:
         """The spec of each configuration, by key; without the seed."""
@@ -180,7 +188,13 @@ class Measurements:
 
     def selected(self, where: dict[str, Any]) -> pandas.DataFrame:
         """Configurations at these levels; a list of levels matches any of them."""
-        return self.configs[self._mask(where) & ~self.configs["twin"]]
+        return self.configs[self._mask(where) & self._of_grid]
+
+    @property
+    def _of_grid(self) -> pandas.Series:
+        """Configurations that claims and tables of techniques are about: no second run, no watched loop."""
+        of_grid: pandas.Series = ~self.configs["twin"] & ~self.configs["watched"]
+        return of_grid
 
     def pairs(self, contrast: Contrast) -> pandas.DataFrame:
         """Measured configurations that differ in the contrast's keys only: columns `reference` and `config`.
@@ -197,9 +211,7 @@ class Measurements:
         return {}
 
     def _find_pairs(self, contrast: Contrast) -> pandas.DataFrame:
-        eligible: pandas.DataFrame = self.configs[
-            self._mask(contrast.where) & self.configs["measured"] & ~self.configs["twin"]
-        ]
+        eligible: pandas.DataFrame = self.configs[self._mask(contrast.where) & self.configs["measured"] & self._of_grid]
         rest = self._rest(contrast).reindex(eligible.index)
         before = after = pandas.Series(True, eligible.index)
         for key, (from_level, to_level) in contrast.compare.items():
@@ -228,7 +240,7 @@ class Measurements:
             return self.configs[:0]
         rest = self._rest(contrast)
         mask = (rest == rest[self.baseline]).reindex(self.configs.index)
-        members: pandas.DataFrame = self.configs[mask & self.configs["measured"] & ~self.configs["twin"]]
+        members: pandas.DataFrame = self.configs[mask & self.configs["measured"] & self._of_grid]
         return members
 
     def _mask(self, where: dict[str, Any]) -> pandas.Series:

@@ -26,7 +26,7 @@ class Variances:
 PILOT = Variances(
     reading=Noise(0.070, 45), story=0.059, seeds=Noise(0.0085, 42), seeds_alone=Noise(0.016, 44)
 )  # fmt: skip
-"""From the rows in `results/` of 2026-11-23, on two cores of a shared machine, by `forecast.variances_of`:
+"""From the rows that `results/` had on 2026-11-23, on two cores of a shared machine, by `forecast.variances_of`:
 
 reading
     `stats.noise` of log(tokens_per_second) of the 69 trials of `techniques`, configurations and repeats taken out. They

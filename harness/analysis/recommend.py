@@ -83,7 +83,7 @@ def recommend(
 
 
 def _figures(m: Measurements) -> pandas.DataFrame:
-    ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]]
+    ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"] & ~m.trials["watched"]]
     if ok.empty:
         raise InputError(f"{m.name}: no trial ended well; there is nothing to recommend")
     means = ok.groupby("config")[["tokens_per_second", "eval_loss"]].mean()

@@ -15,7 +15,7 @@ import typer
 
 from harness import __version__
 from harness._util.terminal import plain, print_anything
-from harness.cli import adapters, doctor, methods, plan, publish, reports, results, run, training_files, tune
+from harness.cli import adapters, doctor, export, methods, plan, publish, reports, results, run, training_files, tune
 from harness.cli.console import err, out
 from harness.errors import InputError, TrialsFailed, is_disk_full
 from harness.sources import home
@@ -72,6 +72,10 @@ _COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         publish.publish: (
             "harness publish results/techniques --to ./published/techniques",
             "harness publish results/techniques --to me/small-machines --public",
+        ),
+        export.export: (
+            "harness export results/techniques --to tensorboard",
+            "harness export results/techniques --to mlflow --place sqlite:///mlflow.db",
         ),
         results.ls: ("harness ls", "harness ls techniques", "harness ls techniques --json"),
         results.show: ("harness show 3f2a", "harness show baseline"),

@@ -67,10 +67,12 @@ def trial_document(row: Mapping[str, Any]) -> dict[str, Any]:
     from harness.metrics import METRICS
     from harness.results.schema import spec_of
 
+    # What could not be seen of a watched loop is null in its row.
+    keys = {key: value for key, value in spec_of(dict(row)).canonical().items() if row[key] is not None}
     facts = ("trial_id", "spec_id", "label", "repeat", "status", "started_at", "environment_id", "phase", "error_type",
              "error", "log")  # fmt: skip
     return {
         **{name: row[name] for name in facts},
-        "configuration": spec_of(dict(row)).canonical(),
+        "configuration": keys if row["watched"] else spec_of(dict(row)).canonical(),
         "figures": {name: row[name] for name in METRICS if row[name] is not None},
     }

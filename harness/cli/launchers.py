@@ -12,8 +12,16 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.launch.launcher import Launcher
 
 
-_ENGINES = ("local", "ray", "inline")
-_REMOTE = ("ray",)
+_ENGINES = ("local", "ray", "submitit", "inline")
+_REMOTE = ("ray", "submitit")
+_OF_ENGINES = {
+    "address": ("ray",),
+    "cpus": ("ray", "submitit"),
+    "accelerator": ("ray",),
+    "partition": ("submitit",),
+    "job_minutes": ("submitit",),
+}
+"""Options that go with some engines alone."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class LauncherOptions:
     address: str | None
     cpus: int | None
     accelerator: str | None
+    partition: str | None = None
+    job_minutes: int | None = None
 
     @property
     def remote(self) -> bool:
@@ -39,10 +49,10 @@ class LauncherOptions:
         """
         if self.engine not in _ENGINES:
             raise InputError(f"unknown --engine {self.engine!r}; use {', '.join(_ENGINES)}")
-        ray_only = {"address": self.address, "cpus": self.cpus, "accelerator": self.accelerator}
-        given = [name for name, value in ray_only.items() if value is not None]
-        if given and self.engine != "ray":
-            raise InputError(f"--{given[0]} goes with --engine ray; add that, or leave it out")
+        for name, engines in _OF_ENGINES.items():
+            if getattr(self, name) is not None and self.engine not in engines:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} goes with --engine {' or '.join(engines)}; add that, or leave it out")
         if self.workers not in (None, "auto"):
             _count(self.workers)
 
@@ -62,6 +72,8 @@ def make_launcher(options: LauncherOptions, grid: Grid) -> Launcher:
         return InlineLauncher()
     if options.engine == "ray":
         return _ray(options, grid)
+    if options.engine == "submitit":
+        return _submitit(options, grid)
     from harness.launch.local import LocalLauncher
 
     return LocalLauncher(_local_workers(options.workers, grid))
@@ -72,17 +84,39 @@ def _ray(options: LauncherOptions, grid: Grid) -> Launcher:
         from harness.launch.cluster import RayLauncher
     except ImportError:
         raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
-    devices = {trial.spec.device for trial in grid.trials}
-    if len(devices) > 1:
-        raise InputError(f"trials for {' and '.join(sorted(devices))}; with --engine ray give --device, one for all")
     return RayLauncher(
         options.address,
-        device=devices.pop(),
+        device=_one_device(grid, "ray"),
         most_workers=None if options.workers in (None, "auto") else _count(options.workers),
         cpus=options.cpus,
         accelerator=options.accelerator,
         processes={trial.spec.num_processes for trial in grid.trials},
     )
+
+
+def _submitit(options: LauncherOptions, grid: Grid) -> Launcher:
+    try:
+        from harness.launch.scheduler import MINUTES, SubmititLauncher
+    except ImportError:
+        raise InputError("--engine submitit needs it; install it with: pip install 'harness-bench[submitit]'") from None
+    if options.workers == "auto":
+        raise InputError("--workers auto with --engine submitit: say how many jobs at the same time, like 8")
+    return SubmititLauncher(
+        options.partition,
+        device=_one_device(grid, "submitit"),
+        workers=_count(options.workers),
+        cpus=options.cpus,
+        minutes=options.job_minutes or MINUTES,
+        processes={trial.spec.num_processes for trial in grid.trials},
+    )
+
+
+def _one_device(grid: Grid, engine: str) -> str:
+    devices = {trial.spec.device for trial in grid.trials}
+    if len(devices) > 1:
+        given = " and ".join(sorted(devices))
+        raise InputError(f"trials for {given}; with --engine {engine} give --device, one for all")
+    return devices.pop()
 
 
 def _count(workers: str | None) -> int:

@@ -93,7 +93,8 @@ Engine = Annotated[
     typer.Option(
         metavar="ENGINE",
         rich_help_panel=WHERE,
-        help="local: processes here; ray: tasks of a cluster; inline: this process, for a debugger.",
+        help="local: processes here; ray: tasks of a cluster; submitit: jobs of SLURM; inline: this process, for a "
+        "debugger.",
     ),
 ]
 Address = Annotated[
@@ -102,14 +103,28 @@ Address = Annotated[
 ]
 Cpus = Annotated[
     int | None,
-    typer.Option(
-        min=1, metavar="N", rich_help_panel=WHERE, help="With --engine ray: cores of a trial, instead of a node's."
-    ),
+    typer.Option(min=1, metavar="N", rich_help_panel=WHERE, help="With --engine ray or submitit: cores of a trial."),
 ]
 Accelerator = Annotated[
     str | None,
     typer.Option(
         metavar="CARD", rich_help_panel=WHERE, help="With --engine ray: use only this kind of card, like H100."
+    ),
+]
+Partition = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=WHERE, help="With --engine submitit: SLURM's partition."),
+]
+JobMinutes = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", rich_help_panel=WHERE, help="With --engine submitit: time limit of a job."),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TRACKER",
+        rich_help_panel=OUTPUT,
+        help="Send the results, when the run ends, to mlflow, tensorboard, trackio or wandb; may be repeated.",
     ),
 ]
 GridFolder = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results of a grid.", show_default=True)]

@@ -87,9 +87,11 @@ class Pace:
 
     Args:
         trials, visits: how many there are to do.
+        visit_seconds: for how long a visit times; it loads a model too.
     """
 
-    def __init__(self, trials: int, visits: int) -> None:
+    def __init__(self, trials: int, visits: int, visit_seconds: float = 0.0) -> None:
+        self._expected = {"trials": None, "visits": 2 * visit_seconds or None}
         self._left = {"trials": trials, "visits": visits}
         self._done = dict.fromkeys(self._left, 0)
         self._seconds = dict.fromkeys(self._left, 0.0)
@@ -120,7 +122,10 @@ class Pace:
         if not self.done:
             return None
         of_both = sum(self._seconds.values()) / self.done
-        paces = {kind: self._seconds[kind] / done if done else of_both for kind, done in self._done.items()}
+        paces = {
+            kind: self._seconds[kind] / done if done else self._expected[kind] or of_both
+            for kind, done in self._done.items()
+        }
         return sum(left * paces[kind] for kind, left in self._left.items())
 
 
@@ -173,9 +178,9 @@ class LiveDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0, visit_seconds: float = 0.0) -> None:
         """Set the bar."""
-        self._pace = Pace(total, visits)
+        self._pace = Pace(total, visits, visit_seconds)
         self._progress.reset(self._bar, total=total + visits)
         if skipped:
             self.console.print(f"[dim]{skipped} trials are recorded already[/]")
@@ -244,9 +249,9 @@ class PlainDisplay:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
+    def begin(self, total: int, skipped: int, visits: int = 0, visit_seconds: float = 0.0) -> None:
         """Say how much there is to do."""
-        self._pace = Pace(total, visits)
+        self._pace = Pace(total, visits, visit_seconds)
         recorded = f", {skipped} recorded already" if skipped else ""
         self._print(f"{total} trials to run{recorded}" + (f"; {visits} visits to time them" if visits else ""))
 

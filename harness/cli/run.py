@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from harness._util.terminal import plain
-from harness.cli import beforehand, failures, options
+from harness.cli import beforehand, export, failures, options
 from harness.cli.console import out, quietly, stdout_for_data
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
@@ -105,6 +105,8 @@ def run(
     address: options.Address = None,
     cpus: options.Cpus = None,
     accelerator: options.Accelerator = None,
+    partition: options.Partition = None,
+    job_minutes: options.JobMinutes = None,
     predict: Annotated[
         bool,
         typer.Option(
@@ -121,6 +123,7 @@ def run(
     ] = False,
     results: options.Results = Path("results"),
     trust_remote_code: options.TrustRemoteCode = False,
+    report_to: options.ReportTo = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -163,8 +166,9 @@ def run(
         sized = matched(chosen, trust_remote_code=trust_remote_code)
         return sized if tuned is None else learning_rates.with_rates(sized, tuned)
 
-    where = LauncherOptions(engine, workers, address, cpus, accelerator)
+    where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes)
     where.check()
+    tracked_by = export.check(report_to)
     if size is not None:
         _refuse_with_size(repeats, until_decided, where)
         budget = beforehand.seconds_of(size)
@@ -285,6 +289,7 @@ def run(
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             out.print(writers.terminal(comparison.compare(measurements)))
+        export.report_to(store.folder, tracked_by)
         rows = grid_run.recorded(executed, store, launcher)
         left = grid_run.pending(executed, store, launcher)
         if as_json:

@@ -25,6 +25,7 @@ from harness.spec.trial import TrialSpec
 GRID_KEYS = (
     "name", "title", "base", "design", "vary", "trials", "exclude", "repeats", "baseline_repeats", "visits",
     "visit_seconds", "claims", "tune", "match", "tune_first",
+    "price_per_hour",
 )  # fmt: skip
 
 Match = Literal["trainable_parameters", "peak_memory_bytes"]
@@ -80,6 +81,20 @@ def match_of(document: Mapping[str, Any], design: str) -> Match | None:
         raise ValueError(f"match goes with a baseline, which design {design} does not have; use design: ablation")
     known: Match = figure
     return known
+
+
+def price_of(document: Mapping[str, Any]) -> float | None:
+    """`price_per_hour` of a grid file, of the machine, in whatever currency; null: none is given.
+
+    Raises:
+        ValueError: it is not a number that can be.
+    """
+    price = document.get("price_per_hour")
+    if price is None:
+        return None
+    if not isinstance(price, int | float) or isinstance(price, bool) or not 0 < price < math.inf:
+        raise ValueError(f"price_per_hour is {kind_of(price)}; it must be a number above 0")
+    return float(price)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from harness.grids.document import (
     header,
     located,
     match_of,
+    price_of,
     rates_of,
     timing_of,
 )
@@ -94,6 +95,8 @@ class Grid:
     """How often its rows are looked at, at most, to see whether more are needed."""
     match: Match | None = None
     """At which figure its adapters are as large as the baseline's; null: they are as their options say."""
+    price_per_hour: float | None = None
+    """Of the machine, in whatever currency; null: not given."""
     rates: Rates | None = None
     """Learning rates that each configuration is tried at before the comparison; null: each has its own."""
     tuned: Tuned | None = None
@@ -110,6 +113,8 @@ class Grid:
         }
         if self.match is not None:
             about["match"] = self.match
+        if self.price_per_hour is not None:
+            about["price_per_hour"] = self.price_per_hour
         if self.tuned is not None:
             about["tuned"] = self.tuned.model_dump(mode="json")
         if self.looks > 1:
@@ -257,6 +262,7 @@ def _build(
         claims,
         timing=timing,
         match=match_of(document, design),
+        price_per_hour=price_of(document),
         rates=rates,
         training_file=None if meant.tool == OWN else meant,
     )

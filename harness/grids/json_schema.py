@@ -59,6 +59,7 @@ def grid_schema() -> dict[str, Any]:
         "visit_seconds": {"type": "number", "exclusiveMinimum": 0} | _says("Least seconds of each visit."),
         "claims": {"type": "array", "items": {"$ref": "#/$defs/Claim"}} | _says("What the report judges."),
         "tune": _tune(keys, labelled) | _says("A search space, for harness tune."),
+        "price_per_hour": {"type": "number", "exclusiveMinimum": 0} | _says("Of the machine, for the cost of a loss."),
         "match": {"enum": [*get_args(Match)]} | _says("Make adapters as large as the baseline's by this figure."),
         "tune_first": _tune_first() | _says("Give each configuration its learning rate before the comparison."),
     }

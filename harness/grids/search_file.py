@@ -46,7 +46,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, *, without_unsu
     document = read_yaml(path)
     try:
         name, title = header(document, path)
-        for key in ("match", "tune_first"):
+        for key in ("match", "tune_first", "price_per_hour"):
             if key in document:
                 raise ValueError(f"{key} is of a grid that harness run compares; leave it out of a search")
         if not isinstance(document.get("tune"), dict):

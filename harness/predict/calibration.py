@@ -92,7 +92,9 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
         row
         for each in folders
         for row in Store(each).read("trials").to_pylist()
-        if row["status"] == "ok" and row["peak_memory_bytes"] is not None and not row["twin"] and not row["repeat"]
+        if row["status"] == "ok"
+        and row["peak_memory_bytes"] is not None
+        and not (row["twin"] or row["repeat"] or row["watched"])
     ]
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "predictions",
     "publishing",
     "tables",
+    "trackers",
     "tuning",
     "writers",
 ]

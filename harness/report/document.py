@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pandas
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness._util.units import show_share
-from harness.analysis import verdicts, words
+from harness.analysis import cost, verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT_MODEL
 from harness.dialects.training_file import TrainingFile
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS, MOSTLY_IN_FORMAT
-from harness.report import adapter_tables, inference_tables, plots, tables, tuning
+from harness.report import adapter_tables, cost_tables, inference_tables, plots, tables, tuning
 from harness.results.store import Store
 
 MOST_ROWS = 500
@@ -100,6 +101,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
             first,
             *(search.tables if search else ()),
             *rest,
+            *([] if (of := cost.costs(comparison, steps)) is None else [cost_tables.costs(of, measurements)]),
             *([adapter_tables.adapters(comparison)] if adapter_tables.compares_methods(comparison) else []),
             *([] if measurements.tuned is None else [adapter_tables.learning_rates(measurements.tuned)]),
             inference_tables.models(measurements, comparison),
@@ -145,7 +147,9 @@ def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
     shown = measurements.trials[measurements.trials["config"].isin(measurements.configs.index[:MOST_ROWS])]
     ids = shown.set_index("trial_id")[["config", "repeat"]]
     table = Store(folder).read("steps", columns=["trial_id", "block", "step", "loss", "tokens"])
-    table = table.filter(pc.field("block").is_null()).drop_columns(["block"])
+    # Visits repeat a few steps; a watched loop times those that it trains.
+    watched = pa.array(shown.loc[shown["watched"], "trial_id"].tolist(), pa.string())
+    table = table.filter(pc.field("block").is_null() | pc.field("trial_id").isin(watched)).drop_columns(["block"])
     kept: pandas.DataFrame = table.filter(pc.field("trial_id").isin(ids.index.tolist())).to_pandas()
     return kept.join(ids, on="trial_id")
 
@@ -271,6 +275,7 @@ def _caveats(comparison: Comparison) -> list[str]:
     lines += [words.looks(m.alpha)] if words.looks(m.alpha) else []
     repeats = m.configs.loc[m.configs["measured"], "repeats"]
     lines += _timing_caveats(m)
+    lines += _of_watched(m)
     if len(repeats) and int(repeats.min()) == 1 and not m.readings["visit"].any():
         lines.append(
             "With one repeat, the interval of a speed is over the timed steps of one trial; it does not cover "
@@ -323,7 +328,7 @@ def _timing_caveats(m: Measurements) -> list[str]:
     if steps:
         timed = int(m.trials["timed_steps"].fillna(0).sum())
         lines.append(f"{steps:,} timed steps were disturbed and do not count; {timed:,} do.")
-    if m.unwatched:
+    if m.waits_unknown:
         lines.append(
             "The kernel did not say how long steps waited for a processor: the machine may have worked for others "
             "while they were timed."
@@ -332,6 +337,16 @@ def _timing_caveats(m: Measurements) -> list[str]:
     if len(higher):
         lines.append(f"The timed steps of these held more memory than any step of their training: {_names(higher)}.")
     return lines
+
+
+def _of_watched(m: Measurements) -> list[str]:
+    watched = m.trials[m.trials["watched"]]
+    if watched.empty:
+        return []
+    return [
+        f"Not trials of a grid but loops of other programs, that were watched: {_names(watched)}. Their speeds are of "
+        "all that they trained on, and are compared with none; what could not be seen of their configuration is empty."
+    ]
 
 
 def _of_seeds(m: Measurements) -> str:

@@ -27,6 +27,7 @@ _IDENTITY = {
     "repeat": pa.int64(),
     "baseline_id": pa.string(),
     "twin": pa.bool_(),
+    "watched": pa.bool_(),
     "study": pa.string(),
     "study_trial": pa.int64(),
     **{n: pa.string() for n in ("status", "phase", "error_type", "error", "adapter_id")},
@@ -109,6 +110,7 @@ def trial_row(record: Record) -> dict[str, Any]:
     """A record as a row of the trials table."""
     spec = record.spec.model_dump(mode="json")
     spec |= {name: json.dumps(spec[name], sort_keys=True) for name in _JSON if spec[name] is not None}
+    spec |= dict.fromkeys(record.unseen)
     return {
         **{name: getattr(record, name) for name in _IDENTITY if name in Record.model_fields},
         "trial_id": record.trial_id,
@@ -116,7 +118,7 @@ def trial_row(record: Record) -> dict[str, Any]:
         "environment_id": record.environment.id,
         "base_formats": None if record.base_formats is None else json.dumps(record.base_formats),
         **spec,
-        "effective_batch_size": record.spec.effective_batch_size,
+        "effective_batch_size": _effective_batch_size(record),
         **{name: record.metrics.get(name) for name in METRIC_COLUMNS},
         "device_type": record.environment.device_type,
         "device_name": record.environment.device_name,
@@ -124,7 +126,16 @@ def trial_row(record: Record) -> dict[str, Any]:
     }
 
 
+def _effective_batch_size(record: Record) -> int | None:
+    factors = {"micro_batch_size", "gradient_accumulation_steps", "num_processes"}
+    return None if factors & {*record.unseen} else record.spec.effective_batch_size
+
+
 _SPEC_COLUMNS = _columns(TrialSpec)
+_ALWAYS_KNOWN = frozenset(
+    name for name, field in TrialSpec.model_fields.items() if not field.is_required() and field.default is not None
+)
+"""Keys that are never null in a spec: a null in a row is one that could not be seen of a watched loop."""
 _INTEGERS = frozenset(name for name, type_ in _SPEC_COLUMNS.items() if pa.types.is_integer(type_))
 
 
@@ -148,10 +159,12 @@ def spec_of(row: Mapping[str, Any]) -> TrialSpec:
 
 
 def parse_spec(values: Mapping[str, Any]) -> TrialSpec:
-    """A spec of plain values, its datasets as JSON. What was recorded stays readable, though it be refused by now.
+    """A spec of plain values, its datasets as JSON. What was recorded stays readable, though it be refused by now. Keys
+    that could not be seen have their defaults in it.
 
     Raises:
         ValueError: they are not those of a spec.
     """
     nested = {name: json.loads(values[name]) for name in _JSON if isinstance(values[name], str)}
-    return TrialSpec.model_validate({**values, **nested}, context="keys alone")
+    known = {name: value for name, value in values.items() if value is not None or name not in _ALWAYS_KNOWN}
+    return TrialSpec.model_validate({**known, **nested}, context="keys alone")

@@ -39,7 +39,7 @@ _PATTERNS = {
     "log": rf"\Alogs/{_NAME}\z",
 }
 """Values that become paths, or part of the code that a report shows."""
-_NULLABLE = frozenset(METRIC_COLUMNS) | {"adapter_id"}
+_NULLABLE = frozenset(METRIC_COLUMNS) | {"adapter_id", "effective_batch_size"}
 """Columns that may be null, besides those whose field is optional."""
 _SIGNED = frozenset({"loss"} | {m.name for m in metrics.METRICS.values() if m.scale == "difference"})
 _LAST_MICROSECOND = int(dt.datetime(9999, 1, 1, tzinfo=dt.UTC).timestamp()) * 10**6

@@ -10,8 +10,10 @@ from harness.record import Job, Record
 class Display(Protocol):
     """Shows a run as it proceeds."""
 
-    def begin(self, total: int, skipped: int, visits: int = 0) -> None:
-        """The run starts: `total` trials to run, `skipped` recorded before, and so many timing visits."""
+    def begin(self, total: int, skipped: int, visits: int = 0, visit_seconds: float = 0.0) -> None:
+        """The run starts: `total` trials to run, `skipped` recorded before, and so many timing visits, each of which
+        times for `visit_seconds`.
+        """
 
     def trial(self, number: int, job: Job) -> None:
         """A trial or a visit starts."""

@@ -1,0 +1,81 @@
+"""Watches TRL's SFTTrainer on the bundled model and stories, beside the same training in a grid.
+
+    pip install 'harness-bench[trl]'
+    harness run examples/watch.yml
+    python examples/watch_trl.py
+    harness report results/watch
+
+The examples and their order are those of the grid, so that the first losses are equal; a training of your own needs
+none of that, only the callback (or `with harness.watch(trainer.model): trainer.train()`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import harness
+from harness.grids import grid
+from harness.training import batches, checkpoints, order
+
+GRID = Path(__file__).with_name("watch.yml")
+
+
+def main() -> None:
+    """Train, and record it beside the grid's trials."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--grid", type=Path, default=GRID)
+    parser.add_argument("--results", type=Path, help="folder of results; null: results/<name of the grid>")
+    arguments = parser.parse_args()
+    loaded = grid.load(arguments.grid)
+    spec = next(trial.spec for trial in loaded.trials if trial.baseline)
+
+    tokenizer = checkpoints.load_tokenizer(spec)
+    stories = batches.load(spec, tokenizer).train
+    examples = [example for step in order.optimizer_steps(spec, stories) for example in step]
+    rows = [{"input_ids": list(e.input_ids), "labels": e.labels} for e in examples]
+
+    set_seed(spec.seed)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.checkpoint_folder(spec.base_model), dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(
+                output_dir=folder,
+                max_length=spec.sequence_length,
+                per_device_train_batch_size=spec.micro_batch_size,
+                gradient_accumulation_steps=spec.gradient_accumulation_steps,
+                learning_rate=spec.learning_rate,
+                lr_scheduler_type=spec.lr_scheduler,
+                num_train_epochs=1,
+                train_sampling_strategy="sequential",
+                gradient_checkpointing=spec.gradient_checkpointing,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                bf16=False,
+                use_cpu=True,
+                seed=spec.seed,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=spec.lora_r, lora_alpha=spec.lora_alpha, target_modules=list(spec.lora_target_modules or ())
+            ),
+            callbacks=[
+                harness.WatchCallback(
+                    "SFTTrainer", results=arguments.results or Path("results") / loaded.name, spec=spec
+                )
+            ],
+        )
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

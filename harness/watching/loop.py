@@ -1,0 +1,308 @@
+"""Measures the optimizer steps of any training loop, by hooks of its model and its optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from harness.errors import InputError
+from harness.record import Phase, Step
+from harness.training import live_tensors, memory
+from harness.training.batches import IGNORED
+from harness.training.clock import DeviceClock
+from harness.training.waiting import Waiting, is_disturbed
+
+_Number = int | torch.Tensor
+"""A count that may still be on the device: reading it would wait for all queued work."""
+
+
+@dataclass
+class _MicroBatch:
+    """One forward pass in training."""
+
+    samples: _Number
+    tokens: _Number
+    supervised_tokens: _Number
+    padded_tokens: int
+    shape: tuple[int, int]
+    is_sum: bool
+    """Whether its loss is divided by the tokens of the effective batch, not by its own."""
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class _Open:
+    """A step that has begun."""
+
+    started: Any
+    tracked: bool = False
+    learning_rate: float = 0.0
+    seconds: float | None = None
+    """Until the end of the last optimizer's step so far; null: none has ended."""
+    waited: float | None = 0.0
+    reported: tuple[float, float | None] | None = None
+    """Loss and norm of the gradients, as the loop's own program logs them."""
+    micro_batches: list[_MicroBatch] = field(default_factory=list)
+
+
+class Loop:
+    """The steps of a training loop. A step is what lies between a first forward pass with gradients and the end of an
+    optimizer's step; what a loop does between steps (loading data, evaluating, saving) is not measured.
+
+    The first steps are tracked, tensor by tensor, and so is each later micro-batch on a CPU that is larger than those:
+    they hold most. All other steps are timed, and bear the hooks alone. On CUDA the allocator's counters give the peak
+    of every step; they are reset at the beginning of each.
+
+    Args:
+        model: whose forward passes count; it may be wrapped later, for data parallelism.
+        tracked_steps: how many of the first steps are tracked.
+        block: of the timed steps, see `Visit`.
+    """
+
+    def __init__(self, model: torch.nn.Module, tracked_steps: int, block: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.meter = memory.MemoryMeter(self.device, None, compiled=True)  # layers may be, before or later
+        self.steps: list[Step] = []
+        self.phase: Phase = "start"
+        self.peak_memory_bytes = 0
+        self.breakdown: dict[str, int] = {}
+        self.reserved: int | None = None
+        self.shapes: Counter[tuple[int, int]] = Counter()
+        """Rows and columns of the micro-batches."""
+        self.counts: Counter[int] = Counter()
+        """Micro-batches of the steps."""
+        self.autocast: torch.dtype | None = None
+        """Type that forward passes are autocast to; null: they are not."""
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._tracked_steps = tracked_steps
+        self._block = block
+        self._clock = DeviceClock(self.device)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._ids = {id(p) for p in self._trained}
+        self._step: _Open | None = None
+        self._tracking = contextlib.ExitStack()
+        self._is_tracking = False
+        self._largest = 0
+        self._hooks = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Count what the model holds, and watch it."""
+        tracker = self.meter.tracker
+        tracker.adopt(_held_by(self.model), "weights")
+        if len(self._trained) < len(list(self.model.parameters())):  # else the weights are what is trained
+            tracker.adopt(self._trained, "adapters")
+        self.meter.restart()
+        self._waiting = Waiting()
+        for handle in (
+            # Where the model is compiled as a whole, not with it.
+            self.model.register_forward_pre_hook(torch.compiler.disable(self._before_forward), with_kwargs=True),
+            self.model.register_forward_hook(torch.compiler.disable(self._after_forward), with_kwargs=True),
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        ):
+            self._hooks.callback(handle.remove)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        self._hooks.close()
+        self._end_step()
+        self._tracking.close()
+        self.reserved = self.meter.reserved()
+
+    def report(self, loss: float, grad_norm: float | None) -> None:
+        """Take over what the loop's own program logs of the step that has just ended.
+
+        Args:
+            loss: nats per supervised token.
+            grad_norm: before clipping.
+        """
+        if self._step is not None and self._step.seconds is not None:
+            self._step.reported = (loss, grad_norm)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the tracked steps."""
+        return self.meter.tracker.flops
+
+    # -------------------------------------------------------------------------------- hooks
+
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._step is not None and self._step.seconds is not None:
+            self._end_step()
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if self._step is None:
+            self.meter.restart()
+            self._waiting.since_last()  # what comes between steps is not theirs
+            self._step = _Open(self._clock.now())
+        self.phase = "forward"
+        device_type = self.device.type
+        self.autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        micro_batch = _micro_batch(args, kwargs)
+        self._step.micro_batches.append(micro_batch)
+        if not self._is_tracking and self._holds_most(micro_batch):
+            self._track(self._step)
+        if self._is_tracking:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            self.meter.tracker.adopt([t for t in tensors if t.device.type == device_type], "activations")
+
+    def _holds_most(self, micro_batch: _MicroBatch) -> bool:
+        if len(self.steps) < self._tracked_steps:
+            return True
+        return self.device.type == "cpu" and micro_batch.padded_tokens > self._largest
+
+    def _after_forward(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._step is None or not (module.training and torch.is_grad_enabled()):
+            return
+        self.phase = "backward"
+        self._step.micro_batches[-1].loss = _loss(output)
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._step is None or not self._is_ours(optimizer):
+            return
+        self.phase = "optimizer"
+        if self.optimizer is None or self._step.seconds is None:
+            self.optimizer = optimizer
+            self._step.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.meter.tracker.component = "optimizer"
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._step is None or not self._is_ours(optimizer):
+            return
+        self.meter.tracker.component = "activations"
+        self._step.seconds = self._clock.seconds_since(self._step.started)
+        waited = self._waiting.since_last()
+        self._step.waited = None if waited is None or self._step.waited is None else self._step.waited + waited
+
+    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"][:1])
+
+    # -------------------------------------------------------------------------------- steps
+
+    def _track(self, step: _Open) -> None:
+        """Track from here to the end of the step, what is held already too."""
+        tracker = self.meter.tracker
+        step.tracked = self._is_tracking = True
+        tracker.adopt([p.grad for p in self._trained if p.grad is not None], "gradients")
+        if self.optimizer is not None:
+            tracker.adopt(_tensors_of(self.optimizer.state), "optimizer")
+        self.meter.restart()
+
+        def adopt(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                tracker.adopt([parameter.grad], "gradients")
+
+        for parameter in self._trained:
+            self._tracking.callback(parameter.register_post_accumulate_grad_hook(adopt).remove)
+        self._tracking.enter_context(tracker)
+
+    def _end_step(self) -> None:
+        step, self._step = self._step, None
+        self._tracking.close()
+        self._is_tracking = False
+        if step is None or step.seconds is None:  # no optimizer has seen its gradients
+            return
+        peak = self.meter.peak() if step.tracked or self.device.type == "cuda" else None
+        if peak is not None and peak >= self.peak_memory_bytes:
+            self.peak_memory_bytes = peak
+            if step.tracked:
+                self.breakdown = self.meter.breakdown(peak)
+        if step.tracked and self.steps:  # the first step has no state of an optimizer yet
+            self._largest = max(self._largest, *(each.padded_tokens for each in step.micro_batches))
+        reported, norm = step.reported or (None, None)
+        loss = _mean_loss(step.micro_batches)
+        self.shapes.update(each.shape for each in step.micro_batches)
+        self.counts[len(step.micro_batches)] += 1
+        self.steps.append(
+            Step(
+                step=len(self.steps) + 1,
+                tracked=step.tracked,
+                seconds=step.seconds,
+                loss=reported if loss is None else loss,
+                grad_norm=norm,
+                learning_rate=step.learning_rate,
+                samples=sum(int(each.samples) for each in step.micro_batches),
+                tokens=sum(int(each.tokens) for each in step.micro_batches),
+                supervised_tokens=sum(int(each.supervised_tokens) for each in step.micro_batches),
+                padded_tokens=sum(each.padded_tokens for each in step.micro_batches),
+                peak_memory_bytes=peak,
+                block=None if step.tracked else self._block,
+                waited_seconds=step.waited,
+                disturbed=not step.tracked and is_disturbed(step.waited, step.seconds),
+            )
+        )
+
+
+def _micro_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _MicroBatch:
+    """What a forward pass is given, in the names of transformers' models.
+
+    Raises:
+        InputError: it has no tokens.
+    """
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise InputError("harness.watch: the model is called without input_ids of shape (examples, tokens)")
+    labels, mask, positions = (kwargs.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    tokens: _Number = ids.numel()
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        tokens = mask.sum()
+    samples: _Number = len(ids)
+    if len(ids) == 1 and isinstance(positions, torch.Tensor) and positions.numel() == ids.numel():
+        samples = (positions == 0).sum()  # several examples in one row
+    supervised = (labels[:, 1:] != IGNORED).sum() if isinstance(labels, torch.Tensor) else tokens
+    is_sum = kwargs.get("num_items_in_batch") is not None
+    return _MicroBatch(samples, tokens, supervised, ids.numel(), (ids.shape[0], ids.shape[1]), is_sum)
+
+
+def _loss(output: Any) -> torch.Tensor | None:
+    """The loss that a forward pass gives, as models of transformers do; null: the loop computes its own."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+
+
+def _mean_loss(micro_batches: list[_MicroBatch]) -> float | None:
+    """Nats per supervised token of an effective batch; null where a micro-batch gave none."""
+    losses = [float(each.loss) for each in micro_batches if each.loss is not None]
+    if len(losses) < len(micro_batches):
+        return None
+    if micro_batches[0].is_sum:
+        return sum(losses)
+    tokens = [int(each.supervised_tokens) for each in micro_batches]
+    return sum(x * n for x, n in zip(losses, tokens, strict=True)) / max(1, sum(tokens))
+
+
+def _held_by(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, and what belongs to quantised ones: scales and tables, which are neither."""
+    held = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        held += _tensors_of(vars(parameter))
+    for module in model.modules():
+        held += _tensors_of(getattr(module, "meta", None))  # HQQ's
+        held += _tensors_of(getattr(module, "state", None))  # bitsandbytes' 8-bit layers
+        held += _tensors_of(getattr(module, "quant_state", None))
+    return held
+
+
+def _tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
+    """The tensors in a value, its items and attributes, but for counters."""
+    return list(_walk(value, depth))
+
+
+def _walk(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield from (part for part in live_tensors.parts(value) if part.dim())
+    elif isinstance(value, Mapping) and depth:
+        for each in value.values():
+            yield from _walk(each, depth - 1)
+    elif isinstance(value, list | tuple) and depth:
+        for each in value:
+            yield from _walk(each, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
+        yield from _walk(vars(value), depth - 1)

@@ -1,0 +1,339 @@
+"""Training loops that are not harness's: what is measured of them, and where it is kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+from peft import LoraConfig, get_peft_model
+from test_cli import ROOT, harness
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import harness as library
+from harness.errors import InputError
+from harness.grids.grid import load
+from harness.results.store import Store
+from harness.training import batches, checkpoints, order
+from harness.training.live_tensors import LiveTensors
+
+WIDTHS = [64, 64, 64, 96, 64, 64]
+
+
+def tiny(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def texts(width: int) -> dict[str, torch.Tensor]:
+    """Two examples, the second of them padded by eight; the first eight tokens are a prompt."""
+    ids = torch.randint(0, 300, (2, width))
+    mask = torch.ones_like(ids)
+    mask[1, -8:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :8] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loop(model: Any, widths: list[int], at_step: Callable[[int], None] = lambda step: None) -> list[float]:
+    """A plain training of two micro-batches a step; the mean loss of each step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+    means = []
+    for step, width in enumerate(widths):
+        at_step(step)
+        losses = []
+        for _ in range(2):
+            loss = model(**texts(width)).loss
+            (loss / 2).backward()
+            losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        means.append(sum(losses) / 2)
+    return means
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return Store(folder).read("trials").to_pylist()
+
+
+def test_a_plain_loop(tmp_path: Path) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    with library.watch(model, "mine", results=tmp_path / "mine") as watched:
+        losses = loop(model, WIDTHS)
+    (row,) = rows(tmp_path / "mine")
+    assert watched.record is not None
+    assert watched.record.trial_id == row["trial_id"]
+    assert (row["label"], row["status"], row["watched"]) == ("mine (watched)", "ok", True)
+    assert row["optimizer_steps"] == len(WIDTHS)
+    steps = Store(tmp_path / "mine").read("steps").to_pandas().sort_values("step")
+    assert steps["loss"].tolist() == pytest.approx(losses, rel=1e-6)
+    assert steps["tokens"].tolist() == [2 * (2 * width - 8) for width in WIDTHS]
+    assert steps["padded_tokens"].tolist() == [4 * width for width in WIDTHS]
+    assert steps["supervised_tokens"].tolist() == [2 * (2 * width - 8 - 2 * 8) for width in WIDTHS]
+    assert steps["samples"].unique().tolist() == [4]
+    # What was seen of its configuration; the rest is null.
+    seen = {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2, "optimizer": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1,
+            "precision": "fp32", "max_steps": 6, "gradient_checkpointing": False}  # fmt: skip
+    assert {key: row[key] for key in seen} == seen
+    assert row["seed"] is row["lr_scheduler"] is row["train_on_inputs"] is None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert row["trainable_parameters"] == trained
+    assert row["memory_adapters_bytes"] == row["memory_gradients_bytes"] == 4 * trained
+    parts = sum(p.requires_grad for p in model.parameters())
+    assert row["memory_optimizer_bytes"] == 8 * trained + 4 * parts, "a counter each"
+    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    assert row["memory_weights_bytes"] == 4 * sum(each.numel() for each in frozen)
+    assert row["flops_per_token"] > 2 * row["total_parameters"] * 0.5
+
+
+def test_the_peak_is_that_of_a_tracker_on_every_step(tmp_path: Path) -> None:
+    """The widest micro-batch comes after the tracked steps, and is tracked all the same."""
+    with library.watch(model := tiny(), results=tmp_path / "w"):
+        loop(model, WIDTHS)
+    (row,) = rows(tmp_path / "w")
+    del model
+    gc.collect()
+    model, tracker = tiny(), LiveTensors("cpu")
+    tracker.adopt([*model.parameters(), *model.buffers()], "weights")
+    with tracker:
+        loop(model, WIDTHS)
+    assert row["peak_memory_bytes"] == pytest.approx(tracker.peak, rel=0.001)
+    steps = Store(tmp_path / "w").read("steps").to_pandas().sort_values("step")
+    assert steps["tracked"].tolist() == [True, True, False, True, False, False]
+    with library.watch(narrow := tiny(), results=tmp_path / "n"):
+        loop(narrow, [64] * 6)
+    assert rows(tmp_path / "n")[0]["peak_memory_bytes"] < 0.9 * row["peak_memory_bytes"]
+
+
+def test_timed_steps(tmp_path: Path) -> None:
+    with library.watch(model := tiny(), results=tmp_path / "w") as watched:
+        loop(model, [64] * 12)
+    assert watched.record is not None
+    quiet = [s for s in watched.record.steps if not s.tracked and not s.disturbed]
+    metrics = watched.record.metrics
+    assert metrics["timed_steps"] == len(quiet) if len(quiet) >= 3 else metrics["tokens_per_second"] is None
+    if len(quiet) >= 3:
+        expected = sum(s.tokens for s in quiet) / sum(s.seconds for s in quiet)
+        assert metrics["tokens_per_second"] == pytest.approx(expected)
+
+
+def test_a_loop_that_fails_is_a_row_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    def fail(step: int) -> None:
+        if step == 3:
+            raise RuntimeError("no more data")
+
+    model = tiny()
+    with pytest.raises(RuntimeError, match="no more data"), library.watch(model, results=tmp_path / "w"):
+        loop(model, WIDTHS, fail)
+    (row,) = rows(tmp_path / "w")
+    assert (row["status"], row["error_type"], row["error"]) == ("failed", "RuntimeError", "no more data")
+    assert row["optimizer_steps"] == 3
+    assert row["tokens_per_second"] is None
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_a_failure_within_a_tracked_step(tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(IndexError), library.watch(model, results=tmp_path / "w"):
+        model(input_ids=torch.full((1, 8), 1000), labels=torch.zeros(1, 8, dtype=torch.int64))
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert [(row["status"], row["phase"]) for row in rows(tmp_path / "w")] == [("failed", "forward")]
+
+
+def test_an_interrupt_ends_it_well(tmp_path: Path) -> None:
+    def interrupt(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), library.watch(model := tiny(), results=tmp_path / "w"):
+        loop(model, WIDTHS, interrupt)
+    assert [(row["status"], row["optimizer_steps"]) for row in rows(tmp_path / "w")] == [("ok", 4)]
+
+
+def test_evaluation_and_other_optimizers_are_no_steps(tmp_path: Path) -> None:
+    model, other = tiny(), torch.nn.Linear(4, 4)
+    of_other = torch.optim.SGD(other.parameters(), lr=1.0)
+
+    def between(step: int) -> None:
+        model.eval()
+        model(**texts(200))
+        model.train()
+        with torch.no_grad():
+            model(**texts(200))
+        other(torch.ones(4)).sum().backward()
+        of_other.step()
+
+    with library.watch(model, results=tmp_path / "w") as watched:
+        loop(model, [64] * 4, between)
+    assert watched.record is not None
+    assert [s.padded_tokens for s in watched.record.steps] == [256] * 4
+    assert watched.record.spec.optimizer == "adamw_torch"
+
+
+def test_two_optimizers_make_one_step(tmp_path: Path) -> None:
+    model = tiny()
+    heads = torch.optim.SGD(model.lm_head.parameters(), lr=1e-2)
+    body = torch.optim.AdamW(model.model.parameters(), lr=1e-3)
+    with library.watch(model, results=tmp_path / "w") as watched:
+        for _ in range(4):
+            model(**texts(64)).loss.backward()
+            for optimizer in (body, heads):
+                optimizer.step()
+                optimizer.zero_grad()
+    assert watched.record is not None
+    assert [s.samples for s in watched.record.steps] == [2] * 4
+    assert watched.record.spec.optimizer == "adamw_torch"
+
+
+def test_nothing_to_measure(tmp_path: Path) -> None:
+    unseen = pytest.warns(UserWarning, match="no optimizer step of this model was seen")
+    with unseen, library.watch(tiny(), results=tmp_path / "w"):
+        pass
+    assert not (tmp_path / "w").exists()
+    frozen = tiny().requires_grad_(False)
+    with pytest.raises(InputError, match="no trainable parameter"):
+        library.watch(frozen)
+    with pytest.raises(InputError, match="give 2 or more"):
+        library.watch(tiny(), tracked_steps=1)
+    with pytest.raises(InputError, match=r"spec: .*lora_rr"):
+        library.watch(tiny(), spec={"base_model": "random:tiny", "lora_rr": 4})
+    with pytest.raises(InputError, match="without input_ids"), library.watch(tiny(), results=tmp_path / "w") as watched:
+        watched._loop.model(inputs_embeds=torch.ones(1, 8, 32))
+
+
+def test_a_watched_loop_with_the_trials_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training by a plain loop over the same examples: peak, first losses, and the page shows both."""
+    grid = tmp_path / "g.yml"
+    keys = SMALL | {"device": "cpu", "train_samples": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
+    grid.write_text(json.dumps({"name": "g", "base": keys, "vary": {"lora_r": [8]}, "visits": 0}))
+    done = harness("run", "g.yml", "--engine", "inline", "--no-predict", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = harness("report", "results/g", cwd=tmp_path).stdout
+    spec = next(each.spec for each in load(grid).trials if each.baseline)
+    tokenizer = checkpoints.load_tokenizer(spec)
+    data = batches.load(spec, tokenizer)
+    folder = checkpoints.checkpoint_folder(spec.base_model)
+    torch.manual_seed(spec.seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets)).train()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    with library.watch(model, "by hand", results=tmp_path / "results/g", spec=spec) as watched:
+        for examples in order.optimizer_steps(spec, data.train):
+            micro_batches = list(
+                batches.micro_batches(examples, spec, checkpoints.pad_id(tokenizer, None), model.device)
+            )
+            for batch in micro_batches:
+                (model(**batch.inputs).loss / len(micro_batches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watched.record is not None
+    by_label = {row["label"]: row for row in rows(tmp_path / "results/g")}
+    mine, grids = by_label["by hand (watched)"], by_label["baseline"]
+    assert mine["peak_memory_bytes"] == pytest.approx(grids["peak_memory_bytes"], rel=0.01)
+    assert mine["trainable_parameters"] == grids["trainable_parameters"]
+    assert mine["flops_per_token"] == pytest.approx(grids["flops_per_token"], rel=0.02)
+    assert mine["baseline_id"] == grids["baseline_id"]
+    assert (mine["data_fingerprint"], mine["base_fingerprint"]) == (
+        grids["data_fingerprint"],
+        grids["base_fingerprint"],
+    )
+    losses = Store(tmp_path / "results/g").read("steps").to_pandas()
+    firsts = {name: losses[(losses["trial_id"] == row["trial_id"]) & (losses["step"] == 1)].iloc[0]
+              for name, row in (("mine", mine), ("grids", grids))}  # fmt: skip
+    assert firsts["mine"]["tokens"] == firsts["grids"]["tokens"]
+    assert firsts["mine"]["loss"] == pytest.approx(firsts["grids"]["loss"], abs=1e-3)
+    after = harness("report", "results/g", cwd=tmp_path)
+    assert after.returncode == 0, after.stderr
+    page = (tmp_path / "reports/g/report.md").read_text()
+    assert "by hand (watched)" in page
+    assert "loops of other programs, that were watched: by hand (watched)" in page
+    assert "by hand" not in before
+    loaded = library.load(tmp_path / "results/g")
+    assert "by hand (watched)" in set(loaded.comparisons["technique"])
+    assert harness("compare", "results/g", "results/g", cwd=tmp_path).returncode == 0
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, 300, (64,), generator=generator)
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
+        learning_rate=3e-4, lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, report_to=[], use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    callback = library.WatchCallback("Trainer", results=tmp_path / "t")
+    trainer = Trainer(tiny(), arguments, train_dataset=_Rows(), callbacks=[callback])
+    trainer.train()
+    (row,) = rows(tmp_path / "t")
+    seen = {"learning_rate": 3e-4, "lr_scheduler": "cosine", "adam_beta2": 0.95, "seed": 7, "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2, "optimizer_steps": 6, "adapter": "none",
+            "max_grad_norm": 1.0}  # fmt: skip
+    assert {key: row[key] for key in seen} == seen
+    steps = Store(tmp_path / "t").read("steps").to_pandas().sort_values("step")
+    logged = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert steps["loss"].tolist() == pytest.approx(logged, abs=2e-4)
+    assert steps["samples"].tolist() == [4] * 6
+    norms = [each["grad_norm"] for each in trainer.state.log_history if "loss" in each]
+    assert steps["grad_norm"].tolist() == pytest.approx(norms)
+    rates = [each["learning_rate"] for each in trainer.state.log_history if "loss" in each]
+    assert steps["learning_rate"].tolist() == pytest.approx(rates, rel=1e-6)
+    done = harness("report", "t", "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+TWO = """
+import sys, torch
+from test_watch import loop, tiny
+from torch.nn.parallel import DistributedDataParallel
+import harness
+def main(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = tiny()
+    wrapped = DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    with harness.watch(model, "two", results=f"{folder}/w"):
+        loop(wrapped, [64] * 5)
+    torch.distributed.destroy_process_group()
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(main, (sys.argv[1],), 2)
+"""
+
+
+def test_several_processes_make_one_row(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "two.py"), str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(tmp_path / "w")
+    assert row["num_processes"] == 2
+    steps = Store(tmp_path / "w").read("steps").to_pandas()
+    assert steps["samples"].tolist() == [8] * 5
+    assert steps["tokens"].tolist() == [4 * (2 * 64 - 8)] * 5
