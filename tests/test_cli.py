@@ -128,7 +128,7 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
         (("run", "tiny.yml", "--device", "gpu"), "cuda"),
         (("run", "tiny.yml", "--device", "cuda"), "no card"),
         (("run", "tiny.yml", "--rerun", "broken"), "failed"),
-        (("run", "tiny.yml", "--engine", "rey"), "use local, ray, inline"),
+        (("run", "tiny.yml", "--engine", "rey"), "use local, ray, submitit, inline"),
         (("run", "tiny.yml", "--cpus", "2"), "--cpus goes with --engine ray"),
         (("run", "tiny.yml", "--workers", "many"), "give 1, 2, … or auto"),
         (("run", "tiny.yml", "--workers", "9999"), "9999 workers, and"),

@@ -216,7 +216,7 @@ def test_the_peak_is_the_highest_of_all_steps(spec: TrialSpec) -> None:
 
 
 def test_an_evaluation_is_tracked_where_it_holds_most(small: Small) -> None:
-    spec = small(val_set_size=9.0, micro_batch_size=2)
+    spec = small(val_set_size=9.0, micro_batch_size=2, eval_sequence_length=600)
     texts = sorted(batches.load(spec, checkpoints.load_tokenizer(spec)).held_out, key=len)  # the heaviest come last
     assert len(texts[0]) < len(texts[-1])
     cpu = torch.device("cpu")
