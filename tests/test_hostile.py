@@ -238,7 +238,7 @@ def test_claims_that_are_none_are_refused_by_the_file(claims: Any, measured: Pat
         ("trials", "datasets", "nonsense", "datasets is not JSON"),
         ("trials", "datasets", "[1]", "not rows of harness"),
         ("steps", "step", 1, "the same trial_id and block and step twice"),
-        ("steps", "loss", None, "loss is missing"),
+        ("steps", "seconds", None, "seconds is missing"),
         ("stories", "when", "later", "when is none of its values"),
     ],
 )

@@ -438,7 +438,7 @@ def _recompute(report: document.Document, at_least: int) -> None:
     cells = 0
     for metric, snippet in zip(HEADLINE, report.snippets, strict=True):
         lines = snippet.code.splitlines()
-        assert len(lines) == 3
+        assert len(lines) <= 10
         exec(compile(snippet.code, "appendix", "exec"), names)  # noqa: S102 - our own code, as printed
         for config, estimate_ in report.comparison.estimates[metric].items():
             assert names["result"][labels[config]] == pytest.approx(estimate_.value), (metric, labels[config])

@@ -117,6 +117,7 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     if spec.precision in QUANTISED:
         quantisation = _quantisation(spec)["quantization_config"]
         quantisers.quantise_on_meta(model, quantisation, skipped=stored.get("llm_int8_skip_modules"))
+        _set_up_4bit(model, spec)
     # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which those of bitsandbytes (0.50) are in
     # shape already, and it cannot copy them.
     dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
