@@ -310,7 +310,10 @@ class Record(Job):
     def trial_id(self) -> str:
         """Id of spec, environment and contents: the same trial on the same machine has the same id."""
         name = trial_id(self.spec, self.environment, self.contents, twin=self.twin)
-        return f"{name}-watched-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}" if self.watched else name
+        if not self.watched:
+            return name
+        which = f"{self.label}#{self.repeat}" if self.repeat else self.label  # its seed is not seen
+        return f"{name}-watched-{hashlib.sha256(which.encode()).hexdigest()[:8]}"
 
 
 def trial_id(spec: TrialSpec, environment: Environment, contents: Contents = NO_CONTENTS, *, twin: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 from conftest import SMALL
@@ -59,6 +60,10 @@ def test_what_is_not_valid_is_an_exception(here: Path) -> None:
         harness.Grid({"base": SMALL})
     with pytest.raises(InputError, match="lora_rr"):
         harness.Grid(RANKS | {"vary": {"lora_rr": [1]}})
+    with pytest.raises(InputError, match="dry_run: it runs what is there"):
+        harness.run(RANKS, dry_run=True)
+    with pytest.raises(InputError, match="largest: it searches for one number"):
+        harness.plan(RANKS, largest="micro_batch_size")
     with pytest.raises(InputError, match="no-such-option"):
         harness.run(RANKS, no_such_option=1)
     with pytest.raises(InputError, match="no such folder"):
@@ -66,6 +71,20 @@ def test_what_is_not_valid_is_an_exception(here: Path) -> None:
     with pytest.raises(TrialsFailed, match="none of"):
         harness.run(RANKS | {"name": "oom"}, memory="1MiB", quiet=True, engine="inline", predict=False)
     assert [*here.glob(".*.yml")] == []
+
+
+def test_an_interrupt_is_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.grids.grid.load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        harness.plan(TrialSpec.model_validate(SMALL))
+
+
+def test_numbers_of_numpy(here: Path) -> None:
+    grid = harness.Grid(RANKS | {"vary": {"lora_r": numpy.array([8, 16]), "seed": [numpy.int64(3)]}})
+    assert {"lora_r=8", "lora_r=16", "seed=3"} < set(grid.specs)
 
 
 def test_the_examples_of_this_repository_are_grids() -> None:

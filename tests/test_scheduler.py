@@ -15,7 +15,7 @@ from test_cli import harness
 from test_launch import Watch, go, grid_of
 
 from harness.errors import InputError
-from harness.launch.scheduler import SubmititLauncher
+from harness.launch.scheduler import SubmititLauncher, serve
 from harness.results.store import Store
 from harness.runner.execution import Policy
 from harness.spec.trial import TrialSpec
@@ -58,6 +58,13 @@ def test_one_job_takes_one_trial_after_another(small: Small, tmp_path: Path, lau
     jobs = [p for p in psutil.Process().children() if "submitit.local._local" in p.cmdline()]
     assert len(jobs) == 1
     assert {r.environment.id for r in done.records} == {e.id for e in launcher.environments("cpu")}
+
+
+def test_a_job_that_comes_back_under_its_number_ends(tmp_path: Path) -> None:
+    """A cluster may requeue it: the trial that it had is lost, and tried again in another job."""
+    (tmp_path / "environment.json").touch()
+    serve(str(tmp_path), "cpu", None, {}, 0.01)
+    assert [each.name for each in tmp_path.iterdir()] == ["environment.json"]
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

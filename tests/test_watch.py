@@ -16,7 +16,14 @@ import torch
 from conftest import SMALL
 from peft import LoraConfig, get_peft_model
 from test_cli import ROOT, harness
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import harness as library
 from harness.errors import InputError
@@ -24,6 +31,7 @@ from harness.grids.grid import load
 from harness.results.store import Store
 from harness.training import batches, checkpoints, order
 from harness.training.live_tensors import LiveTensors
+from harness.watching import loop as watching_loop
 
 WIDTHS = [64, 64, 64, 96, 64, 64]
 
@@ -199,6 +207,93 @@ def test_two_optimizers_make_one_step(tmp_path: Path) -> None:
     assert watched.record.spec.optimizer == "adamw_torch"
 
 
+def test_arithmetic_that_a_model_enters_by_itself(tmp_path: Path) -> None:
+    """As accelerate does, which wraps `forward`: hooks of the model are outside of it."""
+    model = tiny()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with library.watch(model, results=tmp_path / "w") as watched:
+        loop(model, [64] * 3)
+    assert watched.record is not None
+    assert watched.record.spec.precision == "bf16-mixed"
+
+
+def test_repeats_of_one_training_are_rows_of_their_own(tmp_path: Path) -> None:
+    for repeat in (0, 1, 1):
+        with library.watch(model := tiny(repeat), "mine", results=tmp_path / "w", repeat=repeat):
+            loop(model, [64] * 3)
+    assert sorted(row["repeat"] for row in rows(tmp_path / "w")) == [0, 1]
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """It ends as diverged; a micro-batch where nothing is supervised, whose mean is not a number, counts for none."""
+    model = tiny()
+    batch = texts(64)
+    nothing = batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+    def steps(after: float) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            model(**batch).loss.backward()
+            model(**nothing)
+            optimizer.step()
+        with torch.no_grad():
+            model.lm_head.weight.fill_(after)
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    with library.watch(model, "fine", results=tmp_path / "w"):
+        steps(after=0.0)
+    with library.watch(model, "bad", results=tmp_path / "w"):
+        steps(after=float("nan"))
+    by_label = {row["label"]: row for row in rows(tmp_path / "w")}
+    fine, bad = by_label["fine (watched)"], by_label["bad (watched)"]
+    assert (fine["status"], bad["status"], bad["error_type"]) == ("ok", "diverged", "Diverged")
+    assert bad["error"] == "loss of step 4 is nan"
+    of_steps = Store(tmp_path / "w").read("steps").to_pandas().set_index("trial_id")["loss"]
+    assert of_steps.isna().groupby(level=0).sum().to_dict() == {fine["trial_id"]: 0, bad["trial_id"]: 1}
+
+
+def test_losses_of_processes_that_divide_by_the_tokens_of_all() -> None:
+    """As transformers' Trainer does: each has its part of the sum."""
+    of_a_process = watching_loop._MicroBatch(1, 12, 10, 12, (1, 12), torch.tensor(40), torch.tensor(0.5))
+    assert watching_loop._mean_loss([of_a_process, of_a_process]) == pytest.approx(0.5 * 40 / 10)
+
+
+@pytest.mark.parametrize("attached_by", ["peft", "transformers"])
+def test_adapters_of_other_names_attached_later(attached_by: str, tmp_path: Path) -> None:
+    model = tiny()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    with library.watch(model, results=tmp_path / "w") as watched:
+        if attached_by == "transformers":
+            model.add_adapter(config, "mine")
+            model.requires_grad_(False)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            loop(model, [64] * 3)
+        else:
+            loop(get_peft_model(model, config, adapter_name="mine"), [64] * 3)
+    assert watched.record is not None
+    metrics = watched.record.metrics
+    trained = 2 * 2 * 4 * (32 + 32)
+    assert metrics["trainable_parameters"] == trained
+    assert metrics["memory_adapters_bytes"] == metrics["memory_gradients_bytes"] == 4 * trained
+    assert (watched.record.spec.lora_r, metrics["adapter_bytes"]) == (4, 4 * trained)
+
+
+def test_labels_that_are_not_of_tokens(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = LlamaForSequenceClassification(config).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with library.watch(model, results=tmp_path / "w") as watched:
+        for _ in range(3):
+            model(input_ids=torch.ones(2, 16, dtype=torch.int64), labels=torch.tensor([0, 1])).loss.backward()
+            optimizer.step()
+    assert watched.record is not None
+    assert [step.supervised_tokens for step in watched.record.steps] == [32] * 3
+
+
 def test_nothing_to_measure(tmp_path: Path) -> None:
     unseen = pytest.warns(UserWarning, match="no optimizer step of this model was seen")
     with unseen, library.watch(tiny(), results=tmp_path / "w"):
@@ -280,6 +375,10 @@ class _Rows(torch.utils.data.Dataset[Any]):
         return {"input_ids": ids, "labels": ids}
 
 
+def _fail(*_: Any) -> None:
+    raise RuntimeError("the first time")
+
+
 def test_transformers_trainer(tmp_path: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
@@ -287,8 +386,13 @@ def test_transformers_trainer(tmp_path: Path) -> None:
         logging_steps=1, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     callback = library.WatchCallback("Trainer", results=tmp_path / "t")
-    trainer = Trainer(tiny(), arguments, train_dataset=_Rows(), callbacks=[callback])
-    trainer.train()
+    model = tiny()
+    trainer = Trainer(model, arguments, train_dataset=_Rows(), callbacks=[callback])
+    hook = model.register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="the first time"):
+        trainer.train()
+    hook.remove()
+    trainer.train()  # of the training that failed nothing is left
     (row,) = rows(tmp_path / "t")
     seen = {"learning_rate": 3e-4, "lr_scheduler": "cosine", "adam_beta2": 0.95, "seed": 7, "micro_batch_size": 2,
             "gradient_accumulation_steps": 2, "optimizer_steps": 6, "adapter": "none",
@@ -318,6 +422,7 @@ def main(rank, folder):
     torch.manual_seed(rank)
     with harness.watch(model, "two", results=f"{folder}/w"):
         loop(wrapped, [64] * 5)
+    del wrapped, model  # torch (2.13) waits for ever now and then where they outlive the group
     torch.distributed.destroy_process_group()
 if __name__ == "__main__":
     torch.multiprocessing.spawn(main, (sys.argv[1],), 2)

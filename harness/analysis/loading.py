@@ -142,18 +142,20 @@ def _choose(folder: Path, recorded: Sequence[str], here: Sequence[Environment]) 
 
 def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple[pandas.DataFrame, list[str]]:
     """The trials of one content of each dataset and base model, and what is left out: the contents of the grid's latest
-    run, else of the newest row. Those of rows from before there were fingerprints are a content of their own.
+    run, else of the newest row. Those of rows from before there were fingerprints are a content of their own; watched
+    loops whose contents are not known are kept with any.
     """
     by_time = trials.sort_values("started_at", kind="stable")
     same = pandas.Series(True, trials.index)
     names: dict[str, None] = {}
     for kind, column, name in (("data", "data_fingerprint", "datasets"), ("base", "base_fingerprint", "base_model")):
         latest = _latest_contents(about, kind)
-        newest = by_time.groupby(name)[column].last(skipna=False)
+        unseen = trials["watched"] & trials[column].isna()
+        newest = by_time[~unseen].groupby(name)[column].last(skipna=False)
         there = set(zip(trials[name], trials[column], strict=True))
         chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
         wanted = trials[name].map(chosen)
-        as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna())
+        as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna()) | unseen
         for other in trials.loc[~as_wanted & trials[column].notna(), name].unique():
             names |= dict.fromkeys([d["path"] for d in json.loads(other)] if kind == "data" else [other])
         same &= as_wanted

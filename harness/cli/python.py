@@ -22,6 +22,15 @@ from harness.spec.trial import TrialSpec
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, or what would stand in it."""
+_INTERRUPTED = 130
+"""What a command returns after Ctrl-C: typer answers it."""
+_REFUSED = {
+    ("run", "dry_run"): "it runs what is there; Grid(…).trials are the trials, and harness.plan predicts them",
+    ("plan", "largest"): "it searches for one number and prints it; use `harness plan --largest`",
+    ("plan", "fix"): "it searches and prints; use `harness plan --fix`",
+    ("plan", "output"): "it returns what the command would write; use its to_parquet",
+}
+"""Options whose outcome is what a command prints."""
 
 
 class Grid:
@@ -90,6 +99,7 @@ def run(
         TrialsFailed: trials failed, or none ended well; what ended well is kept.
     """
     known = grid if isinstance(grid, Grid) else Grid(grid)
+    _refuse("run", options)
     with _file(known.source) as path:
         _invoke("run", path, results=results, quiet=quiet, **options)
     return notebook.load(Path(results) / known.name)
@@ -131,6 +141,7 @@ def plan(grid: Grid | Source | TrialSpec, **options: Any) -> pandas.DataFrame:
         keys = source.model_dump(mode="json", exclude_defaults=True, exclude={"folder"})
         source = {"name": "configuration", "base": keys, "design": "list"}
     with _file(source) as path, tempfile.TemporaryDirectory() as folder, _nothing_printed():
+        _refuse("plan", options)
         _invoke("plan", path, output=folder, **options)
         return pandas.read_parquet(Path(folder) / "plan.parquet")
 
@@ -180,9 +191,15 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if hasattr(value, "item"):
-        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _refuse(command: str, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if (command, name) in _REFUSED:
+            raise InputError(f"harness.{command}: {name}: {_REFUSED[command, name]}")
 
 
 def _invoke(command: str, *arguments: Any, **options: Any) -> None:
@@ -192,11 +209,13 @@ def _invoke(command: str, *arguments: Any, **options: Any) -> None:
     for name, value in options.items():
         words += _words(name, value)
     try:
-        typer.main.get_command(app).main(words, prog_name="harness", standalone_mode=False)
+        code = typer.main.get_command(app).main(words, prog_name="harness", standalone_mode=False)
     except Exception as error:
         if (message := getattr(error, "format_message", None)) is None:
             raise
         raise InputError(f"harness.{command}: {message()}") from None  # typer's own errors of usage
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -80,8 +80,10 @@ class SubmititLauncher:
             "timeout_min": minutes,
             "cpus_per_task": cpus,
             "gpus_per_node": max(processes) if device == "cuda" else None,
-            "slurm_partition": partition if self._cluster == "slurm" else None,
         }
+        if self._cluster != LOCAL:
+            # The runner tries again; a job that came back under its old number would not know which trial it had.
+            self._parameters |= {"slurm_partition": partition, "slurm_additional_parameters": {"no-requeue": True}}
         self._local = {"child": child, "preload": preload}
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
@@ -96,19 +98,21 @@ class SubmititLauncher:
             self._executor = submitit.AutoExecutor(folder=self._folder / "submitit", cluster=self._cluster)
             self._executor.update_parameters(**self._parameters)
             worker = self._start()
+            self._busy.add(worker)  # an interrupt while it is in the queue cancels it
             self._environment = worker.environment()
         except BaseException as error:
             self.__exit__()
             if isinstance(error, Exception):
                 raise InputError(f"--engine submitit: {redact(first_line(error))}") from None
             raise
+        self._busy.remove(worker)
         self._idle.append(worker)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
         for worker in self._idle:
             worker.dismiss()
-        self.stop()
         for worker in self._idle:
             worker.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -233,7 +237,10 @@ class _Worker:
             time.sleep(self._look)
 
     def dismiss(self) -> None:
-        """Let it end, since there is no further trial."""
+        """Let it end, since there is no further trial. One of the scheduler's has nothing to finish."""
+        if not isinstance(self.job, submitit.LocalJob):
+            self.cancel()
+            return
         with contextlib.suppress(OSError):
             (self._folder / "stop").touch()
 
@@ -270,6 +277,8 @@ def serve(folder: str, device: str, cpus: int | None, local: dict[str, Any], loo
         look_seconds: how often to look for a trial.
     """
     here = Path(folder)
+    if (here / "environment.json").exists():  # requeued by the cluster: the trial that it had is lost
+        return
     cores = tuple(sorted(os.sched_getaffinity(0)))
     placement = None
     if cpus is not None:
@@ -279,7 +288,8 @@ def serve(folder: str, device: str, cpus: int | None, local: dict[str, Any], loo
     write_whole(here / "environment.json", described.model_dump_json().encode())
     number, idle_since = 0, time.monotonic()
     with LocalLauncher(**local) as launcher:
-        while not (here / "stop").exists() and time.monotonic() - idle_since < _IDLE_SECONDS:
+        # The folder is gone when its runner is.
+        while here.exists() and not (here / "stop").exists() and time.monotonic() - idle_since < _IDLE_SECONDS:
             asked = here / f"trial-{number}.json"
             if not asked.exists():
                 time.sleep(look_seconds)

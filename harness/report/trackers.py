@@ -2,7 +2,7 @@
 
 A grid is a project, a trial a run in it: its configuration as parameters, its figures and their effects against the
 baseline with both ends of the interval, its losses step by step, and the page of the report. Sent again, a trial takes
-the place of what was sent of it before.
+the place of what was sent of it before; in W&B it is gone on with, so that its figures are new and its steps the old.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _wandb(runs: Sequence[TrackedRun], project: str, place: str | None, page: Pa
 
     folder = Path(place or ".")
     folder.mkdir(parents=True, exist_ok=True)
-    offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"))
+    offline = not (os.environ.get("WANDB_MODE") or wandb.api.api_key)  # the key of the environment, or of a login
     for run in runs:
         made = wandb.init(
             project=project, group=project, name=run.name, id=run.id, config=run.parameters, dir=str(folder),

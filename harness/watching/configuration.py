@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -132,7 +133,7 @@ def _precision(loop: Loop) -> str | None:
 
 
 def _of_adapter(model: Any) -> dict[str, Any]:
-    configs = [*getattr(model, "peft_config", {}).values()]
+    configs = [*_adapters(model).values()]
     if not configs:
         return {"adapter": "none"}
     name = str(getattr(configs[0].peft_type, "value", configs[0].peft_type)).lower()
@@ -189,21 +190,32 @@ def _of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def sizes(model: Any) -> dict[str, float | int | None]:
     """Trained and all parameters, and what an adapter takes."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = getattr(model, "num_parameters", None)  # transformers', which knows of 4-bit weights
     figures: dict[str, float | int | None] = {
-        "trainable_parameters": trained,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": counted() if counted is not None else sum(p.numel() for p in model.parameters()),
     }
-    if getattr(model, "peft_config", None):
+    if adapters := _adapters(model):
         from peft import get_peft_model_state_dict
 
-        trained, total = model.get_nb_trainable_parameters()
-        saved = get_peft_model_state_dict(model).values()
+        if hasattr(model, "get_nb_trainable_parameters"):  # peft's, which know of 4-bit weights too
+            figures["trainable_parameters"], figures["total_parameters"] = model.get_nb_trainable_parameters()
+        saved = [t for name in adapters for t in get_peft_model_state_dict(model, adapter_name=name).values()]
         parameters = sum(each.numel() for each in saved)
+        total = figures["total_parameters"] or 0
         figures |= {
-            "trainable_parameters": trained,
-            "total_parameters": total,
             "adapter_bytes": sum(each.numel() * each.element_size() for each in saved),
             "adapter_share": parameters / (total - parameters),
         }
     return figures
+
+
+def _adapters(model: Any) -> dict[str, Any]:
+    """The configurations of the active adapters by name, of peft's models, and of transformers' `add_adapter`."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    names = [*configs]
+    if names:
+        with contextlib.suppress(ValueError):  # transformers', of a model within peft's
+            active = model.active_adapters
+            names = active() if callable(active) else active
+    return {name: configs[name] for name in names}

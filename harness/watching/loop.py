@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ class _MicroBatch:
     supervised_tokens: _Number
     padded_tokens: int
     shape: tuple[int, int]
-    is_sum: bool
-    """Whether its loss is divided by the tokens of the effective batch, not by its own."""
+    divisor: _Number | None
+    """What its summed loss is divided by: the tokens of the effective batch, of all processes; null: its own."""
     loss: torch.Tensor | None = None
 
 
@@ -67,8 +68,7 @@ class Loop:
 
     def __init__(self, model: torch.nn.Module, tracked_steps: int, block: int) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
-        self.meter = memory.MemoryMeter(self.device, None, compiled=True)  # layers may be, before or later
+        self._take_device()
         self.steps: list[Step] = []
         self.phase: Phase = "start"
         self.peak_memory_bytes = 0
@@ -80,12 +80,14 @@ class Loop:
         """Micro-batches of the steps."""
         self.autocast: torch.dtype | None = None
         """Type that forward passes are autocast to; null: they are not."""
+        self.diverged: str | None = None
+        """Which step's loss was not finite, the first of them; null: none."""
         self.optimizer: torch.optim.Optimizer | None = None
         self._tracked_steps = tracked_steps
         self._block = block
-        self._clock = DeviceClock(self.device)
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._ids = {id(p) for p in self._trained}
+        self._trained: list[torch.nn.Parameter] = []
+        self._ids: set[int] = set()
+        self._begun = False
         self._step: _Open | None = None
         self._tracking = contextlib.ExitStack()
         self._is_tracking = False
@@ -93,21 +95,38 @@ class Loop:
         self._hooks = contextlib.ExitStack()
 
     def start(self) -> None:
-        """Count what the model holds, and watch it."""
-        tracker = self.meter.tracker
-        tracker.adopt(_held_by(self.model), "weights")
-        if len(self._trained) < len(list(self.model.parameters())):  # else the weights are what is trained
-            tracker.adopt(self._trained, "adapters")
-        self.meter.restart()
-        self._waiting = Waiting()
-        for handle in (
+        """Watch the model."""
+        handles = [
             # Where the model is compiled as a whole, not with it.
             self.model.register_forward_pre_hook(torch.compiler.disable(self._before_forward), with_kwargs=True),
             self.model.register_forward_hook(torch.compiler.disable(self._after_forward), with_kwargs=True),
             register_optimizer_step_pre_hook(self._before_update),
             register_optimizer_step_post_hook(self._after_update),
-        ):
+        ]
+        inner = (each for each in self.model.modules() if each is not self.model)
+        with_weights = next((each for each in inner if any(True for _ in each.parameters(recurse=False))), None)
+        if with_weights is not None:
+            handles.append(with_weights.register_forward_pre_hook(self._within_forward))
+        for handle in handles:
             self._hooks.callback(handle.remove)
+
+    def _take_device(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.meter = memory.MemoryMeter(self.device, None, compiled=True)  # layers may be, before or later
+        self._clock = DeviceClock(self.device)
+
+    def _begin(self) -> None:
+        """Count what the model holds. Until its first step a loop may move it, and add adapters."""
+        if next(self.model.parameters()).device != self.device:
+            self._take_device()
+        self._begun = True
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._ids = {id(p) for p in self._trained}
+        tracker = self.meter.tracker
+        tracker.adopt(_held_by(self.model), "weights")
+        if len(self._trained) < len(list(self.model.parameters())):  # else the weights are what is trained
+            tracker.adopt(self._trained, "adapters")
+        self._waiting = Waiting()
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -138,20 +157,30 @@ class Loop:
             self._end_step()
         if not (module.training and torch.is_grad_enabled()):
             return
+        if not self._begun:
+            self._begin()
         if self._step is None:
             self.meter.restart()
             self._waiting.since_last()  # what comes between steps is not theirs
             self._step = _Open(self._clock.now())
         self.phase = "forward"
-        device_type = self.device.type
-        self.autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        self.autocast = self._autocast()
         micro_batch = _micro_batch(args, kwargs)
         self._step.micro_batches.append(micro_batch)
         if not self._is_tracking and self._holds_most(micro_batch):
             self._track(self._step)
         if self._is_tracking:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            self.meter.tracker.adopt([t for t in tensors if t.device.type == device_type], "activations")
+            self.meter.tracker.adopt([t for t in tensors if t.device.type == self.device.type], "activations")
+
+    def _within_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Autocast again: accelerate enters it within the model's `forward`."""
+        if not torch.compiler.is_compiling() and self._step is not None and self._step.seconds is None:
+            self.autocast = self._autocast() or self.autocast
+
+    def _autocast(self) -> torch.dtype | None:
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _holds_most(self, micro_batch: _MicroBatch) -> bool:
         if len(self.steps) < self._tracked_steps:
@@ -172,6 +201,8 @@ class Loop:
             self.optimizer = optimizer
             self._step.learning_rate = float(optimizer.param_groups[0]["lr"])
         self.meter.tracker.component = "optimizer"
+        if self._is_tracking:  # of a training that was resumed
+            self.meter.tracker.adopt(_tensors_of(optimizer.state), "optimizer")
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._step is None or not self._is_ours(optimizer):
@@ -211,13 +242,18 @@ class Loop:
             return
         peak = self.meter.peak() if step.tracked or self.device.type == "cuda" else None
         if peak is not None and peak >= self.peak_memory_bytes:
-            self.peak_memory_bytes = peak
             if step.tracked:
                 self.breakdown = self.meter.breakdown(peak)
+            elif self.breakdown:  # of a card's allocator; what is trained, and its state, were there already
+                self.breakdown["memory_activations_bytes"] += peak - self.peak_memory_bytes
+            self.peak_memory_bytes = peak
         if step.tracked and self.steps:  # the first step has no state of an optimizer yet
             self._largest = max(self._largest, *(each.padded_tokens for each in step.micro_batches))
         reported, norm = step.reported or (None, None)
         loss = _mean_loss(step.micro_batches)
+        loss = reported if loss is None else loss
+        if loss is not None and not math.isfinite(loss):
+            self.diverged = self.diverged or f"loss of step {len(self.steps) + 1} is {loss}"
         self.shapes.update(each.shape for each in step.micro_batches)
         self.counts[len(step.micro_batches)] += 1
         self.steps.append(
@@ -225,8 +261,8 @@ class Loop:
                 step=len(self.steps) + 1,
                 tracked=step.tracked,
                 seconds=step.seconds,
-                loss=reported if loss is None else loss,
-                grad_norm=norm,
+                loss=_finite(loss),
+                grad_norm=_finite(norm),
                 learning_rate=step.learning_rate,
                 samples=sum(int(each.samples) for each in step.micro_batches),
                 tokens=sum(int(each.tokens) for each in step.micro_batches),
@@ -256,9 +292,11 @@ def _micro_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _MicroBatc
     samples: _Number = len(ids)
     if len(ids) == 1 and isinstance(positions, torch.Tensor) and positions.numel() == ids.numel():
         samples = (positions == 0).sum()  # several examples in one row
-    supervised = (labels[:, 1:] != IGNORED).sum() if isinstance(labels, torch.Tensor) else tokens
-    is_sum = kwargs.get("num_items_in_batch") is not None
-    return _MicroBatch(samples, tokens, supervised, ids.numel(), (ids.shape[0], ids.shape[1]), is_sum)
+    supervised = tokens
+    if isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
+        supervised = (labels[:, 1:] != IGNORED).sum()
+    divisor = kwargs.get("num_items_in_batch")
+    return _MicroBatch(samples, tokens, supervised, ids.numel(), (ids.shape[0], ids.shape[1]), divisor)
 
 
 def _loss(output: Any) -> torch.Tensor | None:
@@ -269,13 +307,19 @@ def _loss(output: Any) -> torch.Tensor | None:
 
 def _mean_loss(micro_batches: list[_MicroBatch]) -> float | None:
     """Nats per supervised token of an effective batch; null where a micro-batch gave none."""
-    losses = [float(each.loss) for each in micro_batches if each.loss is not None]
-    if len(losses) < len(micro_batches):
-        return None
-    if micro_batches[0].is_sum:
-        return sum(losses)
-    tokens = [int(each.supervised_tokens) for each in micro_batches]
-    return sum(x * n for x, n in zip(losses, tokens, strict=True)) / max(1, sum(tokens))
+    total, tokens = 0.0, 0
+    for each in micro_batches:
+        if each.loss is None:
+            return None
+        own = int(each.supervised_tokens)
+        tokens += own
+        if own:  # the mean over no token is not a number
+            total += float(each.loss) * (own if each.divisor is None else float(each.divisor))
+    return total / tokens if tokens else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _held_by(model: torch.nn.Module) -> list[torch.Tensor]:

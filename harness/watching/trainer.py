@@ -42,6 +42,8 @@ class WatchCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch."""
+        if self.watched is not None:  # a training that failed, and is called again
+            self.watched.abandon()
         self.watched = watch.watch(kwargs["model"], **self._options)
         self.watched.start(args.to_dict())
         self._logged = state.global_step

@@ -27,6 +27,7 @@ from harness.spec.trial import TrialSpec
 from harness.training import distributed, formats
 from harness.training.out_of_memory import out_of_memory
 from harness.training.processes import combine
+from harness.training.step import Diverged
 from harness.watching import configuration
 from harness.watching.loop import Loop
 
@@ -103,6 +104,10 @@ class Watch:
                 store.describe({"title": f"{self._folder.name}: trainings that were watched"})
             self.record = record
 
+    def abandon(self) -> None:
+        """Leave the model alone, and write nothing."""
+        self._loop.stop()
+
     def _measured(self, failure: Exception | None) -> Record:
         loop = self._loop
         spec, unseen = (self._spec, ()) if self._spec is not None else configuration.seen(loop, self._arguments)
@@ -112,8 +117,10 @@ class Watch:
             text = redact(first_line(failure))[:500]
             end = {"status": "failed", "phase": loop.phase, "error_type": type(failure).__name__, "error": text}
             end["status"] = "failed" if oom is None else "oom"
+        elif loop.diverged is not None:
+            end = {"status": "diverged", "phase": "forward", "error_type": Diverged.__name__, "error": loop.diverged}
         metrics = {**_figures(loop), **(oom or {}), "trial_seconds": time.perf_counter() - self._started}
-        if failure is not None:
+        if end["status"] != "ok":
             metrics = {name: value for name, value in metrics.items() if name not in SCORES}
         contents = NO_CONTENTS if self._spec is None else _contents(self._spec)
         label = f"{self._name} (watched)"
