@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import submitit
 
 from harness import environment
@@ -30,7 +31,7 @@ from harness._util.redact import redact
 from harness.environment import DeviceType, Environment, Placement
 from harness.errors import InputError
 from harness.launch import fork_server
-from harness.launch.exit_status import WORKER_LOST
+from harness.launch.exit_status import WORKER_LOST, is_transient
 from harness.launch.launcher import Attempt, OnEvent
 from harness.launch.local import Child, LocalLauncher, measure
 from harness.record import Job, Phase, Record
@@ -42,6 +43,8 @@ MINUTES = 240
 _LOOK_SECONDS = {LOCAL: 0.05, "slurm": 0.5}
 _IDLE_SECONDS = 300.0
 """A job without a trial ends by itself: its runner may be gone."""
+_END_SECONDS = 5.0
+"""How long a job may take to see that there is no further trial, or that it is cancelled."""
 
 
 class SubmititLauncher:
@@ -86,6 +89,7 @@ class SubmititLauncher:
             self._parameters |= {"slurm_partition": partition, "slurm_additional_parameters": {"no-requeue": True}}
         self._local = {"child": child, "preload": preload}
         self._lock = threading.Lock()
+        self._started: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._environment: Environment | None = None
@@ -113,12 +117,12 @@ class SubmititLauncher:
         self.stop()
         for worker in self._idle:
             worker.dismiss()
-        for worker in self._idle:
+        for worker in self._started:
             worker.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another run's are there
             self._folder.parent.rmdir()
-        self._idle, self._busy = [], set()
+        self._idle, self._started, self._busy = [], [], set()
 
     def environments(self, device_type: DeviceType) -> tuple[Environment, ...]:
         """That of the first job; nodes of a partition are taken to be alike."""
@@ -140,9 +144,9 @@ class SubmititLauncher:
         try:
             for kind, value in worker.run(attempt):
                 if kind == "record":
-                    with self._lock:
-                        self._idle.append(worker)
-                    return Record.model_validate(value["record"]).model_copy(update={"node": value["node"]})
+                    record = Record.model_validate(value["record"]).model_copy(update={"node": value["node"]})
+                    self._release(worker, record)
+                    return record
                 if kind == "phase":
                     phase = value
                 on_event(kind, value)
@@ -165,10 +169,18 @@ class SubmititLauncher:
     def _take(self) -> _Worker:
         """An idle job that is still there, else a new one."""
         with self._lock:
-            self._idle = [worker for worker in self._idle if not worker.job.done()]
+            self._idle = [worker for worker in self._idle if not worker.done()]
             worker = self._idle.pop() if self._idle else self._start()
             self._busy.add(worker)
             return worker
+
+    def _release(self, worker: _Worker, record: Record) -> None:
+        """Keep a job for the next trial, unless something has ended a process of it: what pre-empts it does."""
+        if is_transient(record, timeouts=False):
+            worker.cancel()
+            return
+        with self._lock:
+            self._idle.append(worker)
 
     def stop(self) -> None:
         """Cancel every job that runs a trial."""
@@ -179,7 +191,9 @@ class SubmititLauncher:
         folder = self._folder / uuid.uuid4().hex[:12]
         folder.mkdir()
         job = self._executor.submit(serve, str(folder), self._device, self._cpus, self._local, self._look)
-        return _Worker(job, folder, self._look)
+        worker = _Worker(job, folder, self._look)
+        self._started.append(worker)
+        return worker
 
     @property
     def _look(self) -> float:
@@ -193,6 +207,15 @@ class _Worker:
         self.job = job
         self._folder, self._look = folder, look_seconds
         self._trials = 0
+        self._cancelled_at: float | None = None
+
+    def done(self, *, ask: bool = False) -> bool:
+        """Whether it has ended. submitit (1.5) waits for one that was pre-empted to come back, and none does.
+
+        Args:
+            ask: the scheduler now, and not once a minute.
+        """
+        return bool(self.job.done(force_check=ask)) or self.job.state == "PREEMPTED"
 
     def environment(self) -> Environment:
         """Where it runs, once the scheduler has begun it.
@@ -202,7 +225,7 @@ class _Worker:
         """
         file = self._folder / "environment.json"
         while not file.exists():
-            if self.job.done() and not file.exists():
+            if self.done() and not file.exists():
                 raise RuntimeError(f"the first job was lost ({self.end()})")
             time.sleep(self._look)
         return Environment.model_validate_json(file.read_bytes())
@@ -221,7 +244,7 @@ class _Worker:
         write_whole(self._folder / f"trial-{number}.json", json.dumps(asked).encode())
         events, rest, at = self._folder / f"events-{number}.jsonl", b"", 0
         while True:
-            lost = self.job.done()  # before the file is read: what it wrote last is there
+            lost = self.done()  # before the file is read: what it wrote last is there
             if events.exists():
                 with events.open("rb") as file:
                     file.seek(at)
@@ -237,23 +260,31 @@ class _Worker:
             time.sleep(self._look)
 
     def dismiss(self) -> None:
-        """Let it end, since there is no further trial. One of the scheduler's has nothing to finish."""
-        if not isinstance(self.job, submitit.LocalJob):
-            self.cancel()
-            return
+        """Let it end, since there is no further trial."""
         with contextlib.suppress(OSError):
             (self._folder / "stop").touch()
 
     def cancel(self) -> None:
-        """End it now."""
-        with contextlib.suppress(Exception):  # it has ended, or the scheduler does not answer
-            self.job.cancel()
+        """End it now. Asked once; a process of this machine that goes on, as one that ignores interrupts, is killed."""
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
+            with contextlib.suppress(Exception):  # it has ended, or the scheduler does not answer
+                self.job.cancel()
+        elif time.monotonic() - self._cancelled_at > _END_SECONDS and isinstance(self.job, submitit.LocalJob):
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(int(self.job.job_id))
+                for each in (*process.children(recursive=True), process):
+                    each.kill()
 
     def wait(self) -> None:
-        """Until a process of this machine has ended; the scheduler ends its own."""
-        end = time.monotonic() + 10
-        while isinstance(self.job, submitit.LocalJob) and not self.job.done() and time.monotonic() < end:
-            time.sleep(self._look)
+        """Until it has ended, which is cancelled where it does not."""
+        for _ in range(2):
+            end = time.monotonic() + _END_SECONDS
+            while not self.done(ask=True):
+                if time.monotonic() > end:
+                    self.cancel()
+                    break
+                time.sleep(self._look)
 
     def end(self) -> str:
         """How it ended, in a line."""
