@@ -27,7 +27,7 @@ COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "activations")
 
 
 AcrossProcesses = Literal["first", "heaviest", "highest", "sum"]
-_NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01, "text": 0.01}
+_NEGLIGIBLE = {"memory": 0.01, "size": 0.01, "speed": 0.02, "loss": 0.01, "text": 0.01, "score": 0.01}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Metric:
     type: Literal["int", "float"]
     unit: str
     better: Literal["lower", "higher", None]
-    group: Literal["memory", "speed", "loss", "size", "text"]
+    group: Literal["memory", "speed", "loss", "size", "text", "score"]
     definition: str
     show: Callable[[float], str]
     exact: bool = False
@@ -57,7 +57,7 @@ class Metric:
     @property
     def scale(self) -> Literal["ratio", "difference"]:
         """How two of them are compared."""
-        return "difference" if self.group in ("loss", "text") else "ratio"
+        return "difference" if self.group in ("loss", "text", "score") else "ratio"
 
     @property
     def negligible(self) -> float:
@@ -99,6 +99,10 @@ def _fraction(name: str, label: str, group: Literal["speed", "size"], definition
 
 def _nats(name: str, label: str, definition: str) -> Metric:
     return Metric(name, label, "float", "nats", "lower", "loss", definition, show_nats)
+
+
+def _score(name: str, label: str, definition: str) -> Metric:
+    return Metric(name, label, "float", "", "higher", "score", definition, show_share)
 
 
 def _text(name: str, label: str, definition: str, better: Literal["lower", "higher", None]) -> Metric:
@@ -285,6 +289,12 @@ _TABLE = (
         "general loss before training",
         "Loss per token on the bundled general text before training.",
     ),
+    _score(
+        "task_score",
+        "task score",
+        "Share of the questions of evaluate_tasks that are answered rightly after training; of several tasks the mean.",
+    ),
+    _score("task_score_before", "task score before training", "The same before training."),
     Metric("eval_perplexity", "eval perplexity", "float", "", "lower", "loss", "exp(eval_loss).", show_rate),
     _count("trainable_parameters", "trainable parameters", "Parameters that the optimizer changes."),
     _count("total_parameters", "total parameters", "Parameters of base and adapters, as if unquantised."),
@@ -374,15 +384,9 @@ _INFERENCE = (
     ),
     _seconds("token_seconds_p50", "median token", "Median of the seconds that a new token takes after the first."),
     _seconds("token_seconds_p95", "95th percentile token", "95th percentile of the same, interpolated."),
+    _bytes("model_bytes", "model size", "Live tensor storage of the model that answers, scales included."),
     _bytes(
-        "model_bytes",
-        "model size",
-        "Live tensor storage of the model as it is loaded to answer, quantisation scales included.",
-    ),
-    _bytes(
-        "peak_inference_bytes",
-        "peak while answering",
-        "Highest sum of live tensor storage during a request: weights, cache and all.",
+        "peak_inference_bytes", "peak while answering", "Highest live tensor storage in a request, weights and all."
     ),
     Metric(
         "logit_difference",
@@ -399,12 +403,7 @@ _INFERENCE = (
     _text(
         "distinct_2", "distinct pairs", "Distinct pairs of words divided by all pairs, in a generated story.", "higher"
     ),
-    _text(
-        "repetition",
-        "repetition",
-        "Share of runs of four words that stood in the same generated story before.",
-        "lower",
-    ),
+    _text("repetition", "repetition", "Share of runs of four words that the same story had before.", "lower"),
     _text("words", "words", "Words of a generated story.", None),
 )
 
@@ -423,13 +422,14 @@ FITS = ("peak_memory_bytes", "peak_load_bytes", "peak_evaluate_bytes")
 """What fits is decided by the highest of these."""
 
 # A trial that did not train keeps its memory and sizes, which are valid; its scores are not.
-SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss"}) - {
+SCORES: frozenset[str] = frozenset(m.name for m in _TABLE if m.group in {"speed", "loss", "score"}) - {
     "load_seconds",
     "adapter_seconds",
     "compile_seconds",
     "trial_seconds",
     "eval_loss_before",
     "general_loss_before",
+    "task_score_before",
     "flops_per_token",
     "predicted_step_seconds",
 }

@@ -122,11 +122,28 @@ class StoryLoss(Row):
     """A story of the dataset, or a passage of the bundled general text."""
 
 
+class ItemScore(Row):
+    """One question of a task."""
+
+    task: str
+    """Name of the task."""
+    item: int
+    """Number of the question in the task's file, from 0."""
+    when: Literal["before", "after"]
+    """Before or after training."""
+    metric: str
+    """What the score is, by lm-evaluation-harness's name, like acc."""
+    score: float
+    """1 for a right answer, 0 for a wrong one."""
+
+
 class LossesBefore(Row):
     """Losses of an untrained model that another trial of the same contents has measured."""
 
     stories: tuple[StoryLoss, ...]
     """Its losses before training."""
+    tasks: tuple[ItemScore, ...] = ()
+    """Its scores before training."""
 
 
 class ModelFootprint(Row):
@@ -271,6 +288,8 @@ class Record(Job):
     """Optimizer steps."""
     stories: tuple[StoryLoss, ...] = ()
     """Losses of held-out stories and general passages."""
+    tasks: tuple[ItemScore, ...] = ()
+    """Scores of questions."""
     adapter_id: str | None = None
     """Hash of the saved adapter's weights and configuration: the name of its folder under `adapters/`."""
     attention_kernel: str | None = None

@@ -337,6 +337,7 @@ def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
 
 def test_every_key_of_a_technique_acts_on_a_part() -> None:
     of_machine_or_output = {"device", "memory_budget", "save_adapter", "measure_forgetting", "general_samples"}
+    of_machine_or_output |= {"evaluate_tasks"}
     nowhere = {key for key, facts in FACTS.items() if facts.measured and part_of([key]) is None}
     assert nowhere == of_machine_or_output
     assert part_of(["adapter", "learning_rate"]) is Part.ADAPTERS
@@ -624,6 +625,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "skip_empty_rows": True,
         "train_on_inputs": True,
         "measure_forgetting": True,
+        "evaluate_tasks": ["story-questions"],
         "val_set_size": 8.0,
         "test_datasets": [{"path": "a.csv"}],
         "min_completion_tokens": 8,

@@ -16,6 +16,7 @@ __all__ = [
     "sequential",
     "sizing",
     "stats",
+    "task_scores",
     "verdicts",
     "words",
 ]

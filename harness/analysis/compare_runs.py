@@ -130,6 +130,7 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             ),
             "rates": pandas.concat([first.rates, second.rates.set_axis(second.rates.index + trials)]),
             "stories": _both(first.stories, second.stories, trials),
+            "items": _both(first.items, second.items, trials),
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
         }
     )

@@ -10,7 +10,7 @@ from harness.analysis.stats import Verdict
 from harness.analysis.undecided import Unit
 from harness.metrics import FIGURES
 
-Basis = Literal["exact", "repeats", "visits", "steps", "stories", "passages", "rounds", "trials"]
+Basis = Literal["exact", "repeats", "visits", "steps", "stories", "passages", "questions", "rounds", "trials"]
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def load(
         waits_unknown=bool(visited["waited_seconds"].isna().any()),
         stories=losses[losses["kind"] == "held-out"].drop(columns=["kind", "before"]),
         changes={metric: _changes(losses, kind) for metric, kind in _KIND.items()},
+        items=_items(store, kept["trial_id"]),
         inference_results={
             table: _inference_rows(store, table, kept[["trial_id", "adapter_id", "config"]])
             for table in INFERENCE_TABLES
@@ -287,6 +288,19 @@ def _losses(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
     keys = ["trial", "story", "kind", "tokens"]
     both: pandas.DataFrame = after.merge(before.rename(columns={"loss": "before"}), on=keys, how="left")
     return both
+
+
+def _items(store: Store, trial_ids: pandas.Series) -> pandas.DataFrame:
+    """Score of each question after training and before it."""
+    table = store.read("tasks").to_pandas()
+    table["trial"] = _number(table.pop("trial_id"), trial_ids)
+    known = table[table["trial"] >= 0].rename(columns={"item": "story"})
+    keys = ["trial", "task", "story", "metric"]
+    after, before = (known[known["when"] == when].drop(columns=["when"]) for when in ("after", "before"))
+    both: pandas.DataFrame = after.rename(columns={"score": "loss"}).merge(
+        before.rename(columns={"score": "before"}), on=keys, how="left"
+    )
+    return both.assign(tokens=1)
 
 
 def _inference_rows(store: Store, table: Table, trials: pandas.DataFrame) -> pandas.DataFrame:

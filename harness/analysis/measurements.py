@@ -14,7 +14,7 @@ import pandas
 
 from harness._util.units import show_bytes
 from harness.analysis import stats, timed
-from harness.analysis.crossed import SeedNoise, crossed, seed_noise
+from harness.analysis.crossed import NO_SEED_BETWEEN, SeedNoise, crossed, seed_noise
 from harness.analysis.estimate import Basis, Estimate
 from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.pilot import PILOT
@@ -31,7 +31,7 @@ SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
 _MOST_CANDIDATES = 64
 """Configurations on each side of a contrast that are searched for the nearest pair."""
-_BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages"}
+_BY_TEXT: dict[str, Basis] = {"eval_loss": "stories", "forgetting": "passages", "task_score": "questions"}
 """Figures that are compared text by text."""
 
 
@@ -61,6 +61,8 @@ class Measurements:
     changes: dict[str, pandas.DataFrame]
     """By figure, loss after minus loss before training of each text, a held-out story (`eval_loss`) or a general
     passage (`forgetting`): the same columns."""
+    items: pandas.DataFrame
+    """Score of each question after training (`loss`), and before it: trial, task, story (its number), tokens (1)."""
     inference_results: dict[str, pandas.DataFrame]
     """Inference benchmarks of trained models, by table (models, requests, answers), with the number of the trial."""
     environment: dict[str, Any]
@@ -273,16 +275,9 @@ class Measurements:
         stands_for = self.trials["stands_for"]
         if metric in self.readings:
             return timed.effects(pairs, metric, self.readings, self.rates, stands_for)
-        matched = self._matched(pairs)
         if metric in _BY_TEXT:
-            # Held-out losses are compared as they are, as their start depends on prompt and precision; forgetting is
-            # itself a change.
-            losses = self.stories if metric == "eval_loss" else self.changes[metric]
-            differences = _text_differences(matched, losses)
-            of_seeds = self.between_seeds(losses, paired=True) or SeedNoise(PILOT.seeds, 0.0)
-            once = differences.drop_duplicates(["comparison", "trial", "other"])
-            effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]))
-            return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
+            return self.text_effects(pairs, metric, self._texts(metric))
+        matched = self._matched(pairs)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
         # Both runs of a baseline average to one figure per repeat.
@@ -296,6 +291,32 @@ class Measurements:
         return (
             Effects(table, NO_ERRORS) if noise is None else timed.in_blocks(table, known, "repeat", noise, stands_for)
         )
+
+    def _texts(self, metric: str) -> pandas.DataFrame:
+        """What is compared text by text: held-out losses as they are, as their start depends on prompt and precision;
+        forgetting is itself a change; of several tasks each counts as much.
+        """
+        if metric == "task_score":
+            by_task = self.items.groupby(["trial", "task"])["story"]
+            texts = self.items["story"] + 2**32 * self.items.groupby("task").ngroup()
+            return self.items.assign(story=texts, tokens=1.0 / by_task.transform("size"))
+        return self.stories if metric == "eval_loss" else self.changes[metric]
+
+    def text_effects(self, pairs: pandas.DataFrame, metric: str, losses: pandas.DataFrame) -> Effects:
+        """Effects of each comparison on what is measured of each text.
+
+        Args:
+            pairs: as for `effects`.
+            metric: whose texts they are.
+            losses: trial, story, tokens (its weight) and loss, or another figure of the text.
+        """
+        differences = _text_differences(self._matched(pairs), losses)
+        # Of one seed, the interval of a score is over questions alone: no pilot says how scores differ between seeds.
+        pilot = NO_SEED_BETWEEN if metric == "task_score" else SeedNoise(PILOT.seeds, 0.0)
+        of_seeds = self.between_seeds(losses, paired=True) or pilot
+        once = differences.drop_duplicates(["comparison", "trial", "other"])
+        effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]))
+        return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""

@@ -41,9 +41,21 @@ _BANDS: dict[str, tuple[tuple[float, str], ...]] = {
         (0.2, "moderate loss"),
         (math.inf, "noticeable loss"),
     ),
+    "score": (
+        (-0.05, "worse"),
+        (-0.01, "slightly worse"),
+        (0.01, "negligible"),
+        (0.05, "slightly better"),
+        (math.inf, "better"),
+    ),
 }
 """Upper bound of each band (ratio to the reference; nats for the loss), and its word."""
-_SIDES = {"memory": ("less", "more"), "speed": ("slower", "faster"), "loss": ("better", "worse")}
+_SIDES = {
+    "memory": ("less", "more"),
+    "speed": ("slower", "faster"),
+    "loss": ("better", "worse"),
+    "score": ("worse", "better"),
+}
 """What is below and above no effect."""
 _MOST_DIGITS = 4
 """Of the ends of an interval."""
@@ -76,18 +88,20 @@ def _no_effect(estimate: Estimate) -> float:
     return 1.0 if FIGURES[estimate.metric].scale == "ratio" else 0.0
 
 
-def thresholds() -> list[str]:
-    """What each word means: a line each for memory, speed and loss."""
+def thresholds(*, scores: bool = False) -> list[str]:
+    """What each word means: a line each for memory, speed and loss, and for scores of tasks where there are any."""
     lines = []
     for group, bands in _BANDS.items():
-        unit = " nats" if group == "loss" else "×"
+        if group == "score" and not scores:
+            continue
+        unit = {"loss": " nats", "score": ""}.get(group, "×")
         bounded = [f"{word} up to {_bound(bound, group)}{unit}" for bound, word in bands[:-1]]
         lines.append(f"{group}: {', '.join(bounded)}, {bands[-1][1]} beyond")
     return lines
 
 
 def _bound(bound: float, group: str) -> str:
-    return f"{bound:+g}".replace("-", "−") if group == "loss" else f"{bound:.3g}"
+    return f"{bound:+g}".replace("-", "−") if group in ("loss", "score") else f"{bound:.3g}"
 
 
 def looks(alpha: float) -> str:
@@ -171,8 +185,10 @@ def detectable(estimate: Estimate) -> str:
     """The smallest detectable difference: 4.1%, 0.02 nats."""
     if estimate.detectable is None:
         return MISSING
-    ratio = FIGURES[estimate.metric].scale == "ratio"
-    return f"{100 * estimate.detectable:.2g}%" if ratio else f"{estimate.detectable:.2g} nats"
+    metric = FIGURES[estimate.metric]
+    if metric.scale == "ratio":
+        return f"{100 * estimate.detectable:.2g}%"
+    return f"{estimate.detectable:.2g}" + " nats" * (metric.group == "loss")
 
 
 def what_decides(estimate: Estimate) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from harness.environment import cards, current, missing_for_compiler, resolve_device
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
-from harness.sources import splits, stories
+from harness.sources import splits, stories, task_files
 from harness.sources.splits import Counts
 
 
@@ -34,6 +34,10 @@ def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> Non
         for trial in grid.trials:
             _refuse_too_many_processes(trial)
             _refuse_without_compiler(trial)
+    for name, folder in dict.fromkeys(
+        (name, t.spec.folder) for t in grid.trials for name in t.spec.evaluate_tasks or ()
+    ):
+        task_files.check(name, folder)
     counted: dict[Any, Counts] = {}
     for spec in (t.spec for t in grid.trials):
         data = (spec.datasets, spec.test_datasets, spec.folder, spec.skip_empty_rows)

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness._util.units import show_share
-from harness.analysis import cost, verdicts, words
+from harness.analysis import cost, task_scores, verdicts, words
 from harness.analysis.comparison import Comparison, compare
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT_MODEL
 from harness.dialects.training_file import TrainingFile
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import HEADLINE, METRICS, MOSTLY_IN_FORMAT
-from harness.report import adapter_tables, cost_tables, inference_tables, plots, tables, tuning
+from harness.report import adapter_tables, cost_tables, inference_tables, plots, tables, task_tables, tuning
 from harness.results.store import Store
 
 MOST_ROWS = 500
@@ -91,6 +91,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
     first, *rest = tables.all_tables(comparison)
     steps = _steps(measurements, folder)
     charts = plots.all_charts(comparison, steps)
+    of_tasks = task_scores.scores(comparison)
     whole = Document(
         name=measurements.name,
         title=measurements.title,
@@ -102,6 +103,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
             *(search.tables if search else ()),
             *rest,
             *([] if (of := cost.costs(comparison, steps)) is None else [cost_tables.costs(of, measurements)]),
+            *([task_tables.scores(of_tasks, measurements)] if of_tasks else []),
             *([adapter_tables.adapters(comparison)] if adapter_tables.compares_methods(comparison) else []),
             *([] if measurements.tuned is None else [adapter_tables.learning_rates(measurements.tuned)]),
             inference_tables.models(measurements, comparison),
@@ -114,7 +116,7 @@ def document(measurements: Measurements, folder: Path) -> Document:
         configurations=tuple(_configurations(measurements)),
         environment=measurements.environment,
         caveats=tuple(_caveats(comparison)),
-        thresholds=tuple(words.thresholds()),
+        thresholds=tuple(words.thresholds(scores=bool(of_tasks))),
         snippets=tuple(_snippets(comparison, folder)),
     )
     return _with_what_is_left_out(whole)

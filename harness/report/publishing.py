@@ -21,6 +21,7 @@ _ABOUT = {
     "trials": "a row for each trial: its configuration, environment and figures",
     "steps": "a row for each optimizer step",
     "stories": "the loss of each held-out story before and after training",
+    "tasks": "the score of each question of a task before and after training",
     "models": "size and format of each model of an inference benchmark",
     "requests": "a row for each timed request of it",
     "answers": "the loss of each story in it, and what was generated",

@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from harness import metrics
-from harness.record import Answer, ModelFootprint, Record, Request, Row, Step, StoryLoss
+from harness.record import Answer, ItemScore, ModelFootprint, Record, Request, Row, Step, StoryLoss
 from harness.spec.datasets import Facts
 from harness.spec.trial import TrialSpec
 
 SCHEMA_VERSION = 1
-Table = Literal["trials", "steps", "stories", "models", "requests", "answers"]
+Table = Literal["trials", "steps", "stories", "tasks", "models", "requests", "answers"]
 _IDENTITY = {
     "trial_id": pa.string(),
     "spec_id": pa.string(),
@@ -40,7 +40,7 @@ _IDENTITY = {
     "started_at": pa.timestamp("us", tz="UTC"),
 }
 _JSON = ("datasets", "test_datasets", "special_tokens", "lora_modules_to_save", "lora_target_parameters",
-         "adapter_options")  # fmt: skip
+         "adapter_options", "evaluate_tasks")  # fmt: skip
 """Fields of a spec that are stored as JSON: mappings, and lists, which could not be compared."""
 _ENVIRONMENT = {"device_type": pa.string(), "device_name": pa.string(), "environment": pa.string()}
 
@@ -69,7 +69,7 @@ def _columns(model: type[BaseModel]) -> dict[str, pa.DataType]:
 
 
 # In the order in which they are written: a row of the last table promises those of the others.
-TRIAL_TABLES: tuple[Table, ...] = ("steps", "stories", "trials")
+TRIAL_TABLES: tuple[Table, ...] = ("steps", "stories", "tasks", "trials")
 """Tables of records."""
 INFERENCE_TABLES: dict[Table, type[Row]] = {"requests": Request, "answers": Answer, "models": ModelFootprint}
 """Tables of inference results."""
@@ -77,6 +77,7 @@ FIELDS: dict[Table, dict[str, FieldInfo]] = {
     "trials": {**TrialSpec.model_fields, **Record.model_fields},
     "steps": Step.model_fields,
     "stories": StoryLoss.model_fields,
+    "tasks": ItemScore.model_fields,
     **{table: row.model_fields for table, row in INFERENCE_TABLES.items()},
 }
 """Declarations of columns, by table and name."""
@@ -95,6 +96,7 @@ SCHEMAS: dict[Table, pa.Schema] = {
     ),
     "steps": _schema(_OF_TRIAL | _columns(Step)),
     "stories": _schema(_OF_TRIAL | _columns(StoryLoss)),
+    "tasks": _schema(_OF_TRIAL | _columns(ItemScore)),
     **{table: _schema(_OF_ADAPTER | _columns(row)) for table, row in INFERENCE_TABLES.items()},
 }
 

@@ -47,7 +47,8 @@ class Store:
         name = record.trial_id
         steps = [{"trial_id": name, **step.model_dump()} for step in record.steps]
         stories = [{"trial_id": name, **story.model_dump()} for story in record.stories]
-        self.replace_rows(name, {"steps": steps, "stories": stories, "trials": [trial_row(record)]})
+        tasks = [{"trial_id": name, **item.model_dump()} for item in record.tasks]
+        self.replace_rows(name, {"steps": steps, "stories": stories, "tasks": tasks, "trials": [trial_row(record)]})
 
     def add_visit(
         self, record: Record, figures: Callable[[Mapping[str, Any], Sequence[Step]], Mapping[str, Any]]

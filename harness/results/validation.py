@@ -23,6 +23,7 @@ _KEYS: dict[Table, tuple[str, ...]] = {
     "trials": ("trial_id",),
     "steps": ("trial_id", "block", "step"),
     "stories": ("trial_id", "story_id", "when", "kind"),
+    "tasks": ("trial_id", "task", "item", "when"),
     "models": ("trial_id", "model"),
     "answers": ("trial_id", "model", "story_id"),
 }

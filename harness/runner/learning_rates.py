@@ -76,7 +76,13 @@ def _rates(grid: Grid, trial: Trial) -> tuple[float, ...]:
 
 
 def _tuning(spec: TrialSpec, rate: float) -> TrialSpec:
-    keys = {"learning_rate": rate, "held_out_part": "tuning", "measure_forgetting": False, "save_adapter": False}
+    keys = {
+        "learning_rate": rate,
+        "held_out_part": "tuning",
+        "measure_forgetting": False,
+        "evaluate_tasks": None,
+        "save_adapter": False,
+    }
     return spec.model_copy(update=keys)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from harness._util.files import write_whole
 from harness.errors import InputError
 from harness.record import Contents
-from harness.sources import hub, models, places, stories
+from harness.sources import hub, models, places, stories, task_files
 from harness.sources.examples import Row
 from harness.spec.datasets import DatasetSpec
 from harness.spec.trial import TrialSpec
@@ -38,7 +38,7 @@ class Snapshot:
     """Fingerprints as they are when first asked for: what is edited later does not change them."""
 
     def __init__(self) -> None:
-        self._data: dict[tuple[_Datasets, _Datasets | None, str | None, bool], str] = {}
+        self._data: dict[tuple[Any, ...], str] = {}
         self._bases: dict[tuple[str, str | None], str] = {}
 
     def of(self, spec: TrialSpec) -> Contents:
@@ -47,7 +47,7 @@ class Snapshot:
         Raises:
             InputError: the data or the base model cannot be read.
         """
-        of_data = spec.datasets, spec.test_datasets, spec.folder, spec.skip_empty_rows
+        of_data = spec.datasets, spec.test_datasets, spec.evaluate_tasks, spec.folder, spec.skip_empty_rows
         of_base = spec.base_model, spec.folder
         if of_data not in self._data:
             self._data[of_data] = data(spec)
@@ -66,7 +66,8 @@ def of(spec: TrialSpec) -> Contents:
 
 
 def data(spec: TrialSpec) -> str:
-    """Fingerprint of the rows of a spec's datasets under their prompt keys; their order does not count.
+    """Fingerprint of the rows of a spec's datasets under their prompt keys, whose order does not count, and of the
+    files of its tasks.
 
     Raises:
         InputError: they cannot be read.
@@ -74,6 +75,11 @@ def data(spec: TrialSpec) -> str:
     digests: list[str | None] = [_of_dataset(dataset, spec) for dataset in spec.datasets]
     if spec.test_datasets:
         digests += [None, *(_of_dataset(dataset, spec) for dataset in spec.test_datasets)]
+    if spec.evaluate_tasks:
+        digests += [
+            None,
+            *(_of_file(file) for task in spec.evaluate_tasks for file in task_files.paths(task, spec.folder)),
+        ]
     return _short(_digest(digests))
 
 

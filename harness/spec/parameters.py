@@ -54,6 +54,11 @@ def _later_rate(absent: Any) -> Facts:
     return Facts(memory=False, untrained=False, absent=absent)
 
 
+def _several(value: Any) -> Any:
+    """A text is a list of one entry; an empty list is none."""
+    return (value,) if isinstance(value, str) else value or None
+
+
 class Parameters(Frozen):
     """The parameters of one fine-tuning."""
 
@@ -154,6 +159,11 @@ class Parameters(Frozen):
     """Evaluate the bundled general text too, before and after training, to measure forgetting."""
     general_samples: Annotated[Annotated[StrictInt, Field(ge=1, le=64)], Facts(memory=False, absent=64)] = 64
     """How many of the 64 passages of the general text, of each kind as large a part; fewer take less time."""
+    evaluate_tasks: Annotated[
+        tuple[StrictStr, ...] | None, BeforeValidator(_several), Facts(memory=False, absent=None)
+    ] = None
+    """Multiple-choice tasks whose questions are answered before and after training: `story-questions`, or task files of
+    lm-evaluation-harness."""
 
     micro_batch_size: Annotated[PositiveInt, Part.DATA] = 1
     """Examples in one forward and backward pass."""

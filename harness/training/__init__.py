@@ -5,8 +5,8 @@ worker (entry point of a process), trial (its phases in order), inspection (what
 recomputation, order (which examples a step has), schedule (of a timing visit), waiting (for a processor), model with
 adapter_methods (of peft), adapter_targets (where they are), initialisations (by data), quantisers, adapter_inputs and
 packing, reach (what text reaches) and formats (of weights), loss, checkpoints, saved_adapters, prompts, chat (of
-several turns) with chat_templates, batches, evaluation; memory with live_tensors and out_of_memory, clock, card_watch,
-flops, half_matmul.
+several turns) with chat_templates, batches, evaluation, evaluator (before and after training) with tasks; memory with
+live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [

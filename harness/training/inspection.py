@@ -15,7 +15,7 @@ from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, formats, limits, model, optimizers, order, recomputation
+from harness.training import batches, checkpoints, formats, limits, model, optimizers, order, recomputation, tasks
 
 _MODEL_KEYS = (
     "base_model",
@@ -89,6 +89,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
     """
     data: dict[str, _Data] = {}
     networks: dict[str, _Model] = {}
+    asked: set[tuple[str, ...]] = set()
     outcomes: dict[str, str] = {}
     warnings: dict[str, None] = {}
     for label, spec in trials:
@@ -100,6 +101,9 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
             if data_key not in data:
                 data[data_key] = _look_at_data(spec, trust_remote_code)
+            if spec.evaluate_tasks and spec.evaluate_tasks not in asked:
+                tasks.check(spec)
+                asked.add(spec.evaluate_tasks)
             seen, network = data[data_key], networks[model_key]
             optimizers.refuse_missing(spec)
             recomputation.refuse_on(spec, resolve_device(spec.device))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-import functools
-import math
 import random
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -23,19 +21,27 @@ from harness._util.redact import redact
 from harness.environment import DeviceType, Environment
 from harness.errors import is_disk_full
 from harness.metrics import SCORES
-from harness.record import DISK_FULL, NO_CONTENTS, Job, LossesBefore, Phase, Record, Status, Step, StoryLoss, Visit
-from harness.sources import fingerprints, models
+from harness.record import (
+    DISK_FULL,
+    NO_CONTENTS,
+    Job,
+    LossesBefore,
+    Phase,
+    Record,
+    Status,
+    Step,
+    Visit,
+)
+from harness.sources import fingerprints
 from harness.spec.keys import INITIALISED_LATER
 from harness.training import (
     batches,
     checkpoints,
     compilation,
     distributed,
-    evaluation,
     formats,
     initialisations,
     limits,
-    loss_before,
     model,
     order,
     packing,
@@ -43,6 +49,7 @@ from harness.training import (
 )
 from harness.training.card_watch import CardWatch
 from harness.training.clock import DeviceClock
+from harness.training.evaluator import Evaluator
 from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory
 from harness.training.schedule import VisitSchedule
@@ -107,19 +114,16 @@ class _Trial:
         self.clock = DeviceClock(self.device)
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.recorded = recorded
         self.on_progress = on_progress
         self.phase: Phase = "start"
         self.metrics: dict[str, float | int | None] = {}
         self.steps: list[Step] = []
-        self.stories: list[StoryLoss] = []
-        self.evaluation_peaks: dict[str, int] = {}
+        self.evaluator = Evaluator(self.spec, self.device, recorded)
         self.adapter_id: str | None = None
         self.attention_kernel: str | None = None
         self.base_formats: dict[str, float] | None = None
         self.disturbed = False
         self.compilations = compilation.Compilations()
-        self.pretrained = models.pretrained(self.spec.base_model)
 
     def run(self) -> dict[str, Any]:
         """Outcome fields of the record."""
@@ -147,14 +151,15 @@ class _Trial:
         self.metrics["trial_seconds"] = time.perf_counter() - started
         if status != "ok":
             self.metrics = {name: value for name, value in self.metrics.items() if name not in SCORES}
-            self.stories = [s for s in self.stories if s.when == "before"]
+        kept = ("before", "after") if status == "ok" else ("before",)
         return {
             "status": status,
             **failure,
             "started_at": started_at,
             "metrics": self.metrics,
             "steps": tuple(self.steps),
-            "stories": tuple(self.stories),
+            "stories": tuple(story for story in self.evaluator.stories if story.when in kept),
+            "tasks": tuple(item for item in self.evaluator.tasks if item.when in kept),
             "adapter_id": self.adapter_id,
             "attention_kernel": self.attention_kernel,
             "base_formats": self.base_formats,
@@ -178,9 +183,9 @@ class _Trial:
             self._time(network, stories, meter, self.visit)
             return
         self._initialise(network, stories, meter)
-        self._evaluate(network, stories, meter, "before")
+        self._evaluate(network, stories, tokenizer, meter, "before")
         self._train(network, stories, meter)
-        self._evaluate(network, stories, meter, "after")
+        self._evaluate(network, stories, tokenizer, meter, "after")
         self.metrics["peak_process_bytes"] = meter.process()
         self._save(network)
 
@@ -247,51 +252,11 @@ class _Trial:
     # -------------------------------------------------------------------------------- evaluate
 
     def _evaluate(
-        self, network: Any, stories: batches.Data, meter: MemoryMeter, when: Literal["before", "after"]
+        self, network: Any, stories: batches.Data, tokenizer: Any, meter: MemoryMeter, when: Literal["before", "after"]
     ) -> None:
-        loss = self._mean_loss(network, stories.held_out, meter, when, "held-out")
-        general = self._mean_loss(network, stories.general, meter, when, "general")
-        if when == "before":
-            self.metrics |= {"eval_loss_before": loss, "general_loss_before": general}
-            return
-        if loss is not None:
-            self.metrics |= {
-                "eval_loss": loss,
-                "eval_perplexity": math.exp(loss),
-                "evaluated_stories": len(stories.held_out),
-                "judged_tokens": sum(example.completion_tokens for example in stories.held_out),
-            }
-        if general is not None:
-            self.metrics["forgetting"] = general - self.metrics["general_loss_before"]  # type: ignore[operator]  # set above
-
-    def _mean_loss(
-        self,
-        network: Any,
-        texts: Sequence[batches.Example],
-        meter: MemoryMeter,
-        when: Literal["before", "after"],
-        kind: Literal["held-out", "general"],
-    ) -> float | None:
-        """Mean loss over the tokens of texts; null without texts, or with random weights."""
-        if not texts:
-            return None
-        self._enter("evaluate")
-        losses = loss_before.reusable(self.recorded, texts, kind) if when == "before" else None
-        if losses is None:
-            meter.restart()
-            tracking = functools.partial(meter.tracking, breakdown=False)
-            with compilation.uncompiled(self.spec):
-                losses = evaluation.story_losses(network, texts, self.spec, self.pad_id, self.device, tracking)
-            # That of the evaluation after training, once there is one: not every trial measures before.
-            self.evaluation_peaks[when] = max(meter.peak(), self.evaluation_peaks.get(when, 0))
-            self.metrics["peak_evaluate_bytes"] = self.evaluation_peaks[when]
-        if not self.pretrained:
-            return None  # the loss of random weights is meaningless
-        loss = evaluation.token_mean(losses)
-        if loss is None or not math.isfinite(loss):
-            raise Diverged(f"loss on {kind} texts is {loss} {when} training")
-        self.stories += [StoryLoss(story_id=i, when=when, loss=x, tokens=n, kind=kind) for i, x, n in losses]
-        return loss
+        if stories.held_out or stories.general or self.spec.evaluate_tasks:
+            self._enter("evaluate")
+        self.metrics |= self.evaluator.of(network, stories, tokenizer, self.pad_id, meter, when)
 
     # -------------------------------------------------------------------------------- train
 

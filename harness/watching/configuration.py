@@ -58,7 +58,15 @@ _OF_ARGUMENTS = {
 """Keys by the names of transformers' and TRL's arguments, where both mean the same."""
 _OF_ADAPTERS = ("lora", "adapter_", "use_dora", "use_rslora", "init_lora", "recompute_adapter")
 _WITHOUT_EFFECT = {
-    *("device", "memory_budget", "save_adapter", "measure_forgetting", "general_samples", "test_datasets"),
+    *(
+        "device",
+        "memory_budget",
+        "save_adapter",
+        "measure_forgetting",
+        "general_samples",
+        "evaluate_tasks",
+        "test_datasets",
+    ),
     *("eval_sequence_length", "min_completion_tokens", "held_out_part", "loss_chunk_size", "checkpoint_every_n_layers"),
     *("train_samples", "num_epochs", "warmup_ratio", "warmup_steps"),
 }
