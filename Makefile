@@ -44,6 +44,7 @@ bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a rep
 	$(BIN)/python benchmarks/peaks.py
 	$(BIN)/python benchmarks/neighbours.py
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/watching.py --trl
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/verdicts.py

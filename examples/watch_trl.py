@@ -3,10 +3,14 @@
     pip install 'harness-bench[trl]'
     harness run examples/watch.yml
     python examples/watch_trl.py
+    python examples/watch_trl.py --plain-loss
     harness report results/watch
 
 The examples and their order are those of the grid, so that the first losses are equal; a training of your own needs
 none of that, only the callback (or `with harness.watch(trainer.model): trainer.train()`).
+
+SFTTrainer has a head of its own, which never makes all logits and holds other buffers than the grid's `loss: chunked`;
+with --plain-loss it computes the loss as transformers' Trainer does, which is the grid's `loss: full`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import harness
@@ -27,10 +31,17 @@ from harness.training import batches, checkpoints, order
 GRID = Path(__file__).with_name("watch.yml")
 
 
+class PlainLoss(SFTTrainer):
+    """Without TRL's own head, and the figures that it logs of tokens."""
+
+    compute_loss = Trainer.compute_loss
+
+
 def main() -> None:
     """Train, and record it beside the grid's trials."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--grid", type=Path, default=GRID)
+    parser.add_argument("--plain-loss", action="store_true", help="the loss of transformers' Trainer")
     parser.add_argument("--results", type=Path, help="folder of results; null: results/<name of the grid>")
     arguments = parser.parse_args()
     loaded = grid.load(arguments.grid)
@@ -44,7 +55,7 @@ def main() -> None:
     set_seed(spec.seed)
     model = AutoModelForCausalLM.from_pretrained(checkpoints.checkpoint_folder(spec.base_model), dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
+        trainer = (PlainLoss if arguments.plain_loss else SFTTrainer)(
             model,
             SFTConfig(
                 output_dir=folder,
@@ -70,7 +81,9 @@ def main() -> None:
             ),
             callbacks=[
                 harness.WatchCallback(
-                    "SFTTrainer", results=arguments.results or Path("results") / loaded.name, spec=spec
+                    "SFTTrainer, plain loss" if arguments.plain_loss else "SFTTrainer",
+                    results=arguments.results or Path("results") / loaded.name,
+                    spec=spec.model_copy(update={"loss": "full" if arguments.plain_loss else "chunked"}),
                 )
             ],
         )

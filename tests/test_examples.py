@@ -46,27 +46,34 @@ def test_trl_with_a_grid(tmp_path: Path) -> None:
     (tmp_path / "watch.yml").write_text(grid + "visits: 0\n")
     done = harness("run", "watch.yml", "--no-predict", "--engine", "inline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    trained = subprocess.run(
-        [sys.executable, str(EXAMPLES / "watch_trl.py"), "--grid", "watch.yml"],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for own in ([], ["--plain-loss"]):
+        trained = subprocess.run(
+            [sys.executable, str(EXAMPLES / "watch_trl.py"), "--grid", "watch.yml", *own],
+            cwd=tmp_path, capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert trained.returncode == 0, trained.stderr
     rows = {row["label"]: row for row in Store(tmp_path / "results/watch").read("trials").to_pylist()}
-    mine, grids = rows["SFTTrainer (watched)"], rows["baseline"]
-    assert mine["optimizer_steps"] == grids["optimizer_steps"]
-    assert mine["trainable_parameters"] == grids["trainable_parameters"]
-    for part in ("weights", "adapters", "gradients", "optimizer"):
-        assert mine[f"memory_{part}_bytes"] == grids[f"memory_{part}_bytes"]
-    # Its head multiplies into a buffer as wide as a part of a large vocabulary, whatever this model's is.
-    assert mine["memory_activations_bytes"] > grids["memory_activations_bytes"]
-    assert mine["flops_per_token"] == pytest.approx(grids["flops_per_token"], rel=0.01)
     steps = Store(tmp_path / "results/watch").read("steps").to_pandas().set_index(["trial_id", "step"])
-    first, own = steps.loc[(mine["trial_id"], 1)], steps.loc[(grids["trial_id"], 1)]
-    assert first["tokens"] == own["tokens"]
-    assert first["loss"] == pytest.approx(own["loss"], abs=1e-5)
+    for name, of_grid in {"SFTTrainer": "loss=chunked", "SFTTrainer, plain loss": "baseline"}.items():
+        mine, grids = rows[f"{name} (watched)"], rows[of_grid]
+        assert mine["optimizer_steps"] == grids["optimizer_steps"]
+        assert mine["trainable_parameters"] == grids["trainable_parameters"]
+        for part in ("weights", "adapters", "gradients", "optimizer"):
+            assert mine[f"memory_{part}_bytes"] == grids[f"memory_{part}_bytes"]
+        assert mine["flops_per_token"] == pytest.approx(grids["flops_per_token"], rel=0.01)
+        first, same = steps.loc[(mine["trial_id"], 1)], steps.loc[(grids["trial_id"], 1)]
+        assert first["tokens"] == same["tokens"]
+        assert first["loss"] == pytest.approx(same["loss"], abs=1e-5)
+    plain, own_head, grids = (
+        rows[name] for name in ("SFTTrainer, plain loss (watched)", "SFTTrainer (watched)", "baseline")
+    )
+    assert plain["peak_memory_bytes"] == pytest.approx(grids["peak_memory_bytes"], rel=0.01)
+    # Its head multiplies into a buffer as wide as a part of a large vocabulary, whatever this model's is.
+    assert own_head["memory_activations_bytes"] > rows["loss=chunked"]["memory_activations_bytes"]
     done = harness("report", "results/watch", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "SFTTrainer (watched)" in (tmp_path / "reports/watch/report.md").read_text()
+    assert "SFTTrainer, plain loss (watched)" in (tmp_path / "reports/watch/report.md").read_text()
 
 
 def test_the_reference_is_built(tmp_path: Path) -> None:

@@ -67,10 +67,24 @@ def test_a_job_that_comes_back_under_its_number_ends(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["environment.json"]
 
 
+def test_an_array(small: Small, tmp_path: Path) -> None:
+    """All jobs are asked for at once, and take the trials between them."""
+    jobs = tmp_path / "jobs"
+    others = psutil.Process().children()
+    with SubmititLauncher("local", workers=2, cpus=1, array=True, folder=jobs) as launcher:
+        asked = [p for p in psutil.Process().children() if "submitit.local._local" in p.cmdline() and p not in others]
+        assert len(asked) == 2
+        specs = {f"t{seed}": small(seed=seed) for seed in range(4)}
+        done = go(grid_of(**specs), Store(tmp_path / "g"), launcher)
+        assert [r.status for r in done.records] == ["ok"] * 4
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in asked)
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
     keys = SMALL | {"device": "cpu", "train_samples": 4}
     (tmp_path / "g.yml").write_text(f"name: g\nvisits: 0\nbase: {keys}\nvary: {{lora_r: [8]}}\n")
-    command = ("run", "g.yml", "--engine", "submitit", "--partition", "local", "--workers", "2", "--cpus", "1")
+    command = ("run", "g.yml", "--engine", "submitit", "--partition", "local", "--workers", "2", "--cpus", "1",
+               "--array")  # fmt: skip
     done = harness(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = Store(tmp_path / "results/g").read("trials").to_pylist()
@@ -89,6 +103,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     for options, message in {
         ("--partition", "gpu"): "--partition goes with --engine submitit",
         ("--engine", "ray", "--job-minutes", "5"): "--job-minutes goes with --engine submitit",
+        ("--array",): "--array goes with --engine submitit",
         ("--cpus", "1"): "--cpus goes with --engine ray or submitit",
         ("--engine", "submitit", "--workers", "auto"): "say how many jobs",
     }.items():

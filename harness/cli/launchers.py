@@ -20,6 +20,7 @@ _OF_ENGINES = {
     "accelerator": ("ray",),
     "partition": ("submitit",),
     "job_minutes": ("submitit",),
+    "array": ("submitit",),
 }
 """Options that go with some engines alone."""
 
@@ -35,6 +36,7 @@ class LauncherOptions:
     accelerator: str | None
     partition: str | None = None
     job_minutes: int | None = None
+    array: bool | None = None
 
     @property
     def remote(self) -> bool:
@@ -107,6 +109,7 @@ def _submitit(options: LauncherOptions, grid: Grid) -> Launcher:
         workers=_count(options.workers),
         cpus=options.cpus,
         minutes=options.job_minutes or MINUTES,
+        array=bool(options.array),
         processes={trial.spec.num_processes for trial in grid.trials},
     )
 

@@ -119,6 +119,15 @@ JobMinutes = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", rich_help_panel=WHERE, help="With --engine submitit: time limit of a job."),
 ]
+Array = Annotated[
+    bool | None,
+    typer.Option(
+        "--array",
+        rich_help_panel=WHERE,
+        help="With --engine submitit: ask for all workers at once, as one job array.",
+        show_default=False,
+    ),
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(

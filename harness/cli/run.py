@@ -107,6 +107,7 @@ def run(
     accelerator: options.Accelerator = None,
     partition: options.Partition = None,
     job_minutes: options.JobMinutes = None,
+    array: options.Array = None,
     predict: Annotated[
         bool,
         typer.Option(
@@ -166,7 +167,7 @@ def run(
         sized = matched(chosen, trust_remote_code=trust_remote_code)
         return sized if tuned is None else learning_rates.with_rates(sized, tuned)
 
-    where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes)
+    where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes, array)
     where.check()
     tracked_by = export.check(report_to)
     if size is not None:

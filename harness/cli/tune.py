@@ -76,6 +76,7 @@ def tune(
     accelerator: options.Accelerator = None,
     partition: options.Partition = None,
     job_minutes: options.JobMinutes = None,
+    array: options.Array = None,
     export: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +95,7 @@ def tune(
     from harness.grids.grid import Grid, Trial
     from harness.results.store import Store
 
-    where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes)
+    where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes, array)
     where.check()
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = search_file.load(grid, overrides, without_unsupported=without_unsupported)

@@ -56,6 +56,7 @@ class SubmititLauncher:
         workers: most jobs at the same time.
         cpus: cores of a job; null: what the scheduler gives.
         minutes: time limit of a job.
+        array: ask for all workers at once, as one job array; else for each when a trial needs it.
         processes: the numbers of processes that trials have.
         folder: where runner and jobs speak to each other; all machines see it.
         child, preload: as for `LocalLauncher`.
@@ -69,6 +70,7 @@ class SubmititLauncher:
         workers: int = 1,
         cpus: int | None = None,
         minutes: int = MINUTES,
+        array: bool = False,
         processes: Iterable[int] = (1,),
         folder: Path | None = None,
         child: Child = measure,
@@ -76,7 +78,7 @@ class SubmititLauncher:
     ) -> None:
         self.workers = workers
         self._cluster = LOCAL if partition == LOCAL else "slurm"
-        self._device, self._cpus = device, cpus
+        self._device, self._cpus, self._array = device, cpus, array
         self._folder = (folder or Path(".harness-jobs")).absolute() / uuid.uuid4().hex[:12]
         self._parameters: dict[str, Any] = {
             "name": "harness",
@@ -101,16 +103,17 @@ class SubmititLauncher:
         try:
             self._executor = submitit.AutoExecutor(folder=self._folder / "submitit", cluster=self._cluster)
             self._executor.update_parameters(**self._parameters)
-            worker = self._start()
-            self._busy.add(worker)  # an interrupt while it is in the queue cancels it
-            self._environment = worker.environment()
+            with self._executor.batch() if self._array else contextlib.nullcontext():
+                workers = [self._start() for _ in range(self.workers if self._array else 1)]
+            self._busy.update(workers)  # an interrupt while they are in the queue cancels them
+            self._environment = workers[0].environment()
         except BaseException as error:
             self.__exit__()
             if isinstance(error, Exception):
                 raise InputError(f"--engine submitit: {redact(first_line(error))}") from None
             raise
-        self._busy.remove(worker)
-        self._idle.append(worker)
+        self._busy.clear()
+        self._idle += workers
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -167,9 +170,9 @@ class SubmititLauncher:
         )
 
     def _take(self) -> _Worker:
-        """An idle job that is still there, else a new one."""
+        """An idle job that is still there, one that has begun before others, else a new one."""
         with self._lock:
-            self._idle = [worker for worker in self._idle if not worker.done()]
+            self._idle = sorted((worker for worker in self._idle if not worker.done()), key=_Worker.has_begun)
             worker = self._idle.pop() if self._idle else self._start()
             self._busy.add(worker)
             return worker
@@ -216,6 +219,10 @@ class _Worker:
             ask: the scheduler now, and not once a minute.
         """
         return bool(self.job.done(force_check=ask)) or self.job.state == "PREEMPTED"
+
+    def has_begun(self) -> bool:
+        """Whether it is out of the queue."""
+        return (self._folder / "environment.json").exists()
 
     def environment(self) -> Environment:
         """Where it runs, once the scheduler has begun it.
