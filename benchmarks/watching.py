@@ -71,7 +71,7 @@ def cost(rounds: int, steps: int) -> list[float]:
     return ratios
 
 
-def beside_a_grid(folder: Path) -> pandas.DataFrame:
+def with_a_grid(folder: Path) -> pandas.DataFrame:
     """Peak, tokens per second and first loss of the grid's trials and of TRL's."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     grid, script = (str(ROOT / "examples" / name) for name in ("watch.yml", "watch_trl.py"))
@@ -98,7 +98,7 @@ def main() -> None:
     )
     if given.trl:
         with tempfile.TemporaryDirectory() as folder:
-            out.print(beside_a_grid(Path(folder)).to_string())
+            out.print(with_a_grid(Path(folder)).to_string())
 
 
 if __name__ == "__main__":

@@ -154,6 +154,16 @@ def test_what_was_answered_before_training_is_asked_once(
     assert len(rows) == 3 * 2 * 4
 
 
+def test_lost_answers_are_noticed(base: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, questions=4)
+    run(tmp_path, base)
+    store = Store(tmp_path / "results/g")
+    assert not store.incomplete()
+    parts = sorted((store.folder / "tasks").glob("*.parquet"))
+    parts[0].unlink()
+    assert store.incomplete()
+
+
 def test_the_questions_are_part_of_what_a_trial_reads(base: Path, tmp_path: Path) -> None:
     plain = TrialSpec.model_validate(SMALL | {"folder": str(tmp_path)})
     asking = plain.model_copy(update={"evaluate_tasks": (str(write_task(tmp_path)),)})
@@ -204,6 +214,11 @@ def test_the_bundled_questions_are_about_held_out_stories() -> None:
         "no split": ({"test_split": "tests"}, "test_split is tests; data_files has test"),
         "no files": ({"dataset_kwargs": None}, "data_files names no file"),
         "a column": ({"doc_to_target": "{{wrong}}"}, "evaluate_tasks colours: "),
+        "filters": (
+            {"filter_list": [{"name": n, "filter": [{"function": "take_first"}]} for n in "ab"]},
+            "filter_list has several filters",
+        ),
+        "greedy": ({"metric_list": [{"metric": "exact_match"}]}, "metric exact_match; give one of acc"),
         "included": ({"include": "other.yaml"}, "include is not read"),
         "metric": ({"metric_list": [{"metric": "no_such"}]}, "evaluate_tasks colours: "),
     }.values(),

@@ -152,10 +152,12 @@ def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple
     for kind, column, name in (("data", "data_fingerprint", "datasets"), ("base", "base_fingerprint", "base_model")):
         latest = _latest_contents(about, kind)
         unseen = trials["watched"] & trials[column].isna()
-        newest = by_time[~unseen].groupby(name)[column].last(skipna=False)
-        there = set(zip(trials[name], trials[column], strict=True))
+        # The files of tasks are part of the fingerprint.
+        names_of = trials[name] + (trials["evaluate_tasks"].fillna("") if kind == "data" else "")
+        newest = by_time[~unseen].groupby(names_of)[column].last(skipna=False)
+        there = set(zip(names_of, trials[column], strict=True))
         chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
-        wanted = trials[name].map(chosen)
+        wanted = names_of.map(chosen)
         as_wanted = (trials[column] == wanted) | (trials[column].isna() & wanted.isna()) | unseen
         for other in trials.loc[~as_wanted & trials[column].notna(), name].unique():
             names |= dict.fromkeys([d["path"] for d in json.loads(other)] if kind == "data" else [other])

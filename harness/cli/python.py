@@ -197,8 +197,8 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse(command: str, options: Mapping[str, Any]) -> None:
-    for name in options:
-        if (command, name) in _REFUSED:
+    for name, value in options.items():
+        if value is not None and value is not False and (command, name) in _REFUSED:
             raise InputError(f"harness.{command}: {name}: {_REFUSED[command, name]}")
 
 

@@ -124,7 +124,7 @@ class Grid:
         known = [trial for trial in self.trials if trial.contents != NO_CONTENTS]
         if known:
             about["contents"] = {
-                "data": {trial.spec.datasets_json: trial.contents.data for trial in known},
+                "data": {trial.spec.datasets_json + trial.spec.tasks_json: trial.contents.data for trial in known},
                 "base": {trial.spec.base_model: trial.contents.base for trial in known},
             }
         return about if self.tune is None else about | {"tune": dict(self.tune)}

@@ -104,7 +104,8 @@ class SubmititLauncher:
             self._executor = submitit.AutoExecutor(folder=self._folder / "submitit", cluster=self._cluster)
             self._executor.update_parameters(**self._parameters)
             with self._executor.batch() if self._array else contextlib.nullcontext():
-                workers = [self._start() for _ in range(self.workers if self._array else 1)]
+                workers = [self._asked_for() for _ in range(self.workers if self._array else 1)]
+            self._started += workers
             self._busy.update(workers)  # an interrupt while they are in the queue cancels them
             self._environment = workers[0].environment()
         except BaseException as error:
@@ -191,12 +192,15 @@ class SubmititLauncher:
             worker.cancel()
 
     def _start(self) -> _Worker:
+        worker = self._asked_for()
+        self._started.append(worker)
+        return worker
+
+    def _asked_for(self) -> _Worker:
         folder = self._folder / uuid.uuid4().hex[:12]
         folder.mkdir()
         job = self._executor.submit(serve, str(folder), self._device, self._cpus, self._local, self._look)
-        worker = _Worker(job, folder, self._look)
-        self._started.append(worker)
-        return worker
+        return _Worker(job, folder, self._look)
 
     @property
     def _look(self) -> float:

@@ -151,13 +151,14 @@ class Store:
         return {trial: status for trial, status in statuses if trial not in lost}
 
     def incomplete(self) -> set[str]:
-        """Trials whose steps or stories are missing: a part was damaged, or moved away."""
-        rows = self.read("trials", columns=["trial_id", "optimizer_steps", "evaluated_stories"])
+        """Trials whose steps, stories or answers are missing: a part was damaged, or moved away."""
+        rows = self.read("trials", columns=["trial_id", "optimizer_steps", "evaluated_stories", "task_score"])
         lost = set()
-        for table, needs in (("steps", "optimizer_steps"), ("stories", "evaluated_stories")):
+        for table, needs in (("steps", "optimizer_steps"), ("stories", "evaluated_stories"), ("tasks", "task_score")):
             there = set(self.read(table, columns=["trial_id"])["trial_id"].to_pylist())  # type: ignore[arg-type]  # literals
             wanted = zip(rows["trial_id"].to_pylist(), rows[needs].to_pylist(), strict=True)
-            lost |= {trial for trial, count in wanted if count and trial not in there}
+            measured = {trial for trial, figure in wanted if figure is not None and (figure or table == "tasks")}
+            lost |= measured - there
         return lost
 
     def start_times(self) -> dict[str, dt.datetime]:

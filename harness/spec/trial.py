@@ -244,6 +244,11 @@ class TrialSpec(Parameters):
         """Its datasets as JSON: the same text for the same names and prompt keys."""
         return json.dumps(self.model_dump(mode="json", include={"datasets"})["datasets"], sort_keys=True)
 
+    @property
+    def tasks_json(self) -> str:
+        """Its tasks as JSON, as rows have them; empty where there are none."""
+        return json.dumps([*self.evaluate_tasks]) if self.evaluate_tasks else ""
+
     def samples(self, available: int) -> int:
         """Examples that are trained on, of `available` distinct ones."""
         if self.train_samples is not None:

@@ -34,12 +34,13 @@ class Evaluator:
         self.tasks: list[ItemScore] = []
         self._recorded = recorded
         self._pretrained = models.pretrained(spec.base_model)
+        self.figures: dict[str, float | int | None] = {}
         self._peaks: dict[str, int] = {}
 
     def of(
         self, network: Any, texts: batches.Data, tokenizer: Any, pad_id: int, meter: MemoryMeter, when: When
-    ) -> dict[str, float | int | None]:
-        """Evaluate a model, and keep what is measured of each text and question.
+    ) -> None:
+        """Evaluate a model; `figures`, `stories` and `tasks` hold what is measured of it, until an error too.
 
         Args:
             network: evaluated, and left as it was.
@@ -49,32 +50,25 @@ class Evaluator:
             meter: whose peak is that of the texts. Questions are not tracked: a peak is of training and its losses.
             when: before training, or after it.
 
-        Returns:
-            The figures.
-
         Raises:
             Diverged: a loss is not finite.
         """
         loss = self._mean_loss(network, texts.held_out, pad_id, meter, when, "held-out")
         general = self._mean_loss(network, texts.general, pad_id, meter, when, "general")
-        score = self._score(network, tokenizer, pad_id, when)
-        # That of the evaluation after training, once there is one: not every trial measures before.
-        figures: dict[str, float | int | None] = {}
-        if when in self._peaks:
-            figures["peak_evaluate_bytes"] = self._peaks[when]
         if when == "before":
-            self._general_before = general
-            return figures | {"eval_loss_before": loss, "general_loss_before": general, "task_score_before": score}
+            self.figures |= {"eval_loss_before": loss, "general_loss_before": general}
+            self.figures["task_score_before"] = self._score(network, tokenizer, pad_id, when)
+            return
         if loss is not None:
-            figures |= {
+            self.figures |= {
                 "eval_loss": loss,
                 "eval_perplexity": math.exp(loss),
                 "evaluated_stories": len(texts.held_out),
                 "judged_tokens": sum(example.completion_tokens for example in texts.held_out),
             }
-        if general is not None and self._general_before is not None:
-            figures["forgetting"] = general - self._general_before
-        return figures | {"task_score": score}
+        if general is not None:
+            self.figures["forgetting"] = general - self.figures["general_loss_before"]  # type: ignore[operator]  # set above
+        self.figures["task_score"] = self._score(network, tokenizer, pad_id, when)
 
     def _mean_loss(
         self,
@@ -94,7 +88,9 @@ class Evaluator:
             tracking = functools.partial(meter.tracking, breakdown=False)
             with compilation.uncompiled(self.spec):
                 losses = evaluation.story_losses(network, texts, self.spec, pad_id, self.device, tracking)
+            # That of the evaluation after training, once there is one: not every trial measures before.
             self._peaks[when] = max(meter.peak(), self._peaks.get(when, 0))
+            self.figures["peak_evaluate_bytes"] = self._peaks[when]
         if not self._pretrained:
             return None  # the loss of random weights is meaningless
         loss = evaluation.token_mean(losses)
@@ -114,7 +110,10 @@ class Evaluator:
 
     def _answered(self, network: Any, tokenizer: Any, pad_id: int, when: When) -> list[ItemScore]:
         def losses(examples: Sequence[batches.Example]) -> list[tuple[str, float, int]]:
-            return evaluation.story_losses(network, examples, self.spec, pad_id, self.device)
+            measured = evaluation.story_losses(network, examples, self.spec, pad_id, self.device)
+            if not all(math.isfinite(loss) for _, loss, _ in measured):
+                raise Diverged(f"loss of an answer is not finite {when} training")
+            return measured
 
         with compilation.uncompiled(self.spec):
             return tasks.scores(self.spec, tokenizer, network, losses, when)

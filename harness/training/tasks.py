@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from harness._util.messages import first_line, one_line
@@ -16,6 +16,8 @@ from harness.training.batches import Example
 
 Losses = Callable[[Sequence[Example]], list[tuple[str, float, int]]]
 """See `evaluation.story_losses`."""
+_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+"""Metrics of single questions that follow from the likelihoods of their answers."""
 
 
 def check(spec: TrialSpec) -> None:
@@ -53,7 +55,7 @@ def scores(
         results = evaluator.evaluate(asked, {"tasks": built, "groups": {}}, bootstrap_iters=0, log_samples=True)
     answered = []
     for name, samples in results["samples"].items():
-        metric = _metric(name, samples)
+        metric = next(metric for metric in samples[0]["metrics"] if metric in _METRICS)
         answered += [
             ItemScore(task=name, item=int(each["doc_id"]), when=when, metric=metric, score=float(each[metric]))
             for each in samples
@@ -87,6 +89,8 @@ def _built(task: task_files.TaskFile) -> Any:
     rows = {split: datasets.Dataset.from_list(of) for split, of in task.rows().items()}
     keys = {key: value for key, value in task.config.items() if key not in ("dataset_kwargs", "dataset_path")}
     config = keys | {"task": task.name, "custom_dataset": lambda **_: datasets.DatasetDict(rows)}
+    if len(task.config.get("filter_list") or ()) > 1:
+        raise InputError(f"evaluate_tasks {task.name}: filter_list has several filters; leave one")
     try:
         with _quiet():
             built = ConfigurableTask(config=config)
@@ -94,15 +98,10 @@ def _built(task: task_files.TaskFile) -> Any:
                 built.doc_to_text(document), built.doc_to_choice(document), built.doc_to_target(document)
     except Exception as error:  # whatever its parts raise at what a file says
         raise InputError(one_line(f"evaluate_tasks {task.name}: {first_line(error)}")) from None
+    if not any(metric in _METRICS for metric in built._metric_fn_list):
+        given = ", ".join(built._metric_fn_list)
+        raise InputError(f"evaluate_tasks {task.name}: metric {given}; give one of {', '.join(_METRICS)}")
     return built
-
-
-def _metric(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    first = samples[0]
-    for metric in first["metrics"]:
-        if isinstance(first.get(metric), int | float):
-            return str(metric)
-    raise InputError(f"evaluate_tasks {name}: {', '.join(first['metrics'])} is not of single questions; add metric acc")
 
 
 def _asker(tokenizer: Any, losses: Losses, longest: int | None) -> Any:
@@ -116,6 +115,11 @@ def _asker(tokenizer: Any, losses: Losses, longest: int | None) -> Any:
         def eot_token_id(self) -> int:
             token = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
             return int(token or 0)
+
+        @property
+        def prefix_token_id(self) -> int:
+            """What stands before an answer without a question."""
+            return self.eot_token_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             encoded: list[int] = tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
@@ -146,7 +150,7 @@ def _example(number: int, question: list[int], answer: list[int], longest: int |
 
 
 class _quiet:
-    """Within, lm-evaluation-harness logs errors alone, and shows no bars."""
+    """Within, lm-evaluation-harness logs errors alone."""
 
     def __enter__(self) -> None:
         self._logger = logging.getLogger("lm_eval")

@@ -256,7 +256,10 @@ class _Trial:
     ) -> None:
         if stories.held_out or stories.general or self.spec.evaluate_tasks:
             self._enter("evaluate")
-        self.metrics |= self.evaluator.of(network, stories, tokenizer, self.pad_id, meter, when)
+        try:
+            self.evaluator.of(network, stories, tokenizer, self.pad_id, meter, when)
+        finally:
+            self.metrics |= self.evaluator.figures
 
     # -------------------------------------------------------------------------------- train
 
