@@ -1,5 +1,6 @@
 """Scaling of `harness report`: seconds and memory by number of rows, for synthetic results and committed ones.
 
+The page of each size is opened in Chromium, where it is installed: its size, and the seconds until its plots are drawn.
 The cost should grow no faster than the rows: the last ratio is seconds per row at the largest size over the
 smallest one's, after subtracting the cost of a report of ten rows.
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -118,6 +120,31 @@ def report(folder: Path, out: Path) -> tuple[float, float]:
     return time.perf_counter() - began, usage.ru_maxrss / 2**20
 
 
+def opening(page: Path) -> float | None:
+    """Seconds until a page is there with all of its plots, in Chromium; null without it."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        return None
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser.get("about:blank")
+        began = time.perf_counter()
+        browser.get(page.as_uri())
+        drawn = (By.CSS_SELECTOR, "body[data-drawn=yes]")
+        WebDriverWait(browser, 120, poll_frequency=0.02).until(lambda b: b.find_elements(*drawn))
+        return time.perf_counter() - began
+    finally:
+        browser.quit()
+
+
 def main() -> None:
     """Print a line for each size, and how seconds per row grow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +163,11 @@ def main() -> None:
             fill(scratch / str(rows), rows)
             seconds, memory = report(scratch / str(rows), scratch / f"out-{rows}")
             costs.append((seconds - nothing) / rows)
-            print(f"{rows:>8,} rows:         {seconds:6.1f} s, {memory:.2f} GiB", flush=True)
+            page = scratch / f"out-{rows}/report.html"
+            opened = opening(page)
+            shown = "no Chromium" if opened is None else f"opens in {opened:.1f} s"
+            size = f"page {page.stat().st_size / 1e6:.1f} MB, {shown} (targets: 5 MB, 3 s)"
+            print(f"{rows:>8,} rows:         {seconds:6.1f} s, {memory:.2f} GiB; {size}", flush=True)
     print(f"ten rows:             {nothing:6.1f} s; target: 100,000 in 20 s and 2 GiB")
     print(f"seconds per row, largest over smallest size: {costs[-1] / costs[0]:.2f} (1 is linear)")
 

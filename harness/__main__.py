@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 
@@ -18,6 +19,7 @@ _LOOK_AGAIN_SECONDS = 0.02
 def main() -> None:
     """Run the command that the arguments name."""
     code: int | str | None = 0
+    gc.set_threshold(50_000, 20, 50)  # a report makes millions of cells and no circles, which are looked for in vain
     try:
         signal.signal(signal.SIGINT, _on_interrupt)
         signal.signal(signal.SIGALRM, _on_interrupt)

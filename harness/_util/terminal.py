@@ -16,6 +16,8 @@ _IN_ASCII = {
 
 def printable(text: str) -> str:
     """Text of a dataset, a model or results, without control characters."""
+    if text.isprintable():  # most is
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -47,13 +47,16 @@ class RunComparison:
     """How many configurations are not compared, because data or base are others; null: none."""
 
 
-def compare_runs(first: Measurements, second: Measurements, *, across_environments: bool = False) -> RunComparison:
+def compare_runs(
+    first: Measurements, second: Measurements, *, across_environments: bool = False, runs: int = 1
+) -> RunComparison:
     """Compare the configurations that both runs measured, the second against the first.
 
     Args:
         first: the reference.
         second: compared with it.
         across_environments: compare speeds of different machines or versions too.
+        runs: how many are compared with the first, each at its part of the error rate.
 
     Raises:
         InputError: they have no configuration in common.
@@ -65,7 +68,7 @@ def compare_runs(first: Measurements, second: Measurements, *, across_environmen
         raise InputError(reason)
     with_speed = not differences or across_environments
     metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
-    estimates = {metric: both.estimates(both.effects(pairs, metric), metric) for metric in metrics}
+    estimates = {metric: both.estimates(both.effects(pairs, metric), metric, both.alpha / runs) for metric in metrics}
     ok = both.trials[both.trials["status"] == "ok"]
     means = figures(ok, "config")
     return RunComparison(

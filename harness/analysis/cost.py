@@ -60,12 +60,15 @@ def costs(comparison: Comparison, steps: pandas.DataFrame) -> Costs | None:
     m = comparison.measurements
     if m.baseline is None or not comparison.means["eval_loss"].notna().any():
         return None
+    means = steps.groupby(["config", "step"])[["loss", "tokens"]].mean()
+    by_config = means["loss"].groupby("config")
+    usable = (by_config.size() >= LEAST_STEPS) & (by_config.count() == by_config.size())
+    speeds = comparison.means["tokens_per_second"]
     curves = {}
     for config in comparison.shown:
-        own = steps[steps["config"] == config].groupby("step")[["loss", "tokens"]].mean()
-        speed = comparison.mean(config).get("tokens_per_second", numpy.nan)
-        if len(own) >= LEAST_STEPS and own["loss"].notna().all() and speed > 0:
-            curves[config] = own.assign(seconds=own["tokens"].cumsum() / speed)
+        if usable.get(config, False) and speeds.get(config, numpy.nan) > 0:
+            own = means.xs(config)
+            curves[config] = own.assign(seconds=own["tokens"].cumsum() / speeds[config])
     if m.baseline not in curves or len(curves) < 2:
         return None
     window = max(_LEAST_WINDOW, round(_WINDOW * len(curves[m.baseline])))

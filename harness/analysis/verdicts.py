@@ -31,6 +31,13 @@ class ClaimVerdict:
     """What the interval is over."""
     rests_on: str
     """Labels of the compared configurations."""
+    value: float | None = None
+    """The measured size: a ratio, a difference, or a figure in its unit; null: there are several, or none."""
+    low: float | None = None
+    """Ends of its interval, or of several sizes; null: not known."""
+    high: float | None = None
+    source: str = ""
+    """Of several grids, those that it was measured by, with the verdicts of the others."""
 
 
 def judge(comparison: Comparison) -> list[ClaimVerdict]:
@@ -55,8 +62,12 @@ def _compared(claim: Claim, comparison: Comparison) -> ClaimVerdict:
     if estimate is None:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
     word = _word(claim, estimate)
-    size = words.of_members(estimate) if word == "depends" else words.effect(estimate)
-    return ClaimVerdict(claim, word, size, words.pairs(estimate), rests_on)
+    if word == "depends":
+        sizes = [member.estimate.value for member in estimate.members]
+        text, value, low, high = words.of_members(estimate), None, min(sizes), max(sizes)
+        return ClaimVerdict(claim, word, text, words.pairs(estimate), rests_on, value, low, high)
+    text = words.effect(estimate)
+    return ClaimVerdict(claim, word, text, words.pairs(estimate), rests_on, estimate.value, estimate.low, estimate.high)
 
 
 def _word(claim: Claim, estimate: Estimate) -> Word:
@@ -119,34 +130,40 @@ def _levels(claim: Claim, comparison: Comparison) -> ClaimVerdict:
     judged = _statuses if claim.expectation.quantity == "status" else _values
     if claim.metric == "forgetting" and claim.per is None:
         judged = _forgetting
-    each, size = judged(claim, comparison, configs)
+    each, size, low, high = judged(claim, comparison, configs)
     if not each:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
     labels = m.labels(each)
     shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
     counted = f"{len(labels)} configuration" + "s" * (len(labels) != 1)
-    return ClaimVerdict(claim, _of_all({*each.values()}), size, counted, shown)
+    return ClaimVerdict(claim, _of_all({*each.values()}), size, counted, shown, None, low, high)
 
 
-def _statuses(claim: Claim, _: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
-    """The word for how each configuration ended, and how many ended so."""
+_Levels = tuple[dict[int, Word], str, float | None, float | None]
+"""The word for each configuration, their sizes in a text, and the least and the most of them."""
+
+
+def _statuses(claim: Claim, _: Comparison, configs: pandas.DataFrame) -> _Levels:
+    """Of how each configuration ended."""
     if claim.expectation.status != "skipped":  # not run, so how it would end is unknown
         configs = configs[configs["status"] != "skipped"]
     each = {int(c): _whether(status == claim.expectation.status) for c, status in configs["status"].items()}  # type: ignore[call-overload]  # the index holds configurations
-    return each, ", ".join(f"{count} {status}" for status, count in configs["status"].value_counts().items())
+    ends = ", ".join(f"{count} {status}" for status, count in configs["status"].value_counts().items())
+    return each, ends, None, None
 
 
-def _values(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
-    """The word for the figure of each configuration, and their range."""
+def _values(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> _Levels:
+    """Of the figure of each configuration."""
     expected, per = claim.expectation, claim.per
     means = comparison.means.reindex(configs.index[configs["measured"]])
     values: pandas.Series = means[claim.metric] / (means[per] if per else 1.0)
     known = {int(config): value for config, value in values.items() if math.isfinite(value)}  # type: ignore[call-overload]
-    return {c: _whether(expected.low <= v <= expected.high) for c, v in known.items()}, _range(claim, [*known.values()])
+    each = {c: _whether(expected.low <= v <= expected.high) for c, v in known.items()}
+    return each, _range(claim, [*known.values()]), min(known.values(), default=None), max(known.values(), default=None)
 
 
-def _forgetting(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> tuple[dict[int, Word], str]:
-    """The word for what each configuration forgot, by the interval that the page shows, and their range."""
+def _forgetting(claim: Claim, comparison: Comparison, configs: pandas.DataFrame) -> _Levels:
+    """Of what each configuration forgot, by the interval that the page shows."""
     of_all = comparison.learnt["forgetting"]
     known = {config: of_all[config] for config in configs.index if config in of_all}
     each: dict[int, Word] = {
@@ -156,7 +173,9 @@ def _forgetting(claim: Claim, comparison: Comparison, configs: pandas.DataFrame)
         for config, e in known.items()
     }
     ends = sorted(known.values(), key=lambda e: e.value)
-    return each, " to ".join(dict.fromkeys(words.effect(e) for e in (ends[:1] + ends[-1:])))
+    sizes = [e.value for e in ends]
+    text = " to ".join(dict.fromkeys(words.effect(e) for e in (ends[:1] + ends[-1:])))
+    return each, text, min(sizes, default=None), max(sizes, default=None)
 
 
 def _whether(agrees: bool) -> Word:

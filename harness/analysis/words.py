@@ -191,6 +191,17 @@ def detectable(estimate: Estimate) -> str:
     return f"{estimate.detectable:.2g}" + " nats" * (metric.group == "loss")
 
 
+def could_be_seen(estimate: Estimate) -> str:
+    """Of a comparison that is not distinguishable, what it could have shown, and what would decide it: ±0.06 nats at 64
+    stories, one seed; 150 stories (val_set_size) would decide; empty where it is decided, or nothing is known.
+    """
+    if estimate.verdict != "not distinguishable" or estimate.detectable is None:
+        return ""
+    decided = what_decides(estimate)
+    decided = "" if decided == MISSING else f"; {decided} would decide"
+    return f"±{detectable(estimate)} at {pairs(estimate)}{decided}"
+
+
 def what_decides(estimate: Estimate) -> str:
     """What would decide a comparison that is not distinguishable, in total: 150 stories (val_set_size), 9 visits."""
     if estimate.detectable is None:

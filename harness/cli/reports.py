@@ -11,33 +11,118 @@ from harness._util.terminal import plain
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
+    from harness.analysis.compare_runs import RunComparison
     from harness.analysis.measurements import Measurements
+    from harness.report.document import Document
 from harness.cli.console import out
 from harness.cli.options import AsJson, EnvironmentId, GridFolder
 
 
 def report(
-    folder: GridFolder = Path("results/techniques"),
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="results/<grid>; several are joined into one report."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for it; default reports/<grid>.")
     ] = None,
-    environment: EnvironmentId = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title, instead of the grid's.")] = None,
+    formats: Annotated[
+        str | None, typer.Option("--format", metavar="LIST", help="Of html,md,csv,tex,svg,png; default all.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole comparison, not the answers alone.")] = False,
+    environment: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Environment id; several folders may have one each.")
+    ] = None,
+    across_environments: Annotated[
+        bool, typer.Option("--across-environments", help="Join grids of different machines or versions too.")
+    ] = False,
 ) -> None:
-    """Write the report of a grid: a page, Markdown, CSV, LaTeX and plots; and print its comparison."""
-    from harness.report import document, writers
+    """Write the report of a grid, or of several: a page, Markdown, CSV, LaTeX and plots; and print its answers.
 
-    measurements = _load(folder, environment)
-    target = output or Path("reports") / folder.resolve().name
+    Several grids make one report, in which each table and claim is filled from whichever of them measured it.
+    """
+    from dataclasses import replace
+
+    from harness.report import document, joined, writers
+
+    given = folders or [Path("results/techniques")]
+    wanted = _formats(formats)
+    ids = environment or []
+    if len(ids) not in (0, 1, len(given)):
+        raise InputError(f"--environment is given {len(ids)} times for {len(given)} folders; give it once or for each")
+    chosen = [ids[min(number, len(ids) - 1)] if ids else None for number in range(len(given))]
+    loaded = [_load(folder, id_) for folder, id_ in zip(given, chosen, strict=True)]
+    _refuse_to_join(given, loaded, across_environments=across_environments)
+    target = output or Path("reports") / _name(loaded, title)
     with out.status("reading the rows") as status:
-        content = document.document(measurements, folder)
-        written = writers.write(content, target, lambda name: status.update(f"writing {name}"))
-    out.print(writers.terminal(content.comparison))
-    out.print("[bold]On this machine[/]")
-    for sentence in content.summary:
-        out.print(f"- {plain(sentence)}", highlight=False)
-    out.print(
-        f"{len(written)} files written; open {plain(str(target / 'report.html'))}", highlight=False, soft_wrap=True
-    )
+        parts = [document.document(m, f, grids=len(given)) for m, f in zip(loaded, given, strict=True)]
+        content = joined.join(parts, title or "; ".join(part.title for part in parts)) if len(parts) > 1 else parts[0]
+        content = content if title is None else replace(content, title=title)
+        written = writers.write(content, target, lambda name: status.update(f"writing {name}"), formats=wanted)
+    if full:
+        for part in parts:
+            out.print(writers.terminal(part.comparison))
+    _print_answers(content, full=full)
+    where = target / "report.html" if "html" in wanted else target
+    out.print(f"{len(written)} files written; open {plain(str(where))}", highlight=False, soft_wrap=True)
+
+
+def _formats(text: str | None) -> tuple[str, ...]:
+    from harness.report.writers import FORMATS
+
+    formats = FORMATS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        given = ", ".join(unknown) or "nothing"
+        raise InputError(f"--format names {plain(given)}; give some of {','.join(FORMATS)}")
+    return formats
+
+
+def _refuse_to_join(folders: list[Path], loaded: list[Measurements], *, across_environments: bool) -> None:
+    names = [measurements.name for measurements in loaded]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two of the folders are named {twice}; a joined report tells grids by the names of folders")
+    first, *others = loaded
+    for folder, other in zip(folders[1:], others, strict=True):
+        if other.environment_id != first.environment_id and not across_environments:
+            raise InputError(
+                f"{folders[0]} ran in environment {first.environment_id}, {folder} in {other.environment_id}: one "
+                "report is of one environment; choose it with --environment, or join them with --across-environments"
+            )
+
+
+def _name(loaded: list[Measurements], title: str | None) -> str:
+    """Of the report's folder: the grid's; of several grids, by the title."""
+    import re
+
+    if len(loaded) == 1:
+        return loaded[0].name
+    of_title = re.sub(r"[^a-z0-9]+", "-", (title or "").lower()).strip("-")
+    return (of_title or "-".join(measurements.name for measurements in loaded))[:60]
+
+
+def _print_answers(content: Document, *, full: bool) -> None:
+    """The first screen for a terminal, and in how much memory to take what; everything else on request."""
+    from harness._util.units import show_bytes
+
+    out.print(f"[bold]{plain(content.title)}[/]")
+    out.print(plain(content.front.about), style="dim", highlight=False)
+    lines = content.summary if full else [*(card.sentence for card in content.front.cards), content.summary[-1]]
+    for line in lines:
+        out.print(f"- {plain(line)}", highlight=False)
+    if content.front.choices:
+        out.print("Take, from so much memory on:")
+        *fewer, most = content.front.choices
+        for choice in [*fewer[:_MOST_CHOICES], most]:
+            out.print(f"  {show_bytes(choice.memory):>11}  {plain(choice.label)}", highlight=False)
+    if not full:
+        out.print("[dim]all figures: --full, or the page[/]")
+
+
+_MOST_CHOICES = 5
+"""Amounts of memory that a terminal shows, and the last."""
 
 
 def _load(folder: Path, environment: str | None) -> Measurements:
@@ -104,31 +189,49 @@ def recommend(
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="Results to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Results to compare.")],
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER...", help="Results to compare with the first.")],
     environment: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Environment id in the first, and again in the second."),
+        typer.Option(metavar="ID", help="Environment id in the first, and again in each other."),
     ] = None,
     across_environments: Annotated[
         bool, typer.Option("--across-environments", help="Compare speeds of different machines or versions too.")
     ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write a page too, like compare.html.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two runs of a grid, on two machines or under two versions, and say what differs between them."""
-    from rich.table import Table
-
+    """Compare runs of a grid, on several machines or under several versions, and say what differs between them."""
+    from harness._util.files import write_whole
     from harness.analysis.compare_runs import compare_runs
     from harness.cli.documents import print_document
-    from harness.report.tables import run_comparison
+    from harness.report import compare_page
 
     ids = environment or []
-    if len(ids) > 2:
-        raise InputError(f"--environment is given {len(ids)} times; there are two results")
-    one, other = (_load(folder, ids[i] if i < len(ids) else None) for i, folder in enumerate((first, second)))
-    comparison = compare_runs(one, other, across_environments=across_environments)
+    if len(ids) > 1 + len(others):
+        raise InputError(f"--environment is given {len(ids)} times; there are {1 + len(others)} results")
+    one, *rest = (_load(folder, ids[i] if i < len(ids) else None) for i, folder in enumerate((first, *others)))
+    compared = [compare_runs(one, other, across_environments=across_environments, runs=len(others)) for other in rest]
+    if output is not None:
+        named = [(str(folder), each) for folder, each in zip(others, compared, strict=True)]
+        write_whole(output, compare_page.html(str(first), named).encode())
     if as_json:
-        print_document(comparison)
+        print_document(compared[0] if len(compared) == 1 else {"comparisons": compared})
         return
+    for folder, comparison in zip(others, compared, strict=True):
+        if len(compared) > 1:
+            out.print(f"[bold]{plain(str(folder))}[/]")
+        _print_comparison(comparison)
+    if output is not None:
+        out.print(f"written to {plain(str(output))}", highlight=False, soft_wrap=True)
+
+
+def _print_comparison(comparison: RunComparison) -> None:
+    from rich.table import Table
+
+    from harness.report.tables import run_comparison
+
     if comparison.environments:
         table = Table("environment", "first", "second", title="What differs between the two")
         for names in comparison.environments:

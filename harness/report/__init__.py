@@ -2,10 +2,13 @@
 
 __all__ = [
     "adapter_tables",
+    "compare_page",
     "document",
     "fixes",
     "inference_tables",
+    "joined",
     "notebook",
+    "page",
     "predictions",
     "publishing",
     "tables",

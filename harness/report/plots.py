@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import altair
@@ -15,41 +13,55 @@ import pandas
 from harness._util.units import byte_unit
 from harness.analysis.comparison import MICRO_BATCH, SEQUENCE_LENGTH, Comparison
 from harness.analysis.pareto import pareto_front
-from harness.analysis.words import effect, effect_and_word, figure
-from harness.metrics import COMPONENTS, HEADLINE, METRICS, Metric
+from harness.analysis.words import effect, effect_and_word
+from harness.metrics import HEADLINE, METRICS, Metric
+from harness.report.chart import (
+    BLUE,
+    GREEN,
+    GREY,
+    MOST_BARS,
+    MOST_POINTS,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    TOOLTIP,
+    WIDTH,
+    Chart,
+    about_configs,
+    axis_title,
+    extents,
+    names_at,
+    on_axes,
+    titled,
+)
+from harness.report.labels import PixelAxis, Segment
+from harness.report.ladder_plot import ladder
+from harness.report.loss_plots import loss_curves, time_to_loss
+from harness.report.memory_plots import memory, predicted
 
-# Okabe and Ito (2008): distinguishable under any colour vision.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a8a8a"
-_LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, "#7f6d00", GREY)
-_MOST_BARS = 40
-_MOST_POINTS = 500
-_WIDTH = 640
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart and its caption."""
-
-    id: str
-    title: str
-    caption: str
-    chart: Any
-
-    def spec(self) -> dict[str, Any]:
-        """Vega-Lite, without the colours of a light or dark scheme."""
-        vega_lite: dict[str, Any] = self.chart.to_dict()
-        return vega_lite
-
-
-def titled(chart: Chart, title: str) -> Chart:
-    """A chart with another title, which stands in the image too."""
-    return replace(chart, title=title, chart=chart.chart.properties(title=title))
-
-
-def axis_title(metric: str, unit: str) -> str:
-    """The heading of a metric with its unit: `Peak memory (MiB)`."""
-    heading = METRICS[metric].heading
-    return f"{heading} ({unit})" if unit else heading
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PINK",
+    "RED",
+    "SKY",
+    "Chart",
+    "all_charts",
+    "axis_title",
+    "effects",
+    "forgetting",
+    "ladder",
+    "levels",
+    "loss_curves",
+    "memory",
+    "pareto",
+    "predicted",
+    "time_to_loss",
+    "titled",
+]
 
 
 def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
@@ -61,9 +73,11 @@ def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
     """
     drawn = (
         memory(comparison),
+        ladder(comparison),
         pareto(comparison),
         effects(comparison),
         loss_curves(comparison, steps),
+        time_to_loss(comparison, steps),
         levels(comparison),
         forgetting(comparison),
         predicted(comparison),
@@ -71,64 +85,12 @@ def all_charts(comparison: Comparison, steps: pandas.DataFrame) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
-def _described(comparison: Comparison, configs: Sequence[int]) -> pandas.DataFrame:
-    """Texts for tooltips on configurations: label, figures, and differences from the baseline."""
-    m = comparison.measurements
-    rows = []
-    for config, label, keys in zip(configs, m.labels(configs), m.differing_keys(configs), strict=True):
-        means = comparison.mean(config)
-        rows.append(
-            {
-                "config": config,
-                "technique": label,
-                "differs": ", ".join(f"{k}: {v}" for k, v in keys.items()) or "the baseline",
-                **{f"{metric}_text": figure(metric, means[metric]) for metric in HEADLINE},
-            }
-        )
-    return pandas.DataFrame(rows)
-
-
-_TOOLTIP = [
-    altair.Tooltip("technique:N", title="technique"),
-    altair.Tooltip("differs:N", title="differs in"),
-    *(altair.Tooltip(f"{metric}_text:N", title=METRICS[metric].label) for metric in HEADLINE),
-]
-_TECHNIQUES = altair.Axis(labelLimit=260)
-
-
-def memory(comparison: Comparison) -> Chart | None:
-    """Peak memory of each technique by component."""
-    means = comparison.means.reindex(comparison.shown)
-    peaks = means["peak_memory_bytes"].dropna().sort_values().head(_MOST_BARS)
-    parts = means.loc[peaks.index, [f"memory_{c}_bytes" for c in COMPONENTS]]
-    if parts.dropna(how="all").empty:
-        return None
-    unit, size = byte_unit(peaks.max())
-    described = _described(comparison, peaks.index.tolist())
-    data = parts.set_axis(list(COMPONENTS), axis=1).rename_axis("config").reset_index()
-    data = data.melt("config", var_name="component", value_name="bytes").merge(described, on="config")
-    data["size"] = data["bytes"] / size
-    data["component_text"] = [figure("peak_memory_bytes", value) for value in data["bytes"]]
-    data["rank"] = data["component"].map({c: i for i, c in enumerate(COMPONENTS)})
-    colours = altair.Scale(domain=list(COMPONENTS), range=[BLUE, ORANGE, GREEN, PINK, SKY])
-    chart = (
-        altair.Chart(data)
-        .mark_bar()
-        .encode(
-            y=altair.Y("technique:N", sort=described["technique"].tolist(), title=None, axis=_TECHNIQUES),
-            x=altair.X("sum(size):Q", title=axis_title("peak_memory_bytes", unit)),
-            color=altair.Color("component:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
-            order="rank:O",
-            tooltip=[altair.Tooltip("component:N"), altair.Tooltip("component_text:N", title="size"), *_TOOLTIP],
-        )
-        .properties(width=_WIDTH, title="Peak memory by component")
-    )
-    return Chart("memory", "Peak memory by component", "Live tensors at the moment of the peak.", chart)
+_PARETO_HEIGHT, _PARETO_POINT = 400, 110
 
 
 def pareto(comparison: Comparison) -> Chart | None:
     """Loss (or speed, where no loss is meaningful) against memory, with speed as colour and the front labelled."""
-    shown = comparison.shown[:_MOST_POINTS]
+    shown = comparison.shown[:MOST_POINTS]
     means = comparison.means.loc[shown]
     with_loss = bool(means["eval_loss"].notna().any())
     y = "eval_loss" if with_loss else "tokens_per_second"
@@ -139,25 +101,19 @@ def pareto(comparison: Comparison) -> Chart | None:
     figures = means[["peak_memory_bytes"]].assign(slowness=-means["tokens_per_second"].fillna(0.0))
     if with_loss:
         figures["loss"] = means["eval_loss"]
-    data = _described(comparison, means.index.tolist()).set_index("config")
-    data["memory"] = means["peak_memory_bytes"] / size
-    data["y"] = means[y]
-    data["speed"] = means["tokens_per_second"]
-    data["front"] = numpy.where(pareto_front(figures), "on the front", "beaten by another")
-    base = altair.Chart(data.reset_index()).encode(
-        x=altair.X(
-            "memory:Q",
-            title=axis_title("peak_memory_bytes", unit),
-            scale=altair.Scale(type="log", nice=False, padding=24),
-        ),
-        y=altair.Y(
-            "y:Q",
-            title=axis_title(y, "nats per token" if with_loss else ""),
-            scale=altair.Scale(zero=False, padding=18),
-        ),
-        tooltip=_TOOLTIP,
-    )
-    points = base.mark_point(size=110, filled=True, opacity=0.95).encode(
+    front = pareto_front(figures)
+    data = about_configs(comparison, means.index.tolist())
+    data["x"] = (means["peak_memory_bytes"] / size).to_numpy()
+    data["y"] = means[y].to_numpy()
+    data["speed"] = means["tokens_per_second"].to_numpy()
+    data["front"] = numpy.where(front, "on the front", "beaten by another")
+    titles = axis_title("peak_memory_bytes", unit), axis_title(y, "nats per token" if with_loss else "")
+    x_axis = PixelAxis.of(data["x"].tolist(), WIDTH, 28, log=True)
+    y_axis = PixelAxis.of(data["y"].tolist(), _PARETO_HEIGHT, 22, upright=True)
+    points = altair.Chart(data).mark_point(size=_PARETO_POINT, filled=True, opacity=0.95)
+    points = points.encode(
+        **on_axes(x_axis, y_axis, titles),
+        tooltip=TOOLTIP,
         color=altair.Color("speed:Q", title=axis_title("tokens_per_second", ""), scale=altair.Scale(scheme="viridis")),
         shape=altair.Shape(
             "front:N",
@@ -166,14 +122,13 @@ def pareto(comparison: Comparison) -> Chart | None:
             legend=altair.Legend(orient="top"),
         ),
     )
-    names = base.transform_filter(altair.datum.front == "on the front").mark_text(
-        align="left", dx=8, dy=-7, fontSize=10
-    )
-    chart = (points + names.encode(text="technique:N")).properties(
-        width=_WIDTH, height=400, title="Memory, loss and speed" if with_loss else "Memory and speed"
+    names = [name if on_front else None for name, on_front in zip(data["technique"], front, strict=True)]
+    labels = names_at(data, names, x_axis, y_axis, titles, size=_PARETO_POINT)
+    chart = altair.layer(*labels, points.interactive()).properties(
+        width=WIDTH, height=_PARETO_HEIGHT, title="Memory, loss and speed" if with_loss else "Memory and speed"
     )
     caption = "A configuration is on the front when no other one is at least as good in all of these and better in one."
-    return Chart("pareto", "Memory, speed and loss", caption, chart.interactive())
+    return Chart("pareto", "Memory, speed and loss", caption, chart)
 
 
 _VERDICTS = ("better", "worse", "same", "not distinguishable")
@@ -182,10 +137,10 @@ _VERDICTS = ("better", "worse", "same", "not distinguishable")
 def effects(comparison: Comparison) -> Chart | None:
     """Every technique's effect on memory, speed and loss, with its interval."""
     m = comparison.measurements
-    others = [c for c in comparison.shown[: _MOST_BARS + 1] if c != m.baseline]
+    others = [c for c in comparison.shown[: MOST_BARS + 1] if c != m.baseline]
     if not others or m.baseline is None:
         return None
-    described = _described(comparison, others)
+    described = about_configs(comparison, others)
     named, headings = _under_headings(comparison, described)
     panels: list[Any] = []
     for metric in HEADLINE:
@@ -238,7 +193,7 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
     base = altair.Chart(data).encode(
         y=altair.Y("technique:N", scale=rows, title=None, axis=axis),
         color=altair.Color("verdict:N", scale=colours, title=None, legend=altair.Legend(orient="top")),
-        tooltip=[altair.Tooltip("text:N", title="effect"), *_TOOLTIP],
+        tooltip=[altair.Tooltip("text:N", title="effect"), *TOOLTIP],
     )
     line = altair.Chart(pandas.DataFrame({"at": [no_effect]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
     ticks = _ratio_ticks(data) if ratio else None
@@ -264,52 +219,6 @@ def _ratio_ticks(data: pandas.DataFrame) -> list[float]:
     return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
 
 
-def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None:
-    """Training loss over tokens, and over the seconds they take at the measured speed."""
-    m = comparison.measurements
-    if not comparison.means["eval_loss"].notna().any():
-        return None  # losses of random weights are not meaningful
-    speed = comparison.means["tokens_per_second"]
-    drawn = [c for c in _curves_of_interest(comparison) if pandas.notna(speed.get(c))]
-    data = steps[steps["config"].isin(drawn)].sort_values(["config", "repeat", "step"])
-    if data.empty:
-        return None
-    data = data.assign(tokens=data.groupby(["config", "repeat"])["tokens"].cumsum())
-    data = data.groupby(["config", "step"])[["tokens", "loss"]].mean().reset_index()
-    data["seconds"] = data["tokens"] / data["config"].map(speed)
-    data["technique"] = data["config"].map(m.configs["label"]).astype(str)
-    names = [str(m.configs.at[c, "label"]) for c in drawn]
-    colours = altair.Scale(domain=names, range=list(_LINES[: len(names)]))
-    legend = altair.Legend(labelLimit=220)
-    panels = []
-    for x, title in (("tokens", "Tokens trained on"), ("seconds", "Seconds at the measured speed")):
-        base = altair.Chart(data).encode(
-            x=altair.X(f"{x}:Q", title=title),
-            y=altair.Y("loss:Q", title="Training loss (nats per token)", scale=altair.Scale(zero=False)),
-            color=altair.Color("technique:N", scale=colours, title=None, legend=legend),
-            strokeDash=altair.StrokeDash("technique:N", scale=altair.Scale(domain=names), title=None, legend=legend),
-            tooltip=["technique:N", altair.Tooltip(f"{x}:Q", title=title, format=",.1f"), "loss:Q", "step:Q"],
-        )
-        panels.append(base.mark_line(point=True).properties(width=300, height=260))
-    chart = altair.hconcat(*panels, title="Training loss")
-    caption = "Loss of each optimizer step before its update, averaged over repeats; steps see different stories."
-    return Chart("loss", "Loss over tokens and seconds", caption, chart)
-
-
-def _curves_of_interest(comparison: Comparison) -> Iterator[int]:
-    """The baseline, and those whose speed or loss differs most from it; more than eight lines are not readable."""
-    m = comparison.measurements
-    if m.baseline is None:
-        yield from comparison.shown[: len(_LINES)]
-        return
-    sizes: dict[int, float] = {}
-    for config in comparison.shown[:_MOST_POINTS]:
-        loss, speed = comparison.of("eval_loss", config), comparison.of("tokens_per_second", config)
-        sizes[config] = (abs(loss.value) if loss else 0.0) + (abs(math.log(speed.value)) if speed else 0.0)
-    sizes[m.baseline] = math.inf
-    yield from sorted(sizes, key=lambda c: -sizes[c])[: len(_LINES)]
-
-
 def levels(comparison: Comparison) -> Chart | None:
     """Peak memory and speed over micro-batch size (at equal effective batch) and sequence length."""
     m = comparison.measurements
@@ -330,18 +239,18 @@ def levels(comparison: Comparison) -> Chart | None:
 def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, title: str) -> Any:
     means = comparison.means.loc[configs.index]
     unit, size = byte_unit(means["peak_memory_bytes"].max())
-    data = _described(comparison, configs.index.tolist())
+    data = about_configs(comparison, configs.index.tolist())
     data["level"] = configs[key].to_numpy()
     data["memory"] = (means["peak_memory_bytes"] / size).to_numpy()
     data["speed"] = means["tokens_per_second"].to_numpy()
     x = altair.X("level:Q", title=title, axis=altair.Axis(values=sorted({*data["level"].tolist()}), format="d"))
     panels = [
         altair.Chart(data)
-        .mark_line(point=altair.OverlayMarkDef(size=60, filled=True), color=colour)
+        .mark_line(point=altair.OverlayMarkDef(size=60, filled=True, color=colour), color=colour)
         .encode(
             x=x,
             y=altair.Y(f"{column}:Q", title=axis_title(metric, axis_unit), scale=altair.Scale(zero=True)),
-            tooltip=_TOOLTIP,
+            tooltip=TOOLTIP,
         )
         .properties(width=300, height=170)
         for column, metric, axis_unit, colour in (
@@ -352,10 +261,13 @@ def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, t
     return altair.vconcat(*panels)
 
 
+_FORGETTING_HEIGHT, _FORGETTING_POINT = 360, 80
+
+
 def forgetting(comparison: Comparison) -> Chart | None:
     """Change of the loss on general text against that on the stories, with both intervals."""
     m = comparison.measurements
-    shown = comparison.shown[:_MOST_POINTS]
+    shown = comparison.shown[:MOST_POINTS]
     learnt, forgot = (m.learnt(metric, shown) for metric in ("eval_loss", "forgetting"))
     both = [config for config in shown if config in learnt and config in forgot]
     if not both:
@@ -366,44 +278,45 @@ def forgetting(comparison: Comparison) -> Chart | None:
          "learnt_text": effect(learnt[c]), "forgot_text": effect(forgot[c])}
         for c in both
     ]  # fmt: skip
-    data = pandas.DataFrame(rows).merge(_described(comparison, both), on="config")
+    data = pandas.DataFrame(rows).merge(about_configs(comparison, both), on="config")
     tips = [altair.Tooltip("learnt_text:N", title="held-out stories"), altair.Tooltip("forgot_text:N", title="general"),
-            *_TOOLTIP]  # fmt: skip
-    x_title, y_title = "Change on held-out stories (nats)", "Change on general text: forgetting (nats)"
-    scale = altair.Scale(zero=False, padding=18)
+            *TOOLTIP]  # fmt: skip
+    titles = "Change on held-out stories (nats)", "Change on general text: forgetting (nats)"
+    x_axis = PixelAxis.of(_values(data, "x"), WIDTH, 24)
+    y_axis = PixelAxis.of([0.0, *_values(data, "y")], _FORGETTING_HEIGHT, 20, upright=True)
     base = altair.Chart(data).encode(tooltip=tips)
-    x, y = altair.X("x:Q", title=x_title, scale=scale), altair.Y("y:Q", title=y_title, scale=scale)
-    no_change = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(y="at:Q")
-    across = base.mark_rule(color=SKY).encode(x=altair.X("x_low:Q", title=x_title, scale=scale), x2="x_high:Q", y=y)
-    upright = base.mark_rule(color=SKY).encode(y=altair.Y("y_low:Q", title=y_title, scale=scale), y2="y_high:Q", x=x)
-    points = base.mark_point(size=80, filled=True, color=BLUE, opacity=1).encode(x=x, y=y)
-    names = base.mark_text(align="left", dx=8, dy=-7, fontSize=10).encode(x=x, y=y, text="technique:N")
-    chart = (no_change + across + upright + points + names).properties(
-        width=_WIDTH, height=360, title="Learnt and forgotten"
+    no_change = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY)
+    rules = base.mark_rule(color=SKY)
+    layers = [no_change.encode(y=on_axes(x_axis, y_axis, titles, ("at", "at"))["y"])]
+    if data["x_low"].notna().any():  # an axis of nothing but nulls has no extent
+        layers.append(rules.encode(**on_axes(x_axis, y_axis, titles, ("x_low", "y")), x2="x_high:Q"))
+    if data["y_low"].notna().any():
+        layers.append(rules.encode(**on_axes(x_axis, y_axis, titles, ("x", "y_low")), y2="y_high:Q"))
+    layers.append(
+        base.mark_point(size=_FORGETTING_POINT, filled=True, color=BLUE, opacity=1).encode(
+            **on_axes(x_axis, y_axis, titles)
+        )
     )
+    lines = [line for _, row in data.iterrows() for line in _intervals(row, x_axis, y_axis)]
+    lines.append((0.0, y_axis.at(0.0), float(WIDTH), y_axis.at(0.0)))
+    names = data["technique"].tolist()
+    layers += names_at(data, names, x_axis, y_axis, titles, size=_FORGETTING_POINT, lines=lines)
+    chart = altair.layer(*layers).properties(width=WIDTH, height=_FORGETTING_HEIGHT, title="Learnt and forgotten")
     caption = (
         "Further left is learnt better, further up forgotten more; lines are intervals that hold all at once at 95 %."
     )
     return Chart("forgetting", "Learnt and forgotten", caption, chart)
 
 
-def predicted(comparison: Comparison) -> Chart | None:
-    """Measured against predicted peak memory."""
-    means = comparison.means.loc[comparison.shown[:_MOST_POINTS]]
-    means = means.dropna(subset=["predicted_peak_memory_bytes", "peak_memory_bytes"])
-    if means.empty:
-        return None
-    unit, size = byte_unit(means["peak_memory_bytes"].max())
-    data = _described(comparison, means.index.tolist())
-    data["predicted"] = (means["predicted_peak_memory_bytes"] / size).to_numpy()
-    data["measured"] = (means["peak_memory_bytes"] / size).to_numpy()
-    most = float(data[["predicted", "measured"]].max().max()) * 1.05
-    diagonal = altair.Chart(pandas.DataFrame({"at": [0.0, most]})).mark_line(color=GREY, strokeDash=[4, 3])
-    points = altair.Chart(data).mark_point(size=70, filled=True, color=BLUE, opacity=1)
-    chart = diagonal.encode(x="at:Q", y="at:Q") + points.encode(
-        x=altair.X("predicted:Q", title=axis_title("predicted_peak_memory_bytes", unit)),
-        y=altair.Y("measured:Q", title=f"Measured {METRICS['peak_memory_bytes'].label} ({unit})"),
-        tooltip=_TOOLTIP,
-    )
-    chart = chart.properties(width=340, height=340, title="Predicted and measured")
-    return Chart("predicted", "Predicted and measured", "Points above the line needed more than predicted.", chart)
+def _values(data: pandas.DataFrame, axis: str) -> list[float]:
+    """The values and the known ends of their intervals."""
+    columns = data[[axis, f"{axis}_low", f"{axis}_high"]].astype(float)
+    return [value for column in columns for value in columns[column].tolist() if math.isfinite(value)]
+
+
+def _intervals(row: pandas.Series, x: PixelAxis, y: PixelAxis) -> tuple[Segment, Segment]:
+    """The lines of both intervals of a point, in pixels."""
+    at_x, at_y = x.at(row["x"]), y.at(row["y"])
+    left, right = extents(x, at_x, row["x_low"], row["x_high"])
+    top, bottom = extents(y, at_y, row["y_low"], row["y_high"])
+    return (left, at_y, right, at_y), (at_x, top, at_x, bottom)

@@ -35,6 +35,10 @@ class Cell:
 
     text: str
     value: float | None = None
+    verdict: str = ""
+    """Of an effect."""
+    note: str = ""
+    """In small print: what an undecided comparison could have shown."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Table:
     note: str = ""
     configs: tuple[int, ...] = ()
     """The configuration of each row, where rows are configurations."""
+    keys: tuple[str, ...] = ()
+    """Of each row's configuration, in the page."""
+
+    def __post_init__(self) -> None:
+        if self.configs and not self.keys:
+            object.__setattr__(self, "keys", tuple(map(str, self.configs)))
 
 
 def figure_cell(metric: str, value: float | None) -> Cell:
@@ -59,7 +69,8 @@ def effect_cell(estimate: Estimate | None, missing: str = MISSING) -> Cell:
     """An effect with its interval and word."""
     if estimate is None:
         return Cell(missing)
-    return Cell(effect_and_word(estimate), None if estimate.verdict == "depends" else estimate.value)
+    value = None if estimate.verdict == "depends" else estimate.value
+    return Cell(effect_and_word(estimate), value, estimate.verdict, words.could_be_seen(estimate))
 
 
 def headings_of(metrics: Iterable[str]) -> tuple[str, ...]:
@@ -288,9 +299,10 @@ def not_decided(comparison: Comparison) -> Table:
     """Comparisons with the baseline that are not distinguishable, and what would decide each."""
     m = comparison.measurements
     undecided = {metric: comparison.undecided(metric) for metric in HEADLINE}
+    labels = m.configs["label"].astype(str).to_dict()
     rows = [
         (
-            Cell(f"{m.labels([config])[0]} against the baseline"),
+            Cell(f"{labels[config]} against the baseline"),
             Cell(METRICS[metric].label),
             Cell(words.effect(estimate), estimate.value),
             Cell(words.detectable(estimate), estimate.detectable),

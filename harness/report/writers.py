@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,10 +14,13 @@ from rich.table import Table as RichTable
 from harness._util.files import write_whole
 from harness._util.terminal import plain, printable
 from harness.analysis.comparison import Comparison
-from harness.metrics import FIGURES, HEADLINE
-from harness.report.document import MOST_ROWS, Document
+from harness.metrics import HEADLINE
+from harness.report import page
+from harness.report.claim_cards import expects
+from harness.report.document import Document
 from harness.report.inference_tables import GeneratedStory
 from harness.report.plots import Chart
+from harness.report.summary import MOST_ROWS
 from harness.report.tables import Cell, Table, detectable_differences, headings_of, techniques
 
 _PNG_SCALE = 2.0
@@ -30,13 +33,23 @@ _THEME = {
 }
 
 
-def write(document: Document, folder: Path, progress: Callable[[str], None] = lambda what: None) -> list[Path]:
-    """Write every format into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/.
+FORMATS = ("html", "md", "csv", "tex", "svg", "png")
+
+
+def write(
+    document: Document,
+    folder: Path,
+    progress: Callable[[str], None] = lambda what: None,
+    *,
+    formats: Collection[str] = FORMATS,
+) -> list[Path]:
+    """Write a report into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/.
 
     Args:
         document: the report.
         folder: created if missing; files of the same names are replaced.
         progress: called with the name of the file being written.
+        formats: of `FORMATS`, those to write. Markdown links its plots as SVG.
 
     Returns:
         The files.
@@ -46,26 +59,29 @@ def write(document: Document, folder: Path, progress: Callable[[str], None] = la
     """
     written: list[Path] = []
 
-    def keep(name: str, content: str | bytes) -> None:
+    def keep(name: str, content: Callable[[], str | bytes]) -> None:
+        if name.rpartition(".")[2] not in formats:
+            return
         progress(name)
-        file = folder / name
-        write_whole(file, content.encode() if isinstance(content, str) else content)
+        file, made = folder / name, content()
+        write_whole(file, made.encode() if isinstance(made, str) else made)
         written.append(file)
 
-    keep("report.md", markdown(document))
-    keep("comparisons.csv", comparisons_csv(document))
-    claims = ([Cell(text) for text in row] for row in _claim_rows(document))
-    keep("claims.csv", _csv(_CLAIM_HEADINGS, claims, _without(document)))
+    keep("report.md", lambda: markdown(document))
+    keep("comparisons.csv", lambda: comparisons_csv(document))
+    keep("claims.csv", lambda: _claims_csv(document))
     for table in document.tables:
-        keep(f"tables/{table.id}.csv", _csv(table.headings, table.rows, _without(document)))
-        keep(f"tables/{table.id}.tex", latex(table))
-    for chart in document.charts:
-        svg, png = images(chart)
-        keep(f"plots/{chart.id}.svg", svg)
-        keep(f"plots/{chart.id}.png", png)
+        keep(f"tables/{table.id}.csv", partial(_csv, table.headings, table.rows, _without(document)))
+        keep(f"tables/{table.id}.tex", partial(latex, table))
+    if {"svg", "png"} & {*formats}:
+        for chart in document.charts:
+            svg, png = images(chart)
+            keep(f"plots/{chart.id}.svg", partial(str, svg))
+            keep(f"plots/{chart.id}.png", partial(bytes, png))
     if document.recommended is not None:
-        keep("recommended.yml", document.recommended.yaml)
-    keep("report.html", html(document))
+        write_whole(folder / "recommended.yml", document.recommended.yaml.encode())
+        written.append(folder / "recommended.yml")
+    keep("report.html", lambda: page.html(document))
     return written
 
 
@@ -99,12 +115,12 @@ def terminal(comparison: Comparison) -> RichTable:
 
 
 def markdown(document: Document) -> str:
-    """The report as Markdown that links its plots."""
+    """The report as Markdown that links its plots. Long tables are folded."""
     parts = [headline(document)]
-    rest = document.tables[1:]
-    parts += [f"![{_md(chart.title)}](plots/{chart.id}.svg)\n\n{_md(chart.caption)}" for chart in document.charts]
-    parts.append("## Claims\n\n" + _md_rows(_CLAIM_HEADINGS, _claim_rows(document)))
-    parts += [_md_table(table) for table in rest]
+    rest = [chart for chart in document.charts if not chart.id.startswith("effects")]
+    parts += [_md_chart(chart) for chart in rest]
+    parts.append("## Claims\n\n" + _folded("All claims", _md_rows(_CLAIM_HEADINGS, _claim_rows(document))))
+    parts += [_md_table(table) for table in document.tables[1:]]
     if document.stories:
         parts.append("## Stories")
         parts += [_md_story(story) for story in document.stories]
@@ -120,20 +136,45 @@ def markdown(document: Document) -> str:
 
 
 def headline(document: Document, folder: str = "") -> str:
-    """The beginning of the report as Markdown: what was measured, what is to be said of it, and the first table.
+    """The first screen as Markdown: what was measured, the picture of all techniques, the three answers, what else is
+    to be said, and the first table.
 
     Args:
         document: the report.
         folder: of its files, with a slash at its end.
     """
-    parts = [f"# {_md(document.title)}", f"Measured on {_md(document.where)}."]
+    parts = [f"# {_md(document.title)}", _md(document.front.about)]
+    parts += [_md_chart(chart, folder) for chart in document.charts if chart.id.startswith("effects")]
+    answers = [
+        (card.title, card.technique or card.figure, card.figure if card.technique else "", card.effect,
+         "; ".join(card.trades))
+        for card in document.front.cards
+    ]  # fmt: skip
+    if answers:
+        parts.append(_md_rows(("Answer", "Technique", "Figure", "Against the baseline", "What it trades"), answers))
     parts.append("\n".join(f"- {_md(sentence)}" for sentence in document.summary))
     if document.recommended is not None:
         parts.append(
             f"The recommended configuration, {_md(document.recommended.label)}, is in {folder}recommended.yml."
         )
+    parts.append(f"Measured on {_md(document.where)}.")
     parts.append(_md_table(document.tables[0]))
     return "\n\n".join(parts)
+
+
+def _md_chart(chart: Chart, folder: str = "") -> str:
+    return f"![{_md(chart.title)}]({folder}plots/{chart.id}.svg)\n\n{_md(chart.caption)}"
+
+
+_MOST_UNFOLDED = 12
+"""Rows of a table that a reader of Markdown sees at once."""
+
+
+def _folded(title: str, table: str) -> str:
+    """A table that opens when its title is chosen, where it is long."""
+    if table.count("\n") <= _MOST_UNFOLDED + 1:
+        return table
+    return f"<details><summary>{_md(title)}: {table.count(chr(10)) - 1} rows</summary>\n\n{table}\n\n</details>"
 
 
 _READING = """
@@ -169,7 +210,7 @@ def _md_story(story: GeneratedStory) -> str:
 def _md_table(table: Table) -> str:
     rows = [[cell.text for cell in row] for row in table.rows[:MOST_ROWS]]
     note = f"\n\n{_md(table.note)}" if table.note else ""
-    return f"## {_md(table.title)}\n\n{_md_rows(table.headings, rows)}{note}"
+    return f"## {_md(table.title)}\n\n{_folded(table.title, _md_rows(table.headings, rows))}{note}"
 
 
 def _md_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -186,7 +227,7 @@ def _claim_rows(document: Document) -> list[list[str]]:
         [
             v.claim.says,
             v.claim.section,
-            f"{v.claim.metric}{' / ' + v.claim.per if v.claim.per else ''}: {v.claim.expect}",
+            expects(v.claim),
             v.word,
             v.size,
             v.pairs,
@@ -221,25 +262,35 @@ def _no_formula(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
+def _claims_csv(document: Document) -> str:
+    rows = ([Cell(text) for text in row] for row in _claim_rows(document))
+    if not document.parts:
+        return _csv(_CLAIM_HEADINGS, rows, _without(document))
+    sources = [Cell(verdict.source) for verdict in document.verdicts]
+    return _csv((*_CLAIM_HEADINGS, "Grid"), ([*row, source] for row, source in zip(rows, sources, strict=True)))
+
+
 def comparisons_csv(document: Document) -> str:
-    """One row per configuration and figure, in base units and unrounded."""
-    comparison = document.comparison
-    m = comparison.measurements
+    """One row per configuration and figure, in base units and unrounded; of several grids, with the grid."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     effect = ("effect", "low", "high", "n", "seeds", "basis", "p_family", "verdict", "detectable", "needed", "unit")
-    last = _without(document)
-    writer.writerow(("technique", "metric", "figure", *effect, *last))
-    labels = m.configs["label"].astype(str).to_dict()
-    for metric, estimates in comparison.estimates.items():
-        for config, figure in comparison.means[metric].dropna().items():
-            e = estimates.get(config)  # type: ignore[call-overload]  # the index holds configurations
-            values = (
-                (e.value, e.low, e.high, e.n, e.seeds, e.basis, e.p, e.verdict, e.detectable, e.needed, e.unit)
-                if e
-                else (None,) * len(effect)
-            )
-            writer.writerow((_no_formula(labels[config]), metric, figure, *values, *last.values()))
+    parts = document.parts or (document,)
+    without = ["without"] * any(map(_without, parts))
+    writer.writerow((*["grid"] * bool(document.parts), "technique", "metric", "figure", *effect, *without))
+    for part in parts:
+        comparison, last = part.comparison, [_without(part).get(column, "") for column in without]
+        labels = comparison.measurements.configs["label"].astype(str).to_dict()
+        for metric, estimates in comparison.estimates.items():
+            for config, figure in comparison.means[metric].dropna().items():
+                e = estimates.get(config)  # type: ignore[call-overload]  # the index holds configurations
+                values = (
+                    (e.value, e.low, e.high, e.n, e.seeds, e.basis, e.p, e.verdict, e.detectable, e.needed, e.unit)
+                    if e
+                    else (None,) * len(effect)
+                )
+                row = (_no_formula(labels[config]), metric, figure, *values, *last)
+                writer.writerow((*[_no_formula(part.name)] * bool(document.parts), *row))
     return out.getvalue()
 
 
@@ -278,27 +329,3 @@ def images(chart: Chart) -> tuple[str, bytes]:
 
     svg = vl_convert.vegalite_to_svg(chart.spec(), config=_THEME)
     return svg, vl_convert.svg_to_png(svg, scale=_PNG_SCALE)
-
-
-def html(document: Document) -> str:
-    """One self-contained page: styles, scripts, charts and data are in it."""
-    import jinja2
-    import vl_convert
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("harness", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup, a subclass, is ours
-    )
-    return environment.get_template("page.html.j2").render(
-        document=document,
-        claim_headings=_CLAIM_HEADINGS,
-        claim_rows=_claim_rows(document),
-        most_rows=MOST_ROWS,
-        charts={chart.id: chart.spec() for chart in document.charts},
-        metrics=FIGURES.values(),
-        environment_text=json.dumps(document.environment, indent=2),
-        vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # the stub requires an optional argument
-    )

@@ -84,15 +84,23 @@ def _validate_environments(column: pa.ChunkedArray) -> None:
 
 def _validate_specs(content: pa.Table) -> None:
     # Repeats differ only in the seed: their spec is validated once, with the largest.
-    rows = content.select([name for name in TrialSpec.model_fields if name != "seed"]).to_pylist()
+    names = [name for name in TrialSpec.model_fields if name != "seed"]
+    columns = (_hashable(content[name]) for name in names)
     seed = pc.max(content["seed"]).as_py()
     try:
-        for row in {str(row): row for row in rows}.values():
-            parse_spec(row | {"seed": seed})
+        for row in dict.fromkeys(zip(*columns, strict=True)):
+            values = (list(value) if isinstance(value, tuple) else value for value in row)
+            parse_spec(dict(zip(names, values, strict=True)) | {"seed": seed})
     except ValidationError as error:
         raise Damaged(one_line(f"{_FOREIGN} ({explain(error, TrialSpec)})")) from None
     except (ValueError, TypeError, RecursionError):
         raise Damaged(f"{_FOREIGN} (datasets is not JSON)") from None
+
+
+def _hashable(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; lists as tuples."""
+    values: list[Any] = column.to_pylist()
+    return [value and tuple(value) for value in values] if pa.types.is_list(column.type) else values
 
 
 def _fault(column: pa.Array, name: str, field: FieldInfo | None) -> str | None:

@@ -1,0 +1,71 @@
+"""One self-contained page: styles, scripts, charts and data are in it. Text from data is escaped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any, get_args
+
+from harness._util.terminal import printable
+from harness._util.units import byte_unit
+from harness.analysis.verdicts import Word
+from harness.metrics import FIGURES
+from harness.report.claim_cards import by_section
+from harness.report.document import Document
+from harness.report.summary import MOST_ROWS
+
+SIGNS = {"better": "▲", "worse": "▼", "same": "=", "not distinguishable": "≈", "depends": "◇"}
+"""Of verdicts, so that none is told by its colour alone."""
+
+
+def html(document: Document, *, live: str = "") -> str:
+    """The page of a report.
+
+    Args:
+        document: the report.
+        live: of a page that is shown while its grid runs, what it asks the server for; empty: it is a file.
+    """
+    import vl_convert
+
+    front = document.front
+    counts = Counter(verdict.word for verdict in document.verdicts)
+    most = front.most_memory or 0
+    unit, size = byte_unit(most)
+    # The first screen shows the effects.
+    plotted = [chart for chart in document.charts if not chart.id.startswith("effects")]
+    return render(
+        "page.html.j2",
+        document=document,
+        signs=SIGNS,
+        claims=by_section(document.verdicts),
+        tally={word: counts[word] for word in get_args(Word) if counts[word]},
+        most_rows=MOST_ROWS,
+        memory={line.key: line.memory for line in front.lines if line.memory is not None},
+        opened={each.key: each.shown for each in document.configurations},
+        choices={
+            "choices": [{"memory": c.memory, "label": c.label, "figures": c.figures} for c in front.choices],
+            "most": most,
+            "unit": unit,
+            "size": size,
+        },
+        plotted=plotted,
+        charts={chart.id: chart.spec() for chart in plotted},
+        metrics=FIGURES.values(),
+        environment_text=json.dumps(document.environment, indent=2),
+        vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # the stub requires an optional argument
+        live=live,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package with its values; every text among them is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup, a subclass, is ours
+    )
+    return environment.get_template(template).render(**values)
