@@ -12,7 +12,7 @@ from harness._util.terminal import plain
 from harness.cli.console import err
 from harness.errors import TrialsFailed
 
-_FAILURES = ("failed", "killed", "timeout")
+FAILURES = ("failed", "killed", "timeout")
 """The other statuses are results: an out-of-memory or a divergence says something of the configuration."""
 _NAMED = 3
 """Failed trials that the message names."""
@@ -41,7 +41,7 @@ def refuse(rows: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool, h
     Raises:
         TrialsFailed: some failed, or all are recorded and none ended well.
     """
-    failed = [row for row in rows if row["status"] in _FAILURES]
+    failed = [row for row in rows if row["status"] in FAILURES]
     if failed:
         named = "; ".join(_described(row, folder) for row in failed[:_NAMED])
         further = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""

@@ -136,6 +136,14 @@ ReportTo = Annotated[
         help="Send the results, when the run ends, to mlflow, tensorboard, trackio or wandb; may be repeated.",
     ),
 ]
+Live = Annotated[
+    bool,
+    typer.Option(
+        "--live",
+        rich_help_panel=OUTPUT,
+        help="Serve the report while the grid runs, at an address of this machine alone; write it when the run ends.",
+    ),
+]
 GridFolder = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results of a grid.", show_default=True)]
 EnvironmentId = Annotated[str | None, typer.Option(metavar="ID", help="Environment id, where there are several.")]
 TrialName = Annotated[

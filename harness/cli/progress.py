@@ -71,7 +71,7 @@ def _summarize_visit(record: Record) -> str:
     return f"{metric.show(speed)} {metric.unit} over {counts}"
 
 
-def _outcome(record: Record) -> str:
+def outcome(record: Record) -> str:
     """The status of a trial; of a visit, whether it counts."""
     if record.visit is None or record.status != "ok":
         return record.status
@@ -203,11 +203,11 @@ class LiveDisplay:
 
     def finished(self, record: Record) -> None:
         """Leave a line behind."""
-        colour = _COLOURS.get(_outcome(record), "red")
+        colour = _COLOURS.get(outcome(record), "red")
         seconds = record.metrics.get("trial_seconds")
         took = f"[dim]{seconds:6.1f} s[/]" if seconds is not None else ""
         self.console.print(
-            f"[{colour}]{_outcome(record):>8}[/] {took}  {plain(record.label):32} {plain(summarize(record))}"
+            f"[{colour}]{outcome(record):>8}[/] {took}  {plain(record.label):32} {plain(summarize(record))}"
         )
         self._progress.update(self._now, visible=False)
         self._pace.finished(record)
@@ -266,7 +266,7 @@ class PlainDisplay:
         self._pace.finished(record)
         seconds = record.metrics.get("trial_seconds") or 0.0
         self._print(
-            f"[{self._pace.done}/{self._pace.total}] {_outcome(record)} {record.label}: {summarize(record)} "
+            f"[{self._pace.done}/{self._pace.total}] {outcome(record)} {record.label}: {summarize(record)} "
             f"({seconds:.1f} s, about {_minutes(self._pace)} left)"
         )
 

@@ -125,6 +125,7 @@ def run(
     results: options.Results = Path("results"),
     trust_remote_code: options.TrustRemoteCode = False,
     report_to: options.ReportTo = None,
+    live: options.Live = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -180,6 +181,8 @@ def run(
         raise InputError("--skip-infeasible needs the predictions; leave --no-predict out")
     if skip_infeasible and where.remote:
         raise InputError(f"--skip-infeasible needs predictions, which --engine {engine} does not make; leave it out")
+    if live and dry_run:
+        raise InputError("--dry-run runs nothing that --live could show; leave one of them out")
     # A trial that was skipped before is run where skipping is not asked for.
     statuses = _statuses([*(rerun or []), *([] if skip_infeasible else ["skipped"])])
     store = Store(results / loaded.name)
@@ -212,7 +215,7 @@ def run(
     print_training_file(loaded.training_file, grid)
 
     from harness.analysis import comparison, loading, sequential
-    from harness.cli.progress import display
+    from harness.cli.live import serving, shown
     from harness.predict.prediction import NO_PREDICTIONS
     from harness.report import writers
     from harness.runner.execution import Policy
@@ -222,12 +225,16 @@ def run(
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
     beforehand.print_forecast(loaded, store, here)
 
-    with failures.allowed(allow_failures), make_launcher(where, loaded) as launcher:
+    with (
+        failures.allowed(allow_failures),
+        make_launcher(where, loaded) as launcher,
+        serving(out, loaded.title, wanted=live) as live_page,
+    ):
 
         def find(trainings: Grid, own: Store) -> Summary:
             nonlocal limit
             inspect_trials(grid_run.pending(trainings, own, launcher, statuses), trust_remote_code)
-            with display(out) as progress:
+            with shown(out, live_page, trainings, own, launcher) as progress:
                 summary = grid_run.run_grid(
                     trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until
                 )
@@ -258,7 +265,7 @@ def run(
             if predict and not where.remote:
                 specs = [trial.spec for trial in grid_run.pending(version, store, launcher, statuses)[:limit]]
                 predictions = predict_trials(specs, trust_remote_code, with_rates=launcher.workers == 1)
-            with display(out) as progress:
+            with shown(out, live_page, version, store, launcher) as progress:
                 summary = grid_run.run_grid(
                     version,
                     store,
@@ -290,6 +297,8 @@ def run(
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             out.print(writers.terminal(comparison.compare(measurements)))
+            if live_page is not None:
+                live_page.write_report(measurements, store.folder)
         export.report_to(store.folder, tracked_by)
         rows = grid_run.recorded(executed, store, launcher)
         left = grid_run.pending(executed, store, launcher)
