@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 
 from house import FLOORS, MOST_LINES, MOST_TOP_MODULES, PACKAGE, ROOT, circles, imports, modules, top_modules, upward
@@ -104,6 +105,12 @@ def test_no_torch_in_the_runner() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_installed_package_has_every_file() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["harness"]
+    files = {file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert files == {file for pattern in patterns for file in PACKAGE.glob(pattern)}
 
 
 def test_lora_and_precision_are_read_where_models_are_built() -> None:

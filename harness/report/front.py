@@ -40,7 +40,7 @@ class Card:
     def sentence(self) -> str:
         """The answer in a line."""
         if not self.technique:
-            return f"{self.title}: {self.figure}"
+            return f"{self.title}: {self.figure}."
         trades = f" ({'; '.join(self.trades)})" if self.trades else ""
         return f"{self.title}: {self.technique}, {self.effect or self.figure}{trades}."
 
@@ -223,7 +223,7 @@ def _detectable(comparison: Comparison, metric: str) -> str:
     known = [e for e in comparison.undecided(metric).values() if e.detectable is not None]
     if not known:
         return ""
-    return f"; {words.detectable(min(known, key=lambda e: e.detectable or 0.0))} would have been seen"
+    return f"; a difference of {words.detectable(min(known, key=lambda e: e.detectable or 0.0))} would have been seen"
 
 
 def with_unit(metric: str, value: float | None) -> str:

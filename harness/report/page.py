@@ -23,7 +23,8 @@ def html(document: Document, *, live: str = "") -> str:
 
     Args:
         document: the report.
-        live: of a page that is shown while its grid runs, what it asks the server for; empty: it is a file.
+        live: of a page that is shown while its grid runs, its version, by which it knows that there is a newer one;
+            empty: it is a file.
     """
     import vl_convert
 
