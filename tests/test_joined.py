@@ -126,6 +126,20 @@ def test_the_page_of_several_grids_tells_their_rows_apart(two_grids: list[Path])
     assert all(f'data-key="{key}"' in text for key in keys)
 
 
+def test_each_grid_keeps_its_own_claims_and_its_memory(small: Small, two_grids: list[Path]) -> None:
+    for folder, says, metric in zip(two_grids, ("rank 8 saves", "dropout is slower"), ("peak_memory_bytes",
+                                    "tokens_per_second"), strict=True):  # fmt: skip
+        claim = {"id": "mine", "says": says, "compare": {"lora_r": [4, 8]}, "metric": metric, "expect": "ratio < 1"}
+        Store(folder).describe({"title": folder.name, "claims": [claim]})
+    parts = parts_of(two_grids)
+    whole = joined.join(parts, "Both")
+    mine = [(v.claim.says, v.claim.section, v.source) for v in whole.verdicts if v.claim.id == "mine"]
+    assert mine == [("rank 8 saves", "of ranks", "ranks"), ("dropout is slower", "of both", "both")]
+    assert set(whole.front.memory) == {configuration.key for configuration in whole.configurations}
+    assert whole.front.grid == "ranks"
+    assert whole.front.cards[0].title == "Least memory (ranks)"
+
+
 def report(*words: object) -> Any:
     return CliRunner().invoke(app, ["report", *map(str, words)])
 
@@ -163,6 +177,9 @@ def test_what_cannot_be_joined_is_refused_in_a_line(two_grids: list[Path], small
         assert not (tmp_path / "out").exists()
     joined_anyway = report(*two_grids, other_machine, "--across-environments", "-o", tmp_path / "out", "--format", "md")
     assert joined_anyway.exit_code == 0, joined_anyway.output
+    text = (tmp_path / "out/report.md").read_text()
+    assert "there was measured in another environment than ranks: cpu\\_name" in text or "another instead of" in text
+    assert "![" not in text, "its pictures were not written"
 
 
 def test_a_terminal_shows_the_answers_in_thirty_lines_and_everything_on_request(tmp_path: Path) -> None:

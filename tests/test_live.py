@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import formula
 import pytest
+from chromium import chromium
 from conftest import SMALL, Answer
 from rich.console import Console
 from test_cli import ROOT
@@ -418,32 +418,9 @@ def test_an_interrupted_run_leaves_the_page_of_its_rows(tmp_path: Path, times: i
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    """Debian's Chromium without a screen, which reaches this machine alone."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver) and not os.environ.get("CI"):
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium or "chromium"
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",  # CI runs as root
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1400,1000",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver or "chromedriver"))
-    try:
+    """It reaches this machine alone."""
+    with chromium(loopback=True) as started:
         yield started
-    finally:
-        started.quit()
 
 
 def test_an_open_page_follows_the_run(

@@ -61,7 +61,7 @@ def compare_runs(
     Raises:
         InputError: they have no configuration in common.
     """
-    differences = tuple(_differences(first.environment, second.environment))
+    differences = tuple(differing_fields(first.environment, second.environment))
     both, pairs, unpaired = _joined(first, second)
     if pairs.empty:
         reason = unpaired or f"{first.name} and {second.name} have no measured configuration in common"
@@ -98,7 +98,8 @@ def _figures(means: pandas.DataFrame, config: int) -> dict[str, float]:
     return {metric: float(means[metric].get(config, float("nan"))) for metric in HEADLINE}
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The fields of two environments that differ, each with both values."""
     flat_a, flat_b = ({**e, **{f"version of {k}": v for k, v in e["versions"].items()}} for e in (a, b))
     names = [name for name in (*flat_a, *(n for n in flat_b if n not in flat_a)) if name != "versions"]
     return [(n, str(flat_a.get(n)), str(flat_b.get(n))) for n in names if flat_a.get(n) != flat_b.get(n)]

@@ -46,6 +46,7 @@ def report(
 
     from harness.report import document, joined, writers
 
+    title = title or None
     given = folders or [Path("results/techniques")]
     wanted = _formats(formats)
     ids = environment or []
@@ -100,7 +101,8 @@ def _name(loaded: list[Measurements], title: str | None) -> str:
     if len(loaded) == 1:
         return loaded[0].name
     of_title = re.sub(r"[^a-z0-9]+", "-", (title or "").lower()).strip("-")
-    return (of_title or "-".join(measurements.name for measurements in loaded))[:60]
+    name = (of_title or "-".join(measurements.name for measurements in loaded))[:60]
+    return f"{name}-joined" if name in {measurements.name for measurements in loaded} else name
 
 
 def _print_answers(content: Document, *, full: bool) -> None:
@@ -113,7 +115,8 @@ def _print_answers(content: Document, *, full: bool) -> None:
     for line in lines:
         out.print(f"- {plain(line)}", highlight=False)
     if content.front.choices:
-        out.print("Take, from so much memory on:")
+        of = f" ({plain(content.front.grid)})" if content.front.grid else ""
+        out.print(f"Take{of}, from so much memory on:", highlight=False)
         *fewer, most = content.front.choices
         for choice in [*fewer[:_MOST_CHOICES], most]:
             out.print(f"  {show_bytes(choice.memory):>11}  {plain(choice.label)}", highlight=False)
@@ -213,15 +216,19 @@ def compare(
         raise InputError(f"--environment is given {len(ids)} times; there are {1 + len(others)} results")
     one, *rest = (_load(folder, ids[i] if i < len(ids) else None) for i, folder in enumerate((first, *others)))
     compared = [compare_runs(one, other, across_environments=across_environments, runs=len(others)) for other in rest]
+    names = [
+        f"{folder} ({other.environment_id})" if others.count(folder) > 1 else str(folder)
+        for folder, other in zip(others, rest, strict=True)
+    ]
     if output is not None:
-        named = [(str(folder), each) for folder, each in zip(others, compared, strict=True)]
-        write_whole(output, compare_page.html(str(first), named).encode())
+        write_whole(output, compare_page.html(str(first), list(zip(names, compared, strict=True))).encode())
     if as_json:
-        print_document(compared[0] if len(compared) == 1 else {"comparisons": compared})
+        listed = [{"of": name, "comparison": each} for name, each in zip(names, compared, strict=True)]
+        print_document(compared[0] if len(compared) == 1 else {"comparisons": listed})
         return
-    for folder, comparison in zip(others, compared, strict=True):
+    for name, comparison in zip(names, compared, strict=True):
         if len(compared) > 1:
-            out.print(f"[bold]{plain(str(folder))}[/]")
+            out.print(f"[bold]{plain(name)}[/]")
         _print_comparison(comparison)
     if output is not None:
         out.print(f"written to {plain(str(output))}", highlight=False, soft_wrap=True)

@@ -25,7 +25,8 @@ class Picture:
     """Where the interval, or the range of several sizes, begins, and its width; null: it has none."""
     at: float | None
     """The measured size; null: there are several."""
-    scale: Scale
+    ticks: tuple[tuple[float, str], ...]
+    """Round values: where they are, and how they are written."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _picture(verdict: ClaimVerdict) -> Picture | None:
         return None
     low, high = _region(verdict.claim, expected)
     ends = [(x, None, None) for x in (*known, low, high) if math.isfinite(x)]
-    scale = scale_of(ends, ratio=expected.quantity == "ratio")
+    scale = scale_of(ends, ratio=expected.quantity == "ratio", effects=expected.quantity != "value")
     start = scale.at(low) if math.isfinite(low) else 0.0
     end = scale.at(high) if math.isfinite(high) else 100.0
     measured = None
@@ -75,7 +76,14 @@ def _picture(verdict: ClaimVerdict) -> Picture | None:
         measured = (first, round(last - first, 2))
     value = verdict.low if verdict.value is None and verdict.low == verdict.high else verdict.value
     at = None if value is None else scale.at(value)
-    return Picture((start, round(end - start, 2)), measured, at, scale)
+    return Picture((start, round(end - start, 2)), measured, at, _ticks(verdict.claim, scale))
+
+
+def _ticks(claim: Claim, scale: Scale) -> tuple[tuple[float, str], ...]:
+    """Those of a figure in the unit that people read."""
+    if claim.expectation.quantity != "value" or claim.per:
+        return scale.ticks
+    return tuple((scale.at(value), words.figure(claim.metric, value)) for value in scale.values)
 
 
 def _region(claim: Claim, expected: Expectation) -> tuple[float, float]:

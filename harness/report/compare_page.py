@@ -30,12 +30,19 @@ def html(reference: str, comparisons: Sequence[tuple[str, RunComparison]]) -> st
         "compare.html.j2",
         title=f"{len(comparisons)} results against {reference}" if others else first.title,
         reference=reference,
-        warnings=dict.fromkeys(
-            text for _, each in comparisons for text in (each.unpaired, each.warning) if text is not None
-        ),
+        warnings=[
+            f"{folder}: {text}" if others else text
+            for folder, each in comparisons
+            for text in (each.unpaired, each.warning)
+            if text is not None
+        ],
         columns=columns,
         groups=groups,
-        tables=[table for folder, each in comparisons for table in _tables(folder, each, named=bool(others))],
+        tables=[
+            table
+            for number, (folder, each) in enumerate(comparisons)
+            for table in _tables(number, each, f": {folder}" if others else "")
+        ],
         signs=SIGNS,
         most_rows=MOST_ROWS,
         memory={},
@@ -59,13 +66,11 @@ def _line(number: int, pair: RunPair, columns: Sequence[Column]) -> Line:
     return Line(f"{number}:{pair.label}", pair.label, None, tuple(marks), figures)
 
 
-def _tables(folder: str, comparison: RunComparison, *, named: bool) -> list[Table]:
+def _tables(number: int, comparison: RunComparison, after: str) -> list[Table]:
     """What differs between the two environments, and the figures."""
-    after = f": {folder}" if named else ""
-    id_ = "".join(c if c.isalnum() else "-" for c in folder)
     rows = tuple(tuple(map(Cell, names)) for names in comparison.environments)
     differs = Table(
-        f"environment-{id_}",
+        f"environment-{number}",
         f"What differs between the two environments{after}",
         ("Environment", "reference", "compared"),
         rows,
@@ -73,6 +78,6 @@ def _tables(folder: str, comparison: RunComparison, *, named: bool) -> list[Tabl
     )
     figures = run_comparison(comparison)
     return [
-        Table(f"figures-{id_}", f"Figures{after}", figures.headings, figures.rows),
+        Table(f"figures-{number}", f"Figures{after}", figures.headings, figures.rows),
         differs,
     ]

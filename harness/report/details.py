@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness.analysis import words
-from harness.analysis.comparison import Comparison
+from harness.analysis.comparison import Comparison, order
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import METRICS
 from harness.results.store import Store
@@ -52,7 +52,7 @@ class Configuration:
 
 
 def configurations(comparison: Comparison, folder: Path, steps: pandas.DataFrame, most: int) -> list[Configuration]:
-    """The configurations of a report in the order of their numbers, without the baseline's second run.
+    """The configurations of a report in the order of its tables, without the baseline's second run.
 
     Args:
         comparison: of the report.
@@ -61,7 +61,7 @@ def configurations(comparison: Comparison, folder: Path, steps: pandas.DataFrame
         most: of them.
     """
     m = comparison.measurements
-    numbers = [int(number) for number in m.configs.index[:most] if not m.configs.at[number, "twin"]]
+    numbers = [number for number in order(m)[:most] if not m.configs.at[number, "twin"]]
     differing = m.differing_keys(numbers)
     ends = _ends(m.trials, folder)
     losses = _losses(steps[steps["config"].isin(numbers[:MOST_DETAILED])])

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
 from harness.analysis import cost, recommend, task_scores, verdicts, words
-from harness.analysis.comparison import Comparison, compare
+from harness.analysis.comparison import Comparison, compare, order
 from harness.analysis.measurements import Measurements
 from harness.metrics import METRICS
 from harness.report import (
@@ -133,7 +133,7 @@ def _with_what_is_left_out(document: Document) -> Document:
 
 def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
     """Optimizer steps with their configuration and repeat."""
-    shown = measurements.trials[measurements.trials["config"].isin(measurements.configs.index[:MOST_ROWS])]
+    shown = measurements.trials[measurements.trials["config"].isin(order(measurements)[:MOST_ROWS])]
     ids = shown.set_index("trial_id")[["config", "repeat"]]
     table = Store(folder).read("steps", columns=["trial_id", "block", "step", "loss", "tokens"])
     # Visits repeat a few steps; a watched loop times those that it trains.

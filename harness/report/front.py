@@ -89,8 +89,10 @@ class Front:
     """Techniques that the picture does not show."""
     choices: tuple[recommend.Choice, ...]
     """What to take with how much memory."""
-    most_memory: int | None
-    """Bytes that the largest configuration needs."""
+    memory: Mapping[str, int]
+    """Bytes that each configuration needs, by the key of its rows."""
+    grid: str
+    """That the answers are of, where there are several; else empty."""
 
     @property
     def lines(self) -> list[Line]:
@@ -117,15 +119,24 @@ def front(comparisons: Mapping[str, Comparison], choices: Sequence[recommend.Cho
         for prefix, configs in shown.items()
         for group in _groups(comparisons[prefix], configs, columns, prefix, named=len(comparisons) > 1)
     ]
-    needed = recommend.needed_bytes(first.measurements)
+    grid = first.measurements.name if len(comparisons) > 1 else ""
+    others = {
+        prefix: sum(config != each.measurements.baseline for config in each.shown)
+        for prefix, each in comparisons.items()
+    }
     return Front(
         about=_about([each.measurements for each in comparisons.values()]),
-        cards=cards(first, first.measurements.name if len(comparisons) > 1 else ""),
+        cards=cards(first, grid),
         columns=columns,
         groups=tuple(groups),
-        left_out=sum(len(comparisons[prefix].shown) - 1 - len(configs) for prefix, configs in shown.items()),
+        left_out=sum(others[prefix] - len(configs) for prefix, configs in shown.items()),
         choices=tuple(choices),
-        most_memory=max(needed.values(), default=None),
+        memory={
+            f"{prefix}{config}": size
+            for prefix, each in comparisons.items()
+            for config, size in recommend.needed_bytes(each.measurements).items()
+        },
+        grid=grid,
     )
 
 
@@ -219,11 +230,12 @@ def _is_better(estimate: Estimate) -> bool:
 
 
 def _detectable(comparison: Comparison, metric: str) -> str:
-    """The least difference that would have been seen of any."""
-    known = [e for e in comparison.undecided(metric).values() if e.detectable is not None]
-    if not known:
+    """The difference that would have been seen of each."""
+    undecided = comparison.undecided(metric).values()
+    if not undecided or any(e.detectable is None for e in undecided):
         return ""
-    return f"; a difference of {words.detectable(min(known, key=lambda e: e.detectable or 0.0))} would have been seen"
+    most = max(undecided, key=lambda e: e.detectable or 0.0)
+    return f"; a difference of {words.detectable(most)} would have been seen of each"
 
 
 def with_unit(metric: str, value: float | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from harness.analysis import stats
+from harness.analysis.compare_runs import differing_fields
 from harness.analysis.verdicts import ClaimVerdict
 from harness.analysis.words import NOT_MEASURED
 from harness.grids.claims import lesson
@@ -46,7 +47,11 @@ def join(documents: Sequence[Document], title: str) -> Document:
             for configuration in each.configurations
         ),
         environment={each.name: each.environment for each in documents},
-        caveats=(_judged_together(documents), *(f"{d.name}: {caveat}" for d in documents for caveat in d.caveats)),
+        caveats=(
+            _judged_together(documents),
+            *_other_environments(documents),
+            *(f"{each.name}: {caveat}" for each in documents for caveat in each.caveats),
+        ),
         thresholds=max((each.thresholds for each in documents), key=len),
         snippets=tuple(
             replace(snippet, title=f"{each.name}: {snippet.title}") for each in documents for snippet in each.snippets
@@ -61,12 +66,25 @@ def _prefix(document: Document) -> str:
 
 
 def _judged_together(documents: Sequence[Document]) -> str:
-    each, all_of_them = 1 - stats.ALPHA / len(documents), 1 - stats.ALPHA
+    alphas = sorted({document.comparison.measurements.alpha for document in documents})
+    levels, all_of_them = " to ".join(f"{1 - alpha:.2%}" for alpha in alphas[::-1]), 1 - stats.ALPHA
     return (
-        f"{len(documents)} grids are judged together, each figure of each at {each:.2%}, so that all intervals of a "
+        f"{len(documents)} grids are judged together, each figure of each at {levels}, so that all intervals of a "
         f"figure hold at once at {all_of_them:.0%}: they are wider than in the reports of the grids alone. Each grid "
         "is compared with its own baseline; where several measured the same, the first counts."
     )
+
+
+def _other_environments(documents: Sequence[Document]) -> list[str]:
+    """In what each grid's machine or versions differ from those of the first."""
+    first, *others = documents
+    lines = []
+    for other in others:
+        differences = differing_fields(first.environment, other.environment)
+        if differences:
+            listed = "; ".join(f"{field}: {theirs} instead of {ours}" for field, ours, theirs in differences)
+            lines.append(f"{other.name} was measured in another environment than {first.name}: {listed}.")
+    return lines
 
 
 def _in_words(document: Document) -> str:
@@ -76,10 +94,14 @@ def _in_words(document: Document) -> str:
 
 def _verdicts(documents: Sequence[Document]) -> list[ClaimVerdict]:
     """Each claim as the first grid judges it that measured it, with the words of the others."""
-    by_claim: dict[tuple[str, str], list[tuple[str, ClaimVerdict]]] = {}
+    by_claim: dict[str, list[tuple[str, ClaimVerdict]]] = {}
     for document in documents:
+        own = document.comparison.measurements.claims
         for verdict in document.verdicts:
-            by_claim.setdefault((verdict.claim.section, verdict.claim.id), []).append((document.name, verdict))
+            if verdict.claim in own:
+                claim = verdict.claim.model_copy(update={"section": f"of {document.name}"})
+                verdict = replace(verdict, claim=claim)  # another grid's own claim is another one
+            by_claim.setdefault(verdict.claim.model_dump_json(), []).append((document.name, verdict))
     judged = []
     for of_claim in by_claim.values():
         measured = [(name, verdict) for name, verdict in of_claim if verdict.word != _NOT_HERE]
@@ -102,7 +124,7 @@ def _tables(documents: Sequence[Document]) -> list[Table]:
         if id_ in of_lesson:
             tables.append(_filled(same))
             continue
-        with_rows = [(name, table) for name, table in same if table.rows] or same[:1]
+        with_rows = [(name, table) for name, table in same if _has_figures(table)] or same[:1]
         if len({table.headings for _, table in with_rows}) == 1:
             tables.append(_together(with_rows))
         else:
@@ -111,6 +133,10 @@ def _tables(documents: Sequence[Document]) -> list[Table]:
                 for name, table in with_rows
             ]
     return tables
+
+
+def _has_figures(table: Table) -> bool:
+    return any(cell.value is not None for row in table.rows for cell in row)
 
 
 def _keys(name: str, table: Table) -> tuple[str, ...]:

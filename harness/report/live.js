@@ -7,7 +7,11 @@
   now.id = "now";
   now.className = "soft";
   line.after(now);
-  let lost = 0;
+  // A reader who has sorted, filtered or opened something keeps it.
+  const newer = document.createElement("p");
+  now.after(newer);
+  let lost = 0, touched = false;
+  for (const kind of ["click", "input"]) document.querySelector("main").addEventListener(kind, () => { touched = true; });
   const set = (element, text) => { if (element.textContent !== text) element.textContent = text; };
   const count = (number, one, more) => number ? [`${number.toLocaleString("en")} ${number === 1 ? one : more}`] : [];
   const time = seconds => seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
@@ -39,7 +43,10 @@
       const state = await answer.json();
       lost = 0;
       show(state);
-      if (state.version !== line.dataset.version) location.reload();
+      if (state.version !== line.dataset.version) {
+        if (touched) set(newer, "there are newer rows: load the page again to see them");
+        else location.reload();
+      }
     } catch {
       lost += 1;
       set(line, "the run has ended or was stopped; this is the page of the rows until then");

@@ -12,7 +12,7 @@ import numpy
 import pandas
 
 from harness.analysis.comparison import Comparison
-from harness.analysis.cost import Cost, Costs, costs
+from harness.analysis.cost import LEAST_STEPS, Cost, Costs, costs
 from harness.report.chart import (
     BLUE,
     GREEN,
@@ -256,14 +256,12 @@ def _loss_after_time(comparison: Comparison, steps: pandas.DataFrame) -> Chart |
     data = about_configs(comparison, means.index.tolist())
     data["x"] = (trained.reindex(means.index) / means["tokens_per_second"]).to_numpy()
     data["y"] = means["eval_loss"].to_numpy()
-    base_loss = comparison.mean(comparison.measurements.baseline).get("eval_loss")
     ends = [comparison.of("eval_loss", config) for config in means.index]
+    # The interval of the difference from the baseline, round the figure itself.
     for column, side in (("y_low", "low"), ("y_high", "high")):
         data[column] = [
-            None
-            if each is None or base_loss is None or getattr(each, side) is None
-            else base_loss + getattr(each, side)
-            for each in ends
+            None if each is None or (end := getattr(each, side)) is None else own + end - each.value
+            for each, own in zip(ends, data["y"], strict=True)
         ]
     data[["y_low", "y_high"]] = data[["y_low", "y_high"]].astype(float)
     known = [value for column in ("y", "y_low", "y_high") for value in data[column].tolist() if math.isfinite(value)]
@@ -287,6 +285,7 @@ def _loss_after_time(comparison: Comparison, steps: pandas.DataFrame) -> Chart |
     )
     caption = (
         "Further left is faster, further down learnt better; lines are intervals of the difference from the baseline's "
-        "loss, which hold all at once at 95 %. There are too few steps for the course of a loss."
+        "loss, which hold all at once at 95 %. The time until a loss is shown where the baseline and another one have "
+        f"{LEAST_STEPS} steps."
     )
     return Chart("time-to-loss", "Loss and time of training", caption, chart)

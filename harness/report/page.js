@@ -26,7 +26,7 @@ addEventListener("beforeprint", () => draw(false));
 addEventListener("afterprint", () => draw(dark.matches));
 
 // ---- what fits in how much memory
-const {choices, most, unit, size} = read("choices");
+const {choices, most, grid, unit, size} = read("choices");
 const slider = document.getElementById("have");
 if (slider) {
   const limited = [...document.querySelectorAll("[data-memory]")];
@@ -39,8 +39,8 @@ if (slider) {
     for (const each of limited) each.classList.toggle("over", Number(each.dataset.memory) > have);
     const best = choices.findLast(choice => choice.memory <= have);
     document.getElementById("choice").textContent = best
-      ? `Take ${best.label}: it ${best.figures}.`
-      : `Nothing measured fits; the least needs ${(choices[0].memory / size).toFixed(2)} ${unit}.`;
+      ? `Take ${best.label}${grid ? ` (${grid})` : ""}: it ${best.figures}.`
+      : `Nothing measured${grid ? ` in ${grid}` : ""} fits; the least needs ${(choices[0].memory / size).toFixed(2)} ${unit}.`;
   };
   slider.addEventListener("input", show);
   show();

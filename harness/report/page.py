@@ -30,7 +30,7 @@ def html(document: Document, *, live: str = "") -> str:
 
     front = document.front
     counts = Counter(verdict.word for verdict in document.verdicts)
-    most = front.most_memory or 0
+    most = max(front.memory.values(), default=0)
     unit, size = byte_unit(most)
     # The first screen shows the effects.
     plotted = [chart for chart in document.charts if not chart.id.startswith("effects")]
@@ -41,11 +41,12 @@ def html(document: Document, *, live: str = "") -> str:
         claims=by_section(document.verdicts),
         tally={word: counts[word] for word in get_args(Word) if counts[word]},
         most_rows=MOST_ROWS,
-        memory={line.key: line.memory for line in front.lines if line.memory is not None},
+        memory=front.memory,
         opened={each.key: each.shown for each in document.configurations},
         choices={
             "choices": [{"memory": c.memory, "label": c.label, "figures": c.figures} for c in front.choices],
             "most": most,
+            "grid": front.grid,
             "unit": unit,
             "size": size,
         },

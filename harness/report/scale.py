@@ -35,8 +35,12 @@ class Scale:
     @property
     def ticks(self) -> tuple[tuple[float, str], ...]:
         """Round values on the line: where they are, and how they are written."""
-        values = _ratios(self.low, self.high) if self.ratio else _differences(self.low, self.high)
-        return tuple((self.at(value), f"{value:g}".replace("-", "−")) for value in values)
+        return tuple((self.at(value), f"{value:g}".replace("-", "−")) for value in self.values)
+
+    @property
+    def values(self) -> list[float]:
+        """Round values on the line."""
+        return _ratios(self.low, self.high) if self.ratio else _differences(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Mark:
     low: float | None
     """Ends of the interval; null: it has none."""
     high: float | None
+    goes_on: bool
+    """The interval ends beyond the line."""
 
     @property
     def width(self) -> float | None:
@@ -61,26 +67,28 @@ class Mark:
 def mark(estimate: Estimate, scale: Scale) -> Mark:
     """Where an estimate is on a scale."""
     low, high = (None if end is None else scale.at(end) for end in (estimate.low, estimate.high))
-    return Mark(words.effect_and_word(estimate), estimate.verdict, scale.at(estimate.value), low, high)
+    goes_on = any(end is not None and not scale.low <= end <= scale.high for end in (estimate.low, estimate.high))
+    return Mark(words.effect_and_word(estimate), estimate.verdict, scale.at(estimate.value), low, high, goes_on)
 
 
-def scale_of(values: Sequence[tuple[float, float | None, float | None]], *, ratio: bool) -> Scale:
+def scale_of(values: Sequence[tuple[float, float | None, float | None]], *, ratio: bool, effects: bool = True) -> Scale:
     """A scale that holds no effect and all values; of their intervals as much as the values take at most, once more on
     each side, as a few wide ones would press everything else together.
 
     Args:
         values: estimates, each with the ends of its interval.
         ratio: whether they are ratios.
+        effects: whether they are effects; else figures, of which none is no effect.
     """
 
     def on_line(value: float) -> float:
         return math.log(max(value, 1e-9)) if ratio else value
 
     finite = [each for each in values if math.isfinite(each[0])]
-    points = [0.0, *(on_line(value) for value, _, _ in finite)]
+    points = [*[0.0] * (effects or not finite), *(on_line(value) for value, _, _ in finite)]
     ends = [on_line(end) for _, *both in finite for end in both if end is not None and math.isfinite(end)]
     least, most = min(points), max(points)
-    span = max(most - least, 0.02)
+    span = max(most - least, 0.02 if effects else 0.1 * abs(most), 1e-9)
     low = max(min([least, *ends]), least - span) - _PAD * span
     high = min(max([most, *ends]), most + span) + _PAD * span
     return Scale(math.exp(low), math.exp(high), ratio) if ratio else Scale(low, high, ratio)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import quote
 
 from rich.table import Table as RichTable
 
@@ -49,7 +50,7 @@ def write(
         document: the report.
         folder: created if missing; files of the same names are replaced.
         progress: called with the name of the file being written.
-        formats: of `FORMATS`, those to write. Markdown links its plots as SVG.
+        formats: of `FORMATS`, those to write. Markdown shows plots where they are written.
 
     Returns:
         The files.
@@ -67,7 +68,8 @@ def write(
         write_whole(file, made.encode() if isinstance(made, str) else made)
         written.append(file)
 
-    keep("report.md", lambda: markdown(document))
+    pictures = next((kind for kind in ("svg", "png") if kind in formats), None)
+    keep("report.md", lambda: markdown(document, pictures))
     keep("comparisons.csv", lambda: comparisons_csv(document))
     keep("claims.csv", lambda: _claims_csv(document))
     for table in document.tables:
@@ -114,11 +116,16 @@ def terminal(comparison: Comparison) -> RichTable:
     return shown
 
 
-def markdown(document: Document) -> str:
-    """The report as Markdown that links its plots. Long tables are folded."""
-    parts = [headline(document)]
+def markdown(document: Document, pictures: str | None = "svg") -> str:
+    """The report as Markdown that links its plots. Long tables are folded.
+
+    Args:
+        document: the report.
+        pictures: svg, png, or null: there are none.
+    """
+    parts = [headline(document, pictures=pictures)]
     rest = [chart for chart in document.charts if not chart.id.startswith("effects")]
-    parts += [_md_chart(chart) for chart in rest]
+    parts += [_md_chart(chart, pictures) for chart in rest] if pictures else []
     parts.append("## Claims\n\n" + _folded("All claims", _md_rows(_CLAIM_HEADINGS, _claim_rows(document))))
     parts += [_md_table(table) for table in document.tables[1:]]
     if document.stories:
@@ -135,16 +142,18 @@ def markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def headline(document: Document, folder: str = "") -> str:
+def headline(document: Document, folder: str = "", pictures: str | None = "svg") -> str:
     """The first screen as Markdown: what was measured, the picture of all techniques, the three answers, what else is
     to be said, and the first table.
 
     Args:
         document: the report.
         folder: of its files, with a slash at its end.
+        pictures: svg, png, or null: there are none.
     """
     parts = [f"# {_md(document.title)}", _md(document.front.about)]
-    parts += [_md_chart(chart, folder) for chart in document.charts if chart.id.startswith("effects")]
+    effects = [chart for chart in document.charts if chart.id.startswith("effects")]
+    parts += [_md_chart(chart, pictures, folder) for chart in effects] if pictures else []
     answers = [
         (card.title, card.technique or card.figure, card.figure if card.technique else "", card.effect,
          "; ".join(card.trades))
@@ -162,8 +171,8 @@ def headline(document: Document, folder: str = "") -> str:
     return "\n\n".join(parts)
 
 
-def _md_chart(chart: Chart, folder: str = "") -> str:
-    return f"![{_md(chart.title)}]({folder}plots/{chart.id}.svg)\n\n{_md(chart.caption)}"
+def _md_chart(chart: Chart, pictures: str, folder: str = "") -> str:
+    return f"![{_md(chart.title)}]({folder}plots/{quote(chart.id)}.{pictures})\n\n{_md(chart.caption)}"
 
 
 _MOST_UNFOLDED = 12
@@ -252,6 +261,8 @@ def _csv(
 
 def _without(document: Document) -> dict[str, str]:
     """A last column for what of the training file was left out; none where nothing was."""
+    if document.parts:  # each has its own
+        return {}
     file = document.comparison.measurements.training_file
     return {"without": _no_formula(", ".join(file.without))} if file is not None and file.without else {}
 
