@@ -248,6 +248,31 @@ def test_the_page_is_accessible(
     assert not complaints(browser)
 
 
+def test_what_a_row_opens_to_is_text(browser: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path / "results" / "g")
+    hostile = "</script><script>alert(1)</script>\u202e<img src=x onerror=alert(2)>"
+    template = {"system_prompt": hostile}
+    data = [{"path": "storyteller", "type": template}]
+    for label, more, status in (
+        ("baseline", {}, "ok"),
+        ("other", {"datasets": data}, "ok"),
+        ("bad", {"lora_r": 9}, "failed"),
+    ):
+        spec = TrialSpec.model_validate(SMALL | more)
+        figures = {"peak_memory_bytes": 1000} if status == "ok" else {}
+        keep(store, spec, label, [], status=status, **figures)
+    full_report(store.folder, tmp_path / "out")
+    opened(browser, (tmp_path / "out" / "report.html").as_uri())
+    browser.execute_script("for (const each of document.querySelectorAll('#techniques-rows .open')) each.click()")
+    details = {row.text.split("\n")[1]: row for row in all_of(browser, ".detail")}
+    assert len(details) == 3
+    texts = " ".join(browser.execute_script("return arguments[0].textContent", row) for row in details.values())
+    assert "</script><script>alert(1)</script>\ufffd<img src=x" in texts
+    assert "failed in forward: no" in texts
+    assert not all_of(browser, ".detail script, .detail img")
+    assert not complaints(browser)
+
+
 def test_runs_that_are_compared_have_the_same_picture(browser: Any, tmp_path: Path) -> None:
     def small(**overrides: Any) -> TrialSpec:
         return TrialSpec.model_validate(SMALL | overrides)

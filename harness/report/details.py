@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
+from harness._util.terminal import printable
 from harness.analysis import words
 from harness.analysis.comparison import Comparison, order
 from harness.grids.yaml_file import spec_to_yaml
@@ -46,9 +47,9 @@ class Configuration:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What the page shows when its row is opened."""
-        parts = ("yaml", "differs", "ends", "figures", "losses", "stories")
-        return {part: getattr(self, part) for part in parts}
+        """What the page shows when its row is opened; its script sets each text as text."""
+        texts = {"yaml": printable(self.yaml), "differs": printable(self.differs), "ends": [*map(printable, self.ends)]}
+        return texts | {"figures": self.figures, "losses": self.losses, "stories": self.stories}
 
 
 def configurations(comparison: Comparison, folder: Path, steps: pandas.DataFrame, most: int) -> list[Configuration]:
