@@ -21,6 +21,7 @@ from harness.errors import InputError
 from harness.grids.claims import lesson
 from harness.report import document, joined, page, writers
 from harness.report.document import Document
+from harness.report.tables import Cell
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
 
@@ -87,6 +88,19 @@ def test_each_cell_of_the_lesson_is_filled_from_whichever_grid_measured_it(
     of_lesson = {claim.id for claim in lesson().claims}
     assert missing & of_lesson == set.intersection(*alone) & of_lesson
     assert len(missing & of_lesson) < min(map(len, alone))
+
+
+def test_a_cell_that_the_first_grid_lacks_is_filled_from_another(two_grids: list[Path]) -> None:
+    first, second = parts_of(two_grids)
+    table, other = (next(t for t in part.tables if t.id == "lora-parameters") for part in (first, second))
+    row = tuple(Cell(NOT_MEASURED) if column == 6 else cell for column, cell in enumerate(table.rows[0]))
+    without_loss = replace(table, rows=(row, *table.rows[1:]))
+    tables = tuple(without_loss if each is table else each for each in first.tables)
+    whole = joined.join([replace(first, tables=tables), second], "Both")
+    filled = next(t for t in whole.tables if t.id == "lora-parameters").rows[0]
+    assert filled[2].text == table.rows[0][2].text
+    assert filled[6].text == f"{other.rows[0][6].text} (both)"
+    assert filled[-1].text == "ranks, both"
 
 
 def test_a_joined_claim_names_its_grid_and_the_verdicts_of_the_others(two_grids: list[Path]) -> None:
