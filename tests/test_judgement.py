@@ -64,6 +64,34 @@ def measured(
     return loading.load(folder)
 
 
+def test_one_training_computed_in_two_ways_has_its_own_noise(small: Small, tmp_path: Path) -> None:
+    """Seeds that move every other configuration by 0.1 nats leave what differs by rounding where it was."""
+    generator, store = numpy.random.default_rng(1), Store(tmp_path)
+    of_story = generator.normal(3.0, 0.3, 12)
+    one = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    equal = {
+        "checkpointing": {**one, "gradient_checkpointing": True, "loss": "chunked"},
+        "2 x 2": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    others = {
+        "lora_r=64": {**one, "lora_r": 64},
+        "lora_r=32": {**one, "lora_r": 32},
+        "2 x 1": {"micro_batch_size": 2, "gradient_accumulation_steps": 1},
+    }
+    for repeat in range(3):
+        baseline = of_story + generator.normal(0, 0.1)
+        ids = {"baseline_id": small(seed=repeat, **one).id}
+        keep(store, small(seed=repeat, **one), "baseline", baseline.tolist(), **ids)
+        for label, changes in (equal | others).items():
+            seed = generator.normal(0, 1e-4 if label in equal else 0.1)
+            keep(store, small(seed=repeat, **changes), label, (baseline + seed).tolist(), **ids)
+    m = loading.load(tmp_path)
+    judgement = comparison.compare(m).judgement
+    estimates = {c: judgement.pair("eval_loss", m.baseline or 0, c) for c in m.configs.index if c != m.baseline}
+    words_of = {m.labels([config])[0]: estimate.verdict for config, estimate in estimates.items() if estimate}
+    assert {label for label, verdict in words_of.items() if verdict == "same"} == equal.keys(), words_of
+
+
 def of_row(m: Measurements, table: str, name: str) -> list[Estimate | None]:
     """Memory, speed and loss of a row of the lesson's tables."""
     judgement = comparison.compare(m).judgement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import pandas
@@ -60,7 +60,12 @@ def seed_noise(losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
     return SeedNoise(mean, left.sigma**2 if left is not None else 0.0, in_blocks)
 
 
-def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: pandas.Series | None = None) -> Effects:
+def crossed(
+    losses: pandas.DataFrame,
+    noise: SeedNoise | None = None,
+    weights: pandas.Series | None = None,
+    by_own_seeds: pandas.Index | None = None,
+) -> Effects:
     """Effect of each comparison: the mean over seeds of the mean over texts, weighted by tokens.
 
     Args:
@@ -69,18 +74,20 @@ def crossed(losses: pandas.DataFrame, noise: SeedNoise | None = None, weights: p
         noise: of the seeds. Comparisons of several seeds have it where it is paired and there are texts enough, and
             else that of their own seeds; null: unknown, and those of one seed have no interval.
         weights: see `timed.weights`, of the configurations in each mean; null: each comparison has a trial of its own.
+        by_own_seeds: comparisons whose several seeds differ by less than those of other configurations (`equal_work`).
     """
     shared = _shared(losses)
     counts = shared.groupby("comparison")["repeat"].agg(["nunique", "size"])
+    counts["own"] = counts.index.isin([] if by_own_seeds is None else by_own_seeds)
     tables, errors = [of_tables(numpy.empty((0, 1, 1)), numpy.empty((0, 1)))], [NO_ERRORS]
-    for shape in counts.drop_duplicates().itertuples(index=False, name=None):
-        repeats, rows = (int(count) for count in shape)
-        comparisons = counts.index[(counts["nunique"] == repeats) & (counts["size"] == rows)]
+    for shape, group in counts.groupby(["nunique", "size", "own"]):
+        repeats, rows, own = (int(each) for each in cast("tuple[int, int, bool]", shape))
+        comparisons = group.index
         values = shared[shared["comparison"].isin(comparisons)]
         table, tokens = (values[x].to_numpy(float).reshape(-1, repeats, rows // repeats) for x in ("loss", "tokens"))
         of_seeds = known = None
         texts = rows // repeats
-        several = noise is not None and noise.paired and weights is not None and texts >= _LEAST_TEXTS
+        several = noise is not None and noise.paired and weights is not None and texts >= _LEAST_TEXTS and not own
         if noise is not None and (repeats == 1 or several):
             of_seeds = _of_seeds(noise.mean, comparisons, weights)
             if repeats > 1:  # what learns the same to the bit under all seeds has no noise

@@ -13,7 +13,7 @@ import numpy
 import pandas
 
 from harness._util.units import show_bytes
-from harness.analysis import stats, timed
+from harness.analysis import equal_work, stats, timed
 from harness.analysis.crossed import NO_SEED_BETWEEN, SeedNoise, crossed, seed_noise
 from harness.analysis.estimate import Basis, Estimate
 from harness.analysis.family import NO_ERRORS, Effects, judge
@@ -311,19 +311,20 @@ class Measurements:
             losses: trial, story, tokens (its weight) and loss, or another figure of the text.
         """
         differences = _text_differences(self._matched(pairs), losses)
-        # Of one seed, the interval of a score is over questions alone: no pilot says how scores differ between seeds.
+        # Of one seed, the interval of a score is over questions alone: no pilot has it of seeds.
         pilot = NO_SEED_BETWEEN if metric == "task_score" else SeedNoise(PILOT.seeds, 0.0)
         of_seeds = self.between_seeds(losses, paired=True) or pilot
         once = differences.drop_duplicates(["comparison", "trial", "other"])
-        effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]))
+        equal = equal_work.comparisons(pairs, self._codes)
+        effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]), equal)
         return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
 
     def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
         ok = self.trials.loc[self.trials["status"] == "ok", ["stands_for", "repeat"]]
         ok = ok.rename_axis("trial").reset_index().rename(columns={"stands_for": "config"})
-        one = pairs.merge(ok, on="config")
-        return one.merge(ok.rename(columns={"config": "reference", "trial": "other"}), on=["reference", "repeat"])
+        others = ok.rename(columns={"config": "reference", "trial": "other"})
+        return pairs.merge(ok, on="config").merge(others, on=["reference", "repeat"])
 
     def _differences(self, matched: pandas.DataFrame, metric: str) -> pandas.Series:
         values = self.trials[metric].astype(float)
@@ -353,9 +354,8 @@ class Measurements:
         if ok["repeat"].nunique() < 2:
             return None
         # A second run of the baseline has the same seed, and is averaged with the first.
-        return seed_noise(
-            losses.join(ok.rename(columns={"stands_for": "config"}), on="trial", how="inner"), paired=paired
-        )
+        of_configs = losses.join(ok.rename(columns={"stands_for": "config"}), on="trial", how="inner")
+        return seed_noise(of_configs, paired=paired)
 
     def estimates(self, effects: Effects, metric: str, alpha: float | None = None) -> dict[int, Estimate]:
         """Estimates by comparison from effects on a metric, which are one family.

@@ -332,7 +332,8 @@ class TrialSpec(Parameters):
 
 FACTS: dict[str, Facts] = {name: Facts.of(field) for name, field in TrialSpec.model_fields.items()}
 """The facts of each key."""
-_PARTS = {name: part for name, field in TrialSpec.model_fields.items() if (part := Part.of(field)) is not None}
+PARTS = {name: part for name, field in TrialSpec.model_fields.items() if (part := Part.of(field)) is not None}
+"""The part of a training that each key acts on."""
 
 
 def part_of(keys: Collection[str]) -> Part | None:
@@ -343,7 +344,7 @@ def part_of(keys: Collection[str]) -> Part | None:
     Args:
         keys: those in which it differs from what it is compared with.
     """
-    parts = {_PARTS[key] for key in keys if key in _PARTS}
+    parts = {PARTS[key] for key in keys if key in PARTS}
     parts = parts - {Part.TRAINING} or parts
     return next(iter(parts), None) if len(parts) <= 1 else Part.SEVERAL
 
