@@ -1,11 +1,12 @@
 """Generated parts of the pages: the tables of docs/lesson.md and the tree of docs/architecture.md.
 
-`python -m tests.pages` writes them again, from harness/grids/lesson.yml and from the modules' docstrings.
+`python -m tests.pages` writes them again, from harness/grids/lesson.yml, committed reports and the modules' docstrings.
 """
 
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -68,13 +69,36 @@ def tables() -> Iterator[str]:
 
 
 def claims() -> Iterator[str]:
-    """The claims by section: figure, condition and expectation."""
-    every = lesson().claims
+    """The claims by section: figure, condition, expectation, and what the committed reports say."""
+    every, measured = lesson().claims, verdicts()
     for section in dict.fromkeys(claim.section for claim in every):
         yield from (f"### {section}", "")
-        rows = ((f"`{c.id}`", c.says, figure(c), condition(c), c.expect) for c in every if c.section == section)
-        yield from table(("Id", "Claim", "Figure", "Condition", "Expected"), rows)
+        rows = (
+            (f"`{c.id}`", c.says, figure(c), condition(c), c.expect, measured.get(c.says, "not measured"))
+            for c in every
+            if c.section == section
+        )
+        yield from table(("Id", "Claim", "Figure", "Condition", "Expected", "Measured"), rows)
         yield ""
+
+
+REPORTS = ("techniques", "practice", "forgetting")
+"""Those that say what became of a claim; the first that decides it counts."""
+UNDECIDED = ("not distinguishable", "not decided")
+
+
+def verdicts() -> dict[str, str]:
+    """By claim, its verdict in a committed report, with the size and a link."""
+    rows = []
+    for name in REPORTS:
+        with (ROOT / "reports" / name / "claims.csv").open(encoding="utf-8", newline="") as file:
+            rows += [row | {"report": name} for row in csv.DictReader(file) if row["Verdict"] != "not measured here"]
+    by_claim: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["Verdict"] in UNDECIDED):
+        size = row["Measured"].removeprefix("'")
+        link = f"[{row['report']}](../reports/{row['report']}/report.md)"
+        by_claim.setdefault(row["Claim"], f"**{row['Verdict']}** by {link}: {size}")
+    return by_claim
 
 
 def tree() -> Iterator[str]:
