@@ -203,7 +203,7 @@ def test_a_terminal_shows_the_answers_in_thirty_lines_and_everything_on_request(
     lines = short.output.splitlines()
     assert len(lines) <= 30
     text = " ".join(short.output.split())
-    for answer in ("Least memory: QLoRA", "Fastest: sequence_length=192", "Lowest loss: lora_alpha=64", "Of 60 claims"):
+    for answer in ("Least memory: QLoRA", "Fastest: lora_target", "Lowest loss: lora_alpha=64", "Of 60 claims"):
         assert answer in text
     assert "DoRA" not in text
     assert len(full.output.splitlines()) > 60

@@ -22,9 +22,10 @@ def comparisons(pairs: pandas.DataFrame, conditions: pandas.DataFrame) -> pandas
 
     Args:
         pairs: columns comparison, reference, config.
-        conditions: by configuration, a value of each key of the spec and of what is derived from them.
+        conditions: by configuration, a value of each key of the spec and of what is derived from them;
+            configurations that it lacks equal none.
     """
     what = conditions[[key for key in conditions.columns if key not in HOW]]
-    ours, theirs = (what.loc[pairs[side]].to_numpy() for side in ("config", "reference"))
+    ours, theirs = (what.reindex(pairs[side]).to_numpy() for side in ("config", "reference"))
     equal = pandas.Series((ours == theirs).all(axis=1), pairs.index).groupby(pairs["comparison"]).all()
     return equal.index[equal]
