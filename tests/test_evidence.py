@@ -89,7 +89,7 @@ def assert_verdict_agrees(row: Any) -> None:
 EXPECTED = re.compile(r"(\w+): (ratio|difference) (<=|>=|<|>) (-?[\d.]+)$")
 
 
-@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("report", [name for name in REPORTS if name != "methods"])  # which has no such claim
 def test_verdicts_on_memory_are_recomputed_from_the_parquet(report: str) -> None:
     """Claims about the peaks of one pair: exact figures, so that the expectation alone decides."""
     claims = pandas.read_csv(ROOT / "reports" / report / "claims.csv")
@@ -104,4 +104,4 @@ def test_verdicts_on_memory_are_recomputed_from_the_parquet(report: str) -> None
         holds = {"<": ratio < bound, "<=": ratio <= bound, ">": ratio > bound, ">=": ratio >= bound}[expected[3]]
         assert row.Verdict == ("supported" if holds else "contradicted"), (row.Claim, ratio)
         judged += 1
-    assert judged >= 4 or report != "techniques"
+    assert judged >= 2
