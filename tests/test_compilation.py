@@ -170,9 +170,34 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(
         preflight.preflight(grid.load(tmp_path / "grid.yml"))
 
 
-def test_compiled_steps_are_not_predicted(small: Small) -> None:
-    with pytest.raises(peak.Unpredictable, match=r"^torch_compile: what compiled layers keep in memory"):
-        peak.predict(small(torch_compile=True), "cuda")
+def test_the_peak_of_compiled_layers_is_predicted(whole: tuple[Record, Record]) -> None:
+    record = whole[1]
+    predicted = peak.predict(record.spec, "cpu")
+    for name in ("peak_memory_bytes", "peak_evaluate_bytes", "memory_activations_bytes", "memory_optimizer_bytes"):
+        value = getattr(predicted, name, None) or predicted.breakdown[name]
+        assert value == pytest.approx(record.metrics[name], rel=0.005), name
+    again = peak.predict(record.spec, "cpu")
+    assert again.peak_memory_bytes == predicted.peak_memory_bytes, "the model that is there has compiled layers still"
+    plain = peak.predict(record.spec.model_copy(update={"torch_compile": False}), "cpu")
+    assert plain.peak_memory_bytes > 1.05 * predicted.peak_memory_bytes
+    with pytest.raises(peak.Unpredictable, match=r"^torch_compile: what compiled layers keep on a card"):
+        peak.predict(record.spec, "cuda")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        DENSE,
+        FEW | {"adapter": "none", "precision": "bf16", "base_model": "random:tiny"},
+        FEW | {"lora_dropout": 0.1, "precision": "nf4"},
+    ],
+    ids=["checkpointing", "full fine-tuning", "nf4"],
+)
+def test_peaks_of_other_compiled_layers_are_predicted(small: Small, changes: dict[str, Any]) -> None:
+    record = trials.run(small(**changes, torch_compile=True))
+    assert record.status == "ok", record.error
+    predicted = peak.predict(record.spec, "cpu")
+    assert predicted.peak_memory_bytes == pytest.approx(record.metrics["peak_memory_bytes"], rel=0.005)
 
 
 def test_nothing_imports_the_compiler_without_the_key() -> None:

@@ -14,12 +14,13 @@ from harness.environment import DeviceType
 from harness.predict import fake_weights, loading
 from harness.predict.allocator import Event
 from harness.predict.cards import Capability
+from harness.predict.compiled_layers import CompiledFakes, CompiledReplay
 from harness.predict.prediction import model_key
 from harness.predict.repeated_layers import RepeatedLayers
 from harness.predict.replay import Replay
 from harness.predict.trace import Entry, requests
 from harness.spec.trial import TrialSpec
-from harness.training import distributed, model
+from harness.training import compilation, distributed, model
 
 _CPU = torch.device("cpu")
 
@@ -39,8 +40,9 @@ class LoadedModel:
         self, network: Any, spec: TrialSpec, device_type: DeviceType, capability: Capability, *, all_layers: bool
     ) -> None:
         self.network = network
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.tracker = tracker = Replay(device_type, self.fake, capability)
+        fakes, replay = (CompiledFakes, CompiledReplay) if spec.torch_compile else (FakeTensorMode, Replay)
+        self.fake = fakes(allow_non_fake_inputs=True)
+        self.tracker = tracker = replay(device_type, self.fake, capability)
         tracker.component = "weights"
         # Made outside the fake mode: it reads the ranks from a tensor.
         mesh = distributed.device_mesh(_CPU) if spec.sharding != "none" else None
@@ -60,6 +62,8 @@ class LoadedModel:
         if spec.num_processes == 1:  # shards are made of a model in the machine's memory
             upcast = spec.upcasts
             self.requests = loading.events(network, adapters, tracker.key_of, tracker.size_of, upcast=upcast)
+        if spec.torch_compile:
+            compilation.compile_layers(network)
         self.layers = None if all_layers else RepeatedLayers(network, tracker)
         self._keys = tracker.live_keys()
 
@@ -99,7 +103,7 @@ def loaded(
     Raises:
         InputError: the model's config is not available, or no such model can be trained as the spec says.
     """
-    key = model_key(spec), spec.folder, device_type, capability, all_layers, trust_remote_code
+    key = model_key(spec), spec.folder, device_type, capability, all_layers, trust_remote_code, spec.torch_compile
     taken = _last.pop(key, None)
     if taken is None:
         _last.clear()

@@ -31,6 +31,7 @@ from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.predict import fake_weights, loaded_model, masks, reserve
 from harness.predict.cards import AMPERE, Capability
+from harness.predict.compiled_layers import compiled_without_kernels
 from harness.predict.emulation import answer_questions, emulate_kernels, emulate_optimizer
 from harness.predict.loaded_model import LoadedModel
 from harness.predict.prediction import Prediction
@@ -40,7 +41,7 @@ from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
 from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, distributed, evaluation, model, order
+from harness.training import batches, checkpoints, compilation, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer
 
@@ -81,11 +82,12 @@ def predict(
 
     Raises:
         InputError: the model's config or the stories are not available.
-        Unpredictable: an operation cannot be replayed on fake tensors; the message names it. Or layers are compiled.
+        Unpredictable: an operation cannot be replayed on fake tensors; the message names it. Or layers are compiled,
+            for a card.
     """
     started = time.perf_counter()
-    if spec.torch_compile:
-        raise Unpredictable("torch_compile: what compiled layers keep in memory is the compiler's choice")
+    if spec.torch_compile and device_type == "cuda":
+        raise Unpredictable("torch_compile: what compiled layers keep on a card is the choice of a compiler for cards")
     tokenizer = _tokenizer(spec, trust_remote_code)
     assumed = tokenizer is None
     full_length = full_length or assumed
@@ -97,22 +99,25 @@ def predict(
             spec, device_type, capability, all_layers=all_layers, trust_remote_code=trust_remote_code
         )
         # Rank 0 has the widest micro-batches.
-        with distributed.fake_process_group(0, spec.num_processes), loaded as its_model:
+        compiled = compiled_without_kernels() if spec.torch_compile else contextlib.nullcontext()
+        with compiled, distributed.fake_process_group(0, spec.num_processes), loaded as its_model:
             return _StepReplay(its_model, spec, device_type, capability, full_length=full_length).run(
                 steps, data.held_out
             )
 
     try:
         try:
-            prediction, traces = replayed(all_layers=spec.num_processes > 1 or spec.optimizer_in_backward)
+            every = spec.num_processes > 1 or spec.optimizer_in_backward or spec.torch_compile
+            prediction, traces = replayed(all_layers=every)
         except Irregular:
             prediction, traces = replayed(all_layers=True)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise Unpredictable(f"{error.func} cannot be replayed on fake tensors") from error
     except NotImplementedError as error:
         raise Unpredictable(first_line(error)) from error
-    except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError) or (operation := operation_of(error)) is None:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        operation = "torch_compile" if spec.torch_compile else operation_of(error)
+        if isinstance(error, InputError) or operation is None:
             raise
         raise Unpredictable(f"{operation}: {first_line(error)}") from error
     if traces is not None:
@@ -244,7 +249,8 @@ class _StepReplay:
             start = number * spec.micro_batch_size
             batch = batches.collate(held_out[start : start + spec.micro_batch_size], _ANY_ID, _CPU)
             counted = masks.from_counts([self._needs_mask(batch)])
-            with self.fake, self._repeated_layers(), self.tracker, counted as enter:
+            uncompiled = compilation.uncompiled(self.spec)
+            with self.fake, self._repeated_layers(), self.tracker, counted as enter, uncompiled:
                 self.tracker.enter("evaluate")
                 enter()
                 evaluation.summed_losses(self.network, _fake_batch(batch), self.spec, _CPU)

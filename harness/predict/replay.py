@@ -328,10 +328,11 @@ def _work_of(func: Any, args: Any, out: Any, flops: int) -> tuple[str | None, in
     if func.is_view or func.namespace == "c10d" or func._overloadpacket.__name__ in _WITHOUT_TRAFFIC:
         return None
     dtype = str(next(a for a in args if isinstance(a, torch.Tensor)).dtype).removeprefix("torch.") if flops else None
-    return dtype, flops, _bytes(args) + _bytes((out,))
+    return dtype, flops, bytes_of(args) + bytes_of((out,))
 
 
-def _bytes(values: Iterable[Any]) -> int:
+def bytes_of(values: Iterable[Any]) -> int:
+    """Bytes of all tensors among values."""
     return sum(
         distributed.local_tensor(each).numel() * each.element_size() for value in values for each in _tensors(value)
     )

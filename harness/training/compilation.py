@@ -60,12 +60,8 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
         return
     if missing := missing_for_compiler(device_type):
         raise InputError(missing)
-    import torch._dynamo.config  # the compiler takes seconds to import
-    from torch._dynamo import callback
-    from torch._inductor.async_compile import shutdown_compile_workers
+    from torch._dynamo import callback  # the compiler takes seconds to import
 
-    depth = sys.getrecursionlimit()  # torch's compiler raises it for good
-    torch.compiler.reset()  # of trials before this one in the same process
     started: list[float] = []
 
     def start(compilation: callback.CallbackArgs) -> None:
@@ -75,6 +71,24 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
     def end(_: callback.CallbackArgs) -> None:
         done.seconds += time.perf_counter() - started.pop()
 
+    with compiler(), _empty_cache() if empty_cache else contextlib.nullcontext():
+        callback.on_compile_start(start)
+        callback.on_compile_end(end)
+        try:
+            yield done
+        finally:
+            callback.callback_handler.remove_start_callback(start)
+            callback.callback_handler.remove_end_callback(end)
+
+
+@contextlib.contextmanager
+def compiler() -> Iterator[None]:
+    """Within, torch's compiler is set up as trials need it, and knows of nothing that it compiled before."""
+    import torch._dynamo.config
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    depth = sys.getrecursionlimit()  # torch's compiler raises it for good
+    torch.compiler.reset()
     settings = {
         "recompile_limit": _MOST_GRAPHS,
         "fail_on_recompile_limit_hit": True,
@@ -82,18 +96,11 @@ def counted(spec: TrialSpec, device_type: DeviceType, *, empty_cache: bool) -> I
         # the tracker of memory sees what is no memory of the step.
         "optimize_ddp": False,
     }
-    with (
-        torch._dynamo.config.patch(settings),
-        _empty_cache() if empty_cache else contextlib.nullcontext(),
-    ):
-        callback.on_compile_start(start)
-        callback.on_compile_end(end)
+    with torch._dynamo.config.patch(settings):
         try:
-            yield done
+            yield
         finally:
             sys.setrecursionlimit(depth)
-            callback.callback_handler.remove_start_callback(start)
-            callback.callback_handler.remove_end_callback(end)
             shutdown_compile_workers()  # processes of this one, whose end by os._exit they would outlive for a while
 
 

@@ -211,7 +211,8 @@ class CompiledLiveTensors(LiveTensors):
     """
 
     supports_higher_order_operators = True
-    _entered: ClassVar[list[CompiledLiveTensors]] = []
+    entered: ClassVar[list[CompiledLiveTensors]] = []
+    """Those in use, the innermost last."""
 
     def __init__(self, device_type: str, budget: int | None = None) -> None:
         super().__init__(device_type, budget)
@@ -244,25 +245,24 @@ class CompiledLiveTensors(LiveTensors):
 
     def __enter__(self) -> CompiledLiveTensors:
         super().__enter__()
-        self._entered.append(self)
+        self.entered.append(self)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._entered.pop()
+        self.entered.pop()
         super().__exit__(*exception)
 
-    @classmethod
-    def report(cls, tensor: torch.Tensor) -> None:
-        """Count a buffer of generated code, if it is made within such a mode."""
-        for tracker in cls._entered[-1:]:
-            tracker._add(tensor, tracker.component)
+    def allocated(self, allocate: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """A buffer of generated code, which counts."""
+        tensor = allocate(*arguments)
+        self._add(tensor, self.component)
+        return tensor
 
 
 def _reporting(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(allocate)
-    def allocated(*arguments: Any) -> torch.Tensor:
-        tensor = allocate(*arguments)
-        CompiledLiveTensors.report(tensor)
-        return tensor
+    def reported(*arguments: Any) -> torch.Tensor:
+        trackers = CompiledLiveTensors.entered[-1:]
+        return trackers[0].allocated(allocate, *arguments) if trackers else allocate(*arguments)
 
-    return allocated
+    return reported
