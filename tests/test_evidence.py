@@ -51,13 +51,17 @@ def loss(report: str, label: str) -> float:
 
 
 def speed(report: str, label: str) -> float:
-    """The mean ratio within blocks; a visit's speed is the tokens of its different steps by their mean seconds."""
+    """The mean ratio within blocks; a visit's speed is the tokens of its different steps by their mean seconds, in
+    units of the baseline's where each visit took its steps in turn.
+    """
     steps = rows(report)["steps"]
     quiet = steps[steps["block"].notna() & ~steps["disturbed"].astype(bool)]
     visit = ["label", "trial_id", "block"]
     quiet = quiet[quiet.groupby(visit)["seconds"].transform("size") >= 3]
     makes = ["samples", "tokens", "supervised_tokens", "padded_tokens"]
     mean = quiet.groupby([*visit, *makes])["seconds"].mean().reset_index().groupby(visit)[["tokens", "seconds"]].sum()
+    if quiet.get("reference_seconds", pandas.Series([math.nan])).notna().all():
+        mean["tokens"] *= quiet.groupby(visit)["reference_seconds"].mean()
     logarithms = numpy.log(mean["tokens"] / mean["seconds"]).groupby(["label", "block"]).mean()
     return math.exp((logarithms[label] - logarithms["baseline"]).dropna().mean())
 

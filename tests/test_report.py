@@ -21,6 +21,7 @@ from rows import keep
 from harness.analysis import compare_runs, comparison, loading, pareto, recommend, verdicts, words
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
+from harness.analysis.sizing import show_time
 from harness.environment import current
 from harness.errors import InputError
 from harness.grids.claims import Claim, Contrast
@@ -132,6 +133,43 @@ def test_an_undecided_comparison_says_what_would_decide_it(small: Small, tmp_pat
         assert "stories (val" in text, file
     caption = str(writers.terminal(report.comparison).caption)
     assert f"not decided, by the smallest detectable difference: eval loss {smallest} (1)" in caption
+
+
+def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Path) -> None:
+    folder, out = tmp_path / "results" / "g", tmp_path / "out"
+    generator = random.Random(6)
+    # Of 30 s, 2 were loading and 10 were steps: each of the eight stories took 2.25.
+    took = {"trial_seconds": 30.0, "load_seconds": 2.0, "step_seconds_median": 1.0, "optimizer_steps": 10,
+            "evaluated_stories": 8}  # fmt: skip
+    for seed in range(3):
+        for label, r in (("baseline", 4), ("lora_r=8", 8), ("lora_r=9", 9)):
+            stories = [2.0 + (r == 9) + generator.uniform(-0.1, 0.1) for _ in range(8)]
+            loss = sum(stories) / 8
+            speed = generator.uniform(90.0, 110.0)
+            keep(Store(folder), small(seed=seed, lora_r=r), label, stories, **BASE | took | {"eval_loss": loss},
+                 **{"tokens_per_second": speed})  # fmt: skip
+    report = full_report(folder, out)
+    speeds, losses = report.longer
+    open_loss, open_speed, other_speed = (
+        estimate(report.comparison.measurements, label, metric)
+        for label, metric in (
+            ("lora_r=8", "eval_loss"),
+            ("lora_r=8", "tokens_per_second"),
+            ("lora_r=9", "tokens_per_second"),
+        )
+    )
+    # Nine trials, of a second to start and 30: other stories are held out, so that all are trained again.
+    assert (open_loss.unit, open_loss.verdict) == ("stories", "not distinguishable")
+    seconds = 9 * (31.0 + 18.0 * ((open_loss.needed or 0) / 8 - 1))
+    decided = f"{open_loss.needed:,} held-out stories instead of 8 (val_set_size) would decide 1 of them"
+    assert losses == f"1 of 2 losses are not decided; {decided}, in about {show_time(seconds)}."
+    # A block times three configurations, each with a start, 2 s to load, and one and six steps of a second.
+    fewer = min(open_speed.needed or 0, other_speed.needed or 0)
+    assert speeds == (
+        f"2 of 2 speeds are not decided; {fewer:,} visits instead of 3 (visits) would decide 1 of them, in about "
+        f"{show_time((fewer - 3) * 3 * (1.0 + 2.0 + 7.0))}."
+    )
+    assert all(line in (out / "report.md").read_text() for line in (speeds, losses))
 
 
 def test_one_repeat_has_an_interval_over_its_steps(small: Small, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from typing import Any
 
 import pandas
 import pytest
+import trials
 from conftest import Quiet
 from test_launch import Watch
 
 from harness.analysis import comparison, loading
+from harness.analysis.timed import effects
 from harness.cli.progress import Pace
 from harness.grids import grid as grids
 from harness.grids.document import NO_TIMING, Timing
@@ -28,6 +31,7 @@ from harness.runner import visits
 from harness.runner.grid_run import Summary, run_grid
 from harness.training import batches, checkpoints, order, waiting
 from harness.training.schedule import VisitSchedule
+from harness.training.step import Trainer
 
 GRID = """
 name: g
@@ -128,6 +132,66 @@ def test_a_little_waiting_and_unknown_waiting_disturb_nothing() -> None:
     assert not waiting.is_disturbed(0.001, 0.01)
     assert not waiting.is_disturbed(0.03, 1.0)
     assert waiting.is_disturbed(0.05, 1.0)
+
+
+# ------------------------------------------------------------------------------------ in turn with the baseline
+
+
+def test_steps_of_the_baseline_are_taken_in_turn(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step has one of the baseline next to it, before it every other time; the trial's own memory counts."""
+    own, baseline = small(lora_r=8), small()
+    taken: list[Any] = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda trainer, batches: taken.append(trainer.spec) or step(trainer, batches))
+    records = [
+        trials.run(own, visit=Visit(block=1, seconds=0.05, reference=reference)) for reference in (None, baseline)
+    ]
+    alone, in_turn = records
+    assert [step.reference_seconds for step in alone.steps] == [None] * len(alone.steps)
+    assert all(step.reference_seconds and step.seconds != step.reference_seconds for step in in_turn.steps)
+    turns = taken[-2 * len(in_turn.steps) :]
+    assert turns[:4] == [own, baseline, baseline, own]
+    assert in_turn.metrics["peak_timed_bytes"] == pytest.approx(alone.metrics["peak_timed_bytes"], rel=1e-3)
+    assert [s.loss for s in in_turn.steps] == pytest.approx([s.loss for s in alone.steps[: len(in_turn.steps)]])
+
+
+def test_what_slows_a_machine_for_a_while_cancels() -> None:
+    """Two configurations, one 20 % slower, on a machine whose speed changes threefold from one visit to the next."""
+    slowness = iter([1.0, 2.9, 1.7, 1.2, 2.2, 1.1, 3.0, 1.4])
+    rows = []
+    for block in range(4):
+        for config, seconds in ((0, 1.0), (1, 1.25)):
+            of_reference = next(slowness)
+            own = seconds * of_reference * (1 + 0.001 * block)
+            speeds = {"tokens_per_second": 100 / own, "step_seconds_median": own, "reference_seconds": of_reference}
+            rows.append({"trial": config, "block": block, "visit": True, **speeds})
+    readings = pandas.DataFrame(rows)
+    pairs = pandas.DataFrame({"comparison": [0], "reference": [0], "config": [1]})
+    configs = pandas.Series([0, 1])
+
+    def effect(metric: str, readings: pandas.DataFrame) -> Any:
+        return effects(pairs, metric, readings, pandas.DataFrame(), configs).table.loc[0]
+
+    assert effect("tokens_per_second", readings)["effect"] == pytest.approx(math.log(0.8), abs=0.002)
+    assert effect("step_seconds_median", readings)["effect"] == pytest.approx(math.log(1.25), abs=0.002)
+    assert effect("tokens_per_second", readings)["se"] < 0.002
+    # One visit that had no baseline next to it, and ratios cannot be compared.
+    assert effect("tokens_per_second", readings.replace({"reference_seconds": {1.0: math.nan}}))["se"] > 0.1
+
+
+def test_visits_of_a_grid_have_the_baseline_or_none_has(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:
+    quiet()
+    grid, store = loaded(tmp_path), Store(tmp_path / "r")
+    go(grid, tmp_path, launcher)
+    steps = store.read("steps", columns=["trial_id", "block", "reference_seconds"]).to_pandas()
+    assert steps.loc[steps["block"].notna(), "reference_seconds"].notna().all()
+    assert steps.loc[steps["block"].isna(), "reference_seconds"].isna().all()
+    (baseline,) = {trial.spec.id for trial in grid.trials if trial.baseline}
+    assert set(visits.references(grid, store, 2**40)) == {baseline}
+    several = grid.with_specs({t.spec.id: t.spec.model_copy(update={"num_processes": 2}) for t in grid.trials})
+    assert not visits.references(several, store, 2**40)
+    peak = store.read("trials", columns=["trial_id", "peak_process_bytes"]).to_pandas()["peak_process_bytes"].max()
+    assert not visits.references(grid, store, 2 * peak - 1), "two of them do not fit into memory"
 
 
 # ------------------------------------------------------------------------------------ figures

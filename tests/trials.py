@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from harness.environment import current
-from harness.record import Job, Record
+from harness.record import Job, Record, Visit
 from harness.spec.keys import FORMATS, QUANTISED
 from harness.spec.trial import TrialSpec
 from harness.training import half_matmul, trial
 
 
-def run(spec: TrialSpec) -> Record:
-    """Run a trial on the CPU, as a worker does."""
+def run(spec: TrialSpec, visit: Visit | None = None) -> Record:
+    """Run a trial on the CPU, or a visit to one, as a worker does."""
     half_matmul.install()
-    return trial.run(Job(grid="test", spec=spec, label="test"), environment=current("cpu"))
+    return trial.run(Job(grid="test", spec=spec, label="test", visit=visit), environment=current("cpu"))
 
 
 def quantizer_of(precision: str) -> dict[str, str]:

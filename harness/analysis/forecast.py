@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy
 import pandas
 
-from harness.analysis import power, stats
+from harness.analysis import power, stats, timed
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT, PILOT_MODEL, Variances
 from harness.analysis.stats import Noise
@@ -108,7 +108,7 @@ def variances_of(m: Measurements | None) -> Known:
 def _noise_of_readings(m: Measurements, readings: pandas.DataFrame) -> Noise | None:
     if readings.empty:
         return None
-    values = numpy.log(readings["tokens_per_second"])
+    values = timed.logarithms(readings, "tokens_per_second")
     return stats.noise(values, readings["trial"].map(m.trials["stands_for"]), readings["block"])
 
 

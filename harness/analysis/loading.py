@@ -25,7 +25,7 @@ from harness.metrics import METRICS
 from harness.record import TIMED_FIGURES, Tuned
 from harness.results.schema import INFERENCE_TABLES, Table
 from harness.results.store import Store, looks_of
-from harness.results.timing import STEP_COLUMNS, counting_steps, speeds
+from harness.results.timing import STEP_COLUMNS, counting_steps, reference_seconds, speeds
 
 
 def load(
@@ -264,7 +264,9 @@ def _readings(visited: pandas.DataFrame, trials: pandas.DataFrame) -> pandas.Dat
     """Speeds of each trial in each block of timing visits; of rows from before there were visits, those of the trial,
     whose block is its repeat. The trials of a search ran one after another over hours: each is a block of its own.
     """
-    of_visits = speeds(counting_steps(visited, ["trial", "block"]), ["trial", "block"]).reset_index()
+    keys = ["trial", "block"]
+    counting = counting_steps(visited, keys)
+    of_visits = speeds(counting, keys).join(reference_seconds(counting, keys)).reset_index()
     of_visits["flops_per_second"] = of_visits["tokens_per_second"] * of_visits["trial"].map(trials["flops_per_token"])
     of_visits = of_visits[~of_visits["trial"].map(trials["disturbed"].fillna(False).astype(bool))]
     before = trials[~trials.index.isin(visited["trial"]) & (trials["status"] == "ok")]

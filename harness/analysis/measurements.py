@@ -52,8 +52,8 @@ class Measurements:
     rates: pandas.DataFrame
     """By trial number: mean, var and count of log(tokens ÷ seconds) over the timed steps."""
     readings: pandas.DataFrame
-    """Speeds by trial and block of timing visits: trial, block, whether it was a `visit`, and `TIMED_FIGURES`. A trial
-    from before there were visits has one reading, whose block is its repeat."""
+    """Speeds by trial and block of timing visits: trial, block, whether it was a `visit`, `TIMED_FIGURES`, and those of
+    `reference_seconds`. A trial from before there were visits has one reading, whose block is its repeat."""
     waits_unknown: bool
     """Whether there are timed steps of which is not known how long they waited for a processor."""
     stories: pandas.DataFrame
@@ -94,8 +94,8 @@ class Measurements:
         twins = self.configs.index[self.configs["twin"]]
         if self.baseline is None or not len(twins):
             return None
-        configs = self.readings.assign(config=self.readings["trial"].map(self.trials["config"]))
-        speeds = numpy.log(configs.pivot_table(index="block", columns="config", values="tokens_per_second"))
+        by = [self.readings["block"], self.readings["trial"].map(self.trials["config"])]
+        speeds = timed.logarithms(self.readings, "tokens_per_second").groupby(by).mean().unstack()
         if self.baseline not in speeds or twins[0] not in speeds:
             return None
         return stats.noise_floor(speeds[twins[0]] - speeds[self.baseline])

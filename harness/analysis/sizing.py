@@ -39,10 +39,16 @@ class Cost:
     general: float = 0.0
     """Evaluation of the general passages."""
 
-    def of_visit(self, seconds: float) -> float:
-        """A visit: a warm-up step, and whole rounds of its steps for at least so many seconds."""
+    def of_visit(self, seconds: float, reference: Cost | None = None) -> float:
+        """A visit: a warm-up step, and whole rounds of its steps for at least so many seconds.
+
+        Args:
+            seconds: least seconds of its own steps.
+            reference: of the baseline, if a step of it is taken in turn with each; null: none is.
+        """
         rounds = max(1, math.ceil(seconds / (_STEPS_OF_VISIT * self.step))) if self.step else 1
-        return self.start + self.step * (1 + _STEPS_OF_VISIT * rounds)
+        steps = 1 + _STEPS_OF_VISIT * rounds
+        return sum(each.start + each.step * steps for each in (self, reference) if each is not None)
 
 
 @dataclass(frozen=True)
@@ -77,19 +83,21 @@ class Work:
         return seconds
 
 
-def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: float) -> Work:
+def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: float, *, in_turn: bool) -> Work:
     """The work of a grid.
 
     Args:
         trials: of the grid.
         costs: by `cost_key`.
         visit_seconds: least undisturbed seconds of a visit.
+        in_turn: whether visits take steps of the baseline too.
     """
     first = [trial for trial in trials if trial.repeat == 0]
     of = [costs[cost_key(trial.spec)] for trial in first]
     untrained = {trial.spec.untrained_key: cost for trial, cost in zip(first, of, strict=True)}
     baselines = [trial for trial in trials if trial.baseline]
     alone = costs[cost_key(baselines[0].spec)] if baselines else Cost(0, 0, 0, 0)
+    reference = alone if in_turn else None
 
     def training(cost: Cost) -> float:
         return cost.start + cost.steps * cost.step + cost.general
@@ -98,7 +106,7 @@ def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: f
         each_repeat=sum(training(cost) for cost in of),
         each_story=sum(cost.story for cost in of),
         each_story_before=sum(cost.story for cost in untrained.values()),
-        each_visit=sum(cost.of_visit(visit_seconds) for cost in of),
+        each_visit=sum(cost.of_visit(visit_seconds, reference) for cost in of),
         once=sum(cost.general for cost in untrained.values()),
         each_baseline=training(alone),
         each_baseline_story=alone.story,

@@ -9,6 +9,23 @@ from harness.analysis import stats
 from harness.analysis.family import NO_ERRORS, Effects
 
 
+def logarithms(readings: pandas.DataFrame, metric: str) -> pandas.Series:
+    """The logarithm of a figure of each reading.
+
+    Where every visit took steps of the baseline in turn, it is that of the ratio to the baseline's: what slows the
+    machine for seconds or minutes slows both, and cancels.
+
+    Args:
+        readings: see `Measurements.readings`.
+        metric: one of `TIMED_FIGURES`, or a rate.
+    """
+    values: pandas.Series = numpy.log(readings[metric])
+    if readings["reference_seconds"].isna().any():
+        return values
+    of_baseline: pandas.Series = numpy.log(readings["reference_seconds"])
+    return values.sub(of_baseline) if metric.startswith("step_seconds") else values.add(of_baseline)
+
+
 def effects(
     pairs: pandas.DataFrame,
     metric: str,
@@ -28,7 +45,7 @@ def effects(
         configs: by trial, the configuration that it stands for.
     """
     known = readings[["trial", "block", "visit"]].assign(
-        config=readings["trial"].map(configs), value=numpy.log(readings[metric])
+        config=readings["trial"].map(configs), value=logarithms(readings, metric)
     )
     others = known.rename(columns={"config": "reference", "trial": "other", "value": "reference_value"})
     matched = pairs.merge(known, on="config").merge(others.drop(columns="visit"), on=["reference", "block"])

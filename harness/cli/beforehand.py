@@ -155,6 +155,7 @@ def _at(size: Size, grid_of: Callable[[int | None, int | None], Grid]) -> Grid:
 def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work:
     """What the grid takes: by recorded trials, else by predicted steps."""
     from harness.analysis import sizing as sizes
+    from harness.runner import visits
 
     specs = [trial.spec for trial in grid.trials if trial.repeat == 0]
     costs = {} if measurements is None else sizes.recorded_costs(measurements)
@@ -165,7 +166,7 @@ def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work
     every = sizes.completed(costs, specs)
     if every is None:
         raise InputError(f"--size: it is not known how long a trial of {grid.name} takes; run it once without --size")
-    return sizes.work_of(grid.trials, every, grid.timing.seconds)
+    return sizes.work_of(grid.trials, every, grid.timing.seconds, in_turn=visits.in_turn(grid))
 
 
 def _choices(grid: Grid, sizing: Sizing) -> Choices:

@@ -111,7 +111,11 @@ def _print_answers(content: Document, *, full: bool) -> None:
 
     out.print(f"[bold]{plain(content.title)}[/]")
     out.print(plain(content.front.about), style="dim", highlight=False)
-    lines = content.summary if full else [*(card.sentence for card in content.front.cards), content.summary[-1]]
+    lines = (
+        content.summary
+        if full
+        else [*(card.sentence for card in content.front.cards), *content.longer, content.summary[-1]]
+    )
     for line in lines:
         out.print(f"- {plain(line)}", highlight=False)
     if content.front.choices:

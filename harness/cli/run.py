@@ -214,7 +214,7 @@ def run(
     store.set_aside()
     print_training_file(loaded.training_file, grid)
 
-    from harness.analysis import comparison, loading, sequential
+    from harness.analysis import comparison, loading, longer, sequential
     from harness.cli.live import serving, shown
     from harness.predict.prediction import NO_PREDICTIONS
     from harness.report import writers
@@ -296,7 +296,10 @@ def run(
         if store.completed():
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
-            out.print(writers.terminal(comparison.compare(measurements)))
+            compared = comparison.compare(measurements)
+            out.print(writers.terminal(compared))
+            for line in longer.sentences(compared):
+                out.print(plain(line), highlight=False)
             if live_page is not None:
                 live_page.write_report(measurements, store.folder)
         export.report_to(store.folder, tracked_by)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
-from harness.analysis import cost, recommend, task_scores, verdicts, words
+from harness.analysis import cost, longer, recommend, task_scores, verdicts, words
 from harness.analysis.comparison import Comparison, compare, order
 from harness.analysis.measurements import Measurements
 from harness.metrics import METRICS
@@ -58,6 +58,9 @@ class Document:
     where: str
     front: Front
     summary: tuple[str, ...]
+    """Sentences; the last one counts the claims by verdict."""
+    longer: tuple[str, ...]
+    """Those of them that say what a longer run would decide."""
     comparison: Comparison
     tables: tuple[tables.Table, ...]
     verdicts: tuple[verdicts.ClaimVerdict, ...]
@@ -90,12 +93,19 @@ def document(measurements: Measurements, folder: Path, *, grids: int = 1) -> Doc
     steps = _steps(measurements, folder)
     charts = plots.all_charts(comparison, steps)
     of_tasks = task_scores.scores(comparison)
+    would_decide = longer.sentences(comparison)
     whole = Document(
         name=measurements.name,
         title=measurements.title,
         where=measurements.where,
         front=front.front({"": comparison}, recommend.by_memory(measurements)),
-        summary=(*(search.sentences if search else ()), *summary.sentences(comparison, steps, judged)),
+        summary=(
+            *(search.sentences if search else ()),
+            *summary.sentences(comparison, steps),
+            *would_decide,
+            summary.tally(judged),
+        ),
+        longer=tuple(would_decide),
         comparison=comparison,
         tables=(
             first,
@@ -165,16 +175,25 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
     ratio = (
         'result = numpy.exp(numpy.log(b.{0} / b.{0}_base).groupby([b.label, b.repeat]).mean().groupby("label").mean())'
     )
+    in_turn = of_baseline = ""
+    if m.readings["reference_seconds"].notna().all():  # each visit took steps of the baseline in turn with its own
+        in_turn = (
+            'w = s.groupby(["trial_id", "block"]).reference_seconds.mean().rename("baseline")\n'
+            'v = v.join(w, on=["trial_id", "block"])\n'
+        )
+        of_baseline = "r += numpy.log(p.baseline / p.baseline_base)\n"
     visits = (
         f"s = pandas.read_parquet({redact_home(str(folder / 'steps'))!r}).query('block == block and not disturbed')\n"
         's = s[s.groupby(["trial_id", "block"]).seconds.transform("size") >= 3]\n'
         'make = ["trial_id", "block", "tokens", "samples", "supervised_tokens", "padded_tokens"]\n'
         "v = s.groupby(make).seconds.mean().reset_index()\n"
         'v = v.groupby(["trial_id", "block"])[["tokens", "seconds"]].sum().reset_index()\n'
-        'p = b[["label", "trial_id", "trial_id_base"]].merge(v, on="trial_id").merge(v.rename(columns={"trial_id": '
+        + in_turn
+        + 'p = b[["label", "trial_id", "trial_id_base"]].merge(v, on="trial_id").merge(v.rename(columns={"trial_id": '
         '"trial_id_base"}), on=["trial_id_base", "block"], suffixes=("", "_base"))\n'
         "r = numpy.log(p.tokens / p.seconds / p.tokens_base * p.seconds_base)\n"
-        'result = numpy.exp(r.groupby([p.label, p.block]).mean().groupby("label").mean())'
+        + of_baseline
+        + 'result = numpy.exp(r.groupby([p.label, p.block]).mean().groupby("label").mean())'
     )
     codes = {"peak_memory_bytes": highest.format("peak_memory_bytes"), "tokens_per_second": visits}
     if not m.readings["visit"].any():  # rows from before there were visits

@@ -27,12 +27,14 @@ def join(documents: Sequence[Document], title: str) -> Document:
     """
     first = documents[0]
     judged = _verdicts(documents)
+    longer = [f"{each.title}: {sentence}" for each in documents for sentence in each.longer]
     return Document(
         name=first.name,
         title=title,
         where="; ".join(dict.fromkeys(each.where for each in documents)),
         front=front({_prefix(each): each.comparison for each in documents}, first.front.choices),
-        summary=(*map(_in_words, documents), summary.tally(judged)),
+        summary=(*map(_in_words, documents), *longer, summary.tally(judged)),
+        longer=tuple(longer),
         comparison=first.comparison,
         tables=tuple(_tables(documents)),
         verdicts=tuple(judged),

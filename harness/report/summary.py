@@ -23,13 +23,12 @@ MOST_ROWS = 500
 """Configurations that a page or a Markdown table shows; the CSV has them all."""
 
 
-def sentences(comparison: Comparison, steps: pandas.DataFrame, judged: tuple[verdicts.ClaimVerdict, ...]) -> list[str]:
-    """What is to be said of a comparison: the baseline, the answers, noise, predictions, and the tally of claims.
+def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
+    """What is to be said of a comparison: the baseline, the answers, noise, and predictions.
 
     Args:
         comparison: of the report.
         steps: optimizer steps with the columns config, repeat, step, loss and tokens.
-        judged: the claims.
     """
     m = comparison.measurements
     configs = m.configs[~m.configs["twin"]]
@@ -54,7 +53,6 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame, judged: tuple[ver
         )
     lines += _reproducibility(m, steps)
     lines += _prediction_errors(m)
-    lines.append(tally(judged))
     return lines
 
 

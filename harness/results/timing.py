@@ -12,10 +12,10 @@ from harness.record import TIMED_FIGURES, Step
 
 LEAST_STEPS = 3
 """Undisturbed steps of a visit that counts: each of its different steps once."""
-STEP_COLUMNS = ["block", "disturbed", "seconds", "samples", "tokens", "supervised_tokens", "padded_tokens"]
-"""What they are computed from."""
 _MAKE = ["samples", "tokens", "supervised_tokens", "padded_tokens"]
 """Steps that agree in these do the same work."""
+STEP_COLUMNS = ["block", "disturbed", "seconds", "reference_seconds", *_MAKE]
+"""What speeds are computed from."""
 
 
 def counting_steps(steps: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:
@@ -51,6 +51,19 @@ def speeds(counting: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:
     rates = {name: sums[name.removesuffix("_per_second")] / sums["seconds"] for name in TIMED_FIGURES[:4]}
     percentiles = {"step_seconds_median": seconds.median(), "step_seconds_p95": seconds.quantile(0.95)}
     return pandas.DataFrame(rates | percentiles)
+
+
+def reference_seconds(counting: pandas.DataFrame, keys: Sequence[str]) -> pandas.Series:
+    """Mean seconds of the baseline's steps that were taken in turn with those of each group; nan where none were.
+
+    Every visit takes the same steps of the baseline, each as often as the others.
+
+    Args:
+        counting: from `counting_steps`.
+        keys: what identifies a group.
+    """
+    means: pandas.Series = counting.groupby(list(keys), sort=False)["reference_seconds"].mean()
+    return means
 
 
 def row_figures(steps: Sequence[Step]) -> dict[str, float | int | None]:

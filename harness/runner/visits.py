@@ -14,6 +14,7 @@ from harness.record import TIMED_FIGURES, Record, Step
 from harness.results.store import Store
 from harness.results.timing import row_figures
 from harness.runner.identity import possible_ids
+from harness.spec.trial import TrialSpec
 
 MOST_FURTHER_BLOCKS = 3
 """Blocks that a run adds at its end for trials whose visits were disturbed."""
@@ -49,6 +50,31 @@ def with_references(due: Sequence[Trial], timed: Sequence[Trial], store: Store, 
 def timed_trials(grid: Grid) -> list[Trial]:
     """The trials whose speed is measured: those of the first repeat. A seed does not change the speed."""
     return [trial for trial in grid.trials if trial.repeat == 0]
+
+
+def in_turn(grid: Grid) -> bool:
+    """Whether visits take steps of the baseline in turn with those of their trial: on a CPU, whose speed changes with
+    what else its machine does, unless trials have several processes.
+    """
+    return grid.device_types == ("cpu",) and all(trial.spec.num_processes == 1 for trial in grid.trials)
+
+
+def references(grid: Grid, store: Store, memory: int) -> dict[str, TrialSpec]:
+    """By its id, the spec of each baseline whose steps visits take in turn; none where two models may not fit.
+
+    Visits of one grid all have a reference or none has: ratios and speeds cannot be compared.
+
+    Args:
+        grid: whose trials are recorded.
+        store: where.
+        memory: of the machine, in bytes.
+    """
+    if not in_turn(grid):
+        return {}
+    rows = store.read("trials", columns=["trial_id", "peak_process_bytes"]).to_pylist()
+    if 2 * max((row["peak_process_bytes"] or 0 for row in rows), default=0) > memory:
+        return {}
+    return {trial.spec.id: trial.spec for trial in timed_trials(grid) if trial.baseline}
 
 
 def keep(record: Record, store: Store, predictions: Predictions, wanted: int) -> dict[str, Any] | None:

@@ -17,13 +17,13 @@ from harness.launch.launcher import Launcher
 from harness.predict.prediction import Predictions
 from harness.record import Job, Record, Visit
 from harness.results.store import Store
+from harness.runner import visits
 from harness.runner.display import Display
 from harness.runner.execution import ExecutionContext, Policy, execute, visit
 from harness.runner.identity import lease_id, place_in_grid, possible_ids
 from harness.runner.interrupts import Interrupt
 from harness.runner.leases import Leases
 from harness.runner.loss_before import RecordedLosses
-from harness.runner.visits import lacks
 
 _LOOK_SECONDS = 0.5
 """How often an idle runner looks whether another one has finished or died."""
@@ -123,7 +123,7 @@ class GridWorkers:
         def has_enough(trial: Trial) -> bool:
             # The baseline is in every block: the others are compared with it within the block.
             is_reference = trial.baseline or trial.twin
-            return not is_reference and not lacks(trial, timing, self._store, self._launcher)
+            return not is_reference and not visits.lacks(trial, timing, self._store, self._launcher)
 
         counting: list[Record] = []
 
@@ -132,15 +132,20 @@ class GridWorkers:
             if record.status == "ok" and not record.disturbed:
                 counting.append(record)
 
-        self._run(
-            order, Visit(block=self._block, seconds=timing.seconds), has_enough, one, (display, interrupt, is_over)
-        )
+        here = self._launcher.environments(resolve_device(trials[0].spec.device))[0]
+        baselines = visits.references(self._grid, self._store, here.device_memory_bytes)
+
+        def visit_of(trial: Trial) -> Visit:
+            reference = baselines.get(trial.baseline_id or "")
+            return Visit(block=self._block, seconds=timing.seconds, reference=reference)
+
+        self._run(order, visit_of, has_enough, one, (display, interrupt, is_over))
         return len(counting)
 
     def _run(
         self,
         trials: Sequence[Trial],
-        visit: Visit | None,
+        visit_of: Callable[[Trial], Visit] | None,
         is_done: Callable[[Trial], bool],
         one: Callable[[Job, ExecutionContext], None],
         control: tuple[Display, Interrupt, Callable[[], bool]],
@@ -169,11 +174,12 @@ class GridWorkers:
                     for trial in turns:
                         place = place_in_grid(trial)
                         place |= trial.contents.columns
-                        job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, visit=visit, **place)
+                        planned = None if visit_of is None else visit_of(trial)
+                        job = Job(grid=self._grid.name, spec=trial.spec, twin=trial.twin, visit=planned, **place)
                         context.display.trial(next(self._numbers), job)
                         one(job, context)
                 finally:
-                    if visit is None:
+                    if visit_of is None:
                         self.recorded_by_others |= leased.done_by_others
 
         run_workers(self._launcher, resolve_device(trials[0].spec.device), display, work)

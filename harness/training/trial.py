@@ -34,6 +34,7 @@ from harness.record import (
 )
 from harness.sources import fingerprints
 from harness.spec.keys import INITIALISED_LATER
+from harness.spec.trial import TrialSpec
 from harness.training import (
     batches,
     checkpoints,
@@ -54,6 +55,7 @@ from harness.training.memory import MemoryMeter
 from harness.training.out_of_memory import out_of_memory
 from harness.training.schedule import VisitSchedule
 from harness.training.step import Diverged, StepResult, Trainer
+from harness.training.timed_steps import TimedSteps
 from harness.training.waiting import Waiting, is_disturbed
 
 OnProgress = Callable[[Literal["phase", "step"], Any], None]
@@ -136,7 +138,7 @@ class _Trial:
         try:
             meter = MemoryMeter(self.device, self.spec.memory_budget, compiled=self.spec.torch_compile)
             # Visits compile what the trial has compiled: they take it from the cache.
-            compiling = compilation.counted(self.spec, self.device_type, empty_cache=self.visit is None)
+            compiling = compilation.counted(self._compiled(), self.device_type, empty_cache=self.visit is None)
             with compiling as self.compilations:
                 self._execute(meter)
         except Exception as error:  # every end of a trial is a row
@@ -165,6 +167,11 @@ class _Trial:
             "base_formats": self.base_formats,
             "disturbed": self.disturbed,
         }
+
+    def _compiled(self) -> TrialSpec:
+        """The spec, or that of the reference where its layers are the only compiled ones."""
+        reference = None if self.visit is None else self.visit.reference
+        return reference if reference is not None and not self.spec.torch_compile else self.spec
 
     def _execute(self, meter: MemoryMeter) -> None:
         _seed(self.spec.seed)
@@ -337,36 +344,46 @@ class _Trial:
 
     def _time(self, network: Any, stories: batches.Data, meter: MemoryMeter, visit: Visit) -> None:
         """Repeat a few steps until enough undisturbed ones are timed; give up where the machine does not get quiet."""
-        planned = len(order.optimizer_steps(self.spec, stories.train))
-        trainer = Trainer(network, self.spec, self.device, planned, self._enter)
-        steps = [self._micro_batches(examples) for examples in order.timed_steps(self.spec, stories.train)]
-        widest = max(steps, key=lambda step: max(batch.padded_tokens for batch in step))
-        with meter.phase(breakdown=False):  # what is done once is done here; the budget holds for these steps too
-            for once in steps if self.spec.torch_compile else [widest]:  # other widths may need other graphs
-                trainer.tracked_step(once, meter.tracker)
+        own = TimedSteps(network, self.spec, stories, self.pad_id, self.device, on_phase=self._enter)
+        with meter.phase(breakdown=False):
+            own.warm_up(meter.tracker)
         self.metrics["peak_timed_bytes"] = meter.peak()
-        schedule = VisitSchedule(len(steps), visit.seconds)
+        reference = None
+        if visit.reference is not None:
+            reference = TimedSteps.load(visit.reference, self.device, trust_remote_code=self.trust_remote_code)
+        schedule = VisitSchedule(len(own.steps), visit.seconds)
         with CardWatch(self.device) as card:
             waiting = Waiting()
             for step in schedule:
                 waiting.since_last()  # what comes between steps is not theirs
                 graphs = len(self.compilations.graphs)
-                started = self.clock.now()
-                result = trainer.step(steps[step])
-                seconds = self.clock.seconds_since(started)
+                result, seconds, of_reference = self._in_turn(own, reference, step)
                 waited = waiting.since_last()
                 compiled = len(self.compilations.graphs) > graphs
-                disturbed = self._any_rank(compiled or is_disturbed(waited, seconds) or card.disturbed_since_last())
+                too_long = is_disturbed(waited, seconds + (of_reference or 0.0))
+                disturbed = self._any_rank(compiled or too_long or card.disturbed_since_last())
                 self._record_step(
-                    len(self.steps) + 1, steps[step], result, seconds, tracked=False, peak_memory_bytes=None,
-                    block=visit.block, waited_seconds=waited, disturbed=disturbed,
+                    len(self.steps) + 1, own.steps[step], result, seconds, tracked=False, peak_memory_bytes=None,
+                    block=visit.block, waited_seconds=waited, reference_seconds=of_reference, disturbed=disturbed,
                 )  # fmt: skip
                 schedule.record(step, self._mean_over_ranks(seconds), disturbed=disturbed)
-                self.on_progress("step", (len(self.steps), max(len(self.steps), len(steps))))
+                self.on_progress("step", (len(self.steps), max(len(self.steps), len(own.steps))))
         self.disturbed = not schedule.is_complete
         self.metrics |= card.metrics(sum(step.tokens for step in self.steps))
         if self.device.type == "cuda":  # the allocator counts all of them
             self.metrics["peak_timed_bytes"] = meter.peak()
+
+    def _in_turn(
+        self, own: TimedSteps, reference: TimedSteps | None, step: int
+    ) -> tuple[StepResult, float, float | None]:
+        """A step with its seconds, and those of the reference's, which comes first every other time."""
+        turns = [own] if reference is None else [own, reference]
+        results, seconds = dict[TimedSteps, StepResult](), dict[TimedSteps, float]()
+        for each in turns if len(self.steps) % 2 == 0 else turns[::-1]:
+            started = self.clock.now()
+            results[each] = each.take(step)
+            seconds[each] = self.clock.seconds_since(started)
+        return results[own], seconds[own], None if reference is None else seconds[reference]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether it holds in any process: all go through the same steps."""

@@ -1,0 +1,104 @@
+"""What a longer run would decide of the comparisons that are still open, and how long it takes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+import pandas
+
+from harness.analysis import pilot
+from harness.analysis.comparison import Comparison
+from harness.analysis.estimate import Estimate
+from harness.analysis.measurements import Measurements
+from harness.analysis.sizing import Cost, show_time
+from harness.analysis.undecided import Unit
+from harness.grids.document import DEFAULT_TIMING
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """For speeds and for losses, how many are open, and what would decide half of those that more of anything decides.
+
+    Of comparisons with the baseline; nothing is said of a figure that nothing more decides. Times are those of the
+    recorded trials, one after another on their machine.
+    """
+    lines = []
+    for metric, name in (("tokens_per_second", "speeds"), ("eval_loss", "losses")):
+        undecided = list(comparison.undecided(metric).values())
+        more = _more(comparison.measurements, undecided)
+        if more:
+            lines.append(f"{len(undecided)} of {len(comparison.estimates[metric])} {name} are not decided; {more}.")
+    return lines
+
+
+def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
+    """What of decides half of them, and how long that takes; empty: nothing would, or it is not known."""
+    units = Counter(each.unit for each in undecided if each.unit is not None and each.needed is not None)
+    if not units:
+        return ""
+    unit = units.most_common(1)[0][0]
+    these = [each for each in undecided if each.unit == unit and each.needed is not None]
+    wanted = sorted(each.needed or 0 for each in these)
+    amount = wanted[(len(wanted) - 1) // 2]
+    decided = sum(number <= amount for number in wanted)
+    what, seconds = _LONGER[unit](m, these, amount)
+    time = "" if math.isnan(seconds) else f", in about {show_time(seconds)}"
+    return f"{what} would decide {decided} of them{time}"
+
+
+def _visits(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
+    trials = _trials(m).drop_duplicates("config")
+    timed = trials[["config", "load_seconds", "step_seconds_median"]].to_numpy(float).tolist()
+    visits = {int(config): Cost(pilot.START_SECONDS + load, step, steps=0, story=0) for config, load, step in timed}
+    reference = visits.get(m.baseline or 0) if m.readings["reference_seconds"].notna().all() else None
+    known = trials["step_seconds_median"].notna().all()
+    block = sum(each.of_visit(DEFAULT_TIMING.seconds, reference) for each in visits.values()) if known else math.nan
+    return f"{amount:,} visits instead of {_now(these)} (visits)", (amount - _now(these)) * block
+
+
+def _stories(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
+    return f"{amount:,} held-out stories instead of {_now(these)} (val_set_size)", _again(m, stories=amount)
+
+
+def _seeds(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
+    now = max(each.seeds or 1 for each in these)
+    repeat = float(_trials(m).drop_duplicates("config")["seconds"].sum(skipna=False))
+    return f"{amount:,} repeats instead of {now} (repeats)", (amount - now) * repeat
+
+
+def _times(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
+    stories, seeds = amount * _now(these), amount * max(each.seeds or 1 for each in these)
+    what = f"{stories:,} held-out stories (val_set_size) and {seeds:,} repeats (repeats)"
+    return what, amount * _again(m, stories=stories)
+
+
+_LONGER: dict[Unit, Callable[[Measurements, Collection[Estimate], int], tuple[str, float]]] = {
+    "visits": _visits,
+    "stories": _stories,
+    "seeds": _seeds,
+    "times": _times,
+}
+"""More of each unit, in words, and the seconds that it takes: nan where that is not known."""
+
+
+def _now(these: Collection[Estimate]) -> int:
+    return max(each.n for each in these)
+
+
+def _again(m: Measurements, *, stories: int) -> float:
+    """Seconds of all trials with another number of held-out stories: what they train on changes, so all run again.
+
+    What loading and steps leave of a trial's time is taken for its stories.
+    """
+    trials = _trials(m)
+    steps = trials["load_seconds"] + trials["optimizer_steps"] * trials["step_seconds_median"]
+    evaluation = (trials["seconds"] - steps).clip(lower=0)
+    seconds = trials["seconds"] + evaluation * (stories / trials["evaluated_stories"] - 1)
+    return float(seconds.sum(skipna=False))
+
+
+def _trials(m: Measurements) -> pandas.DataFrame:
+    """The trials that ended well, with the `seconds` that each took; nan where that is not recorded."""
+    ok = m.trials[m.trials["status"] == "ok"]
+    return ok.assign(seconds=ok["trial_seconds"] + pilot.START_SECONDS)
