@@ -42,7 +42,8 @@ def test_speeds_of_the_forecast_size_show_four_times_in_five(visits: int, twin: 
     for _ in range(50):
         drift = random.normal(0, 0.2, visits)[readings["block"]]
         noise = random.normal(0, VARIANCES.reading.sigma, len(readings))
-        known = readings.assign(tokens_per_second=numpy.exp(of_config + drift + noise))
+        speed = numpy.exp(of_config + drift + noise)
+        known = readings.assign(tokens_per_second=speed, reference_seconds=numpy.nan)
         effects = timed.effects(pairs, "tokens_per_second", known, pandas.DataFrame(), stands_for)
         p += effects.table["p"].tolist()
     assert numpy.mean(numpy.asarray(p) < stats.ALPHA) == pytest.approx(0.8, abs=0.05)
@@ -167,11 +168,13 @@ def test_the_work_of_a_grid_counts_every_trial(tmp_path: Path) -> None:
     cost = Cost(start=2.0, step=1.0, steps=4, story=0.5)
     costs = {sizing.cost_key(trial.spec): cost for trial in trials}
     assert len(costs) == 2, "a seed and a second run cost the same"
-    work = sizing.work_of(trials, costs, visit_seconds=4.0)
+    work = sizing.work_of(trials, costs, visit_seconds=4.0, in_turn=False)
     trained = 3 * (2 + 4 * 1.0 + 10 * 0.5) + 2 * (2 + 4 * 1.0 + 10 * 0.5)
     timed_steps = 3 * 3 * (2 + 1 + 6 * 1.0)
     before = 10 * 0.5
     assert work.seconds(3, 1, 10) == trained + timed_steps + before
+    in_turn = sizing.work_of(trials, costs, visit_seconds=4.0, in_turn=True)
+    assert in_turn.seconds(3, 1, 10) == trained + 2 * timed_steps + before, "the baseline takes as many steps"
 
 
 def test_costs_of_recorded_trials_add_up(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ __all__ = [
     "forecast",
     "inference",
     "loading",
+    "longer",
     "measurements",
     "pareto",
     "pilot",

@@ -48,11 +48,13 @@ def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
 
 
 def _visits(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
-    trials = _trials(m).drop_duplicates("config")
-    timed = trials[["config", "load_seconds", "step_seconds_median"]].to_numpy(float).tolist()
-    visits = {int(config): Cost(pilot.START_SECONDS + load, step, steps=0, story=0) for config, load, step in timed}
-    reference = visits.get(m.baseline or 0) if m.readings["reference_seconds"].notna().all() else None
-    known = trials["step_seconds_median"].notna().all()
+    timed = _trials(m).groupby("config")[["load_seconds", "step_seconds_median"]].mean()  # one repeat is timed
+    visits = {
+        config: Cost(pilot.START_SECONDS + load, step, steps=0, story=0)
+        for config, (load, step) in zip(timed.index, timed.to_numpy(float).tolist(), strict=True)
+    }
+    reference = visits.get(m.baseline) if m.readings["reference_seconds"].notna().all() else None
+    known = timed.notna().all(axis=None)
     block = sum(each.of_visit(DEFAULT_TIMING.seconds, reference) for each in visits.values()) if known else math.nan
     return f"{amount:,} visits instead of {_now(these)} (visits)", (amount - _now(these)) * block
 
@@ -93,7 +95,7 @@ def _again(m: Measurements, *, stories: int) -> float:
     """
     trials = _trials(m)
     steps = trials["load_seconds"] + trials["optimizer_steps"] * trials["step_seconds_median"]
-    evaluation = (trials["seconds"] - steps).clip(lower=0)
+    evaluation = (trials["trial_seconds"] - steps).clip(lower=0)
     seconds = trials["seconds"] + evaluation * (stories / trials["evaluated_stories"] - 1)
     return float(seconds.sum(skipna=False))
 

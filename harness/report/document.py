@@ -175,25 +175,20 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
     ratio = (
         'result = numpy.exp(numpy.log(b.{0} / b.{0}_base).groupby([b.label, b.repeat]).mean().groupby("label").mean())'
     )
-    in_turn = of_baseline = ""
+    by_baseline = baseline_too = ""
     if m.readings["reference_seconds"].notna().all():  # each visit took steps of the baseline in turn with its own
-        in_turn = (
-            'w = s.groupby(["trial_id", "block"]).reference_seconds.mean().rename("baseline")\n'
-            'v = v.join(w, on=["trial_id", "block"])\n'
-        )
-        of_baseline = "r += numpy.log(p.baseline / p.baseline_base)\n"
+        baseline_too = '.join(s.groupby(["trial_id", "block"]).reference_seconds.mean())'
+        by_baseline = " * p.reference_seconds / p.reference_seconds_base"
     visits = (
         f"s = pandas.read_parquet({redact_home(str(folder / 'steps'))!r}).query('block == block and not disturbed')\n"
         's = s[s.groupby(["trial_id", "block"]).seconds.transform("size") >= 3]\n'
         'make = ["trial_id", "block", "tokens", "samples", "supervised_tokens", "padded_tokens"]\n'
         "v = s.groupby(make).seconds.mean().reset_index()\n"
-        'v = v.groupby(["trial_id", "block"])[["tokens", "seconds"]].sum().reset_index()\n'
-        + in_turn
-        + 'p = b[["label", "trial_id", "trial_id_base"]].merge(v, on="trial_id").merge(v.rename(columns={"trial_id": '
+        f'v = v.groupby(["trial_id", "block"])[["tokens", "seconds"]].sum(){baseline_too}.reset_index()\n'
+        'p = b[["label", "trial_id", "trial_id_base"]].merge(v, on="trial_id").merge(v.rename(columns={"trial_id": '
         '"trial_id_base"}), on=["trial_id_base", "block"], suffixes=("", "_base"))\n'
-        "r = numpy.log(p.tokens / p.seconds / p.tokens_base * p.seconds_base)\n"
-        + of_baseline
-        + 'result = numpy.exp(r.groupby([p.label, p.block]).mean().groupby("label").mean())'
+        f"r = numpy.log(p.tokens / p.seconds / p.tokens_base * p.seconds_base{by_baseline})\n"
+        'result = numpy.exp(r.groupby([p.label, p.block]).mean().groupby("label").mean())'
     )
     codes = {"peak_memory_bytes": highest.format("peak_memory_bytes"), "tokens_per_second": visits}
     if not m.readings["visit"].any():  # rows from before there were visits

@@ -6,4 +6,14 @@ displays), identity (the ids of a trial), visits (what is timed apart), loss_bef
 models), learning_rates (found before a comparison), cleaning (what runs leave behind).
 """
 
-__all__ = ["cleaning", "display", "execution", "grid_run", "interrupts", "learning_rates", "loss_before", "workers"]
+__all__ = [
+    "cleaning",
+    "display",
+    "execution",
+    "grid_run",
+    "interrupts",
+    "learning_rates",
+    "loss_before",
+    "visits",
+    "workers",
+]
