@@ -243,6 +243,7 @@ def test_what_is_timed_alone_takes_no_noise_from_the_others() -> None:
     alone_in_block = [(trial, 10 + trial) for trial in range(3, 12)]
     readings = pandas.DataFrame(together + alone_in_block, columns=["trial", "block"]).assign(visit=True)
     readings["tokens_per_second"] = numpy.exp(generator.normal(0, 0.02, len(readings)))
+    readings["reference_seconds"] = math.nan
     pair = pandas.DataFrame({"comparison": [0], "reference": [0], "config": [1]})
     configs = pandas.Series(range(12))
     row = timed.effects(pair, "tokens_per_second", readings, pandas.DataFrame(), configs).table.loc[0]
