@@ -102,12 +102,12 @@ class Step(Row):
     block: int | None = None
     """Block of timing visits in which it was timed, see `Visit`; null: a step of training."""
     waited_seconds: float | None = None
-    """How long its threads waited for a processor, added up, and the machine for its host, the baseline's step
-    included; null: not known."""
+    """How long its threads waited for a processor, added up, and the machine for its host; null: not known."""
     reference_seconds: float | None = None
     """Seconds of the baseline's step that was taken in turn with it, see `Visit`; null: none was."""
     disturbed: Annotated[bool, Facts(absent=False)] = False
-    """Whether the machine worked for others meanwhile: a timed step that does not count for speed."""
+    """Whether the machine worked for others meanwhile, or in the baseline's step: a timed step that does not count for
+    speed."""
 
 
 class StoryLoss(Row):
@@ -227,7 +227,7 @@ class Visit(Row):
     block: int
     """Unix time at which its block began: the visits of a block follow each other in random order."""
     seconds: Annotated[float, Field(gt=0)] = 4.0
-    """Least seconds of undisturbed steps."""
+    """Least seconds of undisturbed steps; with a reference, of half of both's."""
     reference: TrialSpec | None = None
     """The baseline, whose steps are taken in turn with the trial's: what slows the machine for a while slows both, and
     their ratio is left. Null: the trial's alone."""

@@ -270,6 +270,12 @@ def test_equal_runs_are_rarely_called_different() -> None:
     assert (twice["verdict"] == "better").all()
 
 
+def test_runs_are_not_compared_by_ratios_to_their_own_baselines() -> None:
+    """A run that is slower throughout would look the same."""
+    readings = pandas.DataFrame({"block": [7, 9], "tokens_per_second": [1.0, 2.0], "reference_seconds": [3.0, 4.0]})
+    assert compare_runs._numbered(readings, 1)["reference_seconds"].isna().all()
+
+
 # ------------------------------------------------------------------------------------ seeds and stories
 
 

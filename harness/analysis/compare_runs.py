@@ -147,8 +147,11 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
 
 
 def _numbered(readings: pandas.DataFrame, run: int) -> pandas.DataFrame:
-    """Readings with their run, and with its blocks numbered."""
-    return readings.assign(run=run, block=readings["block"].rank(method="dense").astype("int64"))
+    """Readings with their run, and with its blocks numbered. Ratios to each run's own baseline would hide what differs
+    between the runs.
+    """
+    blocks = readings["block"].rank(method="dense").astype("int64")
+    return readings.assign(run=run, block=blocks, reference_seconds=math.nan)
 
 
 def _both(first: pandas.DataFrame, second: pandas.DataFrame, trials: int) -> pandas.DataFrame:

@@ -12,13 +12,13 @@ from harness.analysis import pilot
 from harness.analysis.comparison import Comparison
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
-from harness.analysis.sizing import Cost, show_time
+from harness.analysis.sizing import show_time
+from harness.analysis.timed import in_turn
 from harness.analysis.undecided import Unit
-from harness.grids.document import DEFAULT_TIMING
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """For speeds and for losses, how many are open, and what would decide half of those that more of anything decides.
+    """For speeds and for losses, how many are open, and what would decide half of those that the same lack keeps open.
 
     Of comparisons with the baseline; nothing is said of a figure that nothing more decides. Times are those of the
     recorded trials, one after another on their machine.
@@ -40,52 +40,58 @@ def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
     unit = units.most_common(1)[0][0]
     these = [each for each in undecided if each.unit == unit and each.needed is not None]
     wanted = sorted(each.needed or 0 for each in these)
-    amount = wanted[(len(wanted) - 1) // 2]
+    now = max((each.seeds or 1) if unit == "seeds" else 1 if unit == "times" else each.n for each in these)
+    amount = max(wanted[(len(wanted) - 1) // 2], now + 1)
     decided = sum(number <= amount for number in wanted)
-    what, seconds = _LONGER[unit](m, these, amount)
+    what, seconds = _LONGER[unit](m, these, now, amount)
     time = "" if math.isnan(seconds) else f", in about {show_time(seconds)}"
     return f"{what} would decide {decided} of them{time}"
 
 
-def _visits(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
-    timed = _trials(m).groupby("config")[["load_seconds", "step_seconds_median"]].mean()  # one repeat is timed
-    visits = {
-        config: Cost(pilot.START_SECONDS + load, step, steps=0, story=0)
-        for config, (load, step) in zip(timed.index, timed.to_numpy(float).tolist(), strict=True)
-    }
-    reference = visits.get(m.baseline) if m.readings["reference_seconds"].notna().all() else None
-    known = timed.notna().all(axis=None)
-    block = sum(each.of_visit(DEFAULT_TIMING.seconds, reference) for each in visits.values()) if known else math.nan
-    return f"{amount:,} visits instead of {_now(these)} (visits)", (amount - _now(these)) * block
+def _visits(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
+    return f"{amount:,} visits instead of {now} (visits)", (amount - now) * _block_seconds(m)
 
 
-def _stories(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
-    return f"{amount:,} held-out stories instead of {_now(these)} (val_set_size)", _again(m, stories=amount)
+def _block_seconds(m: Measurements) -> float:
+    """Seconds of a block of visits like those that were made: each loads a model, warms up, and takes its steps; with
+    those of the baseline in turn, that too.
+    """
+    ok = _trials(m)
+    of_baseline = m.readings["trial"].isin(ok.index[ok["config"] == m.baseline])
+    blocks = m.readings[m.readings["visit"] & m.readings["block"].isin(m.readings.loc[of_baseline, "block"])]
+    timed = ok[ok.index.isin(blocks["trial"])]
+    steps = 1 + timed["timed_steps"] / timed["timed_visits"]
+    start = pilot.START_SECONDS + timed["load_seconds"]
+    seconds = start + steps * timed["step_seconds_median"]
+    if in_turn(m.readings):
+        baseline = timed["config"] == m.baseline
+        seconds += start[baseline].mean() + steps * timed.loc[baseline, "step_seconds_median"].mean()
+    return float(seconds.sum(skipna=False)) if len(seconds) else math.nan
 
 
-def _seeds(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
-    now = max(each.seeds or 1 for each in these)
+def _stories(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
+    return f"{amount:,} held-out stories instead of {now} (val_set_size)", _again(m, stories=amount)
+
+
+def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
     repeat = float(_trials(m).drop_duplicates("config")["seconds"].sum(skipna=False))
     return f"{amount:,} repeats instead of {now} (repeats)", (amount - now) * repeat
 
 
-def _times(m: Measurements, these: Collection[Estimate], amount: int) -> tuple[str, float]:
-    stories, seeds = amount * _now(these), amount * max(each.seeds or 1 for each in these)
+def _times(m: Measurements, these: Collection[Estimate], _: int, amount: int) -> tuple[str, float]:
+    stories, seeds = amount * max(each.n for each in these), amount * max(each.seeds or 1 for each in these)
     what = f"{stories:,} held-out stories (val_set_size) and {seeds:,} repeats (repeats)"
     return what, amount * _again(m, stories=stories)
 
 
-_LONGER: dict[Unit, Callable[[Measurements, Collection[Estimate], int], tuple[str, float]]] = {
+_LONGER: dict[Unit, Callable[[Measurements, Collection[Estimate], int, int], tuple[str, float]]] = {
     "visits": _visits,
     "stories": _stories,
     "seeds": _seeds,
     "times": _times,
 }
-"""More of each unit, in words, and the seconds that it takes: nan where that is not known."""
-
-
-def _now(these: Collection[Estimate]) -> int:
-    return max(each.n for each in these)
+"""More of each unit, in words, and the seconds that it takes (nan where that is not known): of the measurements, what
+is undecided for lack of it, how much of it there is, and how much there would be."""
 
 
 def _again(m: Measurements, *, stories: int) -> float:

@@ -43,11 +43,11 @@ class Cost:
         """A visit: a warm-up step, and whole rounds of its steps for at least so many seconds.
 
         Args:
-            seconds: least seconds of its own steps.
+            seconds: least seconds of its steps; with a reference, of half of both's.
             reference: of the baseline, if a step of it is taken in turn with each; null: none is.
         """
-        rounds = max(1, math.ceil(seconds / (_STEPS_OF_VISIT * self.step))) if self.step else 1
-        steps = 1 + _STEPS_OF_VISIT * rounds
+        step = self.step if reference is None else (self.step + reference.step) / 2
+        steps = 1 + _STEPS_OF_VISIT * (max(1, math.ceil(seconds / (_STEPS_OF_VISIT * step))) if step else 1)
         return sum(each.start + each.step * steps for each in (self, reference) if each is not None)
 
 

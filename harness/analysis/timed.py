@@ -12,18 +12,30 @@ from harness.analysis.family import NO_ERRORS, Effects
 def logarithms(readings: pandas.DataFrame, metric: str) -> pandas.Series:
     """The logarithm of a figure of each reading.
 
-    Where every visit took steps of the baseline in turn, it is that of the ratio to the baseline's: what slows the
-    machine for seconds or minutes slows both, and cancels.
+    Where visits took steps of the baseline in turn, it is that of the ratio to the baseline's: what slows the machine
+    for seconds or minutes slows both, and cancels.
 
     Args:
         readings: see `Measurements.readings`.
         metric: one of `TIMED_FIGURES`, or a rate.
     """
     values: pandas.Series = numpy.log(readings[metric])
-    if readings["reference_seconds"].isna().any():
+    if not in_turn(readings):
         return values
-    of_baseline: pandas.Series = numpy.log(readings["reference_seconds"])
+    of_baseline: pandas.Series = numpy.log(readings["reference_seconds"]).fillna(0.0)  # of what is alone in its block
     return values.sub(of_baseline) if metric.startswith("step_seconds") else values.add(of_baseline)
+
+
+def in_turn(readings: pandas.DataFrame) -> bool:
+    """Whether ratios to the baseline's steps are compared: all visits that share a block with others took some in turn.
+
+    With one block, whose intervals are over the steps of a trial, speeds are compared as they are.
+
+    Args:
+        readings: see `Measurements.readings`.
+    """
+    shared = readings[readings.groupby("block")["trial"].transform("nunique") > 1]
+    return shared["block"].nunique() > 1 and bool(shared["reference_seconds"].notna().all())
 
 
 def effects(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness._util.redact import redact_home
-from harness.analysis import cost, longer, recommend, task_scores, verdicts, words
+from harness.analysis import cost, longer, recommend, task_scores, timed, verdicts, words
 from harness.analysis.comparison import Comparison, compare, order
 from harness.analysis.measurements import Measurements
 from harness.metrics import METRICS
@@ -176,7 +176,7 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
         'result = numpy.exp(numpy.log(b.{0} / b.{0}_base).groupby([b.label, b.repeat]).mean().groupby("label").mean())'
     )
     by_baseline = baseline_too = ""
-    if m.readings["reference_seconds"].notna().all():  # each visit took steps of the baseline in turn with its own
+    if timed.in_turn(m.readings):
         baseline_too = '.join(s.groupby(["trial_id", "block"]).reference_seconds.mean())'
         by_baseline = " * p.reference_seconds / p.reference_seconds_base"
     visits = (

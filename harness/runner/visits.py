@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
+
 from harness.grids.document import DEFAULT_TIMING, Timing
 from harness.grids.grid import Grid, Trial
 from harness.launch.launcher import Launcher
 from harness.metrics import METRICS
-from harness.predict.prediction import Predictions
+from harness.predict.prediction import Predictions, capacity_of
 from harness.record import TIMED_FIGURES, Record, Step
 from harness.results.store import Store
 from harness.results.timing import row_figures
 from harness.runner.identity import possible_ids
 from harness.spec.trial import TrialSpec
 
+_EVER_MORE = Timing(visits=2**31)
 MOST_FURTHER_BLOCKS = 3
 """Blocks that a run adds at its end for trials whose visits were disturbed."""
 _OF_CARD = ("joules_per_token", "card_clock_share", "card_temperature", "throttled_share")
@@ -43,7 +46,7 @@ def _lacks(rows: Sequence[Mapping[str, Any] | None], timing: Timing) -> bool:
 
 def with_references(due: Sequence[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:
     """The trials that are due, and the baseline with its second run: the others are compared with it within a block."""
-    ended_well = lacking(timed, Timing(visits=2**31), store, launcher)
+    ended_well = lacking(timed, _EVER_MORE, store, launcher)
     return [*due, *(t for t in ended_well if (t.baseline or t.twin) and t not in due)]
 
 
@@ -59,22 +62,25 @@ def in_turn(grid: Grid) -> bool:
     return grid.device_types == ("cpu",) and all(trial.spec.num_processes == 1 for trial in grid.trials)
 
 
-def references(grid: Grid, store: Store, memory: int) -> dict[str, TrialSpec]:
-    """By its id, the spec of each baseline whose steps visits take in turn; none where two models may not fit.
+def references(grid: Grid, store: Store, launcher: Launcher) -> dict[str, TrialSpec]:
+    """By its id, the spec of each baseline that ended well, whose steps visits take in turn; none where two models may
+    not fit, or where trials of the grid were timed alone before.
 
     Visits of one grid all have a reference or none has: ratios and speeds cannot be compared.
-
-    Args:
-        grid: whose trials are recorded.
-        store: where.
-        memory: of the machine, in bytes.
     """
     if not in_turn(grid):
         return {}
+    ended_well = lacking(timed_trials(grid), _EVER_MORE, store, launcher)
+    ids = {each for trial in ended_well for each in possible_ids(trial, launcher)}
     rows = store.read("trials", columns=["trial_id", "peak_process_bytes"]).to_pylist()
-    if 2 * max((row["peak_process_bytes"] or 0 for row in rows), default=0) > memory:
+    most = max((row["peak_process_bytes"] or 0 for row in rows if row["trial_id"] in ids), default=0)
+    if 2 * most > min(map(capacity_of, launcher.environments("cpu"))):
         return {}
-    return {trial.spec.id: trial.spec for trial in timed_trials(grid) if trial.baseline}
+    steps = store.read("steps", columns=["trial_id", "block", "reference_seconds"])
+    alone = steps.filter(pc.field("block").is_valid() & pc.field("reference_seconds").is_null())
+    if not ids.isdisjoint(alone["trial_id"].unique().to_pylist()):
+        return {}
+    return {trial.spec.id: trial.spec for trial in ended_well if trial.baseline}
 
 
 def keep(record: Record, store: Store, predictions: Predictions, wanted: int) -> dict[str, Any] | None:

@@ -132,8 +132,7 @@ class GridWorkers:
             if record.status == "ok" and not record.disturbed:
                 counting.append(record)
 
-        here = self._launcher.environments(resolve_device(trials[0].spec.device))[0]
-        baselines = visits.references(self._grid, self._store, here.device_memory_bytes)
+        baselines = visits.references(self._grid, self._store, self._launcher)
 
         def visit_of(trial: Trial) -> Visit:
             reference = baselines.get(trial.baseline_id or "")

@@ -96,6 +96,15 @@ def run(
     return Record.of(job, environment=environment, **trial.run())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A timed step."""
+
+    result: StepResult
+    seconds: float
+    waited: float | None
+
+
 class _Trial:
     """State of a running trial."""
 
@@ -344,46 +353,43 @@ class _Trial:
 
     def _time(self, network: Any, stories: batches.Data, meter: MemoryMeter, visit: Visit) -> None:
         """Repeat a few steps until enough undisturbed ones are timed; give up where the machine does not get quiet."""
+        reference = None
+        if visit.reference is not None:  # first: graphs of compiled layers depend on those before them
+            reference = TimedSteps.load(visit.reference, self.device, trust_remote_code=self.trust_remote_code)
         own = TimedSteps(network, self.spec, stories, self.pad_id, self.device, on_phase=self._enter)
         with meter.phase(breakdown=False):
             own.warm_up(meter.tracker)
         self.metrics["peak_timed_bytes"] = meter.peak()
-        reference = None
-        if visit.reference is not None:
-            reference = TimedSteps.load(visit.reference, self.device, trust_remote_code=self.trust_remote_code)
         schedule = VisitSchedule(len(own.steps), visit.seconds)
         with CardWatch(self.device) as card:
             waiting = Waiting()
             for step in schedule:
-                waiting.since_last()  # what comes between steps is not theirs
                 graphs = len(self.compilations.graphs)
-                result, seconds, of_reference = self._in_turn(own, reference, step)
-                waited = waiting.since_last()
+                turns = [own] if reference is None else [own, reference]
+                taken = {each: self._take(each, step, waiting) for each in (turns, turns[::-1])[len(self.steps) % 2]}
                 compiled = len(self.compilations.graphs) > graphs
-                too_long = is_disturbed(waited, seconds + (of_reference or 0.0))
+                too_long = any(is_disturbed(each.waited, each.seconds) for each in taken.values())
                 disturbed = self._any_rank(compiled or too_long or card.disturbed_since_last())
+                seconds, of_reference = taken[own].seconds, None if reference is None else taken[reference].seconds
                 self._record_step(
-                    len(self.steps) + 1, own.steps[step], result, seconds, tracked=False, peak_memory_bytes=None,
-                    block=visit.block, waited_seconds=waited, reference_seconds=of_reference, disturbed=disturbed,
+                    len(self.steps) + 1, own.steps[step], taken[own].result, seconds, tracked=False,
+                    peak_memory_bytes=None, block=visit.block, waited_seconds=taken[own].waited,
+                    reference_seconds=of_reference, disturbed=disturbed,
                 )  # fmt: skip
-                schedule.record(step, self._mean_over_ranks(seconds), disturbed=disturbed)
+                both = seconds if of_reference is None else (seconds + of_reference) / 2
+                schedule.record(step, self._mean_over_ranks(both), disturbed=disturbed)
                 self.on_progress("step", (len(self.steps), max(len(self.steps), len(own.steps))))
         self.disturbed = not schedule.is_complete
         self.metrics |= card.metrics(sum(step.tokens for step in self.steps))
         if self.device.type == "cuda":  # the allocator counts all of them
             self.metrics["peak_timed_bytes"] = meter.peak()
 
-    def _in_turn(
-        self, own: TimedSteps, reference: TimedSteps | None, step: int
-    ) -> tuple[StepResult, float, float | None]:
-        """A step with its seconds, and those of the reference's, which comes first every other time."""
-        turns = [own] if reference is None else [own, reference]
-        results, seconds = dict[TimedSteps, StepResult](), dict[TimedSteps, float]()
-        for each in turns if len(self.steps) % 2 == 0 else turns[::-1]:
-            started = self.clock.now()
-            results[each] = each.take(step)
-            seconds[each] = self.clock.seconds_since(started)
-        return results[own], seconds[own], None if reference is None else seconds[reference]
+    def _take(self, steps: TimedSteps, number: int, waiting: Waiting) -> _Taken:
+        waiting.since_last()  # what comes between steps is not theirs
+        started = self.clock.now()
+        result = steps.take(number)
+        seconds = self.clock.seconds_since(started)
+        return _Taken(result, seconds, waiting.since_last())
 
     def _any_rank(self, value: bool) -> bool:
         """Whether it holds in any process: all go through the same steps."""
