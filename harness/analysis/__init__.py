@@ -18,6 +18,7 @@ __all__ = [
     "sizing",
     "stats",
     "task_scores",
+    "timed",
     "verdicts",
     "words",
 ]
