@@ -38,6 +38,8 @@ class CompiledReplay(Replay, CompiledLiveTensors):
         if not isinstance(func, HigherOrderOperator):
             return Replay.__torch_dispatch__(self, func, types, args, kwargs)
         # Recomputed layers run operations that draw random numbers with a generator's state; the first run returns it.
+        if func not in (torch.ops.higher_order.run_and_save_rng_state, torch.ops.higher_order.run_with_rng_state):
+            raise NotImplementedError(f"torch_compile: {func} cannot be replayed on fake tensors")
         at, inner = next((at, each) for at, each in enumerate(args) if isinstance(each, torch._ops.OpOverload))
         out = Replay.__torch_dispatch__(self, inner, types, args[at + 1 :], kwargs)
         if at > 0:
