@@ -293,18 +293,18 @@ def run(
                 here=environments,
             )
             _print_undecided(undecided, until_decided)
+        left = grid_run.pending(executed, store, launcher)
         if store.completed():
             baselines = {trial.baseline_id for trial in loaded.trials}
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             compared = comparison.compare(measurements)
             out.print(writers.terminal(compared))
-            for line in longer.sentences(compared):
+            for line in [] if left else longer.sentences(compared):  # what is left may decide them
                 out.print(plain(line), highlight=False)
             if live_page is not None:
                 live_page.write_report(measurements, store.folder)
         export.report_to(store.folder, tracked_by)
         rows = grid_run.recorded(executed, store, launcher)
-        left = grid_run.pending(executed, store, launcher)
         if as_json:
             print_document(run_document(executed, store, launcher))
         hint = "; run them again with --rerun and that status"

@@ -18,10 +18,10 @@ from torch import _meta_registrations
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.environment import DeviceType
-from harness.predict import cuda_kernels, int8_on_cuda
+from harness.predict import cuda_kernels, fused_kernels, int8_on_cuda
 from harness.predict.cards import Capability
 from harness.predict.replay import Replay
-from harness.training import quantisers
+from harness.training import fused_loss, quantisers
 
 _PAGED_ABOVE = 100_000
 """Elements of the smallest optimizer state that bitsandbytes (0.50) pages: optim/optimizer.py, get_state_buffer."""
@@ -32,7 +32,8 @@ def emulate_kernels(device_type: DeviceType, capability: Capability, tracker: Re
     """Within, a model on the CPU holds what it would hold on the device."""
     kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
     int8 = int8_on_cuda.emulate() if device_type == "cuda" else int8_on_cuda.without_outliers()
-    with kernels, int8, _grouped_products_of_any_type(), _dequantised_for_dora(), _offloaded_uncounted(tracker):
+    fused = mock.patch.dict(fused_loss.KERNELS, fused_kernels.kernels(tracker))
+    with kernels, fused, int8, _grouped_products_of_any_type(), _dequantised_for_dora(), _offloaded_uncounted(tracker):
         yield
 
 

@@ -41,7 +41,7 @@ from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
 from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, compilation, distributed, evaluation, model, order
+from harness.training import batches, checkpoints, compilation, distributed, evaluation, fused_loss, model, order
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer
 
@@ -81,11 +81,12 @@ def predict(
         trust_remote_code: let models from the hub run their own code.
 
     Raises:
-        InputError: the model's config or the stories are not available.
+        InputError: the model's config or the stories are not available, or the device cannot do what the spec says.
         Unpredictable: an operation cannot be replayed on fake tensors; the message names it. Or layers are compiled,
             for a card.
     """
     started = time.perf_counter()
+    fused_loss.refuse_on(spec, device_type)
     if spec.torch_compile and device_type == "cuda":
         raise Unpredictable("torch_compile: what compiled layers keep on a card is the choice of a compiler for cards")
     tokenizer = _tokenizer(spec, trust_remote_code)

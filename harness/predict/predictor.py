@@ -18,6 +18,7 @@ from harness import environment
 from harness._util.messages import first_line
 from harness._util.redact import redact
 from harness.environment import DeviceType
+from harness.errors import InputError
 from harness.launch import fork_server
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.prediction import Prediction, SpecPrediction, model_key
@@ -178,5 +179,6 @@ def _predict(text: str, device_type: DeviceType, capability: Capability, options
             prediction = peak.predict(spec, device_type, capability=capability, **options)
         except Exception as error:  # a model's own code may raise anything; other specs are still predicted
             first = redact(first_line(error))
-            return {"error": first if isinstance(error, peak.Unpredictable) else f"{type(error).__name__}: {first}"}
+            in_words = isinstance(error, (peak.Unpredictable, InputError))
+            return {"error": first if in_words else f"{type(error).__name__}: {first}"}
     return prediction.model_dump(mode="json")

@@ -27,8 +27,8 @@ Quantizer = Literal["bitsandbytes", "torchao", "hqq"]
 _OF_CARDS = {"fp8": "8.9", "nvfp4": "10.0"}
 """Formats whose products are of cards alone, with the lowest compute capability that has them."""
 
-_LOSSES_OF_CARDS = ("liger", "cce")
-"""Losses of the packages liger-kernel and cut-cross-entropy."""
+FUSED_LOSSES: dict[str, str] = {"liger": "liger-kernel", "cce": "cut-cross-entropy"}
+"""Losses that kernels of packages take, for CUDA cards, with the packages."""
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit",
@@ -69,20 +69,6 @@ def refuse_format_of_cards(precision: object) -> object:
             "use bf16, or int8, int4 or nf4 for less memory"
         )
     return precision
-
-
-def refuse_loss_of_cards(loss: object) -> object:
-    """Hand on how the loss is taken, unless it is by kernels that are known and not measured.
-
-    Raises:
-        ValueError: it is liger or cce.
-    """
-    if loss in _LOSSES_OF_CARDS:
-        raise ValueError(
-            f"{loss} is of kernels for CUDA cards alone, and is not measured here; use chunked, which holds no more "
-            "logits than loss_chunk_size says"
-        )
-    return loss
 
 
 def check_format(precision: str, quantizer: str) -> None:

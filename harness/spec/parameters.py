@@ -41,7 +41,6 @@ from harness.spec.keys import (
     check_pattern,
     is_pattern,
     refuse_format_of_cards,
-    refuse_loss_of_cards,
 )
 
 _UNMEASURED = Facts(measured=False)
@@ -194,10 +193,9 @@ class Parameters(Frozen):
     """Recompute by torch's reentrant variant, which keeps no graph meanwhile (`use_reentrant: true`)."""
     keep_outputs: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Hold the logits and other outputs until those of the next micro-batch replace them, as a plain loop does."""
-    loss: Annotated[
-        Literal["full", "chunked"], BeforeValidator(refuse_loss_of_cards), Facts(absent="full"), Part.ACTIVATIONS
-    ] = "full"
-    """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together."""
+    loss: Annotated[Literal["full", "chunked", "liger", "cce"], Facts(absent="full"), Part.ACTIVATIONS] = "full"
+    """Take the loss from all logits of a micro-batch, or in parts, so that they are never held together: by torch, or
+    by a kernel of Liger or of cut-cross-entropy (CUDA)."""
     loss_chunk_size: Annotated[PositiveInt, Facts(absent=256), Part.ACTIVATIONS] = 256
     """Positions in a part of a chunked loss."""
 

@@ -15,6 +15,7 @@ from pydantic import (
 from harness.spec.datasets import Facts, Part
 from harness.spec.keys import (
     FULL,
+    FUSED_LOSSES,
     INITIALISED_LATER,
     LORA,
     LOW_RANK_OPTIMIZERS,
@@ -203,6 +204,8 @@ class TrialSpec(Parameters):
             raise ValueError(f"{given} num_processes 1: there are no processes to shard over; use sharding: none")
         if self.precision in QUANTISED:
             raise ValueError(f"{given} precision {self.precision}: quantised weights are not sharded; use bf16")
+        if self.loss in FUSED_LOSSES:
+            raise ValueError(f"{given} loss {self.loss}, whose kernel takes the whole head; use loss: chunked")
         if self.lora_bias != "none" and self.adapter == LORA and self.precision == "bf16":
             raise ValueError(
                 f"{given} lora_bias {self.lora_bias} and precision bf16: trained weights of several formats are not "
@@ -274,7 +277,7 @@ class TrialSpec(Parameters):
             values.pop("quantizer", None)
         if not self.upcasts:
             values.pop("upcast_unquantized", None)
-        if self.loss == "full":
+        if self.loss != "chunked":
             values.pop("loss_chunk_size", None)
         if not self.gradient_checkpointing:
             values.pop("reentrant_checkpointing", None)

@@ -15,7 +15,18 @@ from harness.errors import InputError
 from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, formats, limits, model, optimizers, order, recomputation, tasks
+from harness.training import (
+    batches,
+    checkpoints,
+    formats,
+    fused_loss,
+    limits,
+    model,
+    optimizers,
+    order,
+    recomputation,
+    tasks,
+)
 
 _MODEL_KEYS = (
     "base_model",
@@ -97,6 +108,8 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
         try:
             if refused := capabilities.refusal(spec):
                 raise InputError(refused)
+            fused_loss.refuse_on(spec, resolve_device(spec.device))
+            fused_loss.refuse_missing(spec)
             if model_key not in networks:
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
             if data_key not in data:

@@ -7,6 +7,7 @@ once for each of them. What is minimised then depends on how an effective batch 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_methods, chunked_loss, packing
+from harness.training import adapter_methods, chunked_loss, fused_loss, packing
 from harness.training.batches import IGNORED
+from harness.training.without_logits import Losses, base_of, losses_for_logits
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
 """Names of the weight of an auxiliary loss, in models and their configs."""
@@ -49,7 +51,7 @@ def forward(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialSp
         spec: which loss.
     """
     outputs = _outputs(wrapped, network, inputs, spec)
-    if spec.loss == "chunked":
+    if spec.loss != "full":
         return outputs, outputs.logits
     return outputs, summed_cross_entropy(outputs.logits, inputs["labels"])
 
@@ -57,7 +59,7 @@ def forward(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialSp
 def by_example(network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> list[torch.Tensor]:
     """The sum of the cross entropies of each example in nats, without a graph."""
     outputs = _outputs(network, network, inputs, spec)
-    if spec.loss == "chunked":
+    if spec.loss != "full":
         return list(outputs.logits)
     # One example at a time keeps the fp32 copy of the logits small.
     rows = zip(outputs.logits, inputs["labels"], strict=True)
@@ -65,11 +67,18 @@ def by_example(network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> list
 
 
 def _outputs(wrapped: Any, network: Any, inputs: Mapping[str, Any], spec: TrialSpec) -> Any:
-    given = packing.inputs(_base(network), {name: value for name, value in inputs.items() if name != "labels"})
+    causal = base_of(network)
+    given = packing.inputs(causal, {name: value for name, value in inputs.items() if name != "labels"})
     if spec.loss == "full":
         return wrapped(**given)
-    with chunked_loss.losses_for_logits(_base(network), inputs["labels"], spec.loss_chunk_size):
+    with losses_for_logits(causal, inputs["labels"], _losses(causal, spec), spec.loss):
         return wrapped(**given)
+
+
+def _losses(causal: Any, spec: TrialSpec) -> Losses:
+    if spec.loss == "chunked":
+        return functools.partial(chunked_loss.losses, causal=causal, size=spec.loss_chunk_size)
+    return functools.partial(fused_loss.losses, causal=causal, loss=spec.loss)
 
 
 def auxiliary(network: Any, outputs: Any) -> torch.Tensor | None:
@@ -86,7 +95,7 @@ def auxiliary(network: Any, outputs: Any) -> torch.Tensor | None:
     term, penalty = getattr(outputs, "aux_loss", None), adapter_methods.penalty(network)
     if not isinstance(term, torch.Tensor):
         return penalty
-    weighted = _weight(_base(network)) * term
+    weighted = _weight(base_of(network)) * term
     return weighted if penalty is None else weighted + penalty
 
 
@@ -112,7 +121,7 @@ def auxiliary_by_example(network: Any) -> Iterator[None]:
     Patches the function that transformers (5.23) has in the module of each such model. Models with another one keep
     theirs, which is then weighted by the tokens of the micro-batch.
     """
-    module = sys.modules[type(_base(network)).__module__]
+    module = sys.modules[type(base_of(network)).__module__]
     of_batch = getattr(module, "load_balancing_loss_func", None)
     if of_batch is None:
         yield
@@ -144,8 +153,3 @@ def _by_example(of_batch: Callable[..., Any]) -> Callable[..., Any]:
 def _is_flat(gates: Any, mask: torch.Tensor) -> bool:
     """Whether the gates of each layer are rows of all positions, example after example."""
     return isinstance(gates, tuple) and all(gate.dim() == 2 and len(gate) == mask.numel() for gate in gates)
-
-
-def _base(network: Any) -> Any:
-    """The model without the wrapper of its adapters."""
-    return network.get_base_model() if hasattr(network, "get_base_model") else network

@@ -15,11 +15,12 @@ from unittest import mock
 import torch
 
 from harness._util.messages import first_line, one_line
+from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.sources import models
-from harness.spec.keys import FULL, LORA, QUANTISED
+from harness.spec.keys import FULL, FUSED_LOSSES, LORA, QUANTISED
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_methods, chunked_loss, packing, quantisers, reach, recomputation
+from harness.training import adapter_methods, fused_loss, packing, quantisers, reach, recomputation, without_logits
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -59,8 +60,13 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         InputError: the model is not available, or the device cannot do what the spec says.
         OSError: its files are not safetensors, or are damaged.
     """
-    recomputation.refuse_on(spec, "cuda" if device.type == "cuda" else "cpu")
-    return _prepared(base(spec, device, trust_remote_code=trust_remote_code), spec)
+    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    recomputation.refuse_on(spec, device_type)
+    fused_loss.refuse_on(spec, device_type)
+    network = _prepared(base(spec, device, trust_remote_code=trust_remote_code), spec)
+    if spec.loss in FUSED_LOSSES:
+        fused_loss.refuse_other_code(without_logits.base_of(network), spec.loss)
+    return network
 
 
 def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = False) -> Any:
@@ -233,8 +239,8 @@ def _keep_fp32(model: Any, dtype: torch.dtype) -> None:
 
 def _prepared(model: Any, spec: TrialSpec) -> Any:
     """A base model set up for training: checkpointing, adapters, training mode."""
-    if spec.loss == "chunked":
-        chunked_loss.refuse_if_impossible(model)
+    if spec.loss != "full":
+        without_logits.refuse_if_impossible(model, spec.loss)
     model.config.use_cache = False
     if spec.sample_packing:
         packing.set_up(model)
@@ -251,6 +257,8 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         model.get_input_embeddings().register_forward_hook(functools.partial(_with_noise, spec.neftune_noise_alpha))
     for parameter in unreached.values():
         parameter.requires_grad_(False)
+    if spec.loss in FUSED_LOSSES:
+        fused_loss.refuse_if_impossible(without_logits.base_of(model), spec.loss)
     model.train()
     return model
 
