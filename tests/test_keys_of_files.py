@@ -194,10 +194,24 @@ def test_offloaded_inputs_of_layers_are_not_on_the_card(small: Small, tmp_path: 
         inspection.inspect([("a", small(**shape | {"device": "cpu"}, checkpoint_offload=True))])
 
 
+def test_flex_attention_is_for_cards(small: Small, tmp_path: Path) -> None:
+    flex = small(base_model=tiny_model(tmp_path), attention="flex_attention")
+    with pytest.raises(
+        InputError, match="flex_attention on a CPU: torch has no gradient of it there; use"
+    ):
+        inspection.inspect([("a", flex)])
+    with pytest.raises(peak.Unpredictable, match="flex_attention: it is compiled, and by a compiler for cards"):
+        peak.predict(flex, "cuda")
+    with pytest.raises(ValueError, match="sample_packing with attention flex_attention"):
+        small(attention="flex_attention", sample_packing=True, micro_batch_size=2)
+    assert model.skeleton(flex).config._attn_implementation == "flex_attention"
+
+
 def test_what_checkpointing_cannot_keep(small: Small) -> None:
     on = {"gradient_checkpointing": True}
     with pytest.raises(ValueError, match="checkpoint_keep matmuls with reentrant_checkpointing"):
         small(**on, checkpoint_keep="matmuls", reentrant_checkpointing=True)
-    with pytest.raises(ValueError, match="checkpoint_keep attention with attention eager"):
-        small(**on, checkpoint_keep="attention", attention="eager")
+    for attention in ("eager", "flash_attention_2", "flex_attention"):
+        with pytest.raises(ValueError, match=f"checkpoint_keep attention with attention {attention}"):
+            small(**on, checkpoint_keep="attention", attention=attention)
     assert small(checkpoint_keep="matmuls", checkpoint_offload=True).id == small().id

@@ -187,6 +187,11 @@ def test_axolotls_padding_and_embeddings(tmp_path: Path) -> None:
     assert grid.load(tmp_path / "a.yml").trials[0].spec.adapter_dtype == "bf16"
 
 
+def test_flex_attention_is_read(tmp_path: Path) -> None:
+    for text in ("flex_attention: true\n", "attn_implementation: flex_attention\n"):
+        assert spec(tmp_path, AXOLOTLS + text).attention == "flex_attention"
+
+
 def test_micro_batches_in_one_row(tmp_path: Path) -> None:
     for value, packs in (("true", True), ("auto", True), ("false", False)):
         flat = spec(tmp_path, AXOLOTLS + f"batch_flattening: {value}\n")
@@ -258,7 +263,7 @@ def test_harness_keys_stand_in_axolotls_files_too(tmp_path: Path) -> None:
     [
         ("adapter: llama-adapter\n", "adapter: llama-adapter (use lora or qlora"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex (no schedule here; use constant"),
-        ("flex_attention: true\n", "flex_attention: true (use sdpa"),
+        ("sage_attention: true\n", "sage_attention: true (use sdpa"),
         ("bf16: true\nfp16: true\n", "fp16: true (contradicts bf16: true"),
         ("gradient_checkpointing: offload\n", "gradient_checkpointing: offload (use true"),
         ("deepspeed: zero3_cpuoffload.json\n", "deepspeed: zero3_cpuoffload.json (name a file of ZeRO"),

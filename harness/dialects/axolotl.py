@@ -229,6 +229,7 @@ def _read_checkpointing(reader: Reader) -> None:
 _ATTENTION = {
     "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attention_2",
     "eager_attention": "eager", "sdp_attention": "sdpa", "flash_attention": "flash_attention_2",
+    "flex_attention": "flex_attention",
 }  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def _read_attention(reader: Reader) -> None:
             continue
         kernel = _ATTENTION.get(str(value) if name == "attn_implementation" else name)
         if kernel is None:
-            reader.refuse(name, "use sdpa, eager or flash_attention_2")
+            reader.refuse(name, "use sdpa, eager, flash_attention_2 or flex_attention")
         else:
             reader.set("attention", kernel, name)
 

@@ -166,6 +166,7 @@ _ATTENTION = {
     "sdpa": "sdpa",
     "eager": "eager",
     "flash_attention_2": "flash_attention_2",
+    "flex_attention": "flex_attention",
     "kernels-community/flash-attn": "flash_attention_2",
     "kernels-community/flash-attn2": "flash_attention_2",
 }
@@ -176,7 +177,7 @@ def _read_attention(reader: Reader) -> None:
     if str(given) in _ATTENTION:
         derive(reader, "attention", _ATTENTION[str(given)], name)
     elif given is not None:
-        reader.refuse(name, "use sdpa, eager or flash_attention_2")
+        reader.refuse(name, "use sdpa, eager, flash_attention_2 or flex_attention")
     elif reader.get("use_flash_attention_2") is True:
         derive(reader, "attention", "flash_attention_2", "use_flash_attention_2")
     reader.ignore("off", *(["use_flash_attention_2"] if "use_flash_attention_2" not in reader.mapped else []))

@@ -41,7 +41,7 @@ from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
 from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, compilation, distributed, evaluation, fused_loss, model, order
+from harness.training import batches, checkpoints, compilation, device_limits, distributed, evaluation, model, order
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer
 
@@ -86,9 +86,11 @@ def predict(
             for a card.
     """
     started = time.perf_counter()
-    fused_loss.refuse_on(spec, device_type)
+    device_limits.refuse_on(spec, device_type)
     if spec.torch_compile and device_type == "cuda":
         raise Unpredictable("torch_compile: what compiled layers keep on a card is the choice of a compiler for cards")
+    if spec.attention == "flex_attention":
+        raise Unpredictable("attention flex_attention: it is compiled, and by a compiler for cards")
     tokenizer = _tokenizer(spec, trust_remote_code)
     assumed = tokenizer is None
     full_length = full_length or assumed

@@ -107,8 +107,10 @@ class Parameters(Frozen):
     """Run forward passes under autocast where arithmetic is 16 bit; null: with fp32 adapters, which need it."""
     tf32: Annotated[StrictBool, Part.WEIGHTS] = False
     """Use TensorFloat-32 for fp32 matrix products on CUDA."""
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Part.ACTIVATIONS] = "auto"
-    """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which."""
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"], Part.ACTIVATIONS] = (
+        "auto"
+    )
+    """Attention kernel; `auto`: sdpa where the model has it, else eager. The row says which. flex_attention: CUDA."""
     torch_compile: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Train with layers that torch's compiler has made faster, each kind of layer once; evaluation is uncompiled."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -97,11 +97,17 @@ class TrialSpec(Parameters):
             raise ValueError(
                 f"checkpoint_keep {self.checkpoint_keep} with reentrant_checkpointing, which recomputes all; keep one"
             )
-        if self.gradient_checkpointing and self.checkpoint_keep == "attention" and self.attention == "eager":
+        if (
+            self.gradient_checkpointing
+            and self.checkpoint_keep == "attention"
+            and self.attention not in ("auto", "sdpa")
+        ):
             raise ValueError(
-                "checkpoint_keep attention with attention eager, which is no one operation; use attention: sdpa, or "
-                "checkpoint_keep: matmuls"
+                f"checkpoint_keep attention with attention {self.attention}, which is no operation of torch's own; use "
+                "attention: sdpa, or checkpoint_keep: matmuls"
             )
+        if self.sample_packing and self.attention == "flex_attention":
+            raise ValueError("sample_packing with attention flex_attention, which is given no examples; use sdpa")
         if self.sample_packing and self.pad_to_sequence_len:
             raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:

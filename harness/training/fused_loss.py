@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.spec.keys import FUSED_LOSSES
 from harness.spec.trial import TrialSpec
@@ -27,18 +26,6 @@ Kernel = Callable[..., torch.Tensor]
 _IMPORTED = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 _LARGE = 100.0
 """Inputs of a head are so many times the usual ones where it is compared: a softcap changes large logits alone."""
-
-
-def refuse_on(spec: TrialSpec, device_type: DeviceType) -> None:
-    """Check that a device has the kernel of a spec's loss.
-
-    Raises:
-        InputError: it is a CPU.
-    """
-    if spec.loss in FUSED_LOSSES and device_type == "cpu":
-        raise InputError(
-            f"loss {spec.loss} on a CPU: its kernels are of CUDA cards; use loss: chunked, or device: cuda"
-        )
 
 
 def refuse_missing(spec: TrialSpec) -> None:

@@ -18,13 +18,13 @@ from harness.spec.trial import TrialSpec
 from harness.training import (
     batches,
     checkpoints,
+    device_limits,
     formats,
     fused_loss,
     limits,
     model,
     optimizers,
     order,
-    recomputation,
     tasks,
 )
 
@@ -108,7 +108,7 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
         try:
             if refused := capabilities.refusal(spec):
                 raise InputError(refused)
-            fused_loss.refuse_on(spec, resolve_device(spec.device))
+            device_limits.refuse_on(spec, resolve_device(spec.device))
             fused_loss.refuse_missing(spec)
             if model_key not in networks:
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
@@ -119,7 +119,6 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
                 asked.add(spec.evaluate_tasks)
             seen, network = data[data_key], networks[model_key]
             optimizers.refuse_missing(spec)
-            recomputation.refuse_on(spec, resolve_device(spec.device))
             order.check_schedules(spec, seen.training_stories)
             limits.check(spec, seen.texts, network.limits)
         except InputError as error:

@@ -15,12 +15,20 @@ from unittest import mock
 import torch
 
 from harness._util.messages import first_line, one_line
-from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.sources import models
 from harness.spec.keys import FULL, FUSED_LOSSES, LORA, QUANTISED
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_methods, fused_loss, packing, quantisers, reach, recomputation, without_logits
+from harness.training import (
+    adapter_methods,
+    device_limits,
+    fused_loss,
+    packing,
+    quantisers,
+    reach,
+    recomputation,
+    without_logits,
+)
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -60,9 +68,7 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
         InputError: the model is not available, or the device cannot do what the spec says.
         OSError: its files are not safetensors, or are damaged.
     """
-    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
-    recomputation.refuse_on(spec, device_type)
-    fused_loss.refuse_on(spec, device_type)
+    device_limits.refuse_on(spec, "cuda" if device.type == "cuda" else "cpu")
     network = _prepared(base(spec, device, trust_remote_code=trust_remote_code), spec)
     if spec.loss in FUSED_LOSSES:
         fused_loss.refuse_other_code(without_logits.base_of(network), spec.loss)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from harness.environment import DeviceType
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
 
@@ -19,19 +18,6 @@ _KEPT = {
     "matmuls": re.compile(rf"{_ATTENTION}|aten::(mm|addmm|bmm|baddbmm)|bitsandbytes::\w*(gemm|matmul)\w*"),
 }
 """Operations whose outputs are kept, by values of `checkpoint_keep`."""
-
-
-def refuse_on(spec: TrialSpec, device_type: DeviceType) -> None:
-    """Check that a device can do what a spec says of checkpointing.
-
-    Raises:
-        InputError: activations would be offloaded from the host to the host.
-    """
-    if spec.checkpoint_offload and spec.gradient_checkpointing and device_type == "cpu":
-        raise InputError(
-            "checkpoint_offload on a CPU: its activations are in the memory of the host already; use "
-            "checkpoint_offload: false, or device: cuda"
-        )
 
 
 def enable(model: Any, spec: TrialSpec) -> None:
