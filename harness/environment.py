@@ -218,8 +218,10 @@ def half_matmul() -> HalfMatmul:
     return "native" if not flags or flags & NATIVE_HALF else "fp32-blocks"
 
 
-def missing_for_compiler(device_type: DeviceType) -> str | None:
-    """What `torch_compile` needs and this machine lacks, in a line; null: nothing."""
+def missing_for_compiler(
+    device_type: DeviceType, asked: str = "torch_compile", instead: str = "torch_compile: false"
+) -> str | None:
+    """What `asked` needs to compile code and this machine lacks, and what to use `instead`; null: nothing."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     # As torch (2.13) looks for them.
     names = ["CXX", "g++"] if device_type == "cpu" else ["CC", "gcc", "clang"]
@@ -232,7 +234,7 @@ def missing_for_compiler(device_type: DeviceType) -> str | None:
         what = "the package triton"
     else:
         return None
-    return f"torch_compile needs {what}, which is not here; install it, or use torch_compile: false"
+    return f"{asked} needs {what}, which is not here; install it, or use {instead}"
 
 
 @functools.cache

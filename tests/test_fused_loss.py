@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from harness.errors import InputError
 from harness.predict import peak
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, fused_loss, inspection, loss, model, without_logits
+from harness.training.live_tensors import LiveTensors
 
 Small = Callable[..., TrialSpec]
 
@@ -116,15 +119,25 @@ def test_a_package_that_is_not_there_is_named_with_its_extra(small: Small, monke
         ("llama", {"lora_target_modules": ["all-linear", "lm_head"]}, "takes a plain head, and that of LlamaForCausal"),
         ("llama", {"lora_modules_to_save": ["lm_head"]}, "is ModulesToSaveWrapper; use loss: chunked"),
         ("llama", {"precision": "fp32", "loss": "cce"}, "multiplies in 16 bit, and the head is fp32"),
+        ("gemma2", {"config": {"final_logit_softcapping": 5.0}}, "has final_logit_softcapping after its head"),
+        ("granite", {"config": {"logits_scaling": 4.0}}, "has logits_scaling after its head, which the kernel leaves"),
         ("own_code", {}, "computes its logits all at once; use loss: full"),
     ],
 )
 def test_a_head_that_the_kernel_does_not_take_is_refused(
     architecture: str, keys: dict[str, Any], message: str, small: Small, tmp_path: Path
 ) -> None:
-    spec = small(base_model=tiny_model(tmp_path, architecture), **{"loss": "liger", "precision": "bf16"} | keys)
+    folder = tiny_model(tmp_path, architecture, config=keys.pop("config", None))
+    spec = small(base_model=folder, **{"loss": "liger", "precision": "bf16"} | keys)
     with pytest.raises(InputError, match=message):
         model.skeleton(spec, trust_remote_code=True)
+
+
+def test_large_outputs_of_a_decoder_are_compared_too(small: Small, tmp_path: Path) -> None:
+    network, _ = loaded(small, tmp_path, precision="fp16")
+    causal = without_logits.base_of(network)
+    causal.model.norm.weight.data.fill_(1000.0)  # a hundred times as much is more than fp16 has
+    fused_loss.refuse_other_code(causal, "liger")
 
 
 def test_a_bias_of_the_head_is_for_liger_alone(small: Small, tmp_path: Path) -> None:
@@ -165,6 +178,48 @@ def test_code_between_head_and_logits_is_noticed_by_its_values(
             fused_loss.refuse_other_code(causal, "liger")
     assert causal.training
     assert torch.equal(torch.random.get_rng_state(), before), "what is trained does not depend on the check"
+
+
+def test_a_trained_head_has_its_gradient_in_training_alone(small: Small, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"sequence_length": 256, "train_samples": 8, "micro_batch_size": 4, "val_set_size": 8}
+    keys["base_model"] = tiny_model(tmp_path, config={"vocab_size": 200_000, "tie_word_embeddings": False})
+    keys |= {"loss": "liger", "precision": "bf16", "optimizer": "sgd", "attention": "eager"}
+    of_head = 200_000 * 32
+
+    frozen, trained = (peak.predict(small(adapter=adapter, **keys), "cuda") for adapter in ("ia3", "none"))
+    assert trained.peak_evaluate_bytes == pytest.approx(frozen.peak_evaluate_bytes, abs=of_head / 4)
+    # An older card makes the gradient of each part apart, in bf16 and in fp32.
+    older = peak.predict(small(adapter="none", **keys), "cuda", capability=(7, 5))
+    assert older.peak_memory_bytes - trained.peak_memory_bytes == pytest.approx((2 + 4) * of_head, rel=0.3)
+
+
+def test_the_tracker_of_memory_sees_what_a_kernel_compiles(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cut-cross-entropy compiles a sort of its own, within the backward pass."""
+    made: Any = types.ModuleType("cut_cross_entropy")
+    made.cce = types.ModuleType("cut_cross_entropy.cce")
+    made.cce.sort_logit_avg = torch.compile(lambda means: torch.argsort(means), fullgraph=True)
+
+    class Sorted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, inputs: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(inputs)
+            return inputs.sum()
+
+        @staticmethod
+        def backward(ctx: Any, scale: torch.Tensor) -> torch.Tensor:
+            (inputs,) = ctx.saved_tensors
+            made.cce.sort_logit_avg(inputs[0].float())
+            return torch.ones_like(inputs) * scale
+
+    made.linear_cross_entropy = lambda inputs, *_, **__: Sorted.apply(inputs)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", made)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy.cce", made.cce)
+    hidden = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    with LiveTensors("cpu", None):
+        fused_loss.KERNELS["cce"](hidden, torch.randn(8, 8), torch.arange(4), None).backward()
+    assert hidden.grad is not None
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from trials import run
 from harness.errors import InputError
 from harness.predict import peak
 from harness.spec.trial import TrialSpec
-from harness.training import inspection, model, order
+from harness.training import batches, checkpoints, evaluation, inspection, model, order
+from harness.training.memory import MemoryMeter
 from harness.training.step import Trainer
 
 Small = Callable[..., TrialSpec]
@@ -196,15 +198,29 @@ def test_offloaded_inputs_of_layers_are_not_on_the_card(small: Small, tmp_path: 
 
 def test_flex_attention_is_for_cards(small: Small, tmp_path: Path) -> None:
     flex = small(base_model=tiny_model(tmp_path), attention="flex_attention")
-    with pytest.raises(
-        InputError, match="flex_attention on a CPU: torch has no gradient of it there; use"
-    ):
+    with pytest.raises(InputError, match="flex_attention on a CPU: torch has no gradient of it there; use"):
         inspection.inspect([("a", flex)])
     with pytest.raises(peak.Unpredictable, match="flex_attention: it is compiled, and by a compiler for cards"):
         peak.predict(flex, "cuda")
     with pytest.raises(ValueError, match="sample_packing with attention flex_attention"):
         small(attention="flex_attention", sample_packing=True, micro_batch_size=2)
     assert model.skeleton(flex).config._attn_implementation == "flex_attention"
+
+
+def test_the_tracker_of_memory_sees_flex_attention(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU computes it, without gradients; the tracker is the one that a trial takes."""
+    monkeypatch.setattr("harness.training.device_limits.refuse_on", lambda *_: None)
+    keys = {"base_model": tiny_model(tmp_path), "precision": "fp32", "sequence_length": 256, "val_set_size": 2}
+    losses = []
+    for attention in ("sdpa", "flex_attention"):
+        spec = small(**keys, attention=attention)
+        data = batches.load(spec, checkpoints.load_tokenizer(spec))
+        tracking = functools.partial(MemoryMeter(CPU, None, compiled=spec.compiles).tracking, breakdown=True)
+        losses.append(evaluation.story_losses(model.load(spec, CPU), data.held_out, spec, 0, CPU, tracking))
+    for (story, one, tokens), (*_, other, _) in zip(*losses, strict=True):
+        assert other == pytest.approx(one, rel=1e-4), (story, tokens)
 
 
 def test_what_checkpointing_cannot_keep(small: Small) -> None:

@@ -192,6 +192,20 @@ def test_flex_attention_is_read(tmp_path: Path) -> None:
         assert spec(tmp_path, AXOLOTLS + text).attention == "flex_attention"
 
 
+@pytest.mark.parametrize(
+    ("key", "loss", "plugin"),
+    [
+        ("cut_cross_entropy", "cce", "cut_cross_entropy.CutCrossEntropyPlugin"),
+        ("liger_fused_linear_cross_entropy", "liger", "liger.LigerPlugin"),
+        ("chunked_cross_entropy", "chunked", ""),
+    ],
+)
+def test_kernels_of_the_loss_are_read(key: str, loss: str, plugin: str, tmp_path: Path) -> None:
+    plugins = f"plugins: [axolotl.integrations.{plugin}]\n" if plugin else ""
+    assert spec(tmp_path, AXOLOTLS + plugins + f"{key}: true\n").loss == loss
+    assert spec(tmp_path, AXOLOTLS + plugins + f"{key}: false\n").loss == "full"
+
+
 def test_micro_batches_in_one_row(tmp_path: Path) -> None:
     for value, packs in (("true", True), ("auto", True), ("false", False)):
         flat = spec(tmp_path, AXOLOTLS + f"batch_flattening: {value}\n")
@@ -207,7 +221,6 @@ def test_all_reasons_stand_in_one_message(tmp_path: Path) -> None:
         "liger_rope: true",
         "sample_packing: true",
         "lora_mlp_kernel: true",
-        "LigerPlugin",
     ):
         assert key in message
     assert "--without-unsupported" in message

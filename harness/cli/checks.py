@@ -118,6 +118,8 @@ _OPTIONAL = {
     "ray": "for several machines",
     "torchao": "for quantizer: torchao",
     "hqq": "for quantizer: hqq",
+    "liger-kernel": "for loss: liger",
+    "cut-cross-entropy": "for loss: cce",
 }
 
 

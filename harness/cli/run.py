@@ -210,7 +210,7 @@ def run(
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
     loaded = loaded.with_contents(snapshot.of)
-    inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code)
+    inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code, remote=where.remote)
     store.set_aside()
     print_training_file(loaded.training_file, grid)
 
@@ -233,7 +233,8 @@ def run(
 
         def find(trainings: Grid, own: Store) -> Summary:
             nonlocal limit
-            inspect_trials(grid_run.pending(trainings, own, launcher, statuses), trust_remote_code)
+            pending = grid_run.pending(trainings, own, launcher, statuses)
+            inspect_trials(pending, trust_remote_code, remote=where.remote)
             with shown(out, live_page, trainings, own, launcher) as progress:
                 summary = grid_run.run_grid(
                     trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until

@@ -104,7 +104,7 @@ def tune(
     bases = [search.base.model_copy(update={"num_processes": n}) for n in sorted(search.processes)]
     base = Grid(search.name, search.title, "list", tuple(Trial(spec, "tune", None, None) for spec in bases))
     preflight.preflight(base, remote=where.remote)
-    inspect_trials(base.trials, trust_remote_code)
+    inspect_trials(base.trials, trust_remote_code, remote=where.remote)
     for folder in source or []:
         if not (folder / "trials").is_dir():
             raise InputError(f"--from {folder}: no trials there; give results/<grid>, which `harness run` writes")

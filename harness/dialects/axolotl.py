@@ -32,6 +32,7 @@ def _combine(reader: Reader) -> None:
     _read_batch(reader)
     _read_checkpointing(reader)
     _read_attention(reader)
+    _read_loss(reader)
     _read_sharding(reader)
     _read_plugins(reader)
     set_optimizer(reader, "optimizer")
@@ -247,6 +248,21 @@ def _read_attention(reader: Reader) -> None:
             reader.set("attention", kernel, name)
 
 
+_LOSSES = {
+    "chunked_cross_entropy": "chunked",
+    "cut_cross_entropy": "cce",
+    "liger_fused_linear_cross_entropy": "liger",
+}
+
+
+def _read_loss(reader: Reader) -> None:
+    for name, loss in _LOSSES.items():
+        if reader.get(name):
+            reader.set("loss", loss, name)
+        else:
+            reader.ignore("off", name)
+
+
 def _read_sharding(reader: Reader) -> None:
     config = reader.get("fsdp_config", {})
     options = {str(k).removeprefix("fsdp_"): v for k, v in config.items()} if isinstance(config, Mapping) else {}
@@ -282,7 +298,7 @@ def _read_plugins(reader: Reader) -> None:
     """Plug-ins that change the step are named by their keys too; those that do not are about saving and evaluating."""
     plugins = reader.get("plugins", [])
     for plugin in plugins if isinstance(plugins, list) else [plugins]:
-        if any(word in str(plugin).lower() for word in ("lm_eval", "swanlab")):
+        if any(word in str(plugin).lower() for word in ("lm_eval", "swanlab", "cut_cross_entropy", "liger")):
             continue
         reader.refuse("plugins", NOT_MEASURED, str(plugin).rpartition(".")[2])
         return

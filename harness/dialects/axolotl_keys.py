@@ -41,6 +41,7 @@ TABLE: dict[str, Rule] = {
     **_all(Together(), "micro_batch_size gradient_accumulation_steps batch_size gradient_checkpointing"),
     **_all(Together(), "gradient_checkpointing_kwargs attn_implementation flash_attention sdp_attention"),
     **_all(Together(), "eager_attention xformers_attention s2_attention flex_attention sage_attention"),
+    **_all(Together(), "chunked_cross_entropy cut_cross_entropy liger_fused_linear_cross_entropy"),
     **_all(Together(), "fsdp fsdp_config fsdp_version deepspeed base_model_config tokenizer_config model_type"),
     "sequence_len": To("sequence_length"),
     "eval_sequence_len": To("eval_sequence_length"),
@@ -113,15 +114,16 @@ TABLE: dict[str, Rule] = {
     "embeddings_skip_upcast": NoEffect("loading: embeddings are in the type of the arithmetic in training"),
     "peft_autocast_adapter_dtype": Together(),
     **_all(Together(), "torch_compile torch_compile_backend torch_compile_mode"),
+    "chunked_cross_entropy_num_chunks": NoEffect("parts of a chunked loss have loss_chunk_size positions here"),
     "group_by_length": To("group_by_length"),
     "batch_flattening": To("sample_packing", lambda value: value in (True, "auto")),
     "sample_packing": Unsupported("use batch_flattening: true, which packs micro-batches; rows are not filled up here"),
     **_all(
         Unsupported(NOT_MEASURED),
         "max_packed_sequence_len deepcompile flex_attn_compile_kwargs activation_offloading "
-        "layer_offloading selective_checkpointing chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp "
-        "tiled_mlp_num_shards cut_cross_entropy liger_rope liger_rms_norm liger_glu_activation liger_swiglu "
-        "liger_layer_norm liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling "
+        "layer_offloading selective_checkpointing tiled_mlp "
+        "tiled_mlp_num_shards liger_rope liger_rms_norm liger_glu_activation liger_swiglu "
+        "liger_layer_norm liger_cross_entropy liger_use_token_scaling "
         "liger_rms_norm_gated unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv "
         "flash_attn_fuse_mlp flash_optimum use_kernels use_scattermoe use_sonicmoe "

@@ -9,6 +9,7 @@ from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
 from harness.sources import splits, stories, task_files
 from harness.sources.splits import Counts
+from harness.spec.keys import FUSED_LOSSES
 
 
 def preflight(grid: Grid, *, to_plan: bool = False, remote: bool = False) -> None:
@@ -59,5 +60,13 @@ def _refuse_too_many_processes(trial: Trial) -> None:
 
 
 def _refuse_without_compiler(trial: Trial) -> None:
-    if trial.spec.torch_compile and (missing := missing_for_compiler(resolve_device(trial.spec.device))):
-        raise InputError(f"{trial.label}: {missing}")
+    spec, device_type = trial.spec, resolve_device(trial.spec.device)
+    on_cards = device_type == "cuda"
+    compiled = {
+        ("torch_compile", "torch_compile: false"): spec.torch_compile,
+        ("attention flex_attention", "attention: sdpa"): on_cards and spec.attention == "flex_attention",
+        (f"loss {spec.loss}", "loss: chunked"): on_cards and spec.loss in FUSED_LOSSES,  # triton's launchers are in C
+    }
+    for names, asked in compiled.items():
+        if asked and (missing := missing_for_compiler(device_type, *names)):
+            raise InputError(f"{trial.label}: {missing}")

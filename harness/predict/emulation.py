@@ -32,7 +32,7 @@ def emulate_kernels(device_type: DeviceType, capability: Capability, tracker: Re
     """Within, a model on the CPU holds what it would hold on the device."""
     kernels = _kernels_of_cuda(capability) if device_type == "cuda" else contextlib.nullcontext()
     int8 = int8_on_cuda.emulate() if device_type == "cuda" else int8_on_cuda.without_outliers()
-    fused = mock.patch.dict(fused_loss.KERNELS, fused_kernels.kernels(tracker))
+    fused = mock.patch.dict(fused_loss.KERNELS, fused_kernels.kernels(tracker, capability))
     with kernels, fused, int8, _grouped_products_of_any_type(), _dequantised_for_dora(), _offloaded_uncounted(tracker):
         yield
 

@@ -106,8 +106,9 @@ class TrialSpec(Parameters):
                 f"checkpoint_keep attention with attention {self.attention}, which is no operation of torch's own; use "
                 "attention: sdpa, or checkpoint_keep: matmuls"
             )
-        if self.sample_packing and self.attention == "flex_attention":
-            raise ValueError("sample_packing with attention flex_attention, which is given no examples; use sdpa")
+        if self.attention == "flex_attention" and (self.sample_packing or self.torch_compile):
+            name = "sample_packing" if self.sample_packing else "torch_compile"
+            raise ValueError(f"{name} with attention flex_attention, which is compiled by itself; use attention: sdpa")
         if self.sample_packing and self.pad_to_sequence_len:
             raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:
@@ -224,6 +225,16 @@ class TrialSpec(Parameters):
     def effective_batch_size(self) -> int:
         """Examples per optimizer step: micro-batch x accumulation x processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch's compiler makes some of the code of its steps: layers, or attention."""
+        return self.torch_compile or self.attention == "flex_attention"
+
+    @property
+    def counts_operations(self) -> bool:
+        """Whether all of a step's products are operations of torch's, which can be counted."""
+        return self.loss != "cce" and self.attention not in ("flash_attention_2", "flex_attention")
 
     @property
     def autocasts(self) -> bool:

@@ -8,6 +8,7 @@ the product.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,9 @@ Kernel = Callable[..., torch.Tensor]
 
 _IMPORTED = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 _LARGE = 100.0
-"""Inputs of a head are so many times the usual ones where it is compared: a softcap changes large logits alone."""
+"""The largest input of a head where it is compared: a softcap changes large logits alone."""
+_AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+"""What configurations of transformers' models (5.23) say of it, with the value that changes nothing."""
 
 
 def refuse_missing(spec: TrialSpec) -> None:
@@ -49,7 +52,13 @@ def refuse_if_impossible(causal: Any, loss: str) -> None:
     Raises:
         InputError: it does not.
     """
-    head = causal.get_output_embeddings()
+    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    for name, neutral in _AFTER_THE_HEAD.items():
+        if getattr(config, name, neutral) != neutral:
+            raise InputError(
+                f"loss {loss}: {type(causal).__name__} has {name} after its head, which the kernel leaves out; use "
+                "loss: chunked"
+            )
     if type(head) is not torch.nn.Linear:
         raise InputError(
             f"loss {loss}: its kernel takes a plain head, and that of {type(causal).__name__} is {type(head).__name__}"
@@ -62,8 +71,8 @@ def refuse_if_impossible(causal: Any, loss: str) -> None:
         )
     if loss == "cce" and head.weight.dtype is torch.float32:
         raise InputError(
-            "loss cce: its kernel multiplies in 16 bit, and the head is fp32; use precision: bf16, loss: liger or "
-            "loss: chunked"
+            "loss cce: its kernel multiplies in 16 bit, and the head is fp32; use precision: bf16 (over a quantised "
+            "base upcast_unquantized: false), loss: liger or loss: chunked"
         )
 
 
@@ -76,7 +85,7 @@ def refuse_other_code(causal: Any, loss: str) -> None:
     head = causal.get_output_embeddings()
 
     def compared(hidden: torch.Tensor, _: torch.Tensor, logits_of: LogitsOf) -> torch.Tensor:
-        large = _LARGE * hidden[0].to(head.weight.dtype)
+        large = (_LARGE * hidden[0].float() / hidden.abs().max()).to(head.weight.dtype)
         expected = F.linear(large, head.weight, head.bias).float()
         if not torch.allclose(logits_of(large).float(), expected, rtol=0.02, atol=0.02 * float(expected.std())):
             raise InputError(
@@ -124,8 +133,12 @@ def _liger(
 
 
 def _cce(inputs: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    from cut_cross_entropy import cce
     from cut_cross_entropy import linear_cross_entropy as losses_of
 
+    # Patches cut-cross-entropy (25.1), which compiles a sort of the vocabulary: under the tracker of memory torch's
+    # compiler fails. Not needed once that is an option of it.
+    cce.sort_logit_avg = inspect.unwrap(cce.sort_logit_avg)
     # It leaves out what 16 bit cannot add to a gradient.
     summed: torch.Tensor = losses_of(inputs, weight, targets, ignore_index=IGNORED, reduction="sum", filter_eps="auto")
     return summed

@@ -88,11 +88,14 @@ class _Model:
     warnings: tuple[str, ...] = ()
 
 
-def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    trials: Iterable[tuple[str, TrialSpec]], *, remote: bool = False, trust_remote_code: bool = False
+) -> Inspection:
     """Read the data and build the model of each trial as it would, each kind once; nothing is trained.
 
     Args:
         trials: label and spec of each.
+        remote: they run on other machines, whose devices and packages are not known here.
         trust_remote_code: let models from the hub run their own code.
 
     Raises:
@@ -108,8 +111,9 @@ def inspect(trials: Iterable[tuple[str, TrialSpec]], *, trust_remote_code: bool 
         try:
             if refused := capabilities.refusal(spec):
                 raise InputError(refused)
-            device_limits.refuse_on(spec, resolve_device(spec.device))
-            fused_loss.refuse_missing(spec)
+            if not remote:
+                device_limits.refuse_on(spec, resolve_device(spec.device))
+                fused_loss.refuse_missing(spec)
             if model_key not in networks:
                 networks[model_key] = _look_at_model(spec, trust_remote_code)
             if data_key not in data:

@@ -62,9 +62,9 @@ class TimedSteps:
             self.trainer.tracked_step(step, tracker)
 
     def _first(self) -> list[list[Batch]]:
-        """The widest step; compiled layers may need graphs of each."""
+        """The widest step; what is compiled may need graphs of each."""
         widest = max(self.steps, key=lambda step: max(batch.padded_tokens for batch in step))
-        return self.steps if self.spec.torch_compile else [widest]
+        return self.steps if self.spec.compiles else [widest]
 
     def take(self, number: int) -> StepResult:
         """One of the steps, by its number from 0, which goes round."""

@@ -145,7 +145,7 @@ class _Trial:
         self._enter("start")
         meter = None
         try:
-            meter = MemoryMeter(self.device, self.spec.memory_budget, compiled=self.spec.torch_compile)
+            meter = MemoryMeter(self.device, self.spec.memory_budget, compiled=self.spec.compiles)
             # Visits compile what the trial has compiled: they take it from the cache.
             compiling = compilation.counted(self._compiled(), self.device_type, empty_cache=self.visit is None)
             with compiling as self.compilations:
@@ -346,7 +346,7 @@ class _Trial:
         self.metrics |= {
             "optimizer_steps": len(self.steps),
             "trained_tokens": sum(s.tokens for s in self.steps),
-            "flops_per_token": flops / sum(s.tokens for s in tracked),
+            "flops_per_token": flops / sum(s.tokens for s in tracked) if self.spec.counts_operations else None,
         }
 
     # -------------------------------------------------------------------------------- time
