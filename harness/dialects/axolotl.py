@@ -302,7 +302,7 @@ def _read_plugins(reader: Reader) -> None:
             continue
         reader.refuse("plugins", NOT_MEASURED, str(plugin).rpartition(".")[2])
         return
-    reader.ignore("evaluation and saving", "plugins")
+    reader.ignore("evaluation, saving, or what keys of their own ask for", "plugins")
 
 
 DIALECT = Dialect(
