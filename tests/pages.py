@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from harness._util.units import show_bytes
 from harness.grids.claims import Claim, Contrast, lesson
 
@@ -74,7 +76,7 @@ def claims() -> Iterator[str]:
     for section in dict.fromkeys(claim.section for claim in every):
         yield from (f"### {section}", "")
         rows = (
-            (f"`{c.id}`", c.says, figure(c), condition(c), c.expect, measured.get(c.says, "not measured"))
+            (f"`{c.id}`", c.says, figure(c), condition(c), c.expect, measured[c.id])
             for c in every
             if c.section == section
         )
@@ -82,22 +84,24 @@ def claims() -> Iterator[str]:
         yield ""
 
 
-REPORTS = ("techniques", "practice", "forgetting")
-"""Those that say what became of a claim; the first that decides it counts."""
-UNDECIDED = ("not distinguishable", "not decided")
+REPORT = ROOT / "reports/lesson"
+"""The committed report that judges the lesson, of several grids."""
 
 
 def verdicts() -> dict[str, str]:
-    """By claim, its verdict in a committed report, with the size and a link."""
-    rows = []
-    for name in REPORTS:
-        with (ROOT / "reports" / name / "claims.csv").open(encoding="utf-8", newline="") as file:
-            rows += [row | {"report": name} for row in csv.DictReader(file) if row["Verdict"] != "not measured here"]
-    by_claim: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: row["Verdict"] in UNDECIDED):
-        size = row["Measured"].removeprefix("'")
-        link = f"[{row['report']}](../reports/{row['report']}/report.md)"
-        by_claim.setdefault(row["Claim"], f"**{row['Verdict']}** by {link}: {size}")
+    """By claim, its verdict in the committed report, the size, the grid that measured it, and why: one sentence of
+    docs/lesson-why.yml.
+    """
+    why = yaml.safe_load((ROOT / "docs/lesson-why.yml").read_text(encoding="utf-8"))
+    ids = {claim.says: claim.id for claim in lesson().claims}
+    by_claim = {}
+    with (REPORT / "claims.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if (claim := ids.get(row["Claim"])) is None:
+                continue  # of one grid, not of the lesson
+            size, grid = row["Measured"].removeprefix("'"), row["Grid"].split(";")[0]
+            measured = f"**{row['Verdict']}**: {size} ({grid})" if grid else f"{row['Verdict']}"
+            by_claim[claim] = f"{measured}. {why[claim]}"
     return by_claim
 
 

@@ -12,7 +12,7 @@ import pandas
 import pytest
 from house import ROOT
 
-REPORTS = ("techniques", "practice", "forgetting", "methods", "today")
+REPORTS = ("lesson", "techniques", "practice", "forgetting", "methods", "today")
 SAME = {"peak_memory_bytes": 0.01, "tokens_per_second": 0.02, "eval_loss": 0.01}
 """What counts as no effect."""
 
@@ -34,23 +34,22 @@ def rows(report: str) -> dict[str, pandas.DataFrame]:
     return {"trials": trials, "stories": held_out, "steps": steps}
 
 
-def memory(report: str, label: str) -> float:
+def memory(report: str, label: str, reference: str = "baseline") -> float:
     """The highest peak over the repeats that both have."""
     peaks = rows(report)["trials"].groupby(["label", "repeat"])["peak_memory_bytes"].max()
-    shared = peaks[label].index.intersection(peaks["baseline"].index)
-    return float(peaks[label][shared].max() / peaks["baseline"][shared].max())
+    shared = peaks[label].index.intersection(peaks[reference].index)
+    return float(peaks[label][shared].max() / peaks[reference][shared].max())
 
 
-def loss(report: str, label: str) -> float:
+def loss(report: str, label: str, reference: str = "baseline") -> float:
     """The mean over repeats of the token-weighted mean difference."""
     stories = rows(report)["stories"].groupby(["label", "repeat", "story_id"])[["loss", "tokens"]].mean()
-    of_baseline = stories.loc["baseline"].add_suffix("_of_baseline")
-    both = stories.loc[label].join(of_baseline, how="inner")
-    weighted = (both["loss"] - both["loss_of_baseline"]) * both["tokens"]
+    both = stories.loc[label].join(stories.loc[reference].add_suffix("_of_reference"), how="inner")
+    weighted = (both["loss"] - both["loss_of_reference"]) * both["tokens"]
     return float((weighted.groupby("repeat").sum() / both["tokens"].groupby("repeat").sum()).mean())
 
 
-def speed(report: str, label: str) -> float:
+def speed(report: str, label: str, reference: str = "baseline") -> float:
     """The mean ratio within blocks; a visit's speed is the tokens of its different steps by their mean seconds, in
     units of the baseline's where each visit took its steps in turn.
     """
@@ -63,18 +62,22 @@ def speed(report: str, label: str) -> float:
     if quiet.get("reference_seconds", pandas.Series([math.nan])).notna().all():
         mean["tokens"] *= quiet.groupby(visit)["reference_seconds"].mean()
     logarithms = numpy.log(mean["tokens"] / mean["seconds"]).groupby(["label", "block"]).mean()
-    return math.exp((logarithms[label] - logarithms["baseline"]).dropna().mean())
+    return math.exp((logarithms[label] - logarithms[reference]).dropna().mean())
+
+
+WAYS = {"peak_memory_bytes": memory, "eval_loss": loss, "tokens_per_second": speed}
 
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_comparisons_are_recomputed_from_the_parquet(report: str) -> None:
     compared = pandas.read_csv(ROOT / "reports" / report / "comparisons.csv").dropna(subset=["effect"])
-    ways = {"peak_memory_bytes": memory, "eval_loss": loss, "tokens_per_second": speed}
-    compared = compared[compared["metric"].isin(ways) & (compared["technique"] != "baseline again")]
+    if "grid" in compared:
+        compared = compared[compared["grid"] == report]
+    compared = compared[compared["metric"].isin(WAYS) & (compared["technique"] != "baseline again")]
     compared = compared[(compared["metric"] != "tokens_per_second") | (compared["basis"] == "visits")]
     assert len(compared) >= 6
     for row in compared.itertuples():
-        again = ways[str(row.metric)](report, str(row.technique))
+        again = WAYS[str(row.metric)](report, str(row.technique))
         assert again == pytest.approx(row.effect, rel=1e-6, abs=1e-9), (row.technique, row.metric)
         assert_verdict_agrees(row)
 
@@ -90,22 +93,51 @@ def assert_verdict_agrees(row: Any) -> None:
     assert (row.verdict in ("better", "worse", "higher", "lower")) == differs, row
 
 
-EXPECTED = re.compile(r"(\w+): (ratio|difference) (<=|>=|<|>) (-?[\d.]+)$")
+NUMBER = r"[+-]?[\d.]+"
+EXPECTED = re.compile(rf"(\w+): (?:ratio|difference) (<=|>=|<|>|=|between) ({NUMBER})(?: and ({NUMBER}))?$")
+SIZE = re.compile(rf"'?×?({NUMBER})(?: \(({NUMBER})(?: to |–)({NUMBER})\))?$")
 
 
 @pytest.mark.parametrize("report", [name for name in REPORTS if name != "methods"])  # which has no such claim
-def test_verdicts_on_memory_are_recomputed_from_the_parquet(report: str) -> None:
-    """Claims about the peaks of one pair: exact figures, so that the expectation alone decides."""
+def test_verdicts_are_recomputed_from_the_parquet(report: str) -> None:
+    """Claims about one pair: the size from the rows, the word from the interval."""
     claims = pandas.read_csv(ROOT / "reports" / report / "claims.csv")
-    peaks = rows(report)["trials"].groupby("label")["peak_memory_bytes"].max()
-    judged = 0
+    if "Grid" in claims:
+        claims = claims[claims["Grid"].str.split(";").str[0] == report]
+    judged = set()
     for row in claims.itertuples():
-        expected = EXPECTED.match(str(row.Expected))
-        sides = str(row[7]).split(" → ")
-        if expected is None or expected[1] != "peak_memory_bytes" or len(sides) != 2 or ";" in sides[1]:
+        expected, sides = EXPECTED.match(str(row.Expected)), str(row[7]).split(" → ")
+        size = SIZE.match(str(row.Measured).replace("−", "-"))
+        if expected is None or size is None or expected[1] not in WAYS or len(sides) != 2 or ";" in sides[1]:
             continue
-        ratio, bound = peaks[sides[1]] / peaks[sides[0]], float(expected[4])
-        holds = {"<": ratio < bound, "<=": ratio <= bound, ">": ratio > bound, ">=": ratio >= bound}[expected[3]]
-        assert row.Verdict == ("supported" if holds else "contradicted"), (row.Claim, ratio)
-        judged += 1
-    assert judged >= 2
+        if expected[1] == "tokens_per_second" and "block" not in rows(report)["steps"]:
+            continue  # timed before there were visits
+        metric, effect = expected[1], WAYS[expected[1]](report, sides[1], sides[0])
+        shown, low, high = (float(size[i] or size[1]) for i in (1, 2, 3))
+        assert effect == pytest.approx(shown, abs=0.006 if metric != "eval_loss" else 0.0006), row.Claim
+        if size[2] is None:
+            low = high = effect
+        elif {size[2], size[3]} & {expected[3], expected[4], f"{float(expected[3]):+.3f}"}:
+            continue  # rounded, an end is where the claim begins: the digits do not tell on which side
+        assert row.Verdict == word(expected, effect, low, high), (row.Claim, effect)
+        judged.add((metric, row.Claim))
+    assert len(judged) >= (20 if report == "lesson" else 2)
+    assert report != "lesson" or {metric for metric, _ in judged} == set(WAYS)
+
+
+def word(expected: re.Match[str], effect: float, low: float, high: float) -> str:
+    """What an interval says of an expectation: within it, outside of it, or neither."""
+    metric, sign = expected[1], expected[2]
+    none, bound, margin = 0.0 if metric == "eval_loss" else 1.0, float(expected[3]), SAME[metric]
+    least = {"<": -math.inf, "<=": -math.inf, "=": bound - margin}.get(sign, bound)
+    most = {">": math.inf, ">=": math.inf, "=": bound + margin, "between": float(expected[4] or 0)}.get(sign, bound)
+    open_ = "not distinguishable" if low <= none <= high else "not decided"
+    if sign not in ("=", "between") and bound == none:  # that there is an effect, and which way
+        if none - margin <= low and high <= none + margin:
+            return "contradicted"
+        if open_ == "not distinguishable" or abs(effect - none) <= margin:
+            return open_
+        return "supported" if least <= effect <= most else "contradicted"
+    if least <= low and high <= most:
+        return "supported"
+    return "contradicted" if high < least or low > most else open_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import random
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 Small = Callable[..., TrialSpec]
-COMMITTED = ("techniques", "practice", "forgetting")
+COMMITTED = {"lesson": "fb116a5f", "practice": "bd5fabe1", "forgetting": "bd5fabe1"}
+"""Environments by grid."""
 _NOT_HERE = "not measured here"
 
 
@@ -62,9 +64,15 @@ def parts_of(folders: list[Path], **environments: str) -> list[Document]:
 
 @pytest.fixture(scope="module")
 def committed() -> tuple[list[Document], Document]:
-    environments = {"techniques": "fb116a5f", "practice": "bd5fabe1", "forgetting": "bd5fabe1"}
-    parts = parts_of([ROOT / "results" / name for name in COMMITTED], **environments)
-    return parts, joined.join(parts, "The lesson")
+    with contextlib.chdir(ROOT):  # the report names its folders as they were given
+        parts = parts_of([Path("results") / name for name in COMMITTED], **COMMITTED)
+        return parts, joined.join(parts, "The lesson")
+
+
+def test_the_committed_report_is_rendered_from_the_committed_rows(
+    committed: tuple[list[Document], Document],
+) -> None:
+    assert writers.markdown(committed[1]) == (ROOT / "reports/lesson/report.md").read_text()
 
 
 def test_each_cell_of_the_lesson_is_filled_from_whichever_grid_measured_it(

@@ -48,7 +48,7 @@ class Watch:
         self.times: list[float] = []
 
     def begin(self, total: int, skipped: int, visits: int = 0, visit_seconds: float = 0.0) -> None:
-        self.total, self.skipped = total, skipped
+        self.total, self.skipped, self.visits = total, skipped, visits
 
     def trial(self, number: int, job: Job) -> None:
         self.running = job.label

@@ -33,6 +33,7 @@ def test_shapes_have_the_published_sizes() -> None:
         "llama-3.2-1b": 1_235_814_400,
         "llama-3.2-3b": 3_212_749_824,
         "llama-3.1-8b": 8_030_261_248,
+        "qwen2.5-0.5b": 494_032_768,
     }
 
 

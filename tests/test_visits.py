@@ -283,13 +283,15 @@ def loaded(folder: Path, text: str = GRID) -> grids.Grid:
     return grids.load(folder / "g.yml")
 
 
-def go(grid: grids.Grid, folder: Path, launcher: LocalLauncher, **options: Any) -> Summary:
-    return run_grid(grid, Store(folder / "r"), launcher, Watch(), **options)
+def go(grid: grids.Grid, folder: Path, launcher: LocalLauncher, display: Watch | None = None) -> Summary:
+    return run_grid(grid, Store(folder / "r"), launcher, display or Watch())
 
 
 def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:
     quiet()
-    summary = go(loaded(tmp_path), tmp_path, launcher)
+    display = Watch()
+    summary = go(loaded(tmp_path), tmp_path, launcher, display)
+    assert (display.total, display.visits) == (3, 6)
     assert (len(summary.records), summary.left, summary.untimed) == (3, 0, ())
     rows = Store(tmp_path / "r").read("trials").to_pandas().set_index("label")
     steps = Store(tmp_path / "r").read("steps").to_pandas()
@@ -312,7 +314,8 @@ def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLaun
     assert (len(summary.records), summary.untimed) == (0, ())
     assert len(Store(tmp_path / "r").read("steps")) == len(steps), "nothing is timed again"
     more = loaded(tmp_path, GRID.replace("visits: 2", "visits: 3"))
-    go(more, tmp_path, launcher)
+    go(more, tmp_path, launcher, display)
+    assert (display.total, display.visits) == (0, 3), "only the third one is to come"
     assert (Store(tmp_path / "r").read("trials").to_pandas()["timed_visits"] == 3).all(), "a third one was added"
 
 
@@ -399,4 +402,4 @@ def test_impossible_timings_are_refused(tmp_path: Path, given: str) -> None:
 
 def test_only_trained_trials_lack_visits(tmp_path: Path, launcher: LocalLauncher) -> None:
     grid = loaded(tmp_path)
-    assert visits.lacking(grid.trials, grid.timing, Store(tmp_path / "r"), launcher) == []
+    assert visits.lacking(grid.trials, grid.timing, Store(tmp_path / "r"), launcher) == {}

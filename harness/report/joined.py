@@ -16,6 +16,7 @@ from harness.report.front import front
 from harness.report.tables import Cell, Table
 
 _NOT_HERE = "not measured here"
+_OPEN = ("not distinguishable", "not decided")
 
 
 def join(documents: Sequence[Document], title: str) -> Document:
@@ -95,7 +96,9 @@ def _in_words(document: Document) -> str:
 
 
 def _verdicts(documents: Sequence[Document]) -> list[ClaimVerdict]:
-    """Each claim as the first grid judges it that measured it, with the words of the others."""
+    """Each claim as the first grid judges it that decides it, else the first that measured it, with the words of the
+    others.
+    """
     by_claim: dict[str, list[tuple[str, ClaimVerdict]]] = {}
     for document in documents:
         own = document.comparison.measurements.claims
@@ -110,7 +113,7 @@ def _verdicts(documents: Sequence[Document]) -> list[ClaimVerdict]:
         if not measured:
             judged.append(of_claim[0][1])
             continue
-        (name, verdict), *others = measured
+        (name, verdict), *others = sorted(measured, key=lambda each: each[1].word in _OPEN)
         source = "; ".join([name, *(f"by {other}: {each.word}, {each.size}" for other, each in others)])
         judged.append(replace(verdict, source=source))
     return judged

@@ -125,9 +125,9 @@ def run_grid(
     store.describe(grid.about)
     chosen = trials[:limit]
     timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []
-    unknown = {*lacking(timed, grid.timing, store, launcher), *(trial for trial in timed if trial in chosen)}
     timing = grid.timing
-    display.begin(len(chosen), len(grid.trials) - len(trials), timing.visits * len(unknown), timing.seconds)
+    to_come = lacking(timed, timing, store, launcher) | {trial: timing.visits for trial in timed if trial in chosen}
+    display.begin(len(chosen), len(grid.trials) - len(trials), sum(to_come.values()), timing.seconds)
     visits = 0
     workers = GridWorkers(grid, store, launcher, policy, predictions, started)
     with interrupts(display.interrupted) as interrupt:

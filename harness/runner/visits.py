@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -24,27 +24,28 @@ MOST_FURTHER_BLOCKS = 3
 _OF_CARD = ("joules_per_token", "card_clock_share", "card_temperature", "throttled_share")
 
 
-def lacking(trials: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher) -> list[Trial]:
-    """The trials that ended well and have fewer visits that count than a grid wants."""
+def lacking(trials: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher) -> dict[Trial, int]:
+    """The trials that ended well and have fewer visits that count than a grid wants, with how many they lack."""
     rows = store.read("trials", columns=["trial_id", *_COUNTED]).to_pylist()
     known = {row["trial_id"]: row for row in rows}
-    return [t for t in trials if _lacks([known.get(each) for each in possible_ids(t, launcher)], timing)]
+    counts = {t: _lacks([known.get(each) for each in possible_ids(t, launcher)], timing) for t in trials}
+    return {trial: count for trial, count in counts.items() if count > 0}
 
 
 def lacks(trial: Trial, timing: Timing, store: Store, launcher: Launcher) -> bool:
     """`lacking` of one trial, for which not all rows are read."""
-    return _lacks([store.row(each, _COUNTED) for each in possible_ids(trial, launcher)], timing)
+    return _lacks([store.row(each, _COUNTED) for each in possible_ids(trial, launcher)], timing) > 0
 
 
 _COUNTED = ["status", "timed_visits"]
 
 
-def _lacks(rows: Sequence[Mapping[str, Any] | None], timing: Timing) -> bool:
+def _lacks(rows: Sequence[Mapping[str, Any] | None], timing: Timing) -> int:
     counts = [row["timed_visits"] or 0 for row in rows if row is not None and row["status"] == "ok"]
-    return bool(counts) and max(counts) < timing.visits
+    return max(0, timing.visits - max(counts)) if counts else 0
 
 
-def with_references(due: Sequence[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:
+def with_references(due: Collection[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:
     """The trials that are due, and the baseline with its second run: the others are compared with it within a block."""
     ended_well = lacking(timed, _EVER_MORE, store, launcher)
     return [*due, *(t for t in ended_well if (t.baseline or t.twin) and t not in due)]

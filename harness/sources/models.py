@@ -64,6 +64,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, tied=True, head_dim=64),
     "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, tied=True, head_dim=128),
     "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, tied=False, head_dim=128),
+    # As llama, with biases in the attention.
+    "qwen2.5-0.5b": _llama(896, 24, 14, 2, 4864, 151936, tied=True, head_dim=64, rope_theta=1000000.0)
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6},
 }
 
 
