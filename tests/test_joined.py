@@ -122,6 +122,15 @@ def test_a_joined_claim_names_its_grid_and_the_verdicts_of_the_others(two_grids:
     assert "lora_dropout" in dropout.claim.compare
 
 
+def test_a_claim_is_taken_from_the_first_grid_that_decides_it(two_grids: list[Path]) -> None:
+    first, second = parts_of(two_grids)
+    undecided = [replace(v, word="not decided") if v.claim.id == "rank-memory" else v for v in first.verdicts]
+    whole = joined.join([replace(first, verdicts=undecided), second], "Both")
+    verdict = next(v for v in whole.verdicts if v.claim.id == "rank-memory")
+    assert verdict.word == "contradicted"
+    assert verdict.source.startswith("both; by ranks: not decided")
+
+
 def test_grids_of_one_report_are_judged_together(two_grids: list[Path]) -> None:
     """Their families are of one report: each interval is wider than in the report of its grid alone."""
     (alone,) = parts_of(two_grids[:1])
