@@ -21,6 +21,7 @@ from test_results import record
 from harness.launch.launcher import Launcher
 from harness.launch.local import LocalLauncher
 from harness.predict import peak
+from harness.predict.prediction import Prediction
 from harness.record import Record
 from harness.results.store import Store
 from harness.sources import models
@@ -81,9 +82,7 @@ def test_two_processes_are_one_with_twice_the_micro_batch(
         # In the last step, of one example, the second rank computes for nothing.
         counted = other.metrics["flops_per_token"] * 13 / 14
         assert predicted.flops / predicted.positions == pytest.approx(counted, rel=0.01)
-        assert predicted.peak_memory_bytes == pytest.approx(of("peak", other), rel=0.005)
-        for name, size in predicted.breakdown.items():
-            assert size == pytest.approx(other.metrics[name], rel=0.005, abs=4096), name
+        assert_peak(other, predicted)
         losses = [(s.when, s.story_id, s.loss) for s in other.stories]
         assert losses == [(s.when, s.story_id, pytest.approx(s.loss, rel=1e-4)) for s in alone.stories]
     assert len(alone.stories) == 4
@@ -122,7 +121,21 @@ def test_the_usual_formats_are_sharded(small: Small, tmp_path: Path, launcher: L
     assert [s.loss for s in sharded.steps] == pytest.approx([s.loss for s in replicated.steps], rel=1e-3)
     assert of("weights", sharded) == pytest.approx(of("weights", replicated) / 3, rel=0.05)
     predicted = peak.predict(sharded.spec, "cpu")
-    assert predicted.peak_memory_bytes == pytest.approx(of("peak", sharded), rel=0.005)
+    assert_peak(sharded, predicted)
+
+
+GATHERED = 80_000
+"""Bytes of what these small models gather at once: the embedding or the head, with adapters."""
+
+
+def assert_peak(measured: Record, predicted: Prediction) -> None:
+    """As predicted. Of sharded ranks a buffer more may be held, seldom: gloo's own thread lets go of what it has gathered
+    a moment after the rank that waited for it goes on.
+    """
+    late = {} if measured.spec.sharding == "none" else dict.fromkeys(("peak_memory_bytes", "memory_activations_bytes"), GATHERED)
+    for name, size in ({"peak_memory_bytes": predicted.peak_memory_bytes} | predicted.breakdown).items():
+        slack = 0.005 * size + (0 if name == "peak_memory_bytes" else 4096)
+        assert size - slack <= (measured.metrics[name] or 0) <= size + slack + late.get(name, 0), name
 
 
 def of(component: str, record: Record) -> int:

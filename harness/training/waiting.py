@@ -7,9 +7,10 @@ from pathlib import Path
 
 _LEAST_SECONDS = 0.002
 """Waiting that counts for nothing: a switch between threads takes as long."""
-_LEAST_SHARE = 0.04
-"""Fraction of a step's seconds that counts for nothing: threads that hand work to each other wait for 1 to 2 % on a
-quiet virtual machine, and for a third or more beside a process that keeps one of two cores busy."""
+_LEAST_SHARE = 0.1
+"""Fraction of a step's seconds, summed over threads, that counts for nothing: threads that hand work to each other wait
+for 1 to 2 % on a quiet virtual machine, for 3 to 7 % on one whose kernel reclaims memory and whose host takes 1 %, and
+for a third or more next to a process that keeps one of two cores busy."""
 _THREADS = Path("/proc/self/task")
 _STAT = Path("/proc/stat")
 
