@@ -19,9 +19,9 @@ help: ## Print this menu
 
 install: $(INSTALLED) ## Set up .venv, with the bundled model and everything for development
 
-run: $(INSTALLED) ## Measure the techniques grid on this machine, then write its report
-	$(BIN)/harness run grids/techniques.yml
-	$(BIN)/harness report results/techniques
+run: $(INSTALLED) ## Measure the short grid on this machine, then write its report
+	$(BIN)/harness run grids/short.yml
+	$(BIN)/harness report results/short
 
 test: $(INSTALLED) ## Run the tests; options of pytest in ARGS, as in make test ARGS='-k grid'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(RECORD) $(ARGS)
@@ -36,8 +36,8 @@ check: $(INSTALLED) ## Lint, formatting, types, and the coverage that CI=1 make 
 		echo "No coverage recorded since the last change to harness/; CI=1 make test records it" && [ -z "$(CI)" ]; \
 	fi
 
-report: $(INSTALLED) ## Write the report of results/techniques again
-	$(BIN)/harness report results/techniques
+report: $(INSTALLED) ## Write the report of results/short again
+	$(BIN)/harness report results/short
 
 bench: $(INSTALLED) ## Measure harness itself: fidelity, start-up, cost of a report and a search, kills, bad input (1 h)
 	$(BIN)/python benchmarks/fidelity.py

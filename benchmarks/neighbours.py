@@ -1,8 +1,8 @@
 """Speeds of a grid on a quiet machine, and the same while another process burns one core for thirds of the time.
 
-    python benchmarks/neighbours.py [--grid grids/techniques.yml] [--keep FOLDER]
+    python benchmarks/neighbours.py [--grid grids/short.yml] [--keep FOLDER]
 
-Three others of the techniques grid are compared with its baseline: first undisturbed, then beside a process that spins
+Three others of the short grid are compared with its baseline: first undisturbed, then beside a process that spins
 on a core for random thirds of the time. No verdict on speed may turn into another, disturbed trials are named, and the
 noise between the two runs of the baseline stays small: 3 % quiet, 5 % disturbed. It needs a machine with nothing else
 to do. The cost of reading the counters is measured too, as a share of a step.
@@ -32,7 +32,7 @@ from harness.launch.local import LocalLauncher
 from harness.results.store import Store
 from harness.runner.grid_run import run_grid
 
-OTHERS = ("precision=fp32", "gradient_checkpointing=true", "lora_r=64")
+OTHERS = ("precision=bf16", "gradient_checkpointing=true", "lora_r=64")
 PERIOD_SECONDS = 12.0
 """The neighbour works for a random third of each."""
 MOST_QUIET, MOST_DISTURBED, MOST_OVERHEAD = 0.03, 0.05, 0.005
@@ -91,7 +91,7 @@ def overhead() -> float:
 def main() -> None:
     """Print both runs and whether they agree; exit code 1 where they do not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, default=Path("grids/techniques.yml"))
+    parser.add_argument("--grid", type=Path, default=Path("grids/short.yml"))
     parser.add_argument("--keep", type=Path, help="folder for the rows; null: they are thrown away")
     given = parser.parse_args()
     # Nothing is learnt here: one step is trained, and nothing is evaluated.

@@ -12,7 +12,7 @@ import pandas
 import pytest
 from house import ROOT
 
-REPORTS = ("lesson", "techniques", "practice", "forgetting", "methods", "today")
+REPORTS = ("lesson", "short", "techniques", "practice", "forgetting", "methods", "today")
 SAME = {"peak_memory_bytes": 0.01, "tokens_per_second": 0.02, "eval_loss": 0.01}
 """What counts as no effect."""
 

@@ -417,6 +417,35 @@ def test_several_seeds_have_the_noise_of_all_configurations() -> None:
     assert crossed.crossed(as_rows(table[1] - table[0]), unpaired, weights).table.loc[0, "seed_df"] == 1
 
 
+@pytest.mark.parametrize(("seeds", "expected"), [(2, 19), (3, 2)])
+def test_one_training_computed_in_two_ways_has_its_own_noise_from_three_seeds_on(seeds: int, expected: int) -> None:
+    """Two have one degree of freedom: their interval would be a hundred times as wide as what they differ by."""
+    table = losses(numpy.random.default_rng(23), 20, seeds, 8, (0.05, 0.0, 0.01))
+    noise = SeedNoise(stats.Noise(0.05, 19), 0.0001)
+    keys = ["comparison", "source", "unit"]
+    sides = [(0, f"repeat {r}", str(side), sign / seeds) for r in range(seeds) for side, sign in ((0, -1.0), (1, 1.0))]
+    weights = pandas.DataFrame(sides, columns=[*keys, "w"]).set_index(keys)["w"]
+    effects = crossed.crossed(as_rows(table[1] - table[0]), noise, weights, pandas.Index([0]))
+    assert effects.table.loc[0, "seed_df"] == expected
+
+
+def test_intervals_are_the_same_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of linear algebra choose the signs of eigenvectors by the processor that they run on."""
+    table = losses(numpy.random.default_rng(29), 5, 3, 16, (0.01, 0.05, 0.05))
+    frame = pandas.concat([as_rows(each).assign(comparison=number) for number, each in enumerate(table)])
+    effects = crossed.crossed(frame)
+    effects = Effects(effects.table.assign(basis="stories"), effects.errors)
+    here = judge(effects, "lower", 0.01)[["low", "high", "p_family"]]
+    eigh, signs = numpy.linalg.eigh, numpy.array([1, -1, -1, 1, -1])
+
+    def of_another(matrix: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        values, vectors = eigh(matrix)
+        return values, vectors * signs
+
+    monkeypatch.setattr(numpy.linalg, "eigh", of_another)
+    pandas.testing.assert_frame_equal(judge(effects, "lower", 0.01)[["low", "high", "p_family"]], here, rtol=1e-9)
+
+
 def test_what_cancels_is_no_part_of_a_deviation() -> None:
     """Stories that all pairs have in common: what is left of their difference is the seeds', with few of them."""
     generator = numpy.random.default_rng(20)

@@ -74,7 +74,8 @@ def crossed(
         noise: of the seeds. Comparisons of several seeds have it where it is paired and there are texts enough, and
             else that of their own seeds; null: unknown, and those of one seed have no interval.
         weights: see `timed.weights`, of the configurations in each mean; null: each comparison has a trial of its own.
-        by_own_seeds: comparisons whose several seeds differ by less than those of other configurations (`equal_work`).
+        by_own_seeds: comparisons whose seeds, if more than two, count alone: they differ by less than those of other
+            configurations (`equal_work`).
     """
     shared = _shared(losses)
     counts = shared.groupby("comparison")["repeat"].agg(["nunique", "size"])
@@ -87,7 +88,9 @@ def crossed(
         table, tokens = (values[x].to_numpy(float).reshape(-1, repeats, rows // repeats) for x in ("loss", "tokens"))
         of_seeds = known = None
         texts = rows // repeats
-        several = noise is not None and noise.paired and weights is not None and texts >= _LEAST_TEXTS and not own
+        # Two have one degree of freedom: what others differ by, which is more, then gives the narrower interval.
+        by_own = texts < _LEAST_TEXTS or (own and repeats > 2)
+        several = noise is not None and noise.paired and weights is not None and not by_own
         if noise is not None and (repeats == 1 or several):
             of_seeds = _of_seeds(noise.mean, comparisons, weights)
             if repeats > 1:  # what learns the same to the bit under all seeds has no noise

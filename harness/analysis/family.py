@@ -148,7 +148,9 @@ class Family:
         joint = numpy.hstack([table / numpy.where(lengths > 0, lengths, 1.0)[:, None], alone])
         if joint.shape[1] > len(joint):  # as many sources as comparisons will do
             values, vectors = numpy.linalg.eigh(joint @ joint.T)
-            joint = vectors * numpy.sqrt(numpy.clip(values, 0.0, None))
+            # The symmetric root: eigenvectors alone have other signs, and so other draws, on another processor.
+            roots = numpy.sqrt(numpy.where(values > 1e-12 * values[-1], values, 0.0))
+            joint = (vectors * roots) @ vectors.T
         return joint
 
 
