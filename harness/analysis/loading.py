@@ -154,7 +154,7 @@ def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple
         unseen = trials["watched"] & trials[column].isna()
         # The files of tasks are part of the fingerprint.
         names_of = trials[name] + (trials["evaluate_tasks"].fillna("") if kind == "data" else "")
-        newest = by_time[~unseen].groupby(names_of)[column].last(skipna=False)
+        newest = by_time[~unseen.reindex(by_time.index)].groupby(names_of)[column].last(skipna=False)
         there = set(zip(names_of, trials[column], strict=True))
         chosen = {each: latest[each] if (each, latest.get(each)) in there else newest[each] for each in newest.index}
         wanted = names_of.map(chosen)
