@@ -40,6 +40,8 @@ def chromium(*, loopback: bool = False) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver or "chromedriver"))
+    # Two workers on a slow machine: axe took over 30 s. The driver hangs up at 120 s.
+    started.set_script_timeout(110)
     try:
         if not loopback:
             started.execute_cdp_cmd("Network.enable", {})

@@ -173,6 +173,8 @@ def test_the_work_of_a_grid_counts_every_trial(tmp_path: Path) -> None:
     timed_steps = 3 * 3 * (2 + 1 + 6 * 1.0)
     before = 10 * 0.5
     assert work.seconds(3, 1, 10) == trained + timed_steps + before
+    one = 2 + 4 * 1.0 + 10 * 0.5
+    assert work.seconds(3, 2, 10) == work.seconds(3, 1, 10) + one, "the baseline was repeated, and runs twice once"
     in_turn = sizing.work_of(trials, costs, visit_seconds=4.0, in_turn=True)
     assert in_turn.seconds(3, 1, 10) == trained + 2 * timed_steps + before, "the baseline takes as many steps"
 
@@ -231,7 +233,7 @@ def test_a_size_is_chosen_for_a_dry_run(ask: Ask, tmp_path: Path, monkeypatch: p
     first = output.splitlines()[0]
     assert first.startswith("30 min: ")
     repeats = int(first.split(" repeat")[0].split()[-1])
-    assert f"{3 * repeats} trials, {3 * repeats} to run" in output
+    assert f"{1 + 2 * repeats} trials, {1 + 2 * repeats} to run" in output
     stories = first.split(" stories")[0].split()[-1]
     assert f"({stories} stories, " in output, "the grid has what was chosen"
     code, output, errors = ask("run", "g.yml", "--size", "20s")

@@ -52,7 +52,7 @@ def opened(browser: Any, address: str, width: int = 1280, height: int = 800) -> 
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(address)
-    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
+    WebDriverWait(browser, 110).until(lambda b: b.find_elements(By.CSS_SELECTOR, "body[data-drawn=yes]"))
 
 
 def all_of(browser: Any, selector: str) -> list[Any]:

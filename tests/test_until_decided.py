@@ -15,10 +15,11 @@ from rows import keep
 from harness.analysis import comparison, loading, sequential, stats
 from harness.analysis.estimate import Estimate
 from harness.analysis.sequential import until_decided
+from harness.environment import current
 from harness.grids import grid
 from harness.grids.grid import Grid
 from harness.report import document
-from harness.results.store import Store
+from harness.results.store import Store, looks_of
 
 SPEED, LOSS = "tokens_per_second", "eval_loss"
 
@@ -95,7 +96,7 @@ def test_undecided_losses_get_seeds_where_seeds_decide(
     left = until_decided(grid_of, 1, 9, runs, tmp_path)
     assert len(runs.versions) == 2, "more repeats do not decide what stories would"
     visits, trials = runs.versions[1]
-    assert trials == dict.fromkeys((0, 1), BASELINE | {"lora_r=64"})
+    assert trials == {0: BASELINE | {"lora_r=64"}, 1: {"baseline", "lora_r=64"}}
     assert visits == 2
     assert left[LOSS]["lora_r=8"].unit == "stories"
 
@@ -133,14 +134,14 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
             change = {"lora_r=64": 0.5, "lora_r=8": 0.05 * (-1) ** t.repeat}.get(t.label, 0.0)
             losses = [3 + story / 10 + change * (1 + story / 1000 + t.repeat / 1000) for story in range(8)]
             keep(store, t.spec, t.label, losses, twin=t.twin, baseline_id=t.baseline_id)
-        store.describe(now.about)
+        store.describe(now.about, {current("cpu").id})
         return True
 
     left = until_decided(lambda repeats: grid.load(file, repeats=repeats), 2, 4, run, tmp_path / "g")
     assert set(left[LOSS]) == {"lora_r=8"}
     first, second, third = ran
     assert [label for label, _ in first].count("lora_r=64") == 2
-    again = ["baseline", "baseline again", "lora_r=8"]
+    again = ["baseline", "lora_r=8"]
     assert second == [(label, 2) for label in again]
     assert third == [(label, 3) for label in again]
     for _ in range(2):
@@ -153,5 +154,11 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
         caveats = document.document(m, tmp_path / "g").caveats
         assert sum("looked at up to 3 times" in caveat and "98.33%" in caveat for caveat in caveats) == 1
         store.describe(grid.load(file).about)  # a later run that does not look
-    (tmp_path / "g/grid.json").write_text('{"looks": "many"}')
-    assert loading.load(tmp_path / "g").alpha == stats.ALPHA
+    assert looks_of(store.description(), "another") == 1, "rows that another machine adds were not looked at"
+    (tmp_path / "g/grid.json").write_text('{"looks": 2}')
+    assert loading.load(tmp_path / "g").alpha == stats.ALPHA / 2, "one number, as it was kept before, is of all"
+    store.describe(grid.load(file).about, {"another"})
+    assert loading.load(tmp_path / "g").alpha == stats.ALPHA / 2
+    for odd in ('"many"', '{"": "many"}', "[3]", "true"):
+        (tmp_path / "g/grid.json").write_text(f'{{"looks": {odd}}}')
+        assert loading.load(tmp_path / "g").alpha == stats.ALPHA

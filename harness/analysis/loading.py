@@ -95,7 +95,7 @@ def load(
         match=about["match"] if about.get("match") in METRICS else None,
         tuned=tuned_of(about, store.folder / "grid.json"),
         _codes=codes,
-        alpha=stats.ALPHA / looks_of(about),
+        alpha=stats.ALPHA / looks_of(about, chosen),
     )
 
 

@@ -74,7 +74,8 @@ def _stories(m: Measurements, _: Collection[Estimate], now: int, amount: int) ->
 
 
 def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
-    repeat = float(_trials(m).drop_duplicates("config")["seconds"].sum(skipna=False))
+    trials = _trials(m)
+    repeat = float(trials[~trials["twin"]].drop_duplicates("config")["seconds"].sum(skipna=False))
     return f"{amount:,} repeats instead of {now} (repeats)", (amount - now) * repeat
 
 

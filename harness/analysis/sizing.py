@@ -53,7 +53,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """What the trials of one repeat take, and how they depend on the size."""
+    """What the trials of one repeat take, and how they depend on the size.
+
+    The baseline's second run is apart: only the first repeat has it.
+    """
 
     each_repeat: float
     """Seconds of a repeat without its held-out stories."""
@@ -69,10 +72,12 @@ class Work:
     """Seconds of a repeat of the baseline alone, and of its stories."""
     each_baseline_story: float = 0.0
     baseline_repeats: int = 1
+    second_runs: int = 0
+    """Of the baseline: one or none."""
 
     def seconds(self, visits: float, repeats: float, stories: float) -> float:
         """How long a grid of this size takes. Numbers or arrays."""
-        alone = numpy.maximum(self.baseline_repeats - numpy.asarray(repeats), 0)
+        alone = self.second_runs + numpy.maximum(self.baseline_repeats - numpy.asarray(repeats), 0)
         seconds: float = (
             self.once
             + repeats * (self.each_repeat + stories * self.each_story)
@@ -92,9 +97,10 @@ def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: f
         visit_seconds: least undisturbed seconds of a visit.
         in_turn: whether visits take steps of the baseline too.
     """
-    first = [trial for trial in trials if trial.repeat == 0]
-    of = [costs[cost_key(trial.spec)] for trial in first]
-    untrained = {trial.spec.untrained_key: cost for trial, cost in zip(first, of, strict=True)}
+    timed = [trial for trial in trials if trial.repeat == 0]
+    repeated = [trial for trial in timed if not trial.twin]
+    of = [costs[cost_key(trial.spec)] for trial in repeated]
+    untrained = {trial.spec.untrained_key: cost for trial, cost in zip(repeated, of, strict=True)}
     baselines = [trial for trial in trials if trial.baseline]
     alone = costs[cost_key(baselines[0].spec)] if baselines else Cost(0, 0, 0, 0)
     reference = alone if in_turn else None
@@ -106,11 +112,12 @@ def work_of(trials: Sequence[Trial], costs: Mapping[str, Cost], visit_seconds: f
         each_repeat=sum(training(cost) for cost in of),
         each_story=sum(cost.story for cost in of),
         each_story_before=sum(cost.story for cost in untrained.values()),
-        each_visit=sum(cost.of_visit(visit_seconds, reference) for cost in of),
+        each_visit=sum(costs[cost_key(trial.spec)].of_visit(visit_seconds, reference) for trial in timed),
         once=sum(cost.general for cost in untrained.values()),
         each_baseline=training(alone),
         each_baseline_story=alone.story,
         baseline_repeats=1 + max((trial.repeat for trial in baselines), default=0),
+        second_runs=len(timed) - len(repeated),
     )
 
 

@@ -258,7 +258,7 @@ def noise_floor(twins: pandas.Series) -> float | None:
     sqrt(mean of squares) ÷ sqrt(n). A single difference is a poor estimate of its size and is doubled.
 
     Args:
-        twins: one difference per repeat.
+        twins: one difference per block of visits.
 
     Returns:
         Null without twins.

@@ -276,7 +276,10 @@ def _count(document: Mapping[str, Any], key: str, instead: int | None = None) ->
 
 
 def repeat(trials: Sequence[Trial], base: TrialSpec, number: int) -> list[Trial]:
-    """The trials with the seed of one repeat and the id of its baseline, which is run twice."""
+    """The trials with the seed of one repeat and the id of its baseline, which is run twice in the first.
+
+    Speeds are those of the first repeat, and so is their noise.
+    """
 
     def seeded(spec: TrialSpec) -> TrialSpec:
         return spec.model_copy(update={"seed": spec.seed + number})
@@ -284,7 +287,7 @@ def repeat(trials: Sequence[Trial], base: TrialSpec, number: int) -> list[Trial]
     has_baseline = any(t.spec.id == base.id for t in trials)
     baseline_id = seeded(base).id if has_baseline else None
     repeated = [replace(t, repeat=number, spec=seeded(t.spec), baseline_id=baseline_id) for t in trials]
-    if len(trials) > 1:  # alone, it is compared with nothing
+    if number == 0 and len(trials) > 1:  # alone, it is compared with nothing
         repeated += [replace(t, label=f"{t.label} again", twin=True) for t in repeated if t.baseline]
     return repeated
 

@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from harness.results.parts import DamagedPart, latest_rows, read_part, write_par
 from harness.results.schema import INFERENCE_TABLES, SCHEMAS, Table, trial_row
 from harness.results.validation import PART_NAME, Damaged
 
+EVERY = ""
+"""Stands for all environments where something is known of each."""
 _MOST_ATTEMPTS = 10
 """How often a folder is read whose parts are compacted meanwhile."""
 _COMPACT_ABOVE = 16
@@ -122,15 +124,21 @@ class Store:
             raise InputError(f"{self.folder}: {name!r} is not a trial id")
         write_part(self.folder / table / f"{name}.parquet", content)
 
-    def describe(self, about: Mapping[str, Any]) -> None:
+    def describe(self, about: Mapping[str, Any], environment_ids: Collection[str] = (EVERY,)) -> None:
         """Keep the grid's title and claims with its rows, for the report. Rows that were looked at stay so.
+
+        Args:
+            about: `Grid.about`, or another store's description.
+            environment_ids: whose rows are looked at as often as the grid says.
 
         Raises:
             OSError: the folder cannot be written.
         """
         before = self.description()
-        if looks_of(before) > looks_of(about):
-            about = {**about, "looks": looks_of(before)}
+        looks = _looks(before)
+        for environment_id, number in _looks(about, environment_ids).items():
+            looks[environment_id] = max(number, looks.get(environment_id, 1))
+        about = {key: value for key, value in about.items() if key != "looks"} | ({"looks": looks} if looks else {})
         if about != before:
             write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
 
@@ -283,7 +291,19 @@ def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
                 yield folder, row
 
 
-def looks_of(about: Mapping[str, Any]) -> int:
-    """How often the rows of a described grid were looked at, at most; a file edited by hand may hold anything."""
+def looks_of(about: Mapping[str, Any], environment_id: str) -> int:
+    """How often an environment's rows of a described grid were looked at, at most."""
+    looks = _looks(about)
+    return max(looks.get(environment_id, 1), looks.get(EVERY, 1))
+
+
+def _looks(about: Mapping[str, Any], environment_ids: Collection[str] = (EVERY,)) -> dict[str, int]:
+    """Numbers above one by environment; a file edited by hand may hold anything.
+
+    Args:
+        about: says them by environment, or one number.
+        environment_ids: that one number is of; in files of earlier versions it is of all.
+    """
     looks = about.get("looks")
-    return looks if type(looks) is int and looks > 1 else 1
+    looks = looks if isinstance(looks, dict) else dict.fromkeys(environment_ids, looks)
+    return {of: number for of, number in looks.items() if type(number) is int and number > 1}

@@ -122,7 +122,8 @@ def run_grid(
             for each in possible_ids(trial, launcher)
         }
     )
-    store.describe(grid.about)
+    devices = {resolve_device(trial.spec.device) for trial in grid.trials}
+    store.describe(grid.about, {each.id for device in devices for each in launcher.environments(device)})
     chosen = trials[:limit]
     timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []
     timing = grid.timing
