@@ -293,6 +293,7 @@ def dry_run(card: str) -> None:
                 "trial", "predicted peak", "reserve", card, "step", "trial", title=f"{loaded.title}, {times} times"
             )
             seconds = 0.0
+            count = sum(1 if trial.twin else times for trial in loaded.trials)
             for trial in loaded.trials:
                 prediction = predictions[trial.spec.id]
                 if prediction is None:
@@ -303,12 +304,11 @@ def dry_run(card: str) -> None:
                 step = _SLOWER * predicted_seconds(prediction.work, rates)
                 load = prediction.breakdown["memory_weights_bytes"] / _LOAD_BYTES_PER_SECOND
                 lasts = _START_SECONDS + load + step * (0 if verdict == "does not fit" else trial.spec.max_steps or 0)
-                seconds += times * lasts
+                seconds += (1 if trial.twin else times) * lasts
                 peak, reserve = (show_bytes(each) for each in (prediction.peak_memory_bytes, prediction.needed_bytes))
                 table.add_row(trial.label, peak, reserve, verdict, show_seconds(step), show_seconds(lasts))
             total += seconds
             console.print(table)
-            count = times * len(loaded.trials)
             console.print(f"{loaded.name}: {count} trials, about {seconds / 60:.0f} minutes", highlight=False)
     console.print(f"the whole visit: about {total / 60:.0f} minutes on a {card}", highlight=False)
 

@@ -140,7 +140,7 @@ def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Pa
     generator = random.Random(6)
     # Of 30 s, 2 were loading and 10 were steps: each of the eight stories took 2.25.
     took = {"trial_seconds": 30.0, "load_seconds": 2.0, "step_seconds_median": 1.0, "optimizer_steps": 10,
-            "evaluated_stories": 8}  # fmt: skip
+            "evaluated_stories": 8, "training_stories": 4}  # fmt: skip
     for seed in range(3):
         for label, r in (("baseline", 4), ("lora_r=8", 8), ("lora_r=9", 9)):
             stories = [2.0 + (r == 9) + generator.uniform(-0.1, 0.1) for _ in range(8)]
@@ -162,7 +162,8 @@ def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Pa
     assert (open_loss.unit, open_loss.verdict) == ("times", "not distinguishable")
     times = open_loss.needed or 0
     decided = (
-        f"{8 * times:,} held-out stories (val_set_size) and {3 * times:,} repeats (repeats) would decide 1 of them"
+        f"{8 * times:,} held-out stories (val_set_size), more than the data has (12), and {3 * times:,} repeats "
+        "(repeats) would decide 1 of them"
     )
     time = show_time(times * 9 * (31.0 + 18.0 * (times - 1)))
     assert losses == f"1 of 2 losses are not decided; {decided}, in about {time}."

@@ -70,7 +70,8 @@ def _block_seconds(m: Measurements) -> float:
 
 
 def _stories(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
-    return f"{amount:,} held-out stories instead of {now} (val_set_size)", _again(m, stories=amount)
+    what = f"{amount:,} held-out stories instead of {now} (val_set_size){_more_than_there_are(m, amount)}"
+    return what, _again(m, stories=amount)
 
 
 def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
@@ -81,8 +82,15 @@ def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> t
 
 def _times(m: Measurements, these: Collection[Estimate], _: int, amount: int) -> tuple[str, float]:
     stories, seeds = amount * max(each.n for each in these), amount * max(each.seeds or 1 for each in these)
-    what = f"{stories:,} held-out stories (val_set_size) and {seeds:,} repeats (repeats)"
+    more = _more_than_there_are(m, stories)
+    what = f"{stories:,} held-out stories (val_set_size){more} and {seeds:,} repeats (repeats)"
     return what, amount * _again(m, stories=stories)
+
+
+def _more_than_there_are(m: Measurements, stories: int) -> str:
+    """How many stories the data has, where holding out so many would leave none to train on."""
+    there = (m.trials["training_stories"] + m.trials["evaluated_stories"]).max()
+    return f", more than the data has ({there:,.0f})," if stories >= there else ""
 
 
 _LONGER: dict[Unit, Callable[[Measurements, Collection[Estimate], int, int], tuple[str, float]]] = {

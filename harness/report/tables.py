@@ -118,9 +118,9 @@ def techniques(comparison: Comparison, most: int | None = None) -> Table:
         "Techniques against the baseline",
         ("Technique", "Acts on", *(text for x in headings_of(HEADLINE) for text in (x, "against baseline")), "Repeats"),
         tuple(rows),
-        "Ratios and differences are to the baseline of the same repeat, whose two runs are averaged. Intervals hold "
-        "all at once at 95 %, over all comparisons of the figure on this page. Memory is exact: of several repeats the "
-        "highest, with the range of its ratio where they differ.",
+        "Ratios and differences are to the baseline of the same repeat, where it ran twice to the mean of both runs. "
+        "Intervals hold all at once at 95 %, over all comparisons of the figure on this page. Memory is exact: of "
+        "several repeats the highest, with the range of its ratio where they differ.",
         tuple(configs),
     )
 
