@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import SMALL
 from rows import keep
+from test_launch import Watch, formula_grid
 
 from harness.analysis import comparison, loading, sequential, stats
 from harness.analysis.estimate import Estimate
@@ -18,8 +21,10 @@ from harness.analysis.sequential import until_decided
 from harness.environment import current
 from harness.grids import grid
 from harness.grids.grid import Grid
+from harness.launch.local import LocalLauncher
 from harness.report import document
 from harness.results.store import Store, looks_of
+from harness.runner.grid_run import run_grid
 
 SPEED, LOSS = "tokens_per_second", "eval_loss"
 
@@ -162,3 +167,14 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
     for odd in ('"many"', '{"": "many"}', "[3]", "true"):
         (tmp_path / "g/grid.json").write_text(f'{{"looks": {odd}}}')
         assert loading.load(tmp_path / "g").alpha == stats.ALPHA
+
+
+def test_a_run_keeps_its_looks_for_its_environment(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.describe({"looks": 5}, {"another"})
+    grid_of_three = replace(formula_grid(3), looks=3)
+    run_grid(grid_of_three, store, LocalLauncher(), Watch(), until=time.monotonic())  # none begins
+    here = current("cpu").id
+    assert [looks_of(store.description(), each) for each in (here, "another", "a third")] == [3, 5, 1]
+    run_grid(replace(grid_of_three, looks=2), store, LocalLauncher(), Watch(), until=time.monotonic())
+    assert looks_of(store.description(), here) == 3, "rows that were looked at stay so"

@@ -26,7 +26,7 @@ from harness.results.parts import DamagedPart, latest_rows, read_part, write_par
 from harness.results.schema import INFERENCE_TABLES, SCHEMAS, Table, trial_row
 from harness.results.validation import PART_NAME, Damaged
 
-EVERY = ""
+_EVERY = ""
 """Stands for all environments where something is known of each."""
 _MOST_ATTEMPTS = 10
 """How often a folder is read whose parts are compacted meanwhile."""
@@ -124,7 +124,7 @@ class Store:
             raise InputError(f"{self.folder}: {name!r} is not a trial id")
         write_part(self.folder / table / f"{name}.parquet", content)
 
-    def describe(self, about: Mapping[str, Any], environment_ids: Collection[str] = (EVERY,)) -> None:
+    def describe(self, about: Mapping[str, Any], environment_ids: Collection[str] = (_EVERY,)) -> None:
         """Keep the grid's title and claims with its rows, for the report. Rows that were looked at stay so.
 
         Args:
@@ -294,10 +294,10 @@ def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
 def looks_of(about: Mapping[str, Any], environment_id: str) -> int:
     """How often an environment's rows of a described grid were looked at, at most."""
     looks = _looks(about)
-    return max(looks.get(environment_id, 1), looks.get(EVERY, 1))
+    return max(looks.get(environment_id, 1), looks.get(_EVERY, 1))
 
 
-def _looks(about: Mapping[str, Any], environment_ids: Collection[str] = (EVERY,)) -> dict[str, int]:
+def _looks(about: Mapping[str, Any], environment_ids: Collection[str] = (_EVERY,)) -> dict[str, int]:
     """Numbers above one by environment; a file edited by hand may hold anything.
 
     Args:
