@@ -292,6 +292,18 @@ def test_a_memory_budget_that_all_have_is_a_line(
     assert lines == (["memory budget: 12.00 GiB"] if first == second else [])
 
 
+def test_an_effect_of_a_ten_thousandth_looks_like_none(small: Small, tmp_path: Path) -> None:
+    for label, r, peak in (("baseline", 4, 1.0), ("lora_r=8", 8, 1.0003)):
+        keep(Store(tmp_path), small(lora_r=r), label, [2.0], **sizes(peak))
+    chart = plots.effects(compared(tmp_path))
+    assert chart is not None
+    panel = chart.spec()["hconcat"][0]
+    (dots,) = [layer for layer in panel["layer"] if layer["mark"]["type"] == "point"]
+    x = dots["encoding"]["x"]
+    assert x["axis"]["values"] == [0.99, 1.0, 1.01]
+    assert x["scale"]["domain"]["unionWith"] == pytest.approx([1 / 1.01, 1.01]), "what is negligible"
+
+
 def trained(small: Small, folder: Path, steps: int) -> tuple[comparison.Comparison, pandas.DataFrame]:
     """Two techniques that trained for so many steps, at 100 and 50 tokens a second."""
     for label, r, speed in (("baseline", 4, 100.0), ("lora_r=8", 8, 50.0)):

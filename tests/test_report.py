@@ -158,6 +158,8 @@ def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Pa
             ("lora_r=9", "tokens_per_second"),
         )
     )
+    table = next(table for table in report.tables if table.id == "not-decided")
+    assert table.note.endswith("The data has 12 stories.")
     # Nine trials, of a second to start and 30: other stories are held out, so that all are trained again, more often.
     assert (open_loss.unit, open_loss.verdict) == ("times", "not distinguishable")
     times = open_loss.needed or 0

@@ -74,6 +74,11 @@ def _stories(m: Measurements, _: Collection[Estimate], now: int, amount: int) ->
     return what, _again(m, stories=amount)
 
 
+def stories_in_all(m: Measurements) -> float:
+    """How many stories the data has, held out or trained on; nan where that is not recorded."""
+    return float((m.trials["training_stories"] + m.trials["evaluated_stories"]).max())
+
+
 def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
     trials = _trials(m)
     repeat = float(trials[~trials["twin"]].drop_duplicates("config")["seconds"].sum(skipna=False))
@@ -89,7 +94,7 @@ def _times(m: Measurements, these: Collection[Estimate], _: int, amount: int) ->
 
 def _more_than_there_are(m: Measurements, stories: int) -> str:
     """How many stories the data has, where holding out so many would leave none to train on."""
-    there = (m.trials["training_stories"] + m.trials["evaluated_stories"]).max()
+    there = stories_in_all(m)
     return f", more than the data has ({there:,.0f})," if stories >= there else ""
 
 

@@ -13,7 +13,7 @@ import pandas
 from harness._util.units import byte_unit
 from harness.analysis.comparison import MICRO_BATCH, SEQUENCE_LENGTH, Comparison
 from harness.analysis.pareto import pareto_front
-from harness.analysis.words import effect, effect_and_word
+from harness.analysis.words import effect, effect_and_word, negligible_range
 from harness.metrics import HEADLINE, METRICS, Metric
 from harness.report.chart import (
     BLUE,
@@ -185,7 +185,11 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
     weight = {"condition": {"test": f"indexof({json.dumps(headings)}, datum.value) >= 0", "value": "bold"},
               "value": "normal"}  # fmt: skip
     axis = altair.Axis(labelLimit=260, labelFontWeight=weight) if first else altair.Axis(labels=False, ticks=False)
-    x_scale = altair.Scale(type="log", nice=False, padding=10) if ratio else altair.Scale(zero=False)
+    # At least as wide as what is negligible: an effect of a ten thousandth shall look like none.
+    least, most = negligible_range(metric.name)
+    ends = altair.DomainUnionWith([least, most])
+    log = {"type": "log", "nice": False, "padding": 10}
+    x_scale = altair.Scale(domain=ends, **log) if ratio else altair.Scale(domain=ends, zero=False)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
     # All techniques, measured or not: each panel has the rows that the first one names.
@@ -196,7 +200,7 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
         tooltip=[altair.Tooltip("text:N", title="effect"), *TOOLTIP],
     )
     line = altair.Chart(pandas.DataFrame({"at": [no_effect]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
-    ticks = _ratio_ticks(data) if ratio else None
+    ticks = _ratio_ticks(data, least, most) if ratio else None
     x_axis = altair.Axis(values=ticks, format="~g") if ticks else altair.Axis()
     bars = base.mark_rule(strokeWidth=2).encode(
         x=altair.X("low:Q", title=title, scale=x_scale, axis=x_axis), x2=altair.X2("high:Q")
@@ -210,10 +214,12 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
     return layers.properties(width=240)
 
 
-def _ratio_ticks(data: pandas.DataFrame) -> list[float]:
-    low = min(data[["value", "low"]].min().min(), 1.0)
-    high = max(data[["value", "high"]].max().max(), 1.0)
+def _ratio_ticks(data: pandas.DataFrame, least: float, most: float) -> list[float]:
+    low = min(data[["value", "low"]].min().min(), least)
+    high = max(data[["value", "high"]].max().max(), most)
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0]
+    if high / low < 1.05:
+        return [tick / 100 for tick in range(95, 106) if low * 0.999 <= tick / 100 <= high * 1.001]
     if high / low < 1.8:
         ticks = [round(0.5 + 0.1 * i, 1) for i in range(16)]
     return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas
 
-from harness.analysis import words
+from harness.analysis import longer, words
 from harness.analysis.compare_runs import RunComparison
 from harness.analysis.comparison import (
     BATCH_FACTORS,
@@ -316,6 +317,10 @@ def not_decided(comparison: Comparison) -> Table:
         "A true difference of the smallest detectable size is called one in 80 % of such runs, over all comparisons of "
         "its figure. What would decide it: in total, for a difference of the estimated size, or for that of no effect."
     )
+    there = longer.stories_in_all(m)
+    lacking = {estimate.unit for estimates in undecided.values() for estimate in estimates.values()}
+    if lacking & {"stories", "times"} and not math.isnan(there):
+        note += f" The data has {there:,.0f} stories."
     return Table("not-decided", "Not decided", headings, tuple(rows), note if rows else "Every comparison is decided.")
 
 
