@@ -9,7 +9,9 @@ mean over tokens, at a nominal 95 %.
   of the runs, which never happens.
 - `normal`: seeds, stories and what is left of each loss are normal, with the measured variances.
 
-One seed takes the noise between seeds from six others, as from a configuration that was repeated six times.
+One seed takes the noise between seeds from six others, as from a configuration that was repeated six times. Several
+seeds have their own noise, as in a report of one comparison, or that of six comparisons, each of so many seeds, as in
+the report of a grid.
 
     python benchmarks/coverage.py [--results results/seeds] [--draws 20000]
 """
@@ -17,6 +19,7 @@ One seed takes the noise between seeds from six others, as from a configuration 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 from rich.console import Console
 from rich.table import Table
 
@@ -33,10 +37,12 @@ from harness.analysis import loading
 from harness.analysis.crossed import of_tables
 
 ROOT = Path(__file__).parent.parent
-SEEDS, STORIES = (1, 2, 3, 5), (16, 32, 64)
+STORIES = (16, 32, 64)
 LEAST, MOST = 0.93, 0.97
 REPEATED = 6
 """Seeds behind the noise that a single seed takes."""
+COMPARISONS = 6
+"""Of a report in which several seeds have the noise of all comparisons, the one that is looked at among them."""
 _CHUNK = 5000
 
 
@@ -88,7 +94,10 @@ def populations(folder: Path) -> list[Population]:
     return [*compared, of("another seed", base.to_numpy(), math.sqrt(2))]
 
 
-Draw = Callable[[Population, int, int, int, numpy.random.Generator], tuple[Any, Any]]
+Drawn = Callable[[int, int, int], tuple[Any, Any]]
+"""So many draws, seeds and stories of a population: losses (draws × seeds × stories) and tokens (draws × stories)."""
+Interval = Callable[[Drawn, int, int, int], pandas.DataFrame]
+"""Effects of so many draws, seeds and stories."""
 
 
 def measured(
@@ -117,25 +126,54 @@ def normal(
 
 
 def noise_of(losses: Any, tokens: Any) -> tuple[Any, Any, int]:
-    """What repeated trials say of one seed, by draw (see `crossed.SeedNoise`)."""
-    means = numpy.einsum("drs,ds->dr", losses, tokens / tokens.sum(axis=1, keepdims=True))
-    left = (losses - means[:, :, None]).var(axis=1, ddof=1).mean(axis=1)
-    return means.var(axis=1, ddof=1), left, losses.shape[1] - 1
+    """What repeated trials say of the noise of one seed, by draw (see `crossed.SeedNoise`).
+
+    Args:
+        losses: by draw, comparison, seed and story.
+        tokens: by draw and story.
+    """
+    means = numpy.einsum("dkrs,ds->dkr", losses, tokens / tokens.sum(axis=1, keepdims=True))
+    left = (losses - means[..., None]).var(axis=2, ddof=1).mean(axis=(1, 2))
+    comparisons, seeds = means.shape[1:]
+    return means.var(axis=2, ddof=1).mean(axis=1), left, comparisons * (seeds - 1)
 
 
-def coverage(population: Population, draw: Draw, seeds: int, stories: int, draws: int, number: int = 0) -> float:
+def of_one_seed(draw: Drawn, draws: int, _: int, stories: int) -> pandas.DataFrame:
+    """With the noise of other seeds."""
+    losses, tokens = draw(draws, 1 + REPEATED, stories)
+    return of_tables(losses[:, :1], tokens, noise_of(losses[:, None, 1:], tokens))
+
+
+def of_own_seeds(draw: Drawn, draws: int, seeds: int, stories: int) -> pandas.DataFrame:
+    """With the noise of their own seeds."""
+    return of_tables(*draw(draws, seeds, stories))
+
+
+def of_a_grid(draw: Drawn, draws: int, seeds: int, stories: int) -> pandas.DataFrame:
+    """With the noise of the seeds of all comparisons."""
+    losses, tokens = draw(draws, COMPARISONS * seeds, stories)
+    by_comparison = losses.reshape(draws, COMPARISONS, seeds, stories)
+    variance, left, df = noise_of(by_comparison, tokens)
+    return of_tables(by_comparison[:, 0], tokens, (variance / seeds, left / seeds, df))
+
+
+def coverage(
+    population: Population, draw: Callable[..., Any], interval: Interval, seeds: int, stories: int, draws: int
+) -> float:
     """The share of intervals that hold the truth."""
-    generator = numpy.random.default_rng(number)
+    drawn: Drawn = functools.partial(draw, population, generator=numpy.random.default_rng(0))
     held = 0
     for start in range(0, draws, _CHUNK):
-        size = min(_CHUNK, draws - start)
-        losses, tokens = draw(population, size, seeds + (REPEATED if seeds == 1 else 0), stories, generator)
-        known = None
-        if seeds == 1:
-            known, losses = noise_of(losses[:, 1:], tokens), losses[:, :1]
-        effects = of_tables(losses, tokens, known)
+        effects = interval(drawn, min(_CHUNK, draws - start), seeds, stories)
         held += int(((effects["low"] <= population.truth) & (population.truth <= effects["high"])).sum())
     return held / draws
+
+
+NOISES: tuple[tuple[str, Interval, tuple[int, ...]], ...] = (
+    ("six others", of_one_seed, (1,)),
+    ("their own", of_own_seeds, (2, 3, 5)),
+    ("a grid", of_a_grid, (2, 3)),
+)
 
 
 def main() -> int:
@@ -144,20 +182,21 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results/seeds")
     parser.add_argument("--draws", type=int, default=20_000)
     given = parser.parse_args()
-    table = Table(
-        "difference", "drawn", "seeds", *(f"{n} stories" for n in STORIES), title="Coverage of 95 % intervals"
-    )
-    outside = 0
+    headings = ("difference", "drawn", "seeds", "noise of", *(f"{n} stories" for n in STORIES))
+    table = Table(*headings, title="Coverage of 95 % intervals")
+    outside: dict[str, int] = {}
     for population in populations(given.results):
         for draw in (measured, normal):
-            for seeds in SEEDS:
-                cells = [coverage(population, draw, seeds, stories, given.draws) for stories in STORIES]
-                outside += sum(not LEAST <= cell <= MOST for cell in cells)
-                shown = (f"{cell:.1%}" + ("" if LEAST <= cell <= MOST else " !") for cell in cells)
-                table.add_row(population.name, draw.__name__, "1, noise known" if seeds == 1 else str(seeds), *shown)
+            for noise, interval, counts in NOISES:
+                for seeds in counts:
+                    cells = [coverage(population, draw, interval, seeds, n, given.draws) for n in STORIES]
+                    outside[noise] = outside.get(noise, 0) + sum(not LEAST <= cell <= MOST for cell in cells)
+                    shown = (f"{cell:.1%}" + ("" if LEAST <= cell <= MOST else " !") for cell in cells)
+                    table.add_row(population.name, draw.__name__, str(seeds), noise, *shown)
     Console().print(table)
-    print(f"{outside} cells are outside {LEAST:.0%} to {MOST:.0%}, at {given.draws:,} draws each")
-    return int(outside > 0)
+    for noise, count in outside.items():
+        print(f"noise of {noise}: {count} cells are outside {LEAST:.0%} to {MOST:.0%}, at {given.draws:,} draws each")
+    return int(any(outside.values()))
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def test_an_effect_of_a_ten_thousandth_looks_like_none(small: Small, tmp_path: P
     panel = chart.spec()["hconcat"][0]
     (dots,) = [layer for layer in panel["layer"] if layer["mark"]["type"] == "point"]
     x = dots["encoding"]["x"]
-    assert x["axis"]["values"] == [0.99, 1.0, 1.01]
+    assert {0.99, 1.0, 1.01} <= {*x["axis"]["values"]}
     assert x["scale"]["domain"]["unionWith"] == pytest.approx([1 / 1.01, 1.01]), "what is negligible"
 
 

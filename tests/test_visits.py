@@ -319,6 +319,18 @@ def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLaun
     assert (Store(tmp_path / "r").read("trials").to_pandas()["timed_visits"] == 3).all(), "a third one was added"
 
 
+def test_a_further_level_is_announced_with_the_visits_of_the_baseline(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
+) -> None:
+    quiet()
+    go(loaded(tmp_path), tmp_path, launcher)
+    display = Watch()
+    go(loaded(tmp_path, GRID.replace("vary:", "vary:\n  lora_r: [8]")), tmp_path, launcher, display)
+    assert (display.total, display.visits) == (1, 6), "two of its own, and four of the baseline, which runs twice"
+    made = Store(tmp_path / "r").read("steps").to_pandas().groupby("trial_id")["block"].nunique()
+    assert sorted(made) == [2, 2, 4, 4]
+
+
 def test_disturbed_visits_are_made_again_and_enter_no_speed(
     tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
 ) -> None:

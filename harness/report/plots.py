@@ -188,8 +188,8 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
     # At least as wide as what is negligible: an effect of a ten thousandth shall look like none.
     least, most = negligible_range(metric.name)
     ends = altair.DomainUnionWith([least, most])
-    log = {"type": "log", "nice": False, "padding": 10}
-    x_scale = altair.Scale(domain=ends, **log) if ratio else altair.Scale(domain=ends, zero=False)
+    logarithmic = altair.Scale(type="log", nice=False, padding=10, domain=ends)
+    x_scale = logarithmic if ratio else altair.Scale(zero=False, domain=ends)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
     shapes = altair.Scale(domain=list(_VERDICTS), range=["circle", "triangle-up", "square", "diamond"])
     # All techniques, measured or not: each panel has the rows that the first one names.
@@ -218,11 +218,14 @@ def _ratio_ticks(data: pandas.DataFrame, least: float, most: float) -> list[floa
     low = min(data[["value", "low"]].min().min(), least)
     high = max(data[["value", "high"]].max().max(), most)
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0]
-    if high / low < 1.05:
-        return [tick / 100 for tick in range(95, 106) if low * 0.999 <= tick / 100 <= high * 1.001]
-    if high / low < 1.8:
-        ticks = [round(0.5 + 0.1 * i, 1) for i in range(16)]
-    return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
+    hundredths = next((step for below, step in _NARROW_TICKS if high / low < below), None)
+    if hundredths:
+        ticks = [tick / 100 for tick in range(50, 201, hundredths)]
+    return [tick for tick in ticks if low * 0.99 <= tick <= high * 1.01]
+
+
+_NARROW_TICKS = ((1.05, 1), (1.12, 2), (1.3, 5), (1.8, 10))
+"""Hundredths between ticks where the ends of an axis are less than so many times each other."""
 
 
 def levels(comparison: Comparison) -> Chart | None:

@@ -18,7 +18,7 @@ from harness.runner.display import Display
 from harness.runner.execution import Policy
 from harness.runner.identity import lease_id, place_in_grid, possible_ids
 from harness.runner.interrupts import interrupts
-from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, timed_trials, with_references
+from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, timed_trials, to_come, with_references
 from harness.runner.workers import GridWorkers
 
 _DEFAULT_POLICY = Policy()
@@ -127,8 +127,8 @@ def run_grid(
     chosen = trials[:limit]
     timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []
     timing = grid.timing
-    to_come = lacking(timed, timing, store, launcher) | {trial: timing.visits for trial in timed if trial in chosen}
-    display.begin(len(chosen), len(grid.trials) - len(trials), sum(to_come.values()), timing.seconds)
+    due = lacking(timed, timing, store, launcher) | {trial: timing.visits for trial in timed if trial in chosen}
+    display.begin(len(chosen), len(grid.trials) - len(trials), to_come(due, timed), timing.seconds)
     visits = 0
     workers = GridWorkers(grid, store, launcher, policy, predictions, started)
     with interrupts(display.interrupted) as interrupt:

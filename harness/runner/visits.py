@@ -51,6 +51,18 @@ def with_references(due: Collection[Trial], timed: Sequence[Trial], store: Store
     return [*due, *(t for t in ended_well if (t.baseline or t.twin) and t not in due)]
 
 
+def to_come(due: Mapping[Trial, int], timed: Sequence[Trial]) -> int:
+    """How many visits it takes, with those of the baseline in each block, as long as all of them count.
+
+    Args:
+        due: trials, with how many visits each lacks.
+        timed: all trials whose speed is measured.
+    """
+    references = {trial for trial in timed if trial.baseline or trial.twin}
+    blocks = range(max(due.values(), default=0))
+    return sum(len(references | {trial for trial, lacks in due.items() if lacks > block}) for block in blocks)
+
+
 def timed_trials(grid: Grid) -> list[Trial]:
     """The trials whose speed is measured: those of the first repeat. A seed does not change the speed."""
     return [trial for trial in grid.trials if trial.repeat == 0]
