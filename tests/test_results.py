@@ -132,6 +132,17 @@ def test_damaged_and_foreign_parts_are_left_out_and_set_aside(small: Small, tmp_
         store.set_aside()
 
 
+def test_a_part_without_rows_records_nothing(small: Small, tmp_path: Path) -> None:
+    store, measured = Store(tmp_path), record(small())
+    store.write(measured)
+    part = tmp_path / f"trials/{measured.trial_id}.parquet"
+    pq.write_table(pq.read_table(part)[:0], part)
+    assert store.row(measured.trial_id, ["status"]) is None
+    assert len(store.read("trials")) == 0
+    store.write(measured)
+    assert (store.row(measured.trial_id, ["status"]) or {})["status"] == "ok"
+
+
 def test_a_newer_part_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     pq.write_table(SCHEMAS["trials"].empty_table().replace_schema_metadata({"schema_version": "99"}),

@@ -201,7 +201,7 @@ class Store:
             content = read_part(self.folder / "trials" / f"{trial_id}.parquet", "trials")
         except (FileNotFoundError, Damaged):
             return None
-        return content.to_pylist()[0]  # type: ignore[no-any-return]  # pyarrow has no types
+        return next(iter(content.to_pylist()), None)
 
     def read(self, table: Table, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, of the latest record of each trial; empty where nothing was recorded. Damaged and
