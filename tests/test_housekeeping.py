@@ -95,7 +95,7 @@ def test_cleaning_takes_leftovers_and_no_results(harness: Command, store: Store,
             "trials/.b.parquet.1.aside", "leases/gone.json")  # fmt: skip
     fill(store.folder, *kept, *left)
     fill(store.folder, *recent, hours=0.0)
-    fill(tmp_path / "cache", "rates-1.json", "random-tiny-1/model.safetensors", "thesis.txt")
+    fill(tmp_path / "cache", "rates-1.json", "vega-1.js", "random-tiny-1/model.safetensors", "thesis.txt")
     before = store.read("trials")
 
     code, printed, _ = harness("clean", "--dry-run")
@@ -114,7 +114,7 @@ def test_cleaning_takes_leftovers_and_no_results(harness: Command, store: Store,
     assert not any((store.folder / name).exists() for name in left)
     assert store.read("trials").equals(before)
     code, printed, _ = harness("clean", "--cache")
-    assert "2 files and folders" in printed
+    assert "3 files and folders" in printed
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["thesis.txt"], "what is not ours stays"
 
     fill(store.folder, "adapters/fedcba9876543210/adapter_model.safetensors", "set-aside/trials-1-a.parquet")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import pandas
 import pytest
+import vl_convert
 import yaml
 from rows import keep
 
@@ -26,7 +27,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
-from harness.report import document, plots, tables, writers
+from harness.report import document, page, plots, tables, writers
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
 
@@ -438,10 +439,10 @@ def test_a_report_has_every_format(small: Small, tmp_path: Path) -> None:
     assert all(line in markdown for line in ("## Claims", "## Caveats", "high savings up to 0.75×"))
     assert report.summary[0].startswith("4 configurations with 3 repeats")
 
-    page = (out / "report.html").read_text()
-    assert "<script>alert(1)" not in page
-    assert "lora_r: 8" in page, "each configuration can be copied"
-    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
+    html = (out / "report.html").read_text()
+    assert "<script>alert(1)" not in html
+    assert "lora_r: 8" in html, "each configuration can be copied"
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in html
 
     rows = list(csv.DictReader((out / "comparisons.csv").open()))
     hostile = [r["technique"] for r in rows if "script" in r["technique"]]
@@ -451,6 +452,19 @@ def test_a_report_has_every_format(small: Small, tmp_path: Path) -> None:
     assert r"lora\_r=8" in latex
     assert r"\textless{}script\textgreater{}" in latex
     assert r"\toprule" in latex
+
+
+def test_the_scripts_of_charts_are_bundled_once(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(Store(tmp_path / "g"), small(), "baseline", [2.0, 2.0], **BASE)
+    report = document.document(loading.load(tmp_path / "g"), tmp_path / "g")
+    bundle, times = vl_convert.javascript_bundle, []
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda: (times.append(1), bundle())[1])
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    assert page.html(report) == page.html(report)
+    assert len(times) == 1
+    monkeypatch.setenv("HARNESS_CACHE", "/dev/null/cache")
+    assert bundle() in page.html(report), "without a cache"
+    assert len(times) == 2
 
 
 def test_figures_can_be_recomputed_from_the_parquet(small: Small, tmp_path: Path) -> None:

@@ -29,36 +29,43 @@ _SEVERAL_SPELLINGS: dict[str, dict[str, Any]] = {
     "lora_target_modules": {"type": ["array", "string", "null"]},
 }
 """Keys that take other kinds of values than a spec holds."""
+_BUNDLE = {"$ref": "#/$defs/Bundle"}
+"""Some keys with their values."""
+_LABELLED = {"$ref": "#/$defs/Bundles"}
+"""Bundles of keys by their labels."""
+_INTERVAL, _CONDITIONAL = {"$ref": "#/$defs/Interval"}, {"$ref": "#/$defs/Conditional"}
+"""Of a search space: a range, and levels under a condition."""
 
 
 def grid_schema() -> dict[str, Any]:
     """The schema, in the draft of 2020-12."""
     keys = _keys()
-    changes = {"type": "object", "properties": keys, "additionalProperties": False, "minProperties": 1}
-    labelled = {"type": "object", "additionalProperties": changes, "minProperties": 1}
+    # Each key is written once: copies of all keys in the levels of each would be megabytes, too many for an editor.
+    bundle = {"type": "object", "properties": keys, "additionalProperties": False, "minProperties": 1}
+    refs = {key: {"$ref": f"#/$defs/Bundle/properties/{key}"} for key in keys}
     claim = Claim.model_json_schema()
     count = {"type": "integer", "minimum": 1}
     properties: dict[str, Any] = {
         "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"} | _says("Folder of its results."),
         "title": {"type": "string"} | _says("Heading of its report."),
-        "base": {"anyOf": [{"type": "string"}, {"type": "object", "properties": keys}]}
+        "base": {"anyOf": [{"type": "string"}, {"type": "object", "properties": refs}]}
         | _says("Keys of every trial, or the path of a training file. Keys of other tools may stand here too."),
         "design": {"enum": [*get_args(Design)]}
         | _says("One thing at a time (ablation), one after another (ladder), all combinations (grid), or a list."),
         "vary": {
             "type": "object",
-            "properties": {key: {"anyOf": [*_levels(of), labelled]} for key, of in keys.items()},
-            "additionalProperties": labelled,
+            "properties": {key: {"anyOf": [*_levels(ref), _LABELLED]} for key, ref in refs.items()},
+            "additionalProperties": _LABELLED,
         }
         | _says("Factors: levels of a key, or labelled bundles of keys."),
-        "trials": {"anyOf": [{"type": "array", "items": changes}, labelled]} | _says("Of design list."),
-        "exclude": {"type": "array", "items": changes} | _says("Trials that are left out: all that have these values."),
+        "trials": {"anyOf": [{"type": "array", "items": _BUNDLE}, _LABELLED]} | _says("Of design list."),
+        "exclude": {"type": "array", "items": _BUNDLE} | _says("Trials that are left out: all that have these values."),
         "repeats": count | _says("Of each trial, with paired seeds."),
         "baseline_repeats": count | _says("Of the baseline alone."),
         "visits": {"type": "integer", "minimum": 0} | _says("Timing visits of each trial; 0: nothing is timed."),
         "visit_seconds": {"type": "number", "exclusiveMinimum": 0} | _says("Least seconds of each visit."),
         "claims": {"type": "array", "items": {"$ref": "#/$defs/Claim"}} | _says("What the report judges."),
-        "tune": _tune(keys, labelled) | _says("A search space, for harness tune."),
+        "tune": _tune(refs) | _says("A search space, for harness tune."),
         "price_per_hour": {"type": "number", "exclusiveMinimum": 0} | _says("Of the machine, for the cost of a loss."),
         "match": {"enum": [*get_args(Match)]} | _says("Make adapters as large as the baseline's by this figure."),
         "tune_first": _tune_first() | _says("Give each configuration its learning rate before the comparison."),
@@ -70,7 +77,13 @@ def grid_schema() -> dict[str, Any]:
         "properties": properties,
         "required": ["base"],
         "additionalProperties": False,
-        "$defs": claim.pop("$defs", {}) | {"Claim": claim},
+        "$defs": {
+            **claim.pop("$defs", {}),
+            "Claim": claim,
+            "Bundle": bundle,
+            "Bundles": {"type": "object", "additionalProperties": _BUNDLE, "minProperties": 1},
+            **_of_spaces(),
+        },
     }
 
 
@@ -120,16 +133,22 @@ def _levels(of: dict[str, Any]) -> list[dict[str, Any]]:
     return [listed, _mapping(held, required=["levels"])]
 
 
-def _tune(keys: dict[str, Any], labelled: dict[str, Any]) -> dict[str, Any]:
+def _of_spaces() -> dict[str, Any]:
     number = {"anyOf": [{"type": "number"}, _NUMBER]}
     when = {"type": "object"}
     ends = {"low": number, "high": number, "log": {"type": "boolean"}, "step": number, "when": when}
-    interval = _mapping(ends, required=["low", "high"])
     levels = {"levels": {}, "hold": {"const": "effective_batch_size"}, "when": when}
-    conditional = _mapping(levels, required=["levels"])
-    space = {key: {"anyOf": [interval, conditional, *_levels(of), labelled]} for key, of in keys.items()}
+    return {
+        "Interval": _mapping(ends, required=["low", "high"]),
+        "Conditional": _mapping(levels, required=["levels"]),
+    }
+
+
+def _tune(refs: dict[str, Any]) -> dict[str, Any]:
+    space = {key: {"anyOf": [_INTERVAL, _CONDITIONAL, *_levels(ref), _LABELLED]} for key, ref in refs.items()}
+    bundles = {"anyOf": [_LABELLED, _CONDITIONAL]}
     properties = {
-        "space": {"type": "object", "properties": space, "additionalProperties": {"anyOf": [labelled, conditional]}},
+        "space": {"type": "object", "properties": space, "additionalProperties": bundles},
         "objectives": {"type": ["string", "array", "object"]},
         "constraints": {"type": "array", "items": {"type": "string"}},
         "sampler": {"enum": [*get_args(Sampler)]},

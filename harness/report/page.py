@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any, get_args
 
+from harness._util.files import write_whole
 from harness._util.terminal import printable
 from harness._util.units import byte_unit
 from harness.analysis.verdicts import Word
+from harness.errors import InputError
 from harness.metrics import FIGURES
 from harness.report.claim_cards import by_section
 from harness.report.document import Document
 from harness.report.summary import MOST_ROWS
+from harness.sources import models
 
 SIGNS = {"better": "▲", "worse": "▼", "same": "=", "not distinguishable": "≈", "depends": "◇"}
 """Of verdicts, so that none is told by its colour alone."""
@@ -26,8 +31,6 @@ def html(document: Document, *, live: str = "") -> str:
         live: of a page that is shown while its grid runs, its version, by which it knows that there is a newer one;
             empty: it is a file.
     """
-    import vl_convert
-
     front = document.front
     counts = Counter(verdict.word for verdict in document.verdicts)
     most = max(front.memory.values(), default=0)
@@ -54,9 +57,27 @@ def html(document: Document, *, live: str = "") -> str:
         charts={chart.id: chart.spec() for chart in plotted},
         metrics=FIGURES.values(),
         environment_text=json.dumps(document.environment, indent=2),
-        vega=vl_convert.javascript_bundle(),  # type: ignore[call-arg]  # the stub requires an optional argument
+        vega=_scripts_of_charts(),
         live=live,
     )
+
+
+def _scripts_of_charts() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script. To bundle them takes seconds: it is done once per release of
+    vl-convert, and then read from the cache.
+    """
+    import vl_convert
+
+    with contextlib.suppress(InputError, OSError, UnicodeError):  # not there yet, or no folder can be read
+        return _cached_scripts(vl_convert.__version__).read_text("utf-8")
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub requires an optional argument
+    with contextlib.suppress(InputError, OSError):  # a cache that cannot be written: they are bundled again next time
+        write_whole(_cached_scripts(vl_convert.__version__), bundle.encode())
+    return bundle
+
+
+def _cached_scripts(version: str) -> Path:
+    return models.cache_folder() / f"vega-{version}.js"
 
 
 def render(template: str, **values: Any) -> str:

@@ -58,11 +58,11 @@ def _is_old(entry: Path) -> bool:
 
 
 def cached() -> list[Leftover]:
-    """Converted models, random weights and measured rates, which are made again when they are needed. The folder may be
-    shared with other programs: nothing but what harness has put there.
+    """Converted models, random weights, measured rates and the scripts of charts, which are made again when they are
+    needed. The folder may be shared with other programs: nothing but what harness has put there.
     """
     own = [f"{shape}{models.BUNDLED}-*" for shape in ("", ".")] + ["random-*", ".random-*", "rates-*.json"]
-    own.append(fingerprints.CACHE_NAME)
+    own += [fingerprints.CACHE_NAME, "vega-*.js"]
     return list(_leftovers({path for name in own for path in models.cache_folder().glob(name)}, "cache"))
 
 
