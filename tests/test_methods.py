@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftType
 from pydantic import ValidationError
-from test_cli import harness
+from test_cli import Ask
 from transformers import AutoConfig, AutoModelForCausalLM
 from trials import run
 
@@ -459,7 +459,7 @@ def test_peaks_are_matched_too(small: Small) -> None:
     assert peaks[0] / peaks[1] == pytest.approx(each.ratio)
 
 
-def test_a_grid_solves_sizes_before_it_runs_and_says_which_do_not_fit(tmp_path: Path) -> None:
+def test_a_grid_solves_sizes_before_it_runs_and_says_which_do_not_fit(ask: Ask, tmp_path: Path) -> None:
     grid = {
         "name": "sizes",
         "base": methods.SMALL | {"device": "cpu", "lora_r": 8, "train_samples": 4},
@@ -470,10 +470,10 @@ def test_a_grid_solves_sizes_before_it_runs_and_says_which_do_not_fit(tmp_path: 
     }
     file = tmp_path / "sizes.yml"
     file.write_text(json.dumps(grid))
-    done = harness("run", str(file), "--no-predict", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("LoHa: r 4, 1.00 of the baseline's") == 1
-    assert "IA3: has one size alone, 0.07 of the baseline's" in done.stdout
+    code, printed, errors = ask("run", str(file), "--no-predict")
+    assert code == 0, errors
+    assert printed.count("LoHa: r 4, 1.00 of the baseline's") == 1
+    assert "IA3: has one size alone, 0.07 of the baseline's" in printed
     rows = Store(tmp_path / "results/sizes").read("trials").to_pylist()
     sizes = {(row["label"], row["repeat"]): row["trainable_parameters"] for row in rows}
     assert sizes["LoHa", 0] == sizes["LoHa", 1] == sizes["baseline", 0] == 16384
@@ -529,7 +529,7 @@ def test_options_of_the_base_are_not_those_of_another_method(tmp_path: Path) -> 
     assert options["larger"] == options["baseline"] == (("r", 4),)
 
 
-def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None:
+def test_each_configuration_gets_its_learning_rate_first(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     checkpoints._random_checkpoint(models.ARCHITECTURES["tiny"], tmp_path / "model")
     checkpoints.byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -544,17 +544,17 @@ def test_each_configuration_gets_its_learning_rate_first(tmp_path: Path) -> None
     file = tmp_path / "tuned.yml"
     inline = ("--no-predict", "--engine", "inline")
     file.write_text(json.dumps(grid))
-    first = harness("run", str(file), *inline, "--limit", "1", cwd=tmp_path)
-    assert "the comparison begins once all of them are done" in first.stdout, first.stderr
+    _, printed, errors = ask("run", str(file), *inline, "--limit", "1")
+    assert "the comparison begins once all of them are done" in printed, errors
     assert not (tmp_path / "results/tuned").exists()
-    seven = harness("run", str(file), *inline, "--limit", "7", cwd=tmp_path)
-    assert len(Store(tmp_path / "results/tuned").completed()) == 2, seven.stderr
-    done = harness("run", str(file), *inline, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    planned = harness("run", str(file), "--dry-run", cwd=tmp_path)
-    assert "6 trainings find the learning rates, 0 of them to run" in planned.stdout
-    assert "5 trials, 0 to run" in planned.stdout, "at the rates that were found"
-    assert harness("run", str(file), *inline, "--only", "IA3", cwd=tmp_path).returncode == 0
+    _, _, errors = ask("run", str(file), *inline, "--limit", "7")
+    assert len(Store(tmp_path / "results/tuned").completed()) == 2, errors
+    code, _, errors = ask("run", str(file), *inline)
+    assert code == 0, errors
+    _, printed, _ = ask("run", str(file), "--dry-run")
+    assert "6 trainings find the learning rates, 0 of them to run" in printed
+    assert "5 trials, 0 to run" in printed, "at the rates that were found"
+    assert ask("run", str(file), *inline, "--only", "IA3")[0] == 0
     trainings = Store(tmp_path / "results/tuned-rates").read("trials").to_pylist()
     assert len(trainings) == 6
     assert {row["held_out_part"] for row in trainings} == {"tuning"}

@@ -12,7 +12,7 @@ import datasets
 import pandas
 import pytest
 import yaml
-from test_cli import ROOT, harness
+from test_cli import ROOT, Ask, harness
 
 from harness.results.store import Store
 
@@ -73,8 +73,8 @@ def test_without_the_hub_it_says_what_would_do(tmp_path: Path, token: str, reaso
         (("nowhere",), "nowhere: no such folder"),
     ],
 )
-def test_what_cannot_be_published_is_one_line(tmp_path: Path, arguments: tuple[str, ...], text: str) -> None:
+def test_what_cannot_be_published_is_one_line(ask: Ask, tmp_path: Path, arguments: tuple[str, ...], text: str) -> None:
     (tmp_path / "file").touch()
-    done = harness("publish", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert text in done.stderr
+    code, _, errors = ask("publish", *arguments)
+    assert code == 2
+    assert text in errors

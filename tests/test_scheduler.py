@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import SMALL
-from test_cli import harness
+from test_cli import Ask
 from test_launch import Watch, go, grid_of
 
 from harness.errors import InputError
@@ -80,22 +80,22 @@ def test_an_array(small: Small, tmp_path: Path) -> None:
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in asked)
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
+def test_from_the_command_line(ask: Ask, tmp_path: Path) -> None:
     keys = SMALL | {"device": "cpu", "train_samples": 4}
     (tmp_path / "g.yml").write_text(f"name: g\nvisits: 0\nbase: {keys}\nvary: {{lora_r: [8]}}\n")
     command = ("run", "g.yml", "--engine", "submitit", "--partition", "local", "--workers", "2", "--cpus", "1",
                "--array")  # fmt: skip
-    done = harness(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask(*command)
+    assert code == 0, errors
     rows = Store(tmp_path / "results/g").read("trials").to_pylist()
     assert {row["label"]: row["status"] for row in rows} == {
         "baseline": "ok", "baseline again": "ok", "lora_r=8": "ok",
     }  # fmt: skip
     assert not (tmp_path / ".harness-jobs").exists()
-    assert "nothing to run" in harness(*command, cwd=tmp_path).stdout
+    assert "nothing to run" in ask(*command)[1]
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_what_cannot_be(ask: Ask, tmp_path: Path) -> None:
     if shutil.which("sbatch") is None:
         with pytest.raises(InputError, match="there is no sbatch here"), SubmititLauncher():
             pass
@@ -107,6 +107,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         ("--cpus", "1"): "--cpus goes with --engine ray or submitit",
         ("--engine", "submitit", "--workers", "auto"): "say how many jobs",
     }.items():
-        done = harness("run", "g.yml", *options, cwd=tmp_path)
-        assert done.returncode == 2
-        assert message in " ".join(done.stderr.split())
+        code, _, errors = ask("run", "g.yml", *options)
+        assert code == 2
+        assert message in " ".join(errors.split())

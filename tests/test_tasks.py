@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
-from test_cli import ROOT, harness
+from test_cli import ROOT, Ask
 
 from harness.analysis import loading, task_scores
 from harness.analysis.comparison import compare
@@ -62,7 +62,7 @@ def write_task(folder: Path, questions: int = 24, **changes: Any) -> Path:
     return folder / "colours.yaml"
 
 
-def run(folder: Path, base: Path, **keys: Any) -> pandas.DataFrame:
+def run(ask: Ask, folder: Path, base: Path, **keys: Any) -> pandas.DataFrame:
     given = SMALL | {
         "base_model": str(base),
         "device": "cpu",
@@ -72,19 +72,19 @@ def run(folder: Path, base: Path, **keys: Any) -> pandas.DataFrame:
     }
     grid = {"name": "g", "base": given | keys, "vary": {"lora_r": [8]}, "visits": 0, "repeats": 2}
     (folder / "g.yml").write_text(yaml.safe_dump(grid))
-    done = harness("run", "g.yml", "--engine", "inline", "--no-predict", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask("run", "g.yml", "--engine", "inline", "--no-predict")
+    assert code == 0, errors
     rows: pandas.DataFrame = Store(folder / "results/g").read("tasks").to_pandas()
     return rows
 
 
-def test_questions_are_answered_as_by_the_harness_of_their_format(base: Path, tmp_path: Path) -> None:
+def test_questions_are_answered_as_by_the_harness_of_their_format(ask: Ask, base: Path, tmp_path: Path) -> None:
     """lm-evaluation-harness's own model of transformers gives the same answer to each question before training."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     write_task(tmp_path)
-    rows = run(tmp_path, base)
+    rows = run(ask, tmp_path, base)
     spec = next(trial.spec for trial in load(tmp_path / "g.yml").trials if trial.baseline)
     network = model.load(spec, torch.device("cpu"))
     theirs = HFLM(pretrained=network.get_base_model(), tokenizer=checkpoints.load_tokenizer(spec), batch_size=1)
@@ -102,10 +102,10 @@ def test_questions_are_answered_as_by_the_harness_of_their_format(base: Path, tm
         assert trials[column].to_dict() == pytest.approx(means.to_dict())
     after = rows[rows["when"] == "after"].pivot_table(index="item", columns="trial_id", values="score")
     assert not all((after[trial] == expected).all() for trial in after), "training changed answers"
-    _report(tmp_path)
+    _report(ask, tmp_path)
 
 
-def _report(folder: Path) -> None:
+def _report(ask: Ask, folder: Path) -> None:
     m = loading.load(folder / "results/g")
     comparison = compare(m)
     measured = task_scores.scores(comparison)
@@ -119,8 +119,8 @@ def _report(folder: Path) -> None:
     assert other.difference is not None
     assert other.difference.value == pytest.approx(other.after - by_label["baseline"].after)
     assert (other.difference.basis, other.difference.n, other.difference.seeds) == ("questions", 24, 2)
-    done = harness("report", "results/g", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask("report", "results/g")
+    assert code == 0, errors
     page = (folder / "reports/g/report.md").read_text()
     assert "Scores of tasks" in page
     assert f"{other.after:.3f}" in page
@@ -154,9 +154,9 @@ def test_what_was_answered_before_training_is_asked_once(
     assert len(rows) == 3 * 2 * 4
 
 
-def test_lost_answers_are_noticed(base: Path, tmp_path: Path) -> None:
+def test_lost_answers_are_noticed(ask: Ask, base: Path, tmp_path: Path) -> None:
     write_task(tmp_path, questions=4)
-    run(tmp_path, base)
+    run(ask, tmp_path, base)
     store = Store(tmp_path / "results/g")
     assert not store.incomplete()
     parts = sorted((store.folder / "tasks").glob("*.parquet"))
@@ -175,9 +175,9 @@ def test_the_questions_are_part_of_what_a_trial_reads(base: Path, tmp_path: Path
     assert fingerprints.data(asking) != first
 
 
-def test_random_weights_answer_nothing(tmp_path: Path) -> None:
+def test_random_weights_answer_nothing(ask: Ask, tmp_path: Path) -> None:
     write_task(tmp_path, questions=2)
-    assert run(tmp_path, Path("random:tiny")).empty
+    assert run(ask, tmp_path, Path("random:tiny")).empty
 
 
 def test_the_bundled_questions_are_about_held_out_stories() -> None:
@@ -229,12 +229,12 @@ def test_what_is_no_task(tmp_path: Path, changes: dict[str, Any], says: str) -> 
         tasks.check(TrialSpec.model_validate(SMALL | {"evaluate_tasks": str(file)}))
 
 
-def test_names_that_are_none(tmp_path: Path) -> None:
+def test_names_that_are_none(ask: Ask, tmp_path: Path) -> None:
     for name, says in {"arc_easy": "give story-questions or a task file", "x.yaml": "No such file"}.items():
         (tmp_path / "g.yml").write_text(yaml.safe_dump({"name": "g", "base": SMALL | {"evaluate_tasks": name}}))
-        done = harness("run", "g.yml", cwd=tmp_path)
-        assert done.returncode == 2
-        assert says in " ".join(done.stderr.split())
+        code, _, errors = ask("run", "g.yml")
+        assert code == 2
+        assert says in " ".join(errors.split())
     (tmp_path / "x.yaml").write_text("task: x\ndoc_to_text: !function code.text\n")
     with pytest.raises(InputError, match="not YAML without code"):
         task_files.read("x.yaml", str(tmp_path))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from rows import keep
-from test_cli import harness
+from test_cli import Ask, harness
 
 from harness.errors import InputError
 from harness.metrics import METRICS
@@ -185,7 +185,7 @@ def test_a_tracker_that_fails_costs_a_warning(grid: Path, monkeypatch: pytest.Mo
         assert trackers.send_or_warn(grid, "tensorboard") is None
 
 
-def test_what_is_refused(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(ask: Ask, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="did you mean mlflow"):
         trackers.send(grid, "mflow")
     with pytest.raises(InputError, match="no trials are recorded"):
@@ -193,18 +193,18 @@ def test_what_is_refused(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'harness-bench\[wandb\]'"):
         trackers.check("wandb")
-    assert harness("export", str(grid), cwd=tmp_path).returncode == 2
-    done = harness("run", "none.yml", "--report-to", "mflow", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "did you mean mlflow" in " ".join(done.stderr.split())
+    assert ask("export", str(grid))[0] == 2
+    code, _, errors = ask("run", "none.yml", "--report-to", "mflow")
+    assert code == 2
+    assert "did you mean mlflow" in " ".join(errors.split())
 
 
-def test_a_run_reports(tmp_path: Path) -> None:
+def test_a_run_reports(ask: Ask, tmp_path: Path) -> None:
     from conftest import SMALL
 
     keys = SMALL | {"device": "cpu", "train_samples": 4}
     (tmp_path / "g.yml").write_text(json.dumps({"name": "g", "visits": 0, "base": keys, "vary": {"lora_r": [8]}}))
     command = ("run", "g.yml", "--engine", "inline", "--no-predict", "--report-to", "tensorboard")
-    done = harness(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask(*command)
+    assert code == 0, errors
     assert len(list((tmp_path / "runs/g").glob("*/events.*"))) == 3

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SMALL
 from peft import LoraConfig, get_peft_model
-from test_cli import ROOT, harness
+from test_cli import ROOT, Ask
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -310,14 +310,14 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
         watched._loop.model(inputs_embeds=torch.ones(1, 8, 32))
 
 
-def test_a_watched_loop_with_the_trials_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watched_loop_with_the_trials_of_a_grid(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same training by a plain loop over the same examples: peak, first losses, and the page shows both."""
     grid = tmp_path / "g.yml"
     keys = SMALL | {"device": "cpu", "train_samples": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
     grid.write_text(json.dumps({"name": "g", "base": keys, "vary": {"lora_r": [8]}, "visits": 0}))
-    done = harness("run", "g.yml", "--engine", "inline", "--no-predict", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    before = harness("report", "results/g", cwd=tmp_path).stdout
+    code, _, errors = ask("run", "g.yml", "--engine", "inline", "--no-predict")
+    assert code == 0, errors
+    _, before, _ = ask("report", "results/g")
     spec = next(each.spec for each in load(grid).trials if each.baseline)
     tokenizer = checkpoints.load_tokenizer(spec)
     data = batches.load(spec, tokenizer)
@@ -354,15 +354,15 @@ def test_a_watched_loop_with_the_trials_of_a_grid(tmp_path: Path, monkeypatch: p
               for name, row in (("mine", mine), ("grids", grids))}  # fmt: skip
     assert firsts["mine"]["tokens"] == firsts["grids"]["tokens"]
     assert firsts["mine"]["loss"] == pytest.approx(firsts["grids"]["loss"], abs=1e-3)
-    after = harness("report", "results/g", cwd=tmp_path)
-    assert after.returncode == 0, after.stderr
+    code, _, errors = ask("report", "results/g")
+    assert code == 0, errors
     page = (tmp_path / "reports/g/report.md").read_text()
     assert "by hand (watched)" in page
     assert "loops of other programs, that were watched: by hand (watched)" in page
     assert "by hand" not in before
     loaded = library.load(tmp_path / "results/g")
     assert "by hand (watched)" in set(loaded.comparisons["technique"])
-    assert harness("compare", "results/g", "results/g", cwd=tmp_path).returncode == 0
+    assert ask("compare", "results/g", "results/g")[0] == 0
 
 
 class _Rows(torch.utils.data.Dataset[Any]):
@@ -379,7 +379,7 @@ def _fail(*_: Any) -> None:
     raise RuntimeError("the first time")
 
 
-def test_transformers_trainer(tmp_path: Path) -> None:
+def test_transformers_trainer(ask: Ask, tmp_path: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
         learning_rate=3e-4, lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, report_to=[], use_cpu=True,
@@ -406,8 +406,8 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert steps["grad_norm"].tolist() == pytest.approx(norms)
     rates = [each["learning_rate"] for each in trainer.state.log_history if "loss" in each]
     assert steps["learning_rate"].tolist() == pytest.approx(rates, rel=1e-6)
-    done = harness("report", "t", "--output", "r", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ask("report", "t", "--output", "r")
+    assert code == 0, errors
 
 
 TWO = """
