@@ -265,6 +265,17 @@ def test_trained_are_the_roles_and_turns_that_are_given() -> None:
     assert learnt(tooled, byte_tokenizer(chat_template=HAS_TOOLS)) == ["rain</response></s>"]
 
 
+def test_turns_without_weight_are_left_out_of_the_loss() -> None:
+    """In OpenAI's format."""
+    weighed = [FOUR[0], FOUR[1] | {"weight": 0}, FOUR[2], FOUR[3] | {"weight": 1}]
+    for template in (CHATML, HAS_MARKS, DROPS_THINKING):
+        tokenizer = byte_tokenizer(chat_template=template)
+        assert learnt(chat_of(weighed), tokenizer) == learnt(chat_of(FOUR, trained_from=2), tokenizer)
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    every = learnt(chat_of(FOUR, roles_to_train=["user", "assistant"]), tokenizer)
+    assert learnt(chat_of(weighed, roles_to_train="all"), tokenizer) == [every[0], *every[2:]]
+
+
 def test_all_roles_are_every_token_of_a_chat_and_of_what_answers_a_prompt() -> None:
     tokenizer = byte_tokenizer(chat_template=CHAT)
     row = chat_of(FOUR, roles_to_train="all")

@@ -31,6 +31,12 @@ def test_expectations_are_regions() -> None:
     assert Expectation.parse("difference >= -0.5").high == math.inf
 
 
+def test_levels_are_numbers_where_those_of_a_grid_are() -> None:
+    """YAML 1.1 reads 1e-4 as text."""
+    claim = Claim.model_validate(GOOD | {"compare": {"learning_rate": ["1e-4", ["1e-3", "highest"]]}})
+    assert claim.compare == {"learning_rate": (1e-4, [1e-3, "highest"])}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -43,6 +49,9 @@ def test_expectations_are_regions() -> None:
         ({"compare": {"gradient_checkpoint": [False, True]}}, "did you mean gradient_checkpointing"),
         ({"compare": {"lora_r": [1, 2, 3]}}, "too_long|at most 2"),
         ({"compare": {}}, "takes value or status"),
+        ({"compare": {"precision": ["bf16", "nf5"]}}, "unknown precision 'nf5'; did you mean nf4"),
+        ({"compare": {"lora_r": [4, "8"]}}, "lora_r is '8'; it must be a whole number"),
+        ({"where": {"precision": ["bf16", "nf5"]}}, "unknown precision 'nf5'; did you mean nf4"),
         ({"free": ["learningrate"]}, "did you mean learning_rate"),
         ({"metric": "peak_memory"}, "did you mean"),
         ({"hold": ["model"]}, "unknown key 'model'"),

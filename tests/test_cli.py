@@ -19,6 +19,7 @@ from malformed import FILES, MALFORMED
 from harness.grids import grid
 
 ROOT = Path(__file__).parent.parent
+SHORT = ROOT / "results/short"
 Ask = Callable[..., Answer]
 TINY = """
 name: tiny
@@ -124,7 +125,17 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
     ("arguments", "says"),
     [
         (("run", "nowhere.yml"), "no such file"),
-        (("run", "tiny.yml", "--memory", "lots"), "24GiB"),
+        (("run", "tiny.yml", "--memory", "lots"), "--memory: 'lots' is not a size; write it like 24GiB"),
+        (("report", str(SHORT), "--output", "tiny.yml"), "--output tiny.yml is a file; name a folder"),
+        (("recommend", str(SHORT), "--output", "."), "--output . is a folder; name a file"),
+        (
+            ("compare", str(ROOT / "results/short"), str(ROOT / "results/short"), "-o", "tiny.yml/x"),
+            "tiny.yml is a file",
+        ),
+        (
+            ("export", str(ROOT / "results/biases"), "--to", "mlflow", "--place", "no://where"),
+            "--to mlflow --place no:",
+        ),
         (("run", "tiny.yml", "--device", "gpu"), "cuda"),
         (("run", "tiny.yml", "--device", "cuda"), "no card"),
         (("run", "tiny.yml", "--rerun", "broken"), "failed"),

@@ -60,10 +60,9 @@ def test_losses_of_the_forecast_size_show_four_times_in_five(stories: int, repea
     losses = (
         size + random.normal(0, of_seed, (count, repeats, 1)) + random.normal(0, VARIANCES.story, (count, 1, stories))
     )
-    known = None
-    if repeats == 1:  # the noise between seeds is estimated from other trials
-        df = baseline_repeats - 1 if alone else VARIANCES.seeds.df
-        known = (of_seed**2 * random.chisquare(df, count) / df, 0.0, df)
+    # The noise between seeds is estimated from other trials too.
+    df = (repeats - 1) * 8 if repeats > 1 else baseline_repeats - 1 if alone else VARIANCES.seeds.df
+    known = (of_seed**2 / repeats * random.chisquare(df, count) / df, 0.0, df)
     p = crossed.of_tables(losses, numpy.ones((count, stories)), known)["p"]
     assert numpy.mean(p < stats.ALPHA) == pytest.approx(0.8, abs=0.08)
 

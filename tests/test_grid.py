@@ -93,6 +93,24 @@ def test_malformed_file_is_refused_in_one_line(name: str, data_folder: Path, mon
     assert not Path("pwned").exists()
 
 
+def test_labels_are_of_one_trial_each(tmp_path: Path) -> None:
+    """A report knows a configuration by its label: of two that are called alike it would show one."""
+    base = "base: {base_model: 'random:tiny'}\n"
+    for vary, says in (
+        ("{a: {x: {lora_r: 4}}, b: {x: {lora_r: 64}}}", "two trials are called x: of a and b; give each a label"),
+        (
+            "{a: {on: {lora_r: 4}}, b: {on: {lora_r: 64}}}",
+            "are called true: of a and b; .* YAML reads on and yes",
+        ),
+        ("{a: {baseline: {lora_r: 4}}}", "two trials are called baseline: of the baseline and a"),
+        ("{a: {baseline again: {lora_r: 4}}}", "two trials are called baseline again: of its second run and a"),
+    ):
+        with pytest.raises(InputError, match=says):
+            load(tmp_path, f"{base}vary: {vary}\n")
+    same = load(tmp_path, base + "vary: {a: {x: {lora_r: 4}}, b: {x: {lora_r: 4}}}\n")
+    assert [trial.label for trial in same.trials if not trial.baseline and not trial.twin] == ["x"], "one, named twice"
+
+
 def test_malformed_files_are_many() -> None:
     assert len(MALFORMED) >= 40
 

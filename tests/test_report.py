@@ -19,7 +19,7 @@ import vl_convert
 import yaml
 from rows import keep
 
-from harness.analysis import compare_runs, comparison, loading, longer, pareto, recommend, verdicts, words
+from harness.analysis import compare_runs, comparison, cost, loading, longer, pareto, recommend, verdicts, words
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
 from harness.analysis.sizing import show_time
@@ -27,7 +27,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
-from harness.report import document, page, plots, tables, writers
+from harness.report import details, document, front, page, plots, summary, tables, writers
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
 
@@ -134,6 +134,44 @@ def test_an_undecided_comparison_says_what_would_decide_it(small: Small, tmp_pat
         assert "stories (val" in text, file
     caption = str(writers.terminal(report.comparison).caption)
     assert f"not decided, by the smallest detectable difference: eval loss {smallest} (1)" in caption
+
+
+def test_repeats_that_one_of_two_lacks_make_no_difference(small: Small, tmp_path: Path) -> None:
+    """The baseline has more repeats, of other losses: stories and costs are compared in those that both have."""
+    for seed, level in enumerate((2.0, 2.0, 1.5, 1.5)):
+        keep(Store(tmp_path), small(seed=seed), "baseline", [level, level + 0.1], rates=[100.0] * 30, **BASE)
+    for seed in (0, 1):
+        keep(Store(tmp_path), small(seed=seed, lora_r=8), "lora_r=8", [2.0, 2.1], rates=[100.0] * 30, **BASE)
+    ended = {"status": "diverged", "rates": [100.0] * 10}
+    keep(Store(tmp_path), small(seed=2, lora_r=8), "lora_r=8", [], **ended)
+    m = loading.load(tmp_path)
+    compared, steps = comparison.compare(m), document._steps(m, tmp_path)
+    assert len(steps) == 6 * 30, "none of the trial that diverged"
+    technique = details.configurations(compared, tmp_path, steps, 10)[1]
+    assert [story[3] for story in technique.stories] == [0.0, 0.0]
+    steps.loc[(steps["config"] == 0) & (steps["repeat"] > 1), "loss"] -= 0.5
+    costs = cost.costs(compared, steps)
+    assert costs is not None
+    assert [each.seconds for each in costs.rows] == [30.0, 30.0]
+
+
+def test_what_is_said_of_the_baselines_second_run(small: Small, tmp_path: Path) -> None:
+    for seed in range(3):
+        for label, twin in (("baseline", False), ("baseline again", True)):
+            if twin and seed:
+                continue
+            figures = BASE | {"tokens_per_second": None if twin else 100.0, "predicted_peak_memory_bytes": 1000}
+            keep(Store(tmp_path), small(seed=seed), label, [2.0, 2.1], twin=twin, **figures)
+    m = loading.load(tmp_path)
+    compared = comparison.compare(m)
+    said = " ".join(summary.caveats(compared, m.alpha))
+    assert "was not run twice" not in said
+    assert "has no speed of both its runs" in said
+    assert "With one repeat" not in said, "its second run counts for none"
+    steps = document._steps(m, tmp_path)
+    sentences = " ".join(summary.sentences(compared, steps))
+    assert sentences.startswith("1 configuration was tried")
+    assert "over 1 configurations" in sentences
 
 
 def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Path) -> None:
@@ -577,6 +615,45 @@ def test_noise_does_not_decide_a_recommendation(small: Small, tmp_path: Path) ->
     best = recommend.recommend(loading.load(tmp_path))
     assert best.label == "as good", "its loss is higher by less than is negligible, and it is twice as fast"
     assert any(sentence.startswith("For more speed take c") for sentence in best.sentences)
+
+
+def test_a_recommendation_counts_on_nothing_that_was_not_measured(small: Small, tmp_path: Path) -> None:
+    slow, quick = ([loss, loss + 0.1] for loss in (2.0, 1.0))
+    keep(Store(tmp_path), small(), "baseline", slow, **BASE)
+    keep(Store(tmp_path), small(seed=1), "baseline", slow, **BASE)
+    untimed = BASE | {"tokens_per_second": None, "eval_loss": 1.0}
+    keep(Store(tmp_path), small(lora_r=8), "untimed", quick, **untimed)
+    assert recommend.recommend(loading.load(tmp_path)).label == "untimed"
+    assert recommend.recommend(loading.load(tmp_path), min_speed=90).label == "baseline"
+    ended = {"status": "oom", "oom_reached_bytes": 1800, "oom_requested_bytes": 200}
+    keep(Store(tmp_path), small(lora_r=8, seed=1), "untimed", [], **ended)
+    m = loading.load(tmp_path)
+    assert recommend.needed_bytes(m) == {0: 1000, 1: 2000}, "in another repeat it asked for more"
+    assert recommend.recommend(m, memory=1500).label == "baseline"
+    assert row(m, "untimed (oom in forward, needs at least 1.95 KiB)")[0] == "1000 B"
+    assert verdict(m, where={"lora_r": 8}, expect="status ok").word == "contradicted"
+
+
+def test_without_a_speed_of_the_baseline_others_are_compared_with_one_another(small: Small, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for number, (label, speed) in enumerate((("baseline", None), ("fast", 200.0), ("slow", 50.0))):
+            figures = BASE | {"tokens_per_second": speed}
+            keep(Store(tmp_path), small(seed=seed, lora_r=4 + number), label, [2.0, 2.1], **figures)
+    m = loading.load(tmp_path)
+    assert recommend.recommend(m).label == "fast"
+    cards = {card.title: card.figure for card in front.cards(comparison.compare(m))}
+    assert cards["Fastest"] == "none can be compared with the baseline"
+    assert cards["Lowest loss"].startswith("none is better than the baseline")
+
+
+def test_what_no_further_measuring_decides_asks_for_none(small: Small, tmp_path: Path) -> None:
+    for seed, (one, other) in enumerate(((1000, 1100), (1050, 1040))):
+        keep(Store(tmp_path), small(seed=seed), "baseline", [2.0, 2.1], **BASE | {"peak_memory_bytes": one})
+        held = BASE | {"peak_memory_bytes": other}
+        keep(Store(tmp_path), small(seed=seed, lora_r=8), "lora_r=8", [2.0, 2.1], **held)
+    compared = comparison.compare(loading.load(tmp_path))
+    (memory,) = (r for r in tables.not_decided(compared).rows if r[1].text == "peak memory")
+    assert memory[-1].text == "–", "no visit changes what its batches hold"
 
 
 def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small, tmp_path: Path) -> None:

@@ -239,7 +239,12 @@ def test_prompt_and_completion_of_turns(examples: Examples, refusal: Refusal) ->
         ("[broken", r"row 1: 'messages' is '\[broken'; it must be a list of turns$"),
         ({"role": "user"}, r"'messages' is \{'role': 'user'\}; it must be a list of turns$"),
         (["Hi."], r"'messages', turn 1 is 'Hi\.'; it must be a mapping with role and content"),
-        ([*TURNS, {"role": "wolf", "content": "Grr."}], r"turn 3: role 'wolf' is unknown; .*\{assistant: \['wolf'\]\}"),
+        ([*TURNS, {"role": "wolf", "content": "Grr."}], r"turn 3: role 'wolf' is unknown; .*\{user: \['wolf'\]\}"),
+        (
+            [*TURNS, {"role": "assistant", "content": "b", "weight": 0.5}],
+            r"turn 3: its weight is 0\.5; give 0, which le",
+        ),
+        ([TURNS[0], TURNS[1] | {"weight": 0}], r"no turn of assistant with text to train on"),
         ([{"role": 3, "content": "a"}], r"turn 1: its role is 3; it must be text"),
         ([{"content": "a"}], r"turn 1 has no 'role', but 'content'; set message_field_role"),
         ([{"role": "user", "text": "a"}], r"turn 1 has no 'content', but 'role', 'text'; set message_field_content"),

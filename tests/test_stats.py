@@ -414,7 +414,33 @@ def test_several_seeds_have_the_noise_of_all_configurations() -> None:
         "same"
     ]
     unpaired = crossed.SeedNoise(noise.mean, noise.left, paired=False)
-    assert crossed.crossed(as_rows(table[1] - table[0]), unpaired, weights).table.loc[0, "seed_df"] == 1
+    assert crossed.crossed(as_rows(table[1] - table[0]), unpaired, weights).table.loc[0, "seed_df"] == 19
+    three = losses(generator, 1, 3, 8, (0.05, 0.1, 0.01))[0]
+    sides = [(0, f"repeat {r}", str(side), sign / 3) for r in range(3) for side, sign in ((0, -1.0), (1, 1.0))]
+    weights = pandas.DataFrame(sides, columns=[*keys, "w"]).set_index(keys)["w"]
+    assert crossed.crossed(as_rows(three), unpaired, weights).table.loc[0, "seed_df"] == 2, "their own"
+
+
+def test_one_more_repeat_of_one_configuration_leaves_the_noise_of_the_others() -> None:
+    """A single pair of trials gives one degree of freedom, which would make every interval endless."""
+    trials = [("baseline", seed) for seed in range(5)] + [(f"r{n}", 0) for n in range(7)]
+    random = numpy.random.default_rng(3)
+
+    def noise(extra: list[tuple[str, int]]) -> SeedNoise:
+        rows = [
+            {"config": config, "repeat": repeat, "story": story, "tokens": 50, "loss": loss}
+            for config, repeat in trials + extra
+            for of_trial in [random.normal(0, 0.01)]
+            for story, loss in enumerate(of_trial + random.normal(0, 0.02, 16))
+        ]
+        known = crossed.seed_noise(pandas.DataFrame(rows), paired=True)
+        assert known is not None
+        return known
+
+    four = [(f"r{n}", 1) for n in range(4)]
+    for extra, df, paired in (([], 4, False), (four[:1], 5, False), (four, 4, True)):
+        known = noise(extra)
+        assert (known.mean.df, known.paired) == (df, paired)
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [(2, 19), (3, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -293,7 +294,9 @@ def test_values_without_a_counterpart(text: str, part: str, tmp_path: Path) -> N
     grid.load(tmp_path / "a.yml", without_unsupported=True)
 
 
-_ODD: list[Any] = [None, True, False, 0, 1, -1, 0.5, "", "x", [], ["x"], {}, {"x": 1}, [{"x": 1}], [[1]]]
+_ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 0.5, "", "x", "false", "2", [], ["x"], {}, {"x": 1}, {"x": None}, [{"x": 1}], [[1]],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", sorted(axolotl.DIALECT.table))
@@ -332,6 +335,38 @@ def test_any_value_of_any_key_of_a_dataset_is_read_or_refused_in_one_line(key: s
             assert "\n" not in reason
 
 
+def test_a_value_that_is_quoted_means_what_it_says(tmp_path: Path) -> None:
+    """As text, "false" would count as true, and "5" as no number of steps."""
+    lora = AXOLOTLS + "adapter: lora\n"
+    assert spec(tmp_path, lora + 'load_in_4bit: "false"\n').id == spec(tmp_path, lora).id
+    trls = "model_name_or_path: random:tiny\ndataset_name: storyteller\nlora_r: 8\n"
+    quoted = spec(tmp_path, trls + 'use_peft: "true"\nload_in_4bit: "true"\nmax_steps: "5"\n')
+    assert quoted.id == spec(tmp_path, trls + "use_peft: true\nload_in_4bit: true\nmax_steps: 5\n").id
+    assert (quoted.adapter, quoted.precision, quoted.max_steps) == ("lora", "nf4", 5)
+
+
+def test_what_is_of_another_kind_than_the_tool_takes_is_one_line(tmp_path: Path) -> None:
+    processes = "num_processes: 0\nbatch_size: 8\n"
+    for text in ("deepspeed: {zero_optimization: }\n", "lora_target_modules: 3\n", processes):
+        (tmp_path / "a.yml").write_text(AXOLOTLS + text)
+        with contextlib.suppress(InputError):
+            grid.load(tmp_path / "a.yml")
+    files = "datasets: [{path: json, data_files: {train: a.jsonl}, type: alpaca}]\n"
+    assert spec(tmp_path, AXOLOTLS + files).datasets[0].path == "a.jsonl"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.json").write_text("[]")
+    given = "model_name_or_path: random:tiny\nstage: sft\nfinetuning_type: lora\ntemplate: qwen\ndataset: mine\n"
+    for entry, says in (
+        ({"columns": ["q", "r"]}, "mine has columns ['q', 'r']; give a mapping"),
+        ({"columns": {"promt": "q"}}, "columns: unknown key 'promt'; did you mean prompt"),
+        ({"columns": {"prompt": 3}}, "prompt is 3; give a name"),
+        ({"formatting": "sharegpt", "tags": "x"}, "mine has tags 'x'; give a mapping"),
+    ):
+        (tmp_path / "data/dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.json"} | entry}))
+        (tmp_path / "lf.yml").write_text(given)
+        assert says in refusal(tmp_path / "lf.yml")
+
+
 # ------------------------------------------------------------------------------------ harness's own
 
 
@@ -368,6 +403,13 @@ def test_keys_of_axolotl_can_be_pasted_into_a_grid(tmp_path: Path) -> None:
     named = load(tmp_path, f"base: {FILES / 'axolotl/dora.yml'}\nvary: {{lora_r: [4]}}\n")
     assert named.training_file is not None
     assert [t.spec.lora_r for t in sorted(named.trials, key=lambda t: t.label)] == [8, 8, 4]
+
+
+def test_a_key_of_axolotl_does_not_make_full_fine_tuning_of_a_grid_of_adapters(tmp_path: Path) -> None:
+    own = "base: {base_model: 'random:tiny', lora_r: 8, train_samples: 8, wandb_project: tales%s}\n"
+    with pytest.raises(InputError, match=r"lora_r without adapter: with keys of Axolotl \(wandb_project\)"):
+        load(tmp_path, own % "")
+    assert spec(tmp_path, own % ", adapter: lora").lora_r == 8
 
 
 def test_lists_of_datasets_of_llama_factory(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas
 
 from harness._util.units import show_bytes
-from harness.analysis import inference
+from harness.analysis import inference, words
 from harness.analysis.estimate import Estimate
 from harness.analysis.inference import ModelPair
 from harness.analysis.judgement import Judgement
@@ -161,10 +161,21 @@ def order(m: Measurements) -> list[int]:
     return keys.sort_values(["group", "part", "factor", "number", "label"], kind="stable").index.tolist()
 
 
+def differences(m: Measurements, configs: Sequence[int]) -> list[str]:
+    """What each configuration differs in from the baseline: lora_r: 8, precision: nf4."""
+    watched = m.configs["watched"]
+    return [
+        ", ".join(f"{key}: {words.level(key, value)}" for key, value in keys.items())
+        or ("nothing that was seen" if watched[config] else "the baseline")
+        for config, keys in zip(configs, m.differing_keys(configs), strict=True)
+    ]
+
+
 def failure(row: Any) -> str:
     """How a trial ended; for out of memory, the lower bound on what it needs."""
     if row["status"] == "skipped":
-        return f"skipped, predicted to need {show_bytes(row['predicted_peak_memory_bytes'])}"
+        predicted = row["predicted_peak_memory_bytes"]
+        return f"skipped, predicted to need {show_bytes(predicted)}" if pandas.notna(predicted) else "skipped"
     note = f"{row['status']} in {row['phase']}"
     reached, requested = row["oom_reached_bytes"], row["oom_requested_bytes"]
     if pandas.notna(reached):

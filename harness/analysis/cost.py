@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -47,8 +48,9 @@ class Costs:
 def costs(comparison: Comparison, steps: pandas.DataFrame) -> Costs | None:
     """What the baseline's last loss takes in each configuration, and the loss of each after equal time.
 
-    A loss is the mean over tokens of some steps, each before its update; repeats are averaged. Every configuration sees
-    the same examples in the same order, so that losses at equal tokens are of the same texts.
+    A loss is the mean over tokens of some steps, each before its update, and over the repeats that all of them have.
+    There every configuration sees the same examples in the same order, so that losses at equal tokens are of the same
+    texts.
 
     Args:
         comparison: with the speeds.
@@ -60,15 +62,15 @@ def costs(comparison: Comparison, steps: pandas.DataFrame) -> Costs | None:
     m = comparison.measurements
     if m.baseline is None or not comparison.means["eval_loss"].notna().any():
         return None
-    means = steps.groupby(["config", "step"])[["loss", "tokens"]].mean()
-    by_config = means["loss"].groupby("config")
+    by_config = steps.groupby(["config", "step"])["loss"].mean().groupby("config")
     usable = (by_config.size() >= LEAST_STEPS) & (by_config.count() == by_config.size())
     speeds = comparison.means["tokens_per_second"]
+    wanted = [c for c in comparison.shown if usable.get(c, False) and speeds.get(c, numpy.nan) > 0]
+    means = in_common_repeats(steps, wanted).groupby(["config", "step"])[["loss", "tokens"]].mean()
     curves = {}
-    for config in comparison.shown:
-        if usable.get(config, False) and speeds.get(config, numpy.nan) > 0:
-            own = means.xs(config)
-            curves[config] = own.assign(seconds=own["tokens"].cumsum() / speeds[config])
+    for config in wanted:
+        own = means.xs(config)
+        curves[config] = own.assign(seconds=own["tokens"].cumsum() / speeds[config])
     if m.baseline not in curves or len(curves) < 2:
         return None
     window = max(_LEAST_WINDOW, round(_WINDOW * len(curves[m.baseline])))
@@ -77,6 +79,16 @@ def costs(comparison: Comparison, steps: pandas.DataFrame) -> Costs | None:
     equal = min(float(curve["seconds"].iloc[-1]) for curve in curves.values())
     rows = tuple(_cost(comparison, config, curve, target, equal) for config, curve in smooth.items())
     return Costs(target, equal, window, rows)
+
+
+def in_common_repeats(steps: pandas.DataFrame, configs: Sequence[int]) -> pandas.DataFrame:
+    """The steps of these configurations in the repeats that all of them have, whose means are of the same texts in the
+    same order; of all repeats where they have none in common.
+    """
+    own = steps[steps["config"].isin(configs)]
+    having = own.groupby("repeat")["config"].nunique()
+    common = own[own["repeat"].isin(having.index[having == own["config"].nunique()])]
+    return own if common.empty else common
 
 
 def _smoothed(curve: pandas.DataFrame, window: int) -> pandas.DataFrame:

@@ -26,10 +26,13 @@ class SeedNoise:
     """Whether it is that of trials of one repeat, without what a seed does to all of them."""
 
 
-_LEAST_TEXTS = 8
+LEAST_TEXTS = 8
 """With fewer, the many degrees of freedom of all seeds stand beside too few of the texts: by simulation, families of
 twenty then claim a false difference in 11 % of cases, and in 2 to 6 % with those of their own seeds. From eight texts
 on it is 3 to 6 %, where own seeds that dominate give 9 to 15 %."""
+_ENOUGH = 5
+"""Degrees of freedom from which on the noise of pairs is known well enough, if those of independent seeds are more than
+twice as many: one further repeat of a single configuration gives one, which would make every interval endless."""
 NO_SEED_BETWEEN = SeedNoise(Noise(0.0, 0), 0.0)
 """That of models of one trial, which have their seed in common."""
 
@@ -39,19 +42,23 @@ def seed_noise(losses: pandas.DataFrame, *, paired: bool) -> SeedNoise | None:
 
     Args:
         losses: columns config, repeat, story, tokens and loss of every trial.
-        paired: the noise in the difference of two trials of a repeat, where several configurations were repeated. Where
-            one was, its seeds are taken for independent ones.
+        paired: the noise in the difference of two trials of a repeat, where several configurations were repeated often
+            enough to know it. Else the seeds of each are taken for independent ones.
     """
     texts = losses.groupby(["config", "repeat", "story"])[["loss", "tokens"]].mean().reset_index()
     trial = [texts["config"], texts["repeat"]]
     total = (texts["loss"] * texts["tokens"]).groupby(trial).sum()
     means = (total / texts["tokens"].groupby(trial).sum()).rename("loss").reset_index()
-    once = pandas.Series(0, means.index)
-    mean = stats.noise(means["loss"], means["config"], means["repeat"]) if paired else None
-    in_blocks = mean is not None
-    mean = mean or stats.noise(means["loss"], means["config"], once)
+    mean = alone = stats.noise(means["loss"], means["config"], pandas.Series(0, means.index))
+    if paired:
+        # A repeat of one configuration alone says nothing of differences.
+        blocks = means[means.groupby("repeat")["config"].transform("nunique") > 1]
+        of_pairs = stats.noise(blocks["loss"], blocks["config"], blocks["repeat"])
+        if of_pairs is not None and alone is not None and of_pairs.df >= min(_ENOUGH, alone.df / 2):
+            mean = of_pairs
     if mean is None:
         return None
+    in_blocks = mean is not alone
     of_trial = means.set_index(["config", "repeat"])["loss"]
     rest = texts["loss"] - of_trial.reindex(pandas.MultiIndex.from_frame(texts[["config", "repeat"]])).to_numpy()
     config, repeat = (texts.groupby([key, "story"]).ngroup() for key in ("config", "repeat"))
@@ -71,8 +78,8 @@ def crossed(
     Args:
         losses: columns comparison, repeat, story, tokens and loss (a difference or a change, nats per token); a text
             counts where every repeat of its comparison has it.
-        noise: of the seeds. Comparisons of several seeds have it where it is paired and there are texts enough, and
-            else that of their own seeds; null: unknown, and those of one seed have no interval.
+        noise: of the seeds. Comparisons of several seeds have it where it is paired, or where they are two, and there
+            are texts enough, and else that of their own; null: unknown, and those of one seed have no interval.
         weights: see `timed.weights`, of the configurations in each mean; null: each comparison has a trial of its own.
         by_own_seeds: comparisons whose seeds, if more than two, count alone: they differ by less than those of other
             configurations (`equal_work`).
@@ -89,8 +96,9 @@ def crossed(
         of_seeds = known = None
         texts = rows // repeats
         # Two have one degree of freedom: what others differ by, which is more, then gives the narrower interval.
-        by_own = texts < _LEAST_TEXTS or (own and repeats > 2)
-        several = noise is not None and noise.paired and weights is not None and not by_own
+        by_own = texts < LEAST_TEXTS or (own and repeats > 2)
+        by_others = noise is not None and (noise.paired or repeats == 2)
+        several = by_others and weights is not None and not by_own
         if noise is not None and (repeats == 1 or several):
             of_seeds = _of_seeds(noise.mean, comparisons, weights)
             if repeats > 1:  # what learns the same to the bit under all seeds has no noise
@@ -180,7 +188,8 @@ def _parts(losses: Any, tokens: Any, known: tuple[Any, Any, int] | None) -> _Par
     # Kish's effective number: a few long texts among many short ones vary as few do.
     effective = 1 / (weights**2).sum(axis=1)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        correction = numpy.where(effective > 1 + 1e-9, effective / (effective - 1), numpy.nan)
+        # One text, or one that has nearly all tokens, says nothing of others.
+        correction = numpy.where(effective > 1.5, effective / (effective - 1), numpy.nan)
     between_texts = correction * ((weights * of_texts) ** 2).sum(axis=1)
     if seeds > 1:
         squares = ((rest - of_texts[:, None, :]) ** 2).sum(axis=1)

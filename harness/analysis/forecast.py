@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy
 import pandas
 
-from harness.analysis import power, stats, timed
+from harness.analysis import power, stats, timed, words
+from harness.analysis.crossed import LEAST_TEXTS
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT, PILOT_MODEL, Variances
 from harness.analysis.stats import Noise
@@ -163,16 +164,19 @@ def smallest_loss_difference(plan: Plan, variances: Variances, stories: Any = No
     """
     stories = numpy.asarray(plan.stories if stories is None else stories, float)
     repeats = numpy.asarray(plan.repeats if repeats is None else repeats, float)
-    deviation, df = _of_seeds(plan, variances, repeats)
+    deviation, df = _of_seeds(plan, variances, stories, repeats)
     return power.smallest_loss_difference(stories, repeats, variances.story, deviation, seed_df=df)
 
 
-def _of_seeds(plan: Plan, variances: Variances, repeats: Any) -> tuple[Any, Any]:
-    """Standard deviation between seeds of a mean difference, and the degrees of freedom that it will have."""
+def _of_seeds(plan: Plan, variances: Variances, stories: Any, repeats: Any) -> tuple[Any, Any]:
+    """Standard deviation between seeds of a mean difference, and the degrees of freedom that it will have: those of all
+    configurations, where there are texts enough (see `crossed`).
+    """
     paired, alone = math.sqrt(2) * variances.seeds.sigma, math.sqrt(2) * variances.seeds_alone.sigma
     once = (alone, plan.baseline_repeats - 1) if plan.baseline_repeats > 1 else (paired, variances.seeds.df)
     several = repeats > 1
-    return numpy.where(several, paired, once[0]), numpy.where(several, repeats - 1, once[1])
+    df = (repeats - 1) * numpy.where(stories >= LEAST_TEXTS, max(1, plan.configurations - 1), 1)
+    return numpy.where(several, paired, once[0]), numpy.where(several, df, once[1])
 
 
 # ------------------------------------------------------------------------------------ in words
@@ -195,13 +199,13 @@ def _speed(plan: Plan, variances: Variances) -> str:
     if plan.visits == 1:
         return "nothing (one visit shows no noise; give 2 or more)"
     smallest = float(smallest_speed_difference(plan, variances.reading))
-    shown = f"{show_share(smallest)} ({plan.visits} visits)"
+    shown = f"{words.percent(smallest)} ({plan.visits} visits)"
     if smallest <= SPEED.negligible:
         return shown
     wanted = math.log1p(SPEED.negligible)
     se, df = _of_speed(plan, variances.reading, numpy.asarray(plan.visits, float))
     needed = power.visits_needed(wanted, plan.visits, se, df)
-    return f"{shown}; {show_share(SPEED.negligible)} needs {needed:,.0f} (visits)"
+    return f"{shown}; {words.percent(SPEED.negligible)} needs {needed:,.0f} (visits)"
 
 
 def _loss(plan: Plan, variances: Variances) -> str:
@@ -216,21 +220,21 @@ def _loss(plan: Plan, variances: Variances) -> str:
 
 def _what_shows(plan: Plan, variances: Variances, wanted: float) -> str:
     """More stories if they would do, else more seeds, else more of both."""
-    deviation, df = _of_seeds(plan, variances, numpy.asarray(plan.repeats, float))
+    held_out, repeats = (numpy.asarray(number, float) for number in (plan.stories, plan.repeats))
+    deviation, df = _of_seeds(plan, variances, held_out, repeats)
     stories = power.stories_needed(wanted, plan.repeats, variances.story, deviation, seed_df=df)
     if not math.isnan(stories):
         return f"{stories:,.0f} stories (val_set_size)"
     paired = math.sqrt(2) * variances.seeds.sigma
-    seeds = power.seeds_needed(wanted, plan.stories, variances.story, paired)
+
+    def df_of(number: Any) -> Any:
+        return _of_seeds(plan, variances, held_out, number)[1]
+
+    seeds = power.seeds_needed(wanted, plan.stories, variances.story, paired, seed_df=df_of)
     if not math.isnan(seeds):
         return f"{seeds:,.0f} seeds (repeats)"
-    times = power.times_needed(wanted, plan.stories, plan.repeats, variances.story, paired)
+    times = power.times_needed(wanted, plan.stories, plan.repeats, variances.story, paired, seed_df=df_of)
     return f"{times * plan.stories:,.0f} stories, {times * plan.repeats:,.0f} seeds"
-
-
-def show_share(value: float) -> str:
-    """4.1%, as the report writes it."""
-    return f"{100 * value:.2g}%"
 
 
 def show_nats(value: float) -> str:

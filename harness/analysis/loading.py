@@ -216,8 +216,11 @@ def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.
     numbers = pandas.factorize(_row_numbers(key)[order])[0]
     trials["config"] = pandas.Series(numbers, trials.index[order])
     ok = trials["status"] == "ok"
-    by_time = trials.sort_values(["config", "started_at"], kind="stable")
-    configs = by_time.groupby("config").last(skipna=False)
+    # A configuration of which one repeat failed is shown as failed, whatever its other repeats measured.
+    failed = ~ok & (trials["status"] != "skipped")
+    by_end = trials.assign(failed=failed).sort_values(["config", "failed", "started_at"], kind="stable")
+    configs = by_end.groupby("config").last(skipna=False).drop(columns="failed")
+    configs["started_at"] = trials.groupby("config")["started_at"].max()
     configs["measured"] = ok.groupby(trials["config"]).any()
     configs["repeats"] = ok.groupby(trials["config"]).sum()
     configs["baseline"] = baseline.groupby(trials["config"]).any()

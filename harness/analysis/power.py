@@ -37,14 +37,14 @@ def smallest_loss_difference(
         seeds: repeats.
         sd_story: standard deviation between stories of a story's difference, in nats.
         sd_seed: standard deviation between seeds of the mean difference.
-        seed_df: degrees of freedom behind `sd_seed`; null: seeds − 1.
+        seed_df: degrees of freedom behind `sd_seed`, or what they are with so many seeds; null: seeds − 1.
         alpha: two-sided error rate.
     """
     stories, seeds = numpy.asarray(stories, float), numpy.asarray(seeds, float)
     of_stories, of_seeds = numpy.square(sd_story) / stories, numpy.square(sd_seed) / seeds
     variance = of_stories + of_seeds
     fraction = of_seeds / numpy.where(variance > 0, variance, 1.0)
-    known = seeds - 1 if seed_df is None else seed_df
+    known = seeds - 1 if seed_df is None else seed_df(seeds) if callable(seed_df) else seed_df
     return smallest_difference(numpy.sqrt(variance), stories - 1, fraction, known, alpha)
 
 
@@ -62,15 +62,17 @@ def stories_needed(difference: Any, seeds: Any, sd_story: Any, sd_seed: Any, **g
 
 
 def seeds_needed(difference: Any, stories: Any, sd_story: Any, sd_seed: Any, **given: Any) -> Any:
-    """The least number of seeds that show this difference in nats; nan where the stories alone hide it."""
+    """The least number of seeds that show this difference in nats; nan where the stories alone hide it. Arguments as of
+    `stories_needed`.
+    """
     return _least(lambda n: smallest_loss_difference(stories, n, sd_story, sd_seed, **given), difference)
 
 
-def times_needed(difference: Any, stories: Any, seeds: Any, sd_story: Any, sd_seed: Any, alpha: Any = ALPHA) -> Any:
-    """By what number both stories and seeds are to be multiplied to show this difference in nats."""
-    return _least(
-        lambda n: smallest_loss_difference(n * stories, n * seeds, sd_story, sd_seed, alpha=alpha), difference
-    )
+def times_needed(difference: Any, stories: Any, seeds: Any, sd_story: Any, sd_seed: Any, **given: Any) -> Any:
+    """By what number both stories and seeds are to be multiplied to show this difference in nats. Arguments as of
+    `stories_needed`.
+    """
+    return _least(lambda n: smallest_loss_difference(n * stories, n * seeds, sd_story, sd_seed, **given), difference)
 
 
 def visits_needed(difference: Any, visits: Any, se: Any, df: Any, alpha: Any = ALPHA) -> Any:

@@ -71,12 +71,14 @@ def by_memory(m: Measurements) -> list[Choice]:
 
 
 def needed_bytes(m: Measurements) -> dict[int, int]:
-    """By configuration, the memory that loading, training and evaluating took at most: the repeat with the highest peak
-    must fit.
+    """By configuration that was measured, the memory that loading, training and evaluating took at most: the repeat
+    with the highest peak must fit, and so must one that ran out of memory, which needs what it asked for at least.
     """
-    ok = m.trials[m.trials["status"] == "ok"]
-    highest = ok.groupby("config")[list(FITS)].max().max(axis=1).dropna()
-    return {int(config): int(size) for config, size in highest.items()}  # type: ignore[call-overload]  # of configurations
+    ok = m.trials["status"] == "ok"
+    asked = (m.trials["oom_reached_bytes"] + m.trials["oom_requested_bytes"]).where(m.trials["status"] == "oom")
+    highest = m.trials[list(FITS)].where(ok).assign(asked=asked).max(axis=1).groupby(m.trials["config"]).max()
+    measured = highest[ok.groupby(m.trials["config"]).any()].dropna()
+    return {int(config): int(size) for config, size in measured.items()}  # type: ignore[call-overload]  # of configurations
 
 
 def recommend(
@@ -100,13 +102,12 @@ def recommend(
     """
     m = m.unselected
     figures = _figures(m)
-    within = figures[
-        (figures["memory"] <= (memory or math.inf))
-        & (figures["eval_loss"].fillna(-math.inf) <= (math.inf if max_loss is None else max_loss))
-        & (figures["tokens_per_second"].fillna(math.inf) >= (min_speed or 0.0))
-    ]
+    # What was not measured is within no limit.
+    within = figures[figures["memory"] <= (memory or math.inf)]
     if max_loss is not None:
-        within = within[within["eval_loss"].notna()]
+        within = within[within["eval_loss"] <= max_loss]
+    if min_speed is not None:
+        within = within[within["tokens_per_second"] >= min_speed]
     if within.empty:
         raise InputError(_nothing_fits(m, figures, memory, max_loss, min_speed))
     candidates = _confirmed(m, within)
@@ -147,10 +148,13 @@ _RANKS = {"loss": "eval_loss", "speed": "tokens_per_second"}
 
 
 def _against_one(m: Measurements, figures: pandas.DataFrame, metric: str) -> pandas.Series:
-    """The effect of each configuration against one of them, the baseline if it is there; null where none is known."""
-    repeats = m.configs.loc[figures.index, "repeats"]
-    reference = int(m.baseline or 0) if m.baseline in figures.index else _extreme(repeats, lowest=False)
-    effects = m.effects(_pairs([int(c) for c in figures.index if c != reference], reference), metric).table["effect"]
+    """The effect of each configuration against one of them, the baseline if its figure is known; null where none is."""
+    known = figures.index[figures[metric].notna()]
+    if known.empty:
+        return pandas.Series(numpy.nan, figures.index)
+    repeats = m.configs.loc[known, "repeats"]
+    reference = int(m.baseline or 0) if m.baseline in known else _extreme(repeats, lowest=False)
+    effects = m.effects(_pairs([int(c) for c in known if c != reference], reference), metric).table["effect"]
     of_itself = pandas.Series(0.0, figures.index[figures[metric].notna() & (figures.index == reference)])
     ranks: pandas.Series = pandas.concat([of_itself, effects]).reindex(figures.index)
     return ranks

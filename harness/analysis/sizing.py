@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from harness.analysis import forecast, pilot
+from harness.analysis import forecast, pilot, words
 from harness.analysis.forecast import Plan
 from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import Variances
@@ -206,7 +206,7 @@ class Size:
         counts = [(self.visits, "visit", "visits"), (self.repeats, "repeat", "repeats")]
         counts.append((self.stories, "story", "stories"))
         amounts = ", ".join(f"{n} {one if n == 1 else several}" for n, one, several in counts if n)
-        speed = [] if math.isnan(self.speed) else [f"speed {forecast.show_share(self.speed)}"]
+        speed = [] if math.isnan(self.speed) else [f"speed {words.percent(self.speed)}"]
         loss = [] if math.isnan(self.loss) else [f"loss {forecast.show_nats(self.loss)}"]
         return f"{show_time(budget)}: {amounts}: {', '.join(speed + loss)}; about {show_time(self.seconds)}"
 

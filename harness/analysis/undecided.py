@@ -55,14 +55,25 @@ _VISITS = ("visits", "repeats", "steps")
 
 
 def _texts(undecided: pandas.DataFrame, wanted: Any, level: float) -> tuple[Any, Any]:
-    """More stories; else more seeds; else more of both. The general passages are given: more seeds."""
+    """More stories; else more seeds; else more of both. The general passages are given: more seeds.
+
+    Degrees of freedom of seeds grow with them: where all configurations have them in common, by as many as the seeds
+    that there are have given; what one seed has from others it keeps.
+    """
     texts, seeds, se, fraction, seed_df = (
         undecided[name].to_numpy(float) for name in ("n", "seeds", "se", "seed_share", "seed_df")
     )
+    pooled, several = (undecided["pooled"] == "seeds").to_numpy(), seeds > 1
+    each = numpy.where(pooled & several, seed_df / numpy.maximum(seeds - 1, 1), 1.0)
+    least = numpy.where(pooled & ~several, seed_df, 0.0)
     sd_story, sd_seed = se * numpy.sqrt((1 - fraction) * texts), se * numpy.sqrt(fraction * seeds)
     stories = power.stories_needed(wanted, seeds, sd_story, sd_seed, seed_df=seed_df, alpha=level)
-    more = power.seeds_needed(wanted, texts, sd_story, sd_seed, alpha=level)
-    both = power.times_needed(wanted, texts, seeds, sd_story, sd_seed, alpha=level)
+
+    def df_of(number: Any) -> Any:
+        return numpy.fmax(each * (number - 1), least)
+
+    more = power.seeds_needed(wanted, texts, sd_story, sd_seed, seed_df=df_of, alpha=level)
+    both = power.times_needed(wanted, texts, seeds, sd_story, sd_seed, seed_df=df_of, alpha=level)
     # Where the stories that there are would do, it is the single seed that leaves it open.
     by_stories = (stories > texts) & (undecided["basis"] == "stories").to_numpy()
     by_seeds = ~by_stories & ~numpy.isnan(more)

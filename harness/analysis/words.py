@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+import pyarrow
 
 from harness.analysis import stats
 from harness.analysis.estimate import Estimate
 from harness.metrics import FIGURES
+from harness.results.schema import SCHEMAS
 
 MISSING = "–"
 NOT_MEASURED = "not measured"
@@ -126,10 +130,8 @@ def effect(estimate: Estimate | None) -> str:
     if estimate.verdict == "depends":  # no average of what is not the same
         return of_members(estimate)
     if FIGURES[estimate.metric].scale == "ratio":
-        interval = _interval(estimate, "–", 2, lambda x, digits: f"{x:.{digits}f}" if x < 100 else f"{x:.3g}")
-        return (
-            f"×{estimate.value:.3f}{interval}" if 0.99 < estimate.value < 1.01 else f"×{estimate.value:.2f}{interval}"
-        )
+        interval = _interval(estimate, "–", 2, _ratio)
+        return f"×{_ratio(estimate.value, 3 if 0.99 < estimate.value < 1.01 else 2)}{interval}"
     return _signed(estimate.value) + _interval(estimate, " to ", 3, _signed)
 
 
@@ -152,6 +154,13 @@ def _interval(estimate: Estimate, between: str, digits: int, show: Callable[[flo
         while digits < _MOST_DIGITS and round(nearest, digits) == _no_effect(estimate):
             digits += 1
     return f" ({show(low, digits)}{between}{show(high, digits)})"
+
+
+def _ratio(value: float, digits: int) -> str:
+    """0.75, 1.004; two digits that count of those below a tenth, and three from a hundred on."""
+    if 0.001 <= value < 0.095:
+        return f"{value:.2g}"
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.3g}"
 
 
 def _signed(value: float, digits: int = 3) -> str:
@@ -187,8 +196,19 @@ def detectable(estimate: Estimate) -> str:
         return MISSING
     metric = FIGURES[estimate.metric]
     if metric.scale == "ratio":
-        return f"{100 * estimate.detectable:.2g}%"
+        return percent(estimate.detectable)
     return f"{estimate.detectable:.2g}" + " nats" * (metric.group == "loss")
+
+
+def level(key: str, value: Any) -> str:
+    """A level of a key; whole numbers are floats in a column that has unknown ones too."""
+    kind = SCHEMAS["trials"].field(key).type
+    return f"{value:.0f}" if pyarrow.types.is_integer(kind) and isinstance(value, float) else str(value)
+
+
+def percent(value: float) -> str:
+    """Two digits of a percentage, and none after the point: 4.1%, 17%, 170%."""
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{100 * value:.0f}%"
 
 
 def could_be_seen(estimate: Estimate) -> str:
@@ -204,6 +224,8 @@ def could_be_seen(estimate: Estimate) -> str:
 
 def what_decides(estimate: Estimate) -> str:
     """What would decide a comparison that is not distinguishable, in total: 150 stories (val_set_size), 9 visits."""
+    if estimate.basis == "exact":  # some repeats hold more and some less: no more of them would change that
+        return MISSING
     if estimate.detectable is None:
         return "a second story" if estimate.seeds is not None else "a second visit"
     if estimate.needed is None:

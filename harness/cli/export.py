@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from harness._util.messages import first_line
 from harness._util.terminal import plain
 from harness.cli.console import out
 from harness.cli.options import GridFolder
@@ -26,9 +27,9 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Send recorded trials to experiment trackers: parameters, figures with intervals, losses, the page.
+    r"""Send recorded trials to experiment trackers: parameters, figures with intervals, losses, the page.
 
-    A trial that was sent before is replaced. Each tracker is an extra: pip install 'harness-bench[mlflow]'.
+    A trial that was sent before is replaced. Each tracker is an extra: pip install 'harness-bench\[mlflow]'.
     """
     from harness.report import trackers
 
@@ -40,7 +41,13 @@ def export(
         raise InputError(f"--place is of one tracker, and {', '.join(to)} are given; give one")
     page = Path("reports") / folder.resolve().name / "report.html"
     for tracker in to:
-        count, where = trackers.send(folder, tracker, place=place, page=page if page.is_file() else None)
+        try:
+            count, where = trackers.send(folder, tracker, place=place, page=page if page.is_file() else None)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # trackers have errors of their own
+            at = "" if place is None else f" --place {place}"
+            raise InputError(f"--to {tracker}{at}: {first_line(error)}") from None
         out.print(f"{count} trials sent to {tracker}: {plain(where)}", highlight=False, soft_wrap=True)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from harness.errors import InputError
 
 TRIALS = "Which trials"
 LIMITS = "Limits and retries"
@@ -150,3 +153,33 @@ TrialName = Annotated[
     str,
     typer.Argument(metavar="TRIAL", help="Beginning of the id, or label, of a trial with save_adapter: true."),
 ]
+
+
+def check_memory(text: str | None) -> None:
+    """Refuse what is no size.
+
+    Raises:
+        InputError: it is none.
+    """
+    from harness._util.units import parse_bytes
+
+    try:
+        _ = None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise InputError(f"--memory: {error}") from None
+
+
+def check_output(path: Path | None, *, is_folder: bool) -> None:
+    """Refuse a file where a folder is wanted, and the other way round, before the work.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if path is None:
+        return
+    there = next((each for each in (path, *path.parents) if os.path.exists(each)), path)
+    wanted = "a folder" if is_folder else "a file"
+    if there != path and not there.is_dir():
+        raise InputError(f"--output {path}: {there} is a file, and no folder can be in it; name another")
+    if os.path.exists(path) and path.is_dir() != is_folder:
+        raise InputError(f"--output {path} is {'a file' if is_folder else 'a folder'}; name {wanted}")

@@ -74,7 +74,7 @@ def plan(
         typer.Option(
             "--expandable-segments",
             rich_help_panel=options.PREDICTION,
-            help="As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.",
+            help="As with expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF.",
         ),
     ] = False,
     calibrate: Annotated[

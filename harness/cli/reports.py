@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.compare_runs import RunComparison
     from harness.analysis.measurements import Measurements
     from harness.report.document import Document
+from harness.cli import options
 from harness.cli.console import out
 from harness.cli.options import AsJson, EnvironmentId, GridFolder
 
@@ -55,6 +56,7 @@ def report(
     chosen = [ids[min(number, len(ids) - 1)] if ids else None for number in range(len(given))]
     loaded = [_load(folder, id_) for folder, id_ in zip(given, chosen, strict=True)]
     _refuse_to_join(given, loaded, across_environments=across_environments)
+    options.check_output(output, is_folder=True)
     target = output or Path("reports") / _name(loaded, title)
     with out.status("reading the rows") as status:
         parts = [document.document(m, f, grids=len(given)) for m, f in zip(loaded, given, strict=True)]
@@ -163,10 +165,9 @@ def recommend(
     from harness.cli.documents import print_document
     from harness.metrics import METRICS
 
-    try:
-        limit = None if memory is None else parse_bytes(memory)
-    except ValueError as error:
-        raise InputError(f"--memory: {error}") from None
+    options.check_memory(memory)
+    options.check_output(output, is_folder=False)
+    limit = None if memory is None else parse_bytes(memory)
     measurements = _load(folder, environment)
     best = recommending.recommend(measurements, memory=limit, max_loss=max_loss, min_speed=min_speed)
     shown = ("tokens_per_second", "eval_loss")
@@ -215,6 +216,7 @@ def compare(
     from harness.cli.documents import print_document
     from harness.report import compare_page
 
+    options.check_output(output, is_folder=False)
     ids = environment or []
     if len(ids) > 1 + len(others):
         raise InputError(f"--environment is given {len(ids)} times; there are {1 + len(others)} results")
@@ -238,6 +240,10 @@ def compare(
         out.print(f"written to {plain(str(output))}", highlight=False, soft_wrap=True)
 
 
+_WIDE = 140
+"""Columns that all figures of two runs take."""
+
+
 def _print_comparison(comparison: RunComparison) -> None:
     from rich.table import Table
 
@@ -251,9 +257,13 @@ def _print_comparison(comparison: RunComparison) -> None:
     else:
         out.print("both ran in the same environment")
     figures = run_comparison(comparison)
-    table = Table(*map(plain, figures.headings), title=plain(figures.title))
-    for row in figures.rows:
-        table.add_row(*(plain(cell.text) for cell in row))
-    out.print(table)
+    every = range(1, len(figures.headings))
+    # Of a narrow terminal, each figure has a table of its own.
+    for columns in [every] if out.width >= _WIDE else [every[n : n + 3] for n in range(0, len(every), 3)]:
+        shown = (0, *columns)
+        table = Table(*(plain(figures.headings[n]) for n in shown), title=plain(figures.title))
+        for row in figures.rows:
+            table.add_row(*(plain(row[n].text) for n in shown))
+        out.print(table)
     for line in filter(None, (comparison.unpaired, comparison.warning)):
         out.print(f"[yellow]{plain(line)}[/]", highlight=False)

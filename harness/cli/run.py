@@ -12,7 +12,7 @@ import typer
 
 from harness._util.terminal import plain
 from harness.cli import beforehand, export, failures, options
-from harness.cli.console import out, quietly, stdout_for_data
+from harness.cli.console import err, out, quietly, stdout_for_data
 from harness.cli.inspection import inspect_trials
 from harness.cli.launchers import LauncherOptions, make_launcher
 from harness.cli.predictions import predict_trials
@@ -147,6 +147,7 @@ def run(
     from harness.sources.fingerprints import Snapshot
 
     # From the command line, a relative path begins at the current folder.
+    options.check_memory(memory)
     given = {"base_model": model and models.absolute(model, os.getcwd()), "memory_budget": memory, "device": device}
     overrides = {key: value for key, value in given.items() if value is not None}
 
@@ -198,8 +199,10 @@ def run(
     if dry_run:
         print_training_file(loaded.training_file, grid)
         beforehand.print_forecast(loaded, store, here)
-        with contextlib.suppress(InputError):  # the run itself says what cannot be read
+        try:
             loaded = loaded.with_contents(snapshot.of)
+        except InputError as error:  # it may be there where the grid will run
+            err.print(f"[yellow]a run here would stop:[/] {plain(str(error))}", soft_wrap=True, highlight=False)
         if loaded.rates:
             trainings = learning_rates.grid_of_rates(loaded)
             with contextlib.suppress(InputError):

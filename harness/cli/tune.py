@@ -97,6 +97,7 @@ def tune(
 
     where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes, array)
     where.check()
+    options.check_memory(memory)
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = search_file.load(grid, overrides, without_unsupported=without_unsupported)
     print_training_file(search.training_file, grid)

@@ -149,7 +149,10 @@ def _read_targets(reader: Reader) -> None:
     if named is None:
         reader.set("lora_target_linear", linear, *names)
         return
-    listed = [named] if isinstance(named, str) else list(named)
+    listed = [named] if isinstance(named, str) else named
+    if not isinstance(listed, list):
+        reader.refuse("lora_target_modules", "give a list of names, or a pattern")
+        return
     if linear and listed != [ALL_LINEAR]:
         listed = [ALL_LINEAR, *listed]
     reader.set("lora_target_modules", listed, *names)
@@ -200,7 +203,8 @@ def _read_batch(reader: Reader) -> None:
     accumulation = reader.get("gradient_accumulation_steps")
     whole = reader.get("batch_size")
     if accumulation is None and isinstance(whole, int) and isinstance(micro, int) and micro > 0:
-        accumulation = max(1, whole // (micro * reader.values.get("num_processes", 1)))
+        processes = reader.values.get("num_processes", 1)
+        accumulation = max(1, whole // (micro * (processes if isinstance(processes, int) and processes > 0 else 1)))
     reader.set("micro_batch_size", micro, "micro_batch_size")
     if reader.get("pad_to_sequence_len") is True:
         reader.set("pad_to_sequence_len", True, "pad_to_sequence_len")
@@ -285,7 +289,8 @@ def _read_deepspeed(reader: Reader) -> None:
     text = str(given).lower()
     stages = {"zero3": "full_shard", "zero2": "shard_grad_op", "zero1": "optimizer", "zero0": "none"}
     if isinstance(given, Mapping):
-        zero = given.get("zero_optimization", {})
+        zero = given.get("zero_optimization") or {}
+        zero = zero if isinstance(zero, Mapping) else {}
         text = f"zero{zero.get('stage', 0)}" + "_offload" * bool(zero.get("offload_param"))
     stage = next((wanted for name, wanted in stages.items() if name in text or name.replace("zero", "z") in text), None)
     if stage is None or "offload" in text:

@@ -93,10 +93,14 @@ def _dataset(reader: Reader, where: str, entry: Any, system: Any) -> dict[str, A
     result = {key: given.pop(key) for key in _PLAIN_KEYS if key in given}
     # `path: json` names a format, and data_files the files.
     if result.get("path") in ("json", "csv", "parquet", "arrow", "text") and "data_files" in result:
-        files = result.pop("data_files")
-        result |= {"ds_type": result["path"], "path": files if isinstance(files, str) else files[0]}
-        if not isinstance(files, str) and len(files) > 1:
-            reader.refuse(f"{where}.data_files", "give one dataset for each file, or a pattern of files", files)
+        given_files = files = result.pop("data_files")
+        if isinstance(files, Mapping):  # of one part, as `datasets` takes them
+            files = files.get(result.get("split", "train")) if len(files) == 1 else None
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, list) or len(files) != 1 or not isinstance(files[0], str):
+            reader.refuse(f"{where}.data_files", "give one dataset for each file, or a pattern of files", given_files)
+            return {"path": "unknown"}
+        result |= {"ds_type": result["path"], "path": files[0]}
     prompt = _prompt(reader, where, given)
     if system is not None and prompt.get("kind") == "chat":
         prompt.setdefault("system_prompt", system)

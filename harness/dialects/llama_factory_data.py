@@ -111,6 +111,7 @@ def datasets_of(names: Iterable[str], info: Mapping[str, Any], *, folder: str = 
         entry = info[name]
         if not isinstance(entry, Mapping):
             raise ValueError(f"dataset_info.json: {name} is no mapping like {{file_name: mine.json}}")
+        _refuse_other_names(name, entry)
         _refuse_other(name, entry)
         where = _where(name, entry, folder)
         if "num_samples" in entry:
@@ -147,6 +148,26 @@ def _first(split: str, count: Any) -> str:
     return f"{name}[:{min(known, count) if isinstance(count, int) else count}]"
 
 
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "columns": ("prompt", "query", "response", "history", "messages", "system", "tools", "images", "videos", "audios",
+                "chosen", "rejected", "kto_tag"),
+    "tags": ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"),
+}  # fmt: skip
+"""Keys of a dataset's description that name columns and roles, and what they may hold."""
+
+
+def _refuse_other_names(name: str, entry: Mapping[str, Any]) -> None:
+    for key, known in _NAMES.items():
+        given = entry.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"dataset_info.json: {name} has {key} {given!r}; give a mapping like {{{known[0]}: …}}")
+        for each, value in given.items():
+            if each not in known:
+                raise ValueError(f"dataset_info.json: {name}: {key}: {unknown('key', each, known)}")
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"dataset_info.json: {name}: {key}: {each} is {value!r}; give a name")
+
+
 def _refuse_other(name: str, entry: Mapping[str, Any]) -> None:
     columns = entry.get("columns") or {}
     if entry.get("ranking") or any(key in columns for key in ("chosen", "rejected", "kto_tag")):
@@ -163,7 +184,7 @@ def _where(name: str, entry: Mapping[str, Any], folder: str) -> dict[str, Any]:
     if "hf_hub_url" in entry:
         if "folder" in entry:
             raise ValueError(f"dataset_info.json: {name} is a folder of a dataset of the hub; download it, and name it")
-        where = {"path": entry["hf_hub_url"]}
+        where = {"path": str(entry["hf_hub_url"])}
     elif "file_name" in entry:
         where = {"path": str(PurePath(folder) / str(entry["file_name"]))}
     else:

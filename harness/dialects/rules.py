@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,6 +182,21 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
+_WHOLE_NUMBER = re.compile(r"[-+]?[0-9]+")
+
+
+def _unquoted(rule: Rule | None, value: Any) -> Any:
+    """Text that says true, false or a whole number, as that, where the value decides something: tools with a schema
+    read it so, and any text would count as true.
+    """
+    if not isinstance(value, str) or rule is None or isinstance(rule, NoEffect):
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if isinstance(rule, Together) and _WHOLE_NUMBER.fullmatch(text) else value
+
+
 def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str]) -> tuple[Reader, list[str]]:
     """Apply a tool's table to a file.
 
@@ -194,9 +210,10 @@ def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str])
     """
     known, own = dialect.table, {*own_keys}
     document, left_out = dialect.prepare(document)
+    plain = {key: _unquoted(dialect.rule(key), value) for key, value in document.items()}
     given = {
         key: value
-        for key, value in document.items()
+        for key, value in plain.items()
         if value not in EMPTY and not (value is False and dialect.rule(key) is None and key not in own)
     }
     reader = Reader(given, dict(dialect.defaults), no_effect=dict(left_out))
@@ -223,6 +240,13 @@ def read(dialect: Dialect, document: Mapping[str, Any], own_keys: Iterable[str])
             reader.set(name, value, name)
         elif rule is None:
             unknown.append(str(name))
-    dialect.combine(reader)
+    try:
+        dialect.combine(reader)
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        together = [name for name in given if isinstance(dialect.rule(name), Together)]
+        raise ValueError(
+            f"{dialect.tool}: a value of {', '.join(together)} is of another kind than {dialect.tool} takes "
+            f"({type(error).__name__}: {one_line(str(error))}); compare them with its documentation"
+        ) from error
     reader.values |= {name: value for name, value in given.items() if name in own and name not in known}
     return reader, unknown

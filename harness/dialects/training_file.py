@@ -110,6 +110,8 @@ def interpret(
     dialect = recognise(document, own, inline=inline)
     if dialect is None:
         return TrainingFile(OWN, dict(document) if inline else _own_values(document), {}, {}, {}, {})
+    if inline and dialect is axolotl.DIALECT:
+        _refuse_adapter_keys_alone(document, own)
     reader, strangers = read(dialect, document, own)
     if reader.other_tasks:
         raise ValueError(
@@ -127,6 +129,17 @@ def interpret(
     if wrong:
         raise ValueError(f"{dialect.tool}: {'; '.join(wrong)}")
     return TrainingFile(dialect.tool, reader.values, reader.mapped, reader.notes, reader.no_effect, reader.unsupported)
+
+
+def _refuse_adapter_keys_alone(document: Mapping[str, Any], own: Iterable[str]) -> None:
+    """In a grid file, whose trials have LoRA by default, a key of Axolotl would make full fine-tuning of them."""
+    of_adapters = [str(key) for key in document if str(key).startswith(_ADAPTERS)]
+    if of_adapters and "adapter" not in document:
+        others = [str(key) for key in document if key not in {*own}]
+        raise ValueError(
+            f"{of_adapters[0]} without adapter: with keys of Axolotl ({', '.join(others[:3])}) that is full "
+            "fine-tuning; give adapter: lora, or leave those keys out"
+        )
 
 
 def _own_values(document: Mapping[str, Any]) -> dict[str, Any]:

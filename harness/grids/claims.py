@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, field_validator, model_validator
 
+from harness.grids.levels import make_spec
+from harness.grids.spellings import FLOAT_KEYS, as_number
 from harness.metrics import FIGURES, INFERENCE
 from harness.record import Model, Status
 from harness.spec.datasets import Line
@@ -106,6 +108,18 @@ class Expectation(BaseModel):
         return cls(quantity=quantity, **{"high" if "<" in sign else "low": bound})
 
 
+def _as_recorded(key: str, level: Any) -> Any:
+    if isinstance(level, list | tuple):
+        return [_as_recorded(key, each) for each in level]
+    by_rank = isinstance(level, str) and level in WORDS
+    facts = FACTS.get(key)
+    if by_rank or facts is None or not facts.given or not isinstance(level, bool | int | float | str):
+        return level
+    spec = make_spec({"base_model": "any", key: as_number(level) if key in FLOAT_KEYS else level}, key, keys_alone=True)
+    value = getattr(spec, key)
+    return value if isinstance(value, bool | int | float | str) else level
+
+
 class Contrast(BaseModel):
     """Two conditions to be compared, by the keys in which they differ."""
 
@@ -129,6 +143,12 @@ class Contrast(BaseModel):
                 near = difflib.get_close_matches(str(key), known, n=1)
                 raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return keys
+
+    @field_validator("compare", "where", mode="before")
+    @classmethod
+    def _known_levels(cls, levels: Any) -> Any:
+        """Levels as rows hold them: as `vary` reads them, so that 1e-4 is a number and nf5 is refused."""
+        return {key: _as_recorded(key, level) for key, level in levels.items()} if isinstance(levels, dict) else levels
 
 
 class Claim(Contrast):

@@ -60,7 +60,7 @@ def timing_of(document: Mapping[str, Any]) -> Timing:
     visits = document.get("visits", DEFAULT_TIMING.visits)
     if not isinstance(visits, int) or isinstance(visits, bool) or visits < 0:
         raise ValueError(f"visits is {kind_of(visits)}; it must be a whole number, 0 to time nothing")
-    seconds = document.get("visit_seconds", DEFAULT_TIMING.seconds)
+    seconds = as_number(document.get("visit_seconds", DEFAULT_TIMING.seconds))
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
         raise ValueError(f"visit_seconds is {kind_of(seconds)}; it must be a number of seconds above 0")
     return Timing(visits, float(seconds))
@@ -89,7 +89,7 @@ def price_of(document: Mapping[str, Any]) -> float | None:
     Raises:
         ValueError: it is not a number that can be.
     """
-    price = document.get("price_per_hour")
+    price = as_number(document.get("price_per_hour"))
     if price is None:
         return None
     if not isinstance(price, int | float) or isinstance(price, bool) or not 0 < price < math.inf:

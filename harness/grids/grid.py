@@ -245,6 +245,7 @@ def _build(
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
     trials = [replace(trial, spec=located(trial.spec, path)) for trial in _merge_duplicates(trials)]
+    _refuse_equal_labels(trials, base_spec)
     rates = rates_of(document, base_spec)
     if rates and any(trial.factor == "learning_rate" for trial in trials):
         raise ValueError("tune_first chooses the learning rate of each configuration, and vary gives it; keep one")
@@ -381,6 +382,19 @@ def _merge_duplicates(trials: list[Trial]) -> list[Trial]:
     for trial in trials:
         first.setdefault(trial.spec.id, trial)
     return list(first.values())
+
+
+def _refuse_equal_labels(trials: Sequence[Trial], base: TrialSpec) -> None:
+    """A report knows a configuration by its label."""
+    taken: dict[str, str | None] = {}
+    for trial in trials:
+        if trial.label in taken:
+            of = " and ".join(factor or "the baseline" for factor in (taken[trial.label], trial.factor))
+            hint = "; YAML reads on and yes as true, off and no as false" if trial.label in ("true", "false") else ""
+            raise ValueError(f"two trials are called {trial.label}: of {of}; give each a label of its own{hint}")
+        taken[trial.label] = trial.factor
+        if trial.spec.id == base.id:
+            taken[f"{trial.label} again"] = "its second run"
 
 
 def interleave(trials: list[Trial], name: str) -> list[Trial]:

@@ -16,7 +16,7 @@ from harness.grids.search import Sampler
 from harness.spec.keys import ADAPTERS, FULL, INITIALISATIONS
 from harness.spec.trial import TrialSpec
 
-_NUMBER = {"type": "string", "pattern": r"^[-+]?([0-9][0-9_.]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"}
+_NUMBER = {"type": "string", "pattern": r"^[-+]?([0-9][0-9_.]*|\.[0-9]+)[eE][-+]?[0-9]+$"}
 """A number as text: YAML 1.1 reads 1e-4 so."""
 _SEVERAL_SPELLINGS: dict[str, dict[str, Any]] = {
     "adapter": {"enum": [*ADAPTERS, FULL, "qlora", None]},
@@ -27,6 +27,8 @@ _SEVERAL_SPELLINGS: dict[str, dict[str, Any]] = {
     "adapter_options": {"type": ["object", "array", "null"]},
     "memory_budget": {"type": ["string", "integer", "null"]},
     "lora_target_modules": {"type": ["array", "string", "null"]},
+    "special_tokens": {"type": ["object", "array", "null"]},
+    "evaluate_tasks": {"type": ["string", "array", "null"]},
 }
 """Keys that take other kinds of values than a spec holds."""
 _BUNDLE = {"$ref": "#/$defs/Bundle"}
@@ -45,6 +47,7 @@ def grid_schema() -> dict[str, Any]:
     refs = {key: {"$ref": f"#/$defs/Bundle/properties/{key}"} for key in keys}
     claim = Claim.model_json_schema()
     count = {"type": "integer", "minimum": 1}
+    positive = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _NUMBER]}
     properties: dict[str, Any] = {
         "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"} | _says("Folder of its results."),
         "title": {"type": "string"} | _says("Heading of its report."),
@@ -63,10 +66,10 @@ def grid_schema() -> dict[str, Any]:
         "repeats": count | _says("Of each trial, with paired seeds."),
         "baseline_repeats": count | _says("Of the baseline alone."),
         "visits": {"type": "integer", "minimum": 0} | _says("Timing visits of each trial; 0: nothing is timed."),
-        "visit_seconds": {"type": "number", "exclusiveMinimum": 0} | _says("Least seconds of each visit."),
+        "visit_seconds": positive | _says("Least seconds of each visit."),
         "claims": {"type": "array", "items": {"$ref": "#/$defs/Claim"}} | _says("What the report judges."),
         "tune": _tune(refs) | _says("A search space, for harness tune."),
-        "price_per_hour": {"type": "number", "exclusiveMinimum": 0} | _says("Of the machine, for the cost of a loss."),
+        "price_per_hour": positive | _says("Of the machine, for the cost of a loss."),
         "match": {"enum": [*get_args(Match)]} | _says("Make adapters as large as the baseline's by this figure."),
         "tune_first": _tune_first() | _says("Give each configuration its learning rate before the comparison."),
     }
@@ -120,7 +123,7 @@ def _value(name: str, field: dict[str, Any]) -> dict[str, Any]:
     kinds = field.get(
         "anyOf", [{key: of for key, of in field.items() if key not in ("description", "default", "title")}]
     )
-    if any(kind.get("type") in ("number", "integer") for kind in kinds):
+    if any(kind.get("type") == "number" for kind in kinds):
         kinds = [*kinds, _NUMBER]
     if name == "optimizer":  # null is torch's AdamW
         kinds = [*kinds, {"type": "null"}]

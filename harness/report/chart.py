@@ -9,7 +9,7 @@ from typing import Any
 import altair
 import pandas
 
-from harness.analysis.comparison import Comparison
+from harness.analysis.comparison import Comparison, differences
 from harness.analysis.words import figure
 from harness.metrics import HEADLINE, METRICS
 from harness.report.labels import FONT_SIZE, Align, Box, Label, PixelAxis, Segment, place
@@ -53,13 +53,13 @@ def about_configs(comparison: Comparison, configs: Sequence[int]) -> pandas.Data
     """Texts for tooltips on configurations: label, figures, and differences from the baseline."""
     m = comparison.measurements
     rows = []
-    for config, label, keys in zip(configs, m.labels(configs), m.differing_keys(configs), strict=True):
+    for config, label, differs in zip(configs, m.labels(configs), differences(m, configs), strict=True):
         means = comparison.mean(config)
         rows.append(
             {
                 "config": config,
                 "technique": label,
-                "differs": ", ".join(f"{k}: {v}" for k, v in keys.items()) or "the baseline",
+                "differs": differs,
                 **{f"{metric}_text": figure(metric, means.get(metric)) for metric in HEADLINE},
             }
         )

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from harness._util.redact import redact_home
 from harness._util.terminal import printable
 from harness.analysis import words
-from harness.analysis.comparison import Comparison, order
+from harness.analysis.comparison import Comparison, differences, order
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import METRICS
 from harness.results.store import Store
@@ -63,7 +63,6 @@ def configurations(comparison: Comparison, folder: Path, steps: pandas.DataFrame
     """
     m = comparison.measurements
     numbers = [number for number in order(m)[:most] if not m.configs.at[number, "twin"]]
-    differing = m.differing_keys(numbers)
     ends = _ends(m.trials, folder)
     losses = _losses(steps[steps["config"].isin(numbers[:MOST_DETAILED])])
     stories = _stories(comparison, folder, numbers[:MOST_DETAILED])
@@ -73,13 +72,13 @@ def configurations(comparison: Comparison, folder: Path, steps: pandas.DataFrame
             str(m.configs.at[number, "label"]),
             str(m.configs.at[number, "status"]),
             spec_to_yaml(m.spec(number)),
-            ", ".join(f"{key}: {value}" for key, value in keys.items()) or "the baseline",
+            differs,
             ends.get(number, ()),
             tuple(_figures(comparison.mean(number))),
             losses.get(number, ()),
             stories.get(number, ()),
         )
-        for number, keys in zip(numbers, differing, strict=True)
+        for number, differs in zip(numbers, differences(m, numbers), strict=True)
     ]
 
 
@@ -133,8 +132,8 @@ def _stories(
     wanted = pc.field("trial_id").isin(pa.array(ok["trial_id"].tolist(), pa.string())) & (pc.field("when") == "after")
     columns = ["trial_id", "story_id", "when", "kind", "loss", "tokens"]
     rows = Store(folder).read("stories", columns=columns).filter(wanted).to_pandas()
-    own = rows[rows["kind"] != "general"].join(ok.set_index("trial_id")["stands_for"], on="trial_id")
-    means = own.groupby(["stands_for", "story_id", "tokens"])["loss"].mean()
+    own = rows[rows["kind"] != "general"].join(ok.set_index("trial_id")[["stands_for", "repeat"]], on="trial_id")
+    means = own.groupby(["stands_for", "repeat", "story_id", "tokens"])["loss"].mean()
     none = means.iloc[:0].droplevel("stands_for")
     measured = {*means.index.get_level_values("stands_for")}
     of_baseline = means.xs(m.baseline) if m.baseline in measured else none
@@ -145,8 +144,11 @@ def _stories(
     }
 
 
-def _by_story(losses: pandas.Series, reference: pandas.Series) -> Iterable[tuple[str, int, float, float | None]]:
-    differences = (losses - reference.reindex(losses.index)).rename("difference")
+def _by_story(by_repeat: pandas.Series, reference: pandas.Series) -> Iterable[tuple[str, int, float, float | None]]:
+    """Its mean over repeats, and its difference over those that the reference has too."""
+    story = ["story_id", "tokens"]
+    losses = by_repeat.groupby(story).mean()
+    differences = (by_repeat - reference.reindex(by_repeat.index)).groupby(story).mean().rename("difference")
     both = pandas.concat([losses, differences], axis=1)
     both = both.reindex(differences.abs().sort_values(ascending=False, kind="stable").index)[:_MOST_STORIES]
     key: Any

@@ -142,8 +142,11 @@ def _with_what_is_left_out(document: Document) -> Document:
 
 
 def _steps(measurements: Measurements, folder: Path) -> pandas.DataFrame:
-    """Optimizer steps with their configuration and repeat."""
-    shown = measurements.trials[measurements.trials["config"].isin(order(measurements)[:MOST_ROWS])]
+    """Optimizer steps with their configuration and repeat: of its trials that ended well, if there are any."""
+    trials = measurements.trials
+    ok = trials["status"] == "ok"
+    counting = ok | ~trials["config"].isin(trials.loc[ok, "config"])
+    shown = trials[counting & trials["config"].isin(order(measurements)[:MOST_ROWS])]
     ids = shown.set_index("trial_id")[["config", "repeat"]]
     table = Store(folder).read("steps", columns=["trial_id", "block", "step", "loss", "tokens"])
     # Visits repeat a few steps; a watched loop times those that it trains.

@@ -211,7 +211,10 @@ def _card(comparison: Comparison, metric: str) -> Card:
             return Card(_ANSWERS[metric], "", "not measured", "", ())
         best: Any = values.idxmin() if wanted == "lower" else values.idxmax()
         return Card(_ANSWERS[metric], m.labels([best])[0], with_unit(metric, values[best]), "", ())
-    better = {c: e for c, e in comparison.estimates[metric].items() if _is_better(e)}
+    compared = comparison.estimates[metric]
+    if not compared:
+        return Card(_ANSWERS[metric], "", "none can be compared with the baseline", "", ())
+    better = {c: e for c, e in compared.items() if _is_better(e)}
     if not better:
         return Card(_ANSWERS[metric], "", f"none is better than the baseline{_detectable(comparison, metric)}", "", ())
     best = min(better, key=lambda c: better[c].value * (1 if wanted == "lower" else -1))
@@ -230,9 +233,11 @@ def _is_better(estimate: Estimate) -> bool:
 
 
 def _detectable(comparison: Comparison, metric: str) -> str:
-    """The difference that would have been seen of each."""
+    """The difference that would have been seen of each, where each was compared."""
     undecided = comparison.undecided(metric).values()
-    if not undecided or any(e.detectable is None for e in undecided):
+    measured = {c for c in comparison.shown if not pandas.isna(comparison.mean(c).get(metric))}
+    left = measured - comparison.estimates[metric].keys() - {comparison.measurements.baseline}
+    if left or not undecided or any(e.detectable is None for e in undecided):
         return ""
     most = max(undecided, key=lambda e: e.detectable or 0.0)
     return f"; a difference of {words.detectable(most)} would have been seen of each"

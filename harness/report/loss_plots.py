@@ -12,7 +12,7 @@ import numpy
 import pandas
 
 from harness.analysis.comparison import Comparison
-from harness.analysis.cost import LEAST_STEPS, Cost, Costs, costs
+from harness.analysis.cost import LEAST_STEPS, Cost, Costs, costs, in_common_repeats
 from harness.report.chart import (
     BLUE,
     GREEN,
@@ -56,7 +56,7 @@ def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None
         return None  # losses of random weights are not meaningful
     speed = comparison.means["tokens_per_second"]
     drawn = [c for c in _curves_of_interest(comparison) if speed.get(c, 0.0) > 0]
-    data = _means_by_step(steps[steps["config"].isin(drawn)])
+    data = _means_by_step(in_common_repeats(steps, drawn))
     data = data[numpy.isfinite(data["loss"].astype(float))]
     if data.empty:
         return None
@@ -188,7 +188,7 @@ def _until_loss(comparison: Comparison, steps: pandas.DataFrame, of: Costs) -> C
     if m.baseline not in {each.config for each in ordered}:
         ordered = [*ordered[: MOST_BARS - 1], next(each for each in of.rows if each.config == m.baseline)]
     speed = comparison.means["tokens_per_second"]
-    curves = _means_by_step(steps[steps["config"].isin([each.config for each in ordered])])
+    curves = _means_by_step(in_common_repeats(steps, [each.config for each in of.rows]))
     rows = [_reached(each, curves[curves["config"] == each.config], float(speed[each.config]), of) for each in ordered]
     data = pandas.DataFrame(rows).merge(about_configs(comparison, [each.config for each in ordered]), on="config")
     unit, data = _in_unit(data)

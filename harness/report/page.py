@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,18 +67,18 @@ def _scripts_of_charts() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script. To bundle them takes seconds: it is done once per release of
     vl-convert, and then read from the cache.
     """
+    with contextlib.suppress(InputError, OSError, UnicodeError):  # not there yet, or no folder can be read
+        return _cached_scripts().read_text("utf-8")
     import vl_convert
 
-    with contextlib.suppress(InputError, OSError, UnicodeError):  # not there yet, or no folder can be read
-        return _cached_scripts(vl_convert.__version__).read_text("utf-8")
     bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub requires an optional argument
     with contextlib.suppress(InputError, OSError):  # a cache that cannot be written: they are bundled again next time
-        write_whole(_cached_scripts(vl_convert.__version__), bundle.encode())
+        write_whole(_cached_scripts(), bundle.encode())
     return bundle
 
 
-def _cached_scripts(version: str) -> Path:
-    return models.cache_folder() / f"vega-{version}.js"
+def _cached_scripts() -> Path:
+    return models.cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
 
 
 def render(template: str, **values: Any) -> str:

@@ -36,7 +36,8 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
     ends = ", ".join(f"{count:,} {status}" for status, count in counts.most_common())
     repeats = sorted({int(r) for r in configs.loc[configs["measured"], "repeats"]})
     repeated = f" with {_span(repeats)} repeats" if repeats and repeats != [1] else ""
-    lines = [f"{len(configs):,} configurations{repeated} were tried on this machine; their trials ended as {ends}."]
+    tried = "1 configuration was" if len(configs) == 1 else f"{len(configs):,} configurations{repeated} were"
+    lines = [f"{tried} tried on this machine; their trials ended as {ends}."]
     if m.baseline is not None and m.baseline in comparison.means.index:
         means = comparison.mean(m.baseline)
         figures = ", ".join(
@@ -88,7 +89,7 @@ def _reproducibility(m: Measurements, steps: pandas.DataFrame) -> list[str]:
 
 def _prediction_errors(m: Measurements) -> list[str]:
     """How well peaks and speeds were predicted, where they were."""
-    ok = m.trials[m.trials["status"] == "ok"].drop_duplicates("config")
+    ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]].drop_duplicates("config")
     known = ok[["predicted_peak_memory_bytes", "peak_memory_bytes"]].dropna()
     if known.empty:
         return []
@@ -113,11 +114,13 @@ def _span(numbers: list[int]) -> str:
 
 def _baseline(m: Measurements) -> str:
     base = m.configs.loc[m.baseline]
-    names = {"lora": f"LoRA r {base['lora_r']}", "none": "full fine-tuning"}
+    keys = ["lora_r", "micro_batch_size", "gradient_accumulation_steps", "sequence_length"]
+    known = {key: words.MISSING if pandas.isna(base[key]) else words.level(key, base[key]) for key in keys}
+    names = {"lora": f"LoRA r {known['lora_r']}", "none": "full fine-tuning"}
     adapter = names.get(str(base["adapter"]), base["adapter"])
     return (
-        f"{base['base_model']}, {adapter}, {base['precision']}, micro-batch {base['micro_batch_size']} × "
-        f"{base['gradient_accumulation_steps']}, {base['sequence_length']} tokens"
+        f"{base['base_model']}, {adapter}, {base['precision']}, micro-batch {known['micro_batch_size']} × "
+        f"{known['gradient_accumulation_steps']}, {known['sequence_length']} tokens"
     )
 
 
@@ -138,13 +141,14 @@ def caveats(comparison: Comparison, alpha: float) -> list[str]:
         lines.append("The grid has no baseline: figures are shown, and nothing is compared.")
     elif m.baseline not in comparison.means.index:
         lines.append("No trial of the baseline ended well: figures are shown, and nothing is compared.")
-    elif m.floor is None:
-        lines.append("The baseline was not run twice: the noise floor of speeds is unknown.")
+    elif m.floor is None and comparison.means["tokens_per_second"].notna().any():
+        twice = "has no speed of both its runs" if m.configs["twin"].any() else "was not run twice"
+        lines.append(f"The baseline {twice}: the noise floor of speeds is unknown.")
     lines += [words.looks(alpha)] if words.looks(alpha) else []
-    repeats = m.configs.loc[m.configs["measured"], "repeats"]
+    repeats = m.configs.loc[m.configs["measured"] & ~m.configs["twin"], "repeats"]
     lines += _timing_caveats(m)
     lines += _of_watched(m)
-    if len(repeats) and int(repeats.min()) == 1 and not m.readings["visit"].any():
+    if len(repeats) and int(repeats.min()) == 1 and len(m.readings) and not m.readings["visit"].any():
         lines.append(
             "With one repeat, the interval of a speed is over the timed steps of one trial; it does not cover "
             "differences between trials."

@@ -238,12 +238,12 @@ _LEVEL_METRICS = (
 
 
 def _level_rows(comparison: Comparison, contrast: Contrast, key: str, name: str) -> Iterable[tuple[Cell, ...]]:
-    configs = comparison.measurements.family(contrast).sort_values(key)
+    configs = comparison.measurements.family(contrast).dropna(subset=[key]).sort_values(key)
     row: Any
     for config, row in configs.iterrows():
         means = comparison.mean(config)
         yield (
-            Cell(f"{name} {row[key]}", float(row[key])),
+            Cell(f"{name} {words.level(key, row[key])}", float(row[key])),
             *(figure_cell(x, means[x]) for x in _LEVEL_METRICS),
         )
 
@@ -254,12 +254,12 @@ def effective_batch(comparison: Comparison) -> Table:
     metrics = ("optimizer_steps", *HEADLINE)
     rows = []
     row: Any
-    for config, row in configs.sort_values(["effective_batch_size", *BATCH_FACTORS]).iterrows():
+    factors = [*BATCH_FACTORS, "effective_batch_size"]
+    for config, row in configs.dropna(subset=factors).sort_values(["effective_batch_size", *BATCH_FACTORS]).iterrows():
         means = comparison.mean(config)
         rows.append(
             (
-                *(Cell(str(row[key]), float(row[key])) for key in BATCH_FACTORS),
-                Cell(str(row["effective_batch_size"]), float(row["effective_batch_size"])),
+                *(Cell(words.level(key, row[key]), float(row[key])) for key in factors),
                 *(figure_cell(x, means[x]) for x in metrics),
             )
         )

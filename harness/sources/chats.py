@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import InputError
@@ -14,7 +14,7 @@ from harness.spec.datasets import PromptSpec
 _USUAL = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "chatbot", "function_call", "tool_call"),
-    "system": ("system",),
+    "system": ("system", "developer"),
     "tool": ("tool", "function", "observation", "function_response", "tool_response", "ipython"),
 }
 _ROLES = {name: role for role, names in _USUAL.items() for name in names}
@@ -61,8 +61,13 @@ def chat(
     return Chat(tuple(messages), prompt, _tools(tools, where), trained_from)
 
 
+def carries_loss(message: Mapping[str, Any], prompt: PromptSpec) -> bool:
+    """Whether a turn is trained on: its role is, and no `weight` of 0 leaves it out, as in OpenAI's format."""
+    return prompt.trains(message["role"]) and message.get("weight", 1) != 0
+
+
 def _is_trained(message: dict[str, Any], prompt: PromptSpec) -> bool:
-    return prompt.trains(message["role"]) and bool(message["content"].strip() or message.get("tool_calls"))
+    return carries_loss(message, prompt) and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _messages(turns: Any, prompt: PromptSpec, where: str) -> list[dict[str, Any]]:
@@ -89,6 +94,10 @@ def _message(turn: Any, prompt: PromptSpec, roles: dict[str, str], where: str) -
         rest = cells.without_nulls(rest | {"tool_calls": _tool_calls(rest.get("tool_calls"))})
     except ValueError as error:
         raise InputError(f"{where} {error}") from None
+    if rest.get("weight", 1) not in (0, 1):
+        raise InputError(
+            f"{where}: its weight is {brief(rest['weight'])}; give 0, which leaves a turn out of the loss, or 1"
+        )
     role = _role(turn[role_key], roles, where)
     return {"role": role, "content": _content(turn.get(content_key), where, "tool_calls" in rest), **rest}
 
@@ -109,7 +118,7 @@ def _role(name: Any, roles: dict[str, str], where: str) -> str:
     if role is None:
         raise InputError(
             f"{where}: role {brief(name)} is unknown; say what it is with roles under datasets: type:, "
-            f"like {{assistant: [{brief(name)}]}}"
+            f"like {{user: [{brief(name)}]}}"
         )
     return role
 

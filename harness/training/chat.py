@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
+from harness.sources.chats import carries_loss
 from harness.sources.stories import Chat
 from harness.training import chat_templates, prompts
 
@@ -55,12 +56,11 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
     first = chat.trained_from - folded
-    wanted = chat.prompt.trains
-    numbers = [n for n, message in enumerate(rendering.messages) if wanted(message["role"]) and n >= first]
+    numbers = [n for n, m in enumerate(rendering.messages) if carries_loss(m, chat.prompt) and n >= first]
     if folded and "system" in roles:
         raise InputError(f"roles_to_train: the chat template has no system turn; leave system out, or {_OTHER}")
     own = _own_tokens(rendering.text, tokenizer)
-    if chat.prompt.trains_all and not chat.trained_from:
+    if chat.prompt.trains_all and not chat.trained_from and len(numbers) == len(rendering.messages):
         every = prompts.token_ids(rendering.text, tokenizer, own.ids)
         return ChatTokens(tuple(every), ((1, len(every)),), folded, not rendering.shows_tools)
     spans = _marked(rendering, own, numbers) if roles == _ASSISTANT else None
@@ -73,8 +73,7 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
 
 def instruction_before(chat: Chat, trained: int) -> str:
     """What the last of so many trained turns answers: the user's turn before it."""
-    wanted = chat.prompt.trains
-    numbers = [n for n, m in enumerate(chat.messages) if wanted(m["role"]) and n >= chat.trained_from]
+    numbers = [n for n, m in enumerate(chat.messages) if carries_loss(m, chat.prompt) and n >= chat.trained_from]
     before = chat.messages[: numbers[min(trained, len(numbers)) - 1]] if numbers else chat.messages
     return next((_content(m) for m in reversed(before) if m["role"] == "user"), "")
 
