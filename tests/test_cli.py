@@ -160,6 +160,23 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert not (tmp_path / "results").exists()
 
 
+def test_a_dry_run_says_what_a_run_would_stop_at(tmp_path: Path, ask: Ask) -> None:
+    (tmp_path / "g.yml").write_text(
+        "base: {base_model: random:tiny, datasets: [{path: nowhere.jsonl}]}\nvary: {lora_r: [4]}\n"
+    )
+    code, printed, errors = ask("run", "g.yml", "--dry-run")
+    assert (code, "3 trials, 3 to run" in printed) == (0, True)
+    assert errors.startswith("a run here would stop: dataset nowhere.jsonl: no such file")
+
+
+def test_two_runs_are_compared_within_80_columns(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, printed, _ = ask("compare", str(SHORT), str(SHORT))
+    assert "629.60 MiB" in printed
+    assert "second against first" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 def test_malformed_grids_are_one_line_exit_two_and_start_nothing(tmp_path: Path) -> None:
     """One process looks at all of them through the command's own entry point: starting 40 would take a minute."""
     for name, content in FILES.items():
