@@ -27,6 +27,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
+from harness.record import Job, Record
 from harness.report import details, document, front, page, plots, summary, tables, writers
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
@@ -155,7 +156,7 @@ def test_repeats_that_one_of_two_lacks_make_no_difference(small: Small, tmp_path
     assert [each.seconds for each in costs.rows] == [30.0, 30.0]
 
 
-def test_what_is_said_of_the_baselines_second_run(small: Small, tmp_path: Path) -> None:
+def test_sentences_on_the_baselines_second_run(small: Small, tmp_path: Path) -> None:
     for seed in range(3):
         for label, twin in (("baseline", False), ("baseline again", True)):
             if twin and seed:
@@ -164,14 +165,31 @@ def test_what_is_said_of_the_baselines_second_run(small: Small, tmp_path: Path) 
             keep(Store(tmp_path), small(seed=seed), label, [2.0, 2.1], twin=twin, **figures)
     m = loading.load(tmp_path)
     compared = comparison.compare(m)
-    said = " ".join(summary.caveats(compared, m.alpha))
-    assert "was not run twice" not in said
-    assert "has no speed of both its runs" in said
-    assert "With one repeat" not in said, "its second run counts for none"
+    caveats = " ".join(summary.caveats(compared, m.alpha))
+    assert "was not run twice" not in caveats
+    assert "has no speed of both its runs" in caveats
+    assert "With one repeat" not in caveats, "its second run counts for none"
     steps = document._steps(m, tmp_path)
     sentences = " ".join(summary.sentences(compared, steps))
     assert sentences.startswith("1 configuration was tried")
     assert "over 1 configurations" in sentences
+
+
+def test_whole_numbers_stay_whole_next_to_what_was_not_seen_of_a_loop(small: Small, tmp_path: Path) -> None:
+    keep(Store(tmp_path), small(), "baseline", [2.0, 2.1], **BASE)
+    keep(Store(tmp_path), small(sequence_length=128), "shorter", [2.0, 2.1], **BASE)
+    unseen = ("lora_r", "sequence_length", "micro_batch_size")
+    job = Job(grid="g", spec=small(), label="mine (watched)", baseline_id=small().id, watched=True, unseen=unseen)
+    begun = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    Store(tmp_path).write(Record.of(job, environment=current("cpu"), status="ok", started_at=begun, metrics={}))
+    m = loading.load(tmp_path)
+    compared = comparison.compare(m)
+    assert comparison.differences(m, [0, 1, 2]) == ["the baseline", "sequence_length: 128", "nothing that was seen"]
+    (levels,) = (table for table in tables.all_tables(compared) if table.id == "batch-sequence")
+    assert [r[0].text for r in levels.rows if "length" in r[0].text] == ["sequence length 128", "sequence length 256"]
+    assert (
+        "LoRA r 4, fp32, micro-batch 2 × 2, 256 tokens" in summary.sentences(compared, document._steps(m, tmp_path))[1]
+    )
 
 
 def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Path) -> None:

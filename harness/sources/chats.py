@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from harness.errors import InputError
@@ -61,13 +61,8 @@ def chat(
     return Chat(tuple(messages), prompt, _tools(tools, where), trained_from)
 
 
-def carries_loss(message: Mapping[str, Any], prompt: PromptSpec) -> bool:
-    """Whether a turn is trained on: its role is, and no `weight` of 0 leaves it out, as in OpenAI's format."""
-    return prompt.trains(message["role"]) and message.get("weight", 1) != 0
-
-
 def _is_trained(message: dict[str, Any], prompt: PromptSpec) -> bool:
-    return carries_loss(message, prompt) and bool(message["content"].strip() or message.get("tool_calls"))
+    return prompt.trains(message) and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _messages(turns: Any, prompt: PromptSpec, where: str) -> list[dict[str, Any]]:

@@ -189,9 +189,9 @@ class PromptSpec(Frozen):
         """Whether every token of a chat carries loss."""
         return "all" in self.roles_to_train
 
-    def trains(self, role: str) -> bool:
-        """Whether turns of a role carry loss."""
-        return self.trains_all or role in self.roles_to_train
+    def trains(self, turn: Mapping[str, Any]) -> bool:
+        """Whether a turn carries loss: its role is trained on, and it has no `weight` of 0, as in OpenAI's format."""
+        return (self.trains_all or turn["role"] in self.roles_to_train) and turn.get("weight", 1) != 0
 
     @field_validator("roles", mode="before")
     @classmethod

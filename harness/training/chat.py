@@ -17,7 +17,6 @@ from jinja2 import TemplateError
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
-from harness.sources.chats import carries_loss
 from harness.sources.stories import Chat
 from harness.training import chat_templates, prompts
 
@@ -56,7 +55,7 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
     first = chat.trained_from - folded
-    numbers = [n for n, m in enumerate(rendering.messages) if carries_loss(m, chat.prompt) and n >= first]
+    numbers = [n for n, m in enumerate(rendering.messages) if chat.prompt.trains(m) and n >= first]
     if folded and "system" in roles:
         raise InputError(f"roles_to_train: the chat template has no system turn; leave system out, or {_OTHER}")
     own = _own_tokens(rendering.text, tokenizer)
@@ -73,7 +72,7 @@ def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
 
 def instruction_before(chat: Chat, trained: int) -> str:
     """What the last of so many trained turns answers: the user's turn before it."""
-    numbers = [n for n, m in enumerate(chat.messages) if carries_loss(m, chat.prompt) and n >= chat.trained_from]
+    numbers = [n for n, m in enumerate(chat.messages) if chat.prompt.trains(m) and n >= chat.trained_from]
     before = chat.messages[: numbers[min(trained, len(numbers)) - 1]] if numbers else chat.messages
     return next((_content(m) for m in reversed(before) if m["role"] == "user"), "")
 
