@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 
 from harness import environment
 from harness.errors import InputError
+from harness.grids import document
 from harness.grids.grid import Grid, Trial
 from harness.launch import exit_status
 from harness.launch.launcher import Launcher
@@ -463,8 +465,11 @@ def test_adapter_is_kept_when_asked(small: Small, tmp_path: Path, launcher: Laun
 
 
 def test_trials_side_by_side_share_the_machine(small: Small, tmp_path: Path, launcher: Launcher) -> None:
-    """Each has a core of its own, records that another one ran, and has the peak of a trial that ran alone."""
-    grid = grid_of(**{f"t{seed}": small(seed=seed) for seed in range(4)})
+    """Each has a core of its own, records that another one ran, and has the peak of a trial that ran alone. They are of
+    several repeats, between which nothing is timed."""
+    listed = grid_of(**{f"t{seed}": small(seed=seed) for seed in range(4)})
+    repeats = tuple(replace(trial, repeat=trial.spec.seed) for trial in listed.trials)
+    grid = replace(listed, trials=repeats, timing=document.NO_TIMING)
     both, alone = Store(tmp_path / "both"), Store(tmp_path / "alone")
     cores: list[tuple[int, ...]] = []
     watch = Watch("t0", "backward", lambda: cores.extend(tuple(w.cpu_affinity() or ()) for w in workers()))

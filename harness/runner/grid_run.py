@@ -146,10 +146,12 @@ def run_grid(
             visits += counting
             return counting > 0
 
-        for repeat in range(1 + max(trial.repeat for trial in grid.trials)):
+        # Repeats that no visits stand between need not wait for one another.
+        apart = min(max(trial.repeat for trial in grid.trials), grid.timing.visits)
+        for repeat in range(apart):
             workers.train([t for t in chosen if t.repeat == repeat], display, interrupt, is_over)
-            if repeat < grid.timing.visits:
-                time_block()
+            time_block()
+        workers.train([t for t in chosen if t.repeat >= apart], display, interrupt, is_over)
         further = grid.timing.visits + MOST_FURTHER_BLOCKS
         barren = 0
         for _ in range(further):
