@@ -22,7 +22,7 @@ from harness.record import InferenceRecord, Job, ModelFootprint, Record, Step, S
 from harness.results.join import Joined, join
 from harness.results.parts import DamagedPart
 from harness.results.schema import SCHEMAS, spec_of
-from harness.results.store import Store
+from harness.results.store import Store, looks_of
 from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -214,6 +214,38 @@ def test_joining_keeps_what_is_whole_and_ended_well(small: Small, tmp_path: Path
     join(here, there)
     assert here.completed() == dict.fromkeys(ids, "ok")
     assert len(here.read("steps")) == 4
+
+
+def timed(spec: TrialSpec, *blocks: int) -> Record:
+    """Visits of a recorded trial."""
+    step = record(spec).steps[0].model_copy(update={"tracked": False})
+    return record(spec, steps=tuple(step.model_copy(update={"step": n, "block": b}) for n, b in enumerate(blocks)))
+
+
+def test_visits_of_a_record_that_is_there_are_joined_too(small: Small, tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    there.write(record(small()))
+    there.describe({"title": "T"})
+    join(here, there)
+    there.add_visit(timed(small(), 7), lambda row, steps: {"timed_visits": 1})
+    there.describe({"title": "T", "looks": 5})
+    assert join(here, there) == Joined(added=0, replaced=1, kept=0)
+    assert here.read("trials")["timed_visits"].to_pylist() == [1]
+    assert here.read("steps")["block"].to_pylist() == [None, 7]
+    assert looks_of(here.description(), current("cpu").id) == 5
+    assert join(here, there) == Joined(added=0, replaced=0, kept=1)
+
+
+def test_a_visit_does_not_replace_steps_that_cannot_be_read(small: Small, tmp_path: Path) -> None:
+    """Two runners may have given two visits one block: the training's steps are in that part too."""
+    store = Store(tmp_path)
+    store.write(record(small()))
+    assert store.add_visit(timed(small(), 7, 7), lambda row, steps: {}) is not None
+    twice = tmp_path / f"steps/{record(small()).trial_id}.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(twice)] * 2), twice)
+    content = twice.read_bytes()
+    assert store.add_visit(timed(small(), 8), lambda row, steps: {}) is None
+    assert twice.read_bytes() == content
 
 
 def test_a_replaced_record_brings_its_log_and_inference_results(small: Small, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,39 @@ def test_a_plain_loop(tmp_path: Path) -> None:
     frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
     assert row["memory_weights_bytes"] == 4 * sum(each.numel() for each in frozen)
     assert row["flops_per_token"] > 2 * row["total_parameters"] * 0.5
+
+
+def test_what_is_frozen_may_be_given_to_the_optimizer_too(tmp_path: Path) -> None:
+    """As most programs for adapters do: torch passes it over."""
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with library.watch(model, results=tmp_path / "w") as watched:
+        for _ in range(3):
+            model(**texts(64)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watched.record is not None
+    assert len(watched.record.steps) == 3
+
+
+def test_a_step_that_goes_on_after_an_evaluation_is_not_timed(tmp_path: Path) -> None:
+    """Of seven micro-batches in steps of two, the last one of an epoch waits for the next epoch."""
+    optimizer = torch.optim.AdamW((model := tiny()).parameters(), lr=1e-3)
+    with library.watch(model, results=tmp_path / "w") as watched:
+        for _ in range(2):
+            model.train()
+            for number in range(1, 8):
+                model(**texts(64)).loss.backward()
+                if number % 2 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                model(**texts(64))
+            time.sleep(1.5)
+    assert watched.record is not None
+    slow = [step for step in watched.record.steps if step.seconds > 1.5]
+    assert [(step.step, step.disturbed) for step in slow] == [(4, True)]
 
 
 def test_the_peak_is_that_of_a_tracker_on_every_step(tmp_path: Path) -> None:

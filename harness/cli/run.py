@@ -375,7 +375,8 @@ def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
         labels = plain(", ".join(summary.untimed))
         out.print(
             f"[yellow]not timed well enough: {labels}[/]: the machine worked for others during their visits, or these "
-            f"were not reached; their speeds enter no comparison. Time them again with: harness run {plain(str(grid))}",
+            "failed (see logs/) or were not reached; their speeds enter no comparison. Time them again with: "
+            f"harness run {plain(str(grid))}",
             highlight=False,
         )
     if not summary.records:

@@ -55,8 +55,9 @@ def join(target: Store, source: Store, on_progress: Callable[[int, int], None] =
         target.replace_rows(row["trial_id"], {table: rows[table].get(row["trial_id"], []) for table in TRIAL_TABLES})
         on_progress(number, len(better))
     _join_inference(target, rows)
-    if not target.description() and source.description():
-        target.describe(source.description())
+    if source.description():
+        # The target's own, and in both how often the rows were looked at.
+        target.describe(source.description() | target.description() | {"looks": source.description().get("looks")})
     added = sum(row["trial_id"] not in mine for row in better)
     return Joined(added, len(better) - added, len(theirs) - len(better))
 
@@ -98,12 +99,14 @@ def _by_trial(content: pa.Table) -> _Rows:
 
 
 def _is_better(row: Mapping[str, Any], mine: Mapping[str, Any] | None) -> bool:
-    """Whether a record replaces the target's: it ended well and that one did not, else it is later."""
+    """Whether a record replaces the target's: it ended well and that one did not; it is later, or has more visits."""
     if mine is None:
         return True
     if (row["status"] == "ok") != (mine["status"] == "ok"):
         return bool(row["status"] == "ok")
-    return bool(row["started_at"] > mine["started_at"])
+    # Visits are added to a record later on.
+    made = [(each["started_at"], each["timed_visits"] or 0) for each in (row, mine)]
+    return bool(made[0] > made[1])
 
 
 def _copy(source: Path, target: Path, name: str | None) -> None:

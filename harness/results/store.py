@@ -62,17 +62,20 @@ class Store:
             figures: from the trial's row and all its steps, the columns to update.
 
         Returns:
-            The updated row; null where the trial is not recorded.
+            The updated row; null where the trial is not recorded, or its rows are damaged.
 
         Raises:
             OSError: the folder cannot be written.
         """
         name = record.trial_id
         with locked(self.folder):
-            rows = self._rows_of("trials", name)
+            try:
+                rows, of_steps = self._rows_of("trials", name), self._rows_of("steps", name)
+            except Damaged:  # to write it anew would lose what can still be mended
+                return None
             if not rows:
                 return None
-            before = [Step(**{k: v for k, v in row.items() if k != "trial_id"}) for row in self._rows_of("steps", name)]
+            before = [Step(**{k: v for k, v in row.items() if k != "trial_id"}) for row in of_steps]
             steps = (*before, *record.steps)
             row = rows[0] | dict(figures(rows[0], steps))
             for table, content in (
@@ -83,10 +86,14 @@ class Store:
             return row
 
     def _rows_of(self, table: Table, trial_id: str) -> list[dict[str, Any]]:
-        """The rows of one trial: from its own part, else from the compacted ones."""
+        """The rows of one trial: from its own part, else from the compacted ones.
+
+        Raises:
+            Damaged: its own part is.
+        """
         try:
             content = read_part(self.folder / table / f"{trial_id}.parquet", table)
-        except (FileNotFoundError, Damaged):
+        except FileNotFoundError:
             content = self.read(table).filter(pc.field("trial_id") == trial_id)
         return content.to_pylist()  # type: ignore[no-any-return]  # pyarrow has no types
 

@@ -117,7 +117,8 @@ class GridWorkers:
             OSError: the steps cannot be kept.
         """
         timing = self._grid.timing
-        self._block = max(self._block + 1, int(time.time()))
+        # In microseconds: runners that share a folder begin theirs within a second of one another.
+        self._block = max(self._block + 1, time.time_ns() // 1000)
         order = random.Random(f"{self._grid.name}/{self._block}").sample(list(trials), len(trials))
 
         def has_enough(trial: Trial) -> bool:

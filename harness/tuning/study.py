@@ -303,15 +303,6 @@ class _StudyProcess:
     ) -> Mapping[str, Any]:
         """The row of a spec: the recorded one, or a new measurement."""
         contents = self.snapshot.of(spec)
-        identity = trial_id(spec, self.here, contents)
-        known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
-        if known is not None:
-            self.known_in_a_row += 1
-            if known["study"] != self.study.study_name:
-                place = {"study": self.study.study_name, "study_trial": trial.number, "label": label}
-                self.store.rename({known["trial_id"]: place | {"baseline_id": self.search.base.id}})
-            return known
-        self.known_in_a_row = 0
         job = Job(
             grid=self.search.name,
             spec=spec,
@@ -321,6 +312,19 @@ class _StudyProcess:
             study_trial=trial.number,
             **contents.columns,
         )
+        identity = trial_id(spec, self.here, contents)
+        known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
+        if known is not None:
+            self.known_in_a_row += 1
+            if known["study"] != self.study.study_name:
+                place = {"study": self.study.study_name, "study_trial": trial.number, "label": label}
+                self.store.rename({known["trial_id"]: place | {"baseline_id": self.search.base.id}})
+            timed = known.get("timed_visits") or known.get("disturbed")
+            if self.search.timing.visits and known["status"] == "ok" and not timed:
+                known = {**known, **self._time(job, context)}  # it was stopped between its training and its visit
+                self.recorded[identity] = known
+            return known
+        self.known_in_a_row = 0
         context.display.trial(number, job)
         context = dataclasses.replace(context, predictions=self._predictions([spec]))
         record = execute(job, context)
@@ -334,7 +338,7 @@ class _StudyProcess:
         """The row of a trial after a timing visit; a disturbed one is repeated."""
         row: Mapping[str, Any] = {}
         for _ in range(_MOST_VISITS):
-            timing = Visit(block=int(time.time()), seconds=self.search.timing.seconds)
+            timing = Visit(block=time.time_ns() // 1000, seconds=self.search.timing.seconds)
             record, changed = visit(job.model_copy(update={"visit": timing}), context, wanted=1)
             row = changed or row
             if not record.disturbed:

@@ -47,6 +47,8 @@ class _Open:
     seconds: float | None = None
     """Until the end of the last optimizer's step so far; null: none has ended."""
     waited: float | None = 0.0
+    interrupted: bool = False
+    """Whether the model was evaluated amid it, as after an epoch that ends with a part of a step."""
     reported: tuple[float, float | None] | None = None
     """Loss and norm of the gradients, as the loop's own program logs them."""
     micro_batches: list[_MicroBatch] = field(default_factory=list)
@@ -156,6 +158,8 @@ class Loop:
         if self._step is not None and self._step.seconds is not None:
             self._end_step()
         if not (module.training and torch.is_grad_enabled()):
+            if self._step is not None:
+                self._step.interrupted = True
             return
         if not self._begun:
             self._begin()
@@ -213,7 +217,8 @@ class Loop:
         self._step.waited = None if waited is None or self._step.waited is None else self._step.waited + waited
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        return any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"][:1])
+        # What is frozen may be among them, before all others.
+        return any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"])
 
     # -------------------------------------------------------------------------------- steps
 
@@ -271,7 +276,7 @@ class Loop:
                 peak_memory_bytes=peak,
                 block=None if step.tracked else self._block,
                 waited_seconds=step.waited,
-                disturbed=not step.tracked and is_disturbed(step.waited, step.seconds),
+                disturbed=not step.tracked and (step.interrupted or is_disturbed(step.waited, step.seconds)),
             )
         )
 
