@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import formula
@@ -24,13 +25,15 @@ from test_launch import Watch
 from harness.analysis import loading, recommend
 from harness.analysis.measurements import Measurements
 from harness.errors import InputError, TrialsFailed
+from harness.grids.document import Timing
 from harness.launch.local import LocalLauncher
+from harness.record import Job, Record
 from harness.report import document
 from harness.report import tuning as reporting
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import fingerprints
-from harness.tuning import search_results
+from harness.tuning import search_results, study
 from harness.tuning.samplers import open_storage
 from harness.tuning.study import Options, tune
 
@@ -129,6 +132,36 @@ def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLau
     done = tune(made(trials=4), store, launcher, Watch())
     assert done.tried == 4
     assert len(trials(store).query("~twin")) == 4
+
+
+def test_a_search_that_was_stopped_before_a_visit_makes_it_later(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of the formula ends without a speed, as trainings do; a visit gives it one."""
+    asked: list[str] = []
+
+    def untimed(job: Job, context: Any) -> Record:
+        record = execute(job, context)
+        record = record.model_copy(update={"metrics": {**record.metrics, "tokens_per_second": None}})
+        context.store.write(record)
+        return record
+
+    def visit(job: Job, context: Any, wanted: int) -> tuple[Any, dict[str, Any]]:
+        asked.append(job.label)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return SimpleNamespace(disturbed=False), {"tokens_per_second": 100.0, "timed_visits": 1}
+
+    execute = study.execute
+    monkeypatch.setattr(study, "execute", untimed)
+    monkeypatch.setattr(study, "visit", visit)
+    search = dataclasses.replace(made(trials=3, objectives=["tokens_per_second"]), timing=Timing(1, 0.1))
+    with pytest.raises(KeyboardInterrupt):
+        tune(search, Store(tmp_path / "t"), launcher, Watch())
+    assert asked[1] not in asked[2:]
+    tune(search, Store(tmp_path / "t"), launcher, Watch())
+    stopped = asked[1].split(" ", 1)[1]
+    assert any(label.endswith(stopped) for label in asked[2:])
 
 
 # ------------------------------------------------------------------------------------ killed, and two at once
