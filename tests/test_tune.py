@@ -134,6 +134,17 @@ def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLau
     assert len(trials(store).query("~twin")) == 4
 
 
+def test_the_report_is_of_the_search_that_ran_last(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """Even if the trials that it took over are older than all others."""
+    folder = tmp_path / "t"
+    done = [tune(made(sampler=name, trials=count), Store(folder), launcher, Watch()) for name, count in
+            (("random", 4), ("tpe", 1))]  # fmt: skip
+    m = loading.load(folder)
+    results = search_results.read(m, folder)
+    assert results is not None
+    assert set(m.trials.set_index("config").loc[results.points.index, "study"]) == {done[1].study}
+
+
 def test_a_search_that_was_stopped_before_a_visit_makes_it_later(
     launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,7 @@ def _shared(values: pandas.Series, configs: pandas.Series) -> list[int]:
 
 
 def read(m: Measurements, folder: Path) -> SearchResults | None:
-    """The newest study of a results folder; null where there is none.
+    """The study of a results folder that ran last; null where there is none.
 
     Raises:
         InputError: the recorded search is not readable.
@@ -190,8 +190,10 @@ def read(m: Measurements, folder: Path) -> SearchResults | None:
         search = parse(m.name, m.title, {**_ABSENT, **about["base"]}, about["tune"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'grid.json'}: its search is not readable ({error})") from None
-    newest = proposed.sort_values("started_at")["study"].iloc[-1]
-    study = proposed[proposed["study"] == newest].drop_duplicates("config", keep="last")
+    last = about.get("study")
+    if not (proposed["study"] == last).any():  # rows of before it was kept
+        last = proposed.sort_values("started_at")["study"].iloc[-1]
+    study = proposed[proposed["study"] == last].drop_duplicates("config", keep="last")
     rows = []
     for row in study.to_dict("records"):
         params = search.place(m.spec(row["config"]).model_copy(update={"seed": search.base.seed}))

@@ -141,11 +141,6 @@ class _StudyProcess:
         self.best: float | None = None
         self.snapshot = Snapshot()
         self.read = tuple(Trial(spec, "", None, None, contents=self.snapshot.of(spec)) for spec in search.reading)
-        store.describe(
-            Grid(
-                search.name, search.title, "list", self.read, tune=search.given, training_file=search.training_file
-            ).about
-        )
         self.sampler = sampler(search)
         # One process at a time recovers abandoned trials and queues the first ones.
         with FileLock(store.folder / ".study.lock"):
@@ -154,6 +149,11 @@ class _StudyProcess:
             if "begun" not in self.study.user_attrs:
                 self._begin()
                 self.study.set_user_attr("begun", True)
+        about = {**search.given, "study": self.study.study_name}
+        self.described = Grid(
+            search.name, search.title, "list", self.read, tune=about, training_file=search.training_file
+        )
+        store.describe(self.described.about)
         self.recorded = {row["trial_id"]: row for row in store.read("trials").to_pylist()}
 
     def _open(self) -> optuna.Study:
@@ -388,7 +388,7 @@ class _StudyProcess:
             search.title,
             "list",
             ordered,
-            tune=search.given,
+            tune=self.described.tune,
             timing=search.timing,
             training_file=search.training_file,
         )
