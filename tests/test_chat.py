@@ -271,6 +271,7 @@ def test_turns_without_weight_are_left_out_of_the_loss() -> None:
     for template in (CHATML, HAS_MARKS, DROPS_THINKING):
         tokenizer = byte_tokenizer(chat_template=template)
         assert learnt(chat_of(weighed), tokenizer) == learnt(chat_of(FOUR, trained_from=2), tokenizer)
+    assert chat_of([*FOUR[:3], FOUR[3] | {"weight": 0}]).completion == FOUR[1]["content"], "the last that is trained on"
     tokenizer = byte_tokenizer(chat_template=CHATML)
     every = learnt(chat_of(FOUR, roles_to_train=["user", "assistant"]), tokenizer)
     assert learnt(chat_of(weighed, roles_to_train="all"), tokenizer) == [every[0], *every[2:]]

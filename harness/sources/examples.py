@@ -57,7 +57,7 @@ class Chat:
     @property
     def instruction(self) -> str:
         """What the last trained turn answers."""
-        return self._last(self.messages[:-1], lambda role: role == "user")
+        return self._last(self.messages[:-1], lambda turn: turn["role"] == "user")
 
     @property
     def completion(self) -> str:
@@ -65,8 +65,8 @@ class Chat:
         return self._last(self.messages, self.prompt.trains)
 
     @staticmethod
-    def _last(messages: Sequence[dict[str, Any]], wanted: Callable[[str], bool]) -> str:
-        texts = [message.get("content") for message in messages if wanted(message["role"])]
+    def _last(turns: Sequence[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool]) -> str:
+        texts = [turn.get("content") for turn in turns if wanted(turn)]
         return next((text for text in reversed(texts) if isinstance(text, str)), "")
 
 
