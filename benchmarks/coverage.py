@@ -6,7 +6,8 @@ mean over tokens, at a nominal 95 %.
 
 - `measured`: stories are drawn with replacement, and seeds from a normal distribution with the measured covariance of
   the stories' losses between seeds. Drawn with replacement, two of eight seeds would be one and the same in an eighth
-  of the runs, which never happens.
+  of the runs, which never happens. Few seeds have a covariance of low rank, by which many stories move together: from
+  four, independent noise seems to be covered in 98.9 %, from 24 in 97.0 % at most.
 - `normal`: seeds, stories and what is left of each loss are normal, with the measured variances.
 
 One seed takes the noise between seeds from six others, as from a configuration that was repeated six times. Several
