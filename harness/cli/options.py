@@ -163,8 +163,10 @@ def check_memory(text: str | None) -> None:
     """
     from harness._util.units import parse_bytes
 
+    if text is None:
+        return
     try:
-        _ = None if text is None else parse_bytes(text)
+        parse_bytes(text)
     except ValueError as error:
         raise InputError(f"--memory: {error}") from None
 
