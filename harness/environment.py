@@ -22,7 +22,7 @@ import psutil
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from harness import __version__
-from harness._util.units import GIB
+from harness._util.units import GIB, show_bytes
 from harness.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -51,7 +51,10 @@ class Environment(BaseModel):
     driver: str | None
     """NVIDIA driver version."""
     cpu_name: str
-    """Processor."""
+    """Processor, as it names itself."""
+    cpu_model: str | None = None
+    """Its family and model in numbers, since virtual machines name all processors of a maker alike; null: unknown, or a
+    row of an earlier version."""
     cpu_cores: int
     """Cores this process may use."""
     system: str
@@ -70,10 +73,29 @@ class Environment(BaseModel):
     def id(self) -> str:
         """Eight hex digits of the hash of all fields."""
         fields = self.model_dump(exclude={"concurrent_trials"})
+        if self.cpu_model is None:  # as of the rows before it was recorded
+            del fields["cpu_model"]
         if self.concurrent_trials:  # ids of the first rows were made without it, later ones under its former name
             fields[_FORMER_NAME] = self.concurrent_trials
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def processor(self) -> str:
+        """Name and model of the processor."""
+        return f"{self.cpu_name} ({self.cpu_model})" if self.cpu_model else self.cpu_name
+
+    @property
+    def summary(self) -> str:
+        """Hardware and versions in one line."""
+        products = {"fp32-blocks": "in blocks of fp32", "amx": "by AMX", "avx512_bf16": "by AVX-512"}
+        how = products.get(self.half_matmul) if self.device_type == "cpu" else None
+        device = self.processor if self.device_type == "cpu" else self.device_name
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        return (
+            f"{device}, {show_bytes(self.device_memory_bytes)}, {self.cpu_cores} CPU cores"
+            f"{f', 16-bit products {how}' if how else ''}; {versions}"
+        )
 
     def placed(self, placement: Placement) -> Environment:
         """The environment of a worker with this placement."""
@@ -196,6 +218,14 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
+def _cpu_model(info: dict[str, str]) -> str | None:
+    """Of /proc/cpuinfo, whose fields have other names on x86 than on ARM."""
+    for names in (("cpu family", "model"), ("CPU implementer", "CPU part")):
+        if all(name in info for name in names):
+            return ", ".join(f"{name.removeprefix('cpu ').removeprefix('CPU ')} {info[name]}" for name in names)
+    return None
+
+
 def _memory_bytes() -> int:
     total = psutil.virtual_memory().total
     try:
@@ -251,6 +281,7 @@ def current(device_type: DeviceType) -> Environment:
         device_memory_bytes=card["memory_bytes"] if card else memory,
         driver=card["driver"] if card else None,
         cpu_name=cpu_name,
+        cpu_model=_cpu_model(info),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         python=".".join(platform.python_version_tuple()[:2]),

@@ -302,6 +302,17 @@ def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
         loading.load(tmp_path, "12345678")
 
 
+def test_machines_of_one_processor_name_do_not_mix(small: Small, tmp_path: Path) -> None:
+    """Virtual machines call every generation of a maker's processors alike."""
+    here = current("cpu").model_copy(update={"cpu_model": "family 99, model 2"})
+    older = here.model_copy(update={"cpu_model": "family 98, model 1"})
+    for environment in (here, older):
+        keep(Store(tmp_path), small(), "baseline", [], environment=environment)
+    with pytest.raises(InputError, match="2 environments"):
+        loading.load(tmp_path)
+    assert "(family 98, model 1), " in loading.load(tmp_path, older.id).where
+
+
 def test_old_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     former, now = small(sequence_length=512).id, small().id

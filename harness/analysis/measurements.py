@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 import pandas
 
-from harness._util.units import show_bytes
 from harness.analysis import equal_work, stats, timed
 from harness.analysis.crossed import NO_SEED_BETWEEN, SeedNoise, crossed, seed_noise
 from harness.analysis.estimate import Basis, Estimate
@@ -20,6 +19,7 @@ from harness.analysis.family import NO_ERRORS, Effects, judge
 from harness.analysis.pilot import PILOT
 from harness.analysis.undecided import with_power
 from harness.dialects.training_file import TrainingFile
+from harness.environment import Environment
 from harness.grids.claims import CONDITIONS, DERIVED, WORDS, Claim, Contrast, recorded_level
 from harness.metrics import FIGURES, METRICS
 from harness.record import Tuned
@@ -118,7 +118,7 @@ class Measurements:
     @property
     def where(self) -> str:
         """Where the trials ran, in one line."""
-        return f"{_describe(self.environment)}; environment {self.environment_id}"
+        return f"{Environment.model_validate(self.environment).summary}; environment {self.environment_id}"
 
     def labels(self, configs: Iterable[int]) -> list[str]:
         """The names of configurations."""
@@ -433,17 +433,6 @@ def _is_level(values: pandas.Series, level: Any, groups: pandas.Series | None) -
         extreme = grouped.transform("min" if level == "lowest" else "max")
         return numbers == extreme
     return values.notna() if level == "any" else values == level
-
-
-def _describe(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
-    products = {"fp32-blocks": "in blocks of fp32", "amx": "by AMX", "avx512_bf16": "by AVX-512"}
-    how = products.get(environment["half_matmul"])
-    kernel = f", 16-bit products {how}" if how and environment["device_type"] == "cpu" else ""
-    return (
-        f"{environment['device_name']}, {show_bytes(environment['device_memory_bytes'])}, "
-        f"{environment['cpu_cores']} CPU cores{kernel}; {versions}"
-    )
 
 
 def _null(value: Any) -> bool:

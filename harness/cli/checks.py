@@ -68,7 +68,7 @@ def _device() -> list[Check]:
     here = environment.current(device)
     checks = [
         Check("device", f"{device}: {here.device_name}, {show_bytes(here.device_memory_bytes)}", True),
-        Check("processor", f"{here.cpu_name}, {here.cpu_cores} cores", None),
+        Check("processor", f"{here.processor}, {here.cpu_cores} cores", None),
     ]
     if environment.cards() and device == "cpu":
         checks.append(
