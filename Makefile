@@ -11,6 +11,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # In CI a whole run of the tests records which lines it executes: a third more time.
 RECORD := $(if $(CI),$(if $(ARGS),,--cov=harness --cov-report= --cov-fail-under=0))
 
+# Tests marked `long` take nearly half of the time: CI runs them, and ARGS='-m long'.
+SELECT := $(if $(CI),,-m 'not long')
+
 .DEFAULT_GOAL := help
 .PHONY: help install run test check report bench gpu clean
 
@@ -23,8 +26,8 @@ run: $(INSTALLED) ## Measure the short grid on this machine, then write its repo
 	$(BIN)/harness run grids/short.yml
 	$(BIN)/harness report results/short
 
-test: $(INSTALLED) ## Run the tests; options of pytest in ARGS, as in make test ARGS='-k grid'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(RECORD) $(ARGS)
+test: $(INSTALLED) ## Run the tests, without the longest unless CI=1; options of pytest in ARGS, as in ARGS='-k grid'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SELECT) $(RECORD) $(ARGS)
 
 check: $(INSTALLED) ## Lint, formatting, types, and the coverage that CI=1 make test has recorded
 	$(BIN)/ruff check .

@@ -68,6 +68,7 @@ def results(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         yield folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_merged_is_unmerged(precision: str, results: Path, tmp_path: Path) -> None:
     source = trained.find_adapter(results, precision)

@@ -229,6 +229,7 @@ def test_what_a_visit_needs_is_named(visit: ModuleType) -> None:
     assert imported - others - visit.NEEDED.keys() == set()
 
 
+@pytest.mark.long
 def test_a_visit_runs_reports_and_keeps_a_log(
     visit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

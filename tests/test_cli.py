@@ -256,6 +256,7 @@ visit_seconds: 0.05
 """
 
 
+@pytest.mark.long
 def test_tune_export_run_and_report(tmp_path: Path, ask: Ask, quiet: Any) -> None:
     (tmp_path / "search.yml").write_text(TUNE)
     code, _, errors = ask("run", "search.yml")

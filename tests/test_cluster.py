@@ -54,6 +54,7 @@ class Axe(Watch):
         return self
 
 
+@pytest.mark.long
 def test_what_a_cluster_lacks_is_named(cluster: Any) -> None:
     for options, message in (
         ({"device": "cuda"}, "no node of the cluster has a card"),
@@ -106,6 +107,7 @@ def test_cards_and_cores_of_a_trial_over_several_processes(
         assert (taken["num_cpus"], taken["num_gpus"]) == (8, 2), "a card and its share of the cores for each"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # Ray's processes start four times slower beside another worker on two cores
 def test_a_node_dies_and_nothing_is_lost(small: Small, tmp_path: Path, cluster: Any) -> None:
     """Three trials on two nodes, of which one is killed amid them: all rows, once, with the losses of local."""

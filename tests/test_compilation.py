@@ -92,6 +92,7 @@ def highest_allocated(profile: Any) -> int:
     return highest
 
 
+@pytest.mark.long
 def test_gradients_are_the_plain_ones_and_memory_is_what_the_allocator_held(small: Small) -> None:
     plain, plain_peaks, nothing = of_step(small(**DENSE))
     compiled, peaks, done = of_step(small(**DENSE, torch_compile=True))
@@ -111,6 +112,7 @@ def whole() -> tuple[Record, Record]:
     return trials.run(plain), trials.run(plain.model_copy(update={"torch_compile": True}))
 
 
+@pytest.mark.long
 def test_a_compiled_trial_trains_alike(whole: tuple[Record, Record]) -> None:
     plain, compiled = whole
     assert compiled.status == "ok", compiled.error
@@ -184,6 +186,7 @@ def test_the_peak_of_compiled_layers_is_predicted(whole: tuple[Record, Record]) 
         peak.predict(record.spec, "cuda")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

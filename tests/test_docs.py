@@ -141,6 +141,7 @@ def expected(heading: str, spec: TrialSpec, table: Table) -> str | None:
 CAPACITIES = {"24GiB": parse_bytes("24GiB"), "rtx4090": cards.capacity("rtx4090"), "l4": cards.capacity("l4")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", AGAIN)
 def test_figures_are_predicted_again(file: str, specs: dict[str, dict[str, TrialSpec]]) -> None:
     seen = set()

@@ -67,6 +67,7 @@ def nameless(tmp_path: Path) -> tuple[str, ...]:
     return ("setpriv", f"--reuid={NAMELESS}", f"--regid={NAMELESS}", "--clear-groups", *read)
 
 
+@pytest.mark.long
 def test_a_run_without_home_name_or_short_tmpdir_on_a_terminal_of_ascii(
     tmp_path: Path, nameless: tuple[str, ...]
 ) -> None:

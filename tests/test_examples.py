@@ -31,6 +31,7 @@ def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (tmp_path / "reports/quickstart/report.html").is_file()
 
 
+@pytest.mark.long
 def test_trl_with_a_grid(tmp_path: Path) -> None:
     """TRL's SFTTrainer by the example's own script, over a model of a second; the bundled one is for benchmarks."""
     grid = (EXAMPLES / "watch.yml").read_text()

@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_what_is_proposed_first_fits_when_it_is_planned(folder: Path, ask: Callable[..., Answer]) -> None:
     code, output, errors = ask("plan", "g.yml", "--memory", "1300MiB", "--fix", "--json", "-o", "out")
     assert code == 4, errors
@@ -52,6 +53,7 @@ def test_what_is_proposed_first_fits_when_it_is_planned(folder: Path, ask: Calla
         assert f"{key}: {str(value).lower()}" in file.read_text()
 
 
+@pytest.mark.long
 def test_where_nothing_makes_it_fit_the_least_is_named(folder: Path, ask: Callable[..., Answer]) -> None:
     (folder / "g.yml").write_text(GRID.replace("few.json", "tiny"))
     code, output, _ = ask("plan", "g.yml", "--memory", "5MiB", "--fix")

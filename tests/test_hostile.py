@@ -398,6 +398,7 @@ def test_no_remote_code_and_nothing_but_safetensors(
 # ------------------------------------------------------------------------------------ the benchmark, in short
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("look", "count"), [(fuzz.fuzz_grids, 150), (fuzz.fuzz_datasets, 100), (fuzz.fuzz_results, 3)])
 def test_a_short_run_of_the_benchmark_finds_nothing(
     look: Callable[..., fuzz.Tally], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

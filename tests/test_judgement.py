@@ -210,6 +210,7 @@ def test_both_runs_of_the_baseline_are_shown_as_they_were(small: Small, tmp_path
 # ------------------------------------------------------------------------------------ one page
 
 
+@pytest.mark.long
 def test_no_page_contradicts_itself(small: Small, tmp_path: Path) -> None:
     """Over random measurements: the same pair, the same interval and word everywhere; and both agree."""
     generator = numpy.random.default_rng(5)
@@ -275,6 +276,7 @@ def intervals(report: Document) -> list[tuple[tuple[float, float], str]]:
     return shown
 
 
+@pytest.mark.long
 def test_whole_reports_of_nothing_rarely_claim_a_difference() -> None:
     """`benchmarks/verdicts.py` is the long version: 1,000 reports."""
     false = [simulated.null_report(seed) for seed in range(4)]
@@ -443,6 +445,7 @@ def test_speeds_of_different_hours_are_never_recommended(small: Small, tmp_path:
     assert not any("more speed" in each for each in recommend.recommend(loading.load(tmp_path)).sentences)
 
 
+@pytest.mark.long
 def test_the_recommended_one_is_no_worse_than_the_best_by_more_than_the_stated_margin(
     small: Small, tmp_path: Path
 ) -> None:

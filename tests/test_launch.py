@@ -138,6 +138,7 @@ def crash_worker() -> None:
         os.kill(worker.pid, signal.SIGSEGV)
 
 
+@pytest.mark.long
 def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     grid = grid_of(
         first=small(),
@@ -196,6 +197,7 @@ def test_every_end_is_a_row_and_the_rest_completes(small: Small, tmp_path: Path,
     ]
 
 
+@pytest.mark.long
 def test_a_lost_worker_is_tried_again(small: Small, tmp_path: Path, launcher: Launcher) -> None:
     """Killed, and lost with its server; not what crashes by itself or fails."""
     store = Store(tmp_path)

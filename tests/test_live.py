@@ -396,6 +396,7 @@ def test_the_page_becomes_the_report(tmp_path: Path) -> None:
         get(address)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupted_run_leaves_the_page_of_its_rows(tmp_path: Path, times: int) -> None:
     process, _ = started(tmp_path)

@@ -459,6 +459,7 @@ def test_peaks_are_matched_too(small: Small) -> None:
     assert peaks[0] / peaks[1] == pytest.approx(each.ratio)
 
 
+@pytest.mark.long
 def test_a_grid_solves_sizes_before_it_runs_and_says_which_do_not_fit(ask: Ask, tmp_path: Path) -> None:
     grid = {
         "name": "sizes",
@@ -529,6 +530,7 @@ def test_options_of_the_base_are_not_those_of_another_method(tmp_path: Path) -> 
     assert options["larger"] == options["baseline"] == (("r", 4),)
 
 
+@pytest.mark.long
 def test_each_configuration_gets_its_learning_rate_first(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     checkpoints._random_checkpoint(models.ARCHITECTURES["tiny"], tmp_path / "model")

@@ -135,6 +135,7 @@ def test_missing_kernel_is_a_failure_to_load(small: Small) -> None:
     assert record.error
 
 
+@pytest.mark.long
 def test_the_bundled_model_is_the_real_one_and_learns_stories() -> None:
     record = run(
         TrialSpec(

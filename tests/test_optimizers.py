@@ -72,6 +72,7 @@ def test_state_of_projected_gradients(optimizer: str, small: Small, tmp_path: Pa
         assert state[named[name]]["exp_avg"].shape == named[name].shape
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("optimizer", "bits"), [("adamw_torch_8bit", 8), ("adamw_torch_4bit", 4)])
 def test_quantised_state_of_torchao(optimizer: str, bits: int, small: Small, tmp_path: Path) -> None:
     """Each of two moments has codes, a scale to 256 and a table of what codes mean; that of a small weight none."""
@@ -139,6 +140,7 @@ def test_what_is_not_installed_is_one_line(small: Small, monkeypatch: pytest.Mon
 # ------------------------------------------------------------------------------------ within the backward pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optimizer", "keys"),
     [

@@ -53,6 +53,7 @@ def trials(store: Store) -> pandas.DataFrame:
 # ------------------------------------------------------------------------------------ the front
 
 
+@pytest.mark.long
 def test_the_front_is_reached_sooner_than_by_chance(launcher: LocalLauncher, tmp_path: Path) -> None:
     """One seed; `benchmarks/tune_front.py` has five."""
     store = Store(tmp_path / "tpe" / "t")

@@ -180,6 +180,7 @@ def test_what_slows_a_machine_for_a_while_cancels() -> None:
     assert effect("tokens_per_second", readings.replace({"reference_seconds": {1.0: math.nan}}))["se"] > 0.1
 
 
+@pytest.mark.long
 def test_visits_of_a_grid_have_the_baseline_or_none_has(
     tmp_path: Path, launcher: LocalLauncher, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLaun
     assert (Store(tmp_path / "r").read("trials").to_pandas()["timed_visits"] == 3).all(), "a third one was added"
 
 
+@pytest.mark.long
 def test_a_further_level_is_announced_with_the_visits_of_the_baseline(
     tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
 ) -> None:
@@ -351,6 +353,7 @@ def test_disturbed_visits_are_made_again_and_enter_no_speed(
     assert not row["disturbed"]
 
 
+@pytest.mark.long
 def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
     tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
 ) -> None:
