@@ -1,6 +1,6 @@
 """Watches TRL's SFTTrainer on the bundled model and stories, beside the same training in a grid.
 
-    pip install 'harness-bench[trl]'
+    pip install 'finetune-harness[trl]'
     harness run examples/watch.yml
     python examples/watch_trl.py
     python examples/watch_trl.py --plain-loss

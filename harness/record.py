@@ -86,7 +86,7 @@ class Step(Row):
     auxiliary_loss: float | None = None
     """Of the model's own, at its weight, which is added to the loss; null where it has none."""
     grad_norm: float | None
-    """Before clipping; null where the loss scaler skipped a fp16 step."""
+    """Before clipping; null where no scale of the loss made it finite in fp16, and there was no update."""
     learning_rate: float
     """During this step."""
     samples: int

@@ -275,6 +275,8 @@ def test_turns_without_weight_are_left_out_of_the_loss() -> None:
     tokenizer = byte_tokenizer(chat_template=CHATML)
     every = learnt(chat_of(FOUR, roles_to_train=["user", "assistant"]), tokenizer)
     assert learnt(chat_of(weighed, roles_to_train="all"), tokenizer) == [every[0], *every[2:]]
+    with_inputs = example_of(chat_of(weighed), tokenizer, everything=True)
+    assert with_inputs == example_of(chat_of(weighed, roles_to_train="all"), tokenizer), "train_on_inputs: true"
 
 
 def test_all_roles_are_every_token_of_a_chat_and_of_what_answers_a_prompt() -> None:
@@ -382,6 +384,12 @@ def test_a_text_carries_loss_on_all_but_its_first_token(adds_beginning: bool) ->
     assert example.labels == [IGNORED, *example.input_ids[1:]]
     begins_itself = example_of(Passage("<s>Rain fell.", PromptSpec()), tokenizer)
     assert begins_itself.input_ids.count(0) == 1
+
+
+def test_a_text_that_ends_itself_gets_no_second_end() -> None:
+    tokenizer = byte_tokenizer()
+    for row in (Passage("Rain fell.</s>", PromptSpec()), Story("a dog", "It ran.</s>", None, None, PromptSpec())):
+        assert example_of(row, tokenizer).input_ids.count(tokenizer.eos_token_id) == 1
 
 
 # ------------------------------------------------------------------------------------ all rows of a spec

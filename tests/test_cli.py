@@ -119,6 +119,15 @@ def test_run_report_ls_show_and_run_again(tmp_path: Path, ask: Ask) -> None:
     shown = ask("show", "lora_r=8")[1]
     assert "lora_r: 8" in shown
     assert "peak_memory_bytes" in shown
+    assert "lora_r: 8" in ask("show", "lora_r=8", "--results", "results/tiny")[1], "one grid of several"
+    assert "lora_r=8" in ask("ls", "tiny", "--results", "results/tiny")[1]
+
+
+def test_a_label_of_many_trials_is_a_list(ask: Ask) -> None:
+    shown = ask("show", "baseline", "--results", str(ROOT / "results"))[1]
+    assert "give the beginning of an id, or --results results/<grid>" in " ".join(shown.split())
+    assert len(shown.splitlines()) < 100
+    assert "optimizer:" not in shown
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from conftest import FEW, Answer
 from rows import keep
 
+from harness.cli import plan_fix
 from harness.grids import grid
 from harness.predict import fixes
 from harness.results.store import Store
@@ -100,3 +101,13 @@ def test_measured_times_are_compared_with_measured_ones(folder: Path, ask: Calla
     assert ratios["gradient_checkpointing=true"] == pytest.approx(3), errors
     # Predicted, times the error of this trial's own prediction: not of another scale than what is measured.
     assert 0.5 < ratios["lora_r=8, lora_alpha=8"] < 2
+
+
+def test_each_proposal_has_a_file_of_its_own() -> None:
+    names: list[str] = []
+    for label in ("2 × 2", "2 2", "甲", "乙", "..", "lora_r=4", "**"):
+        names.append(plan_fix.file_name(label, names))
+    assert names == [
+        "2-2.fixed.yml", "2-2-2.fixed.yml", "甲.fixed.yml", "乙.fixed.yml", "trial.fixed.yml", "lora_r=4.fixed.yml",
+        "trial-2.fixed.yml",
+    ]  # fmt: skip

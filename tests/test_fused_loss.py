@@ -108,7 +108,7 @@ def test_it_is_refused_on_a_cpu_before_anything_starts(name: str, small: Small, 
 
 def test_a_package_that_is_not_there_is_named_with_its_extra(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"cut-cross-entropy is not installed; pip install 'harness-bench\[cce\]'"):
+    with pytest.raises(InputError, match=r"cut-cross-entropy is not installed; pip install 'finetune-harness\[cce\]'"):
         fused_loss.refuse_missing(small(loss="cce"))
     fused_loss.refuse_missing(small(loss="chunked"))
 

@@ -43,6 +43,12 @@ def test_the_reentrant_variant_learns_the_same(small: Small) -> None:
         assert reentrant == pytest.approx(usual, abs=1e-6)
 
 
+def test_the_reentrant_variant_is_of_checkpointing_alone(small: Small) -> None:
+    plain, reentrant = (run(small(reentrant_checkpointing=on)) for on in (False, True))
+    assert plain.spec.id == reentrant.spec.id
+    assert plain.metrics["peak_memory_bytes"] == reentrant.metrics["peak_memory_bytes"]
+
+
 @pytest.mark.parametrize(
     ("precision", "compute"), [("nf4", "fp16"), ("nf4", "fp32"), ("int8", "fp16"), ("int8", "fp32")]
 )

@@ -402,6 +402,11 @@ def test_lora_fa_trains_b_alone_and_holds_less(small: Small) -> None:
     assert predicted == pytest.approx(frozen["peak_memory_bytes"], rel=0.001)
 
 
+def test_lora_fa_trains_b_of_embeddings_too(small: Small) -> None:
+    record = run(small(optimizer="lora_fa", lora_target_modules=["q_proj", "embed_tokens"], lora_target_linear=False))
+    assert record.status == "ok", record.error
+
+
 # ------------------------------------------------------------------------------------ as large as the baseline
 
 

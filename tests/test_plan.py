@@ -16,18 +16,19 @@ import pytest
 import torch
 from conftest import FEW, Answer
 from test_launch import Watch
+from tiny_models import tiny_model
 from trials import run
 
 from harness import environment
-from harness._util.units import MIB
+from harness._util.units import GIB, MIB
 from harness.errors import InputError
 from harness.grids import grid
 from harness.launch.local import LocalLauncher
 from harness.metrics import COMPONENTS
 from harness.predict import calibration, cards, cuda_kernels, peak, predictor, replay
 from harness.predict.calibration import Calibration, Pair
-from harness.predict.cards import CARDS, capacity
-from harness.predict.largest import largest
+from harness.predict.cards import AMPERE, CARDS, TURING, Capability, capacity
+from harness.predict.largest import Largest, largest
 from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, capacity_for, capacity_of, fits
 from harness.predict.predictor import Predictor
 from harness.predict.roofline import Rates, Work, predicted_seconds, roofline_seconds
@@ -296,24 +297,73 @@ def _peak(predicted: Prediction) -> int:
     return predicted.peak_memory_bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("NVIDIA GeForce RTX 2080", TURING),
+        ("Quadro RTX 8000", TURING),
+        ("NVIDIA GeForce GTX 1080 Ti", TURING),
+        ("NVIDIA TITAN RTX", TURING),
+        ("Tesla P4", TURING),
+        ("NVIDIA RTX 4000 Ada Generation", cards.HOPPER),
+        ("NVIDIA A30", cards.HOPPER),
+    ],
+)
+def test_cards_that_are_not_listed_have_a_generation(name: str, capability: Capability) -> None:
+    """That of the default one, whose workspaces are the larger ones, but where kernels are missing."""
+    assert cards.of_device(name, 24 * GIB).capability == capability
+
+
+def searched(pool: Predictor, spec: TrialSpec, key: str, capacity: int, capability: Capability = AMPERE) -> Largest:
+    return largest(pool, [spec], key, {"given": capability}, lambda *_: capacity, _peak)[spec.id, "given"]
+
+
 def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer], small: Small) -> None:
     spec = small(gradient_accumulation_steps=1)
     capacities = {"sequence_length": 16 * 2**20, "micro_batch_size": 20 * 2**20, "lora_r": 13 * 2**20}
     with Predictor("cpu", full_length=True) as pool:
         for key, capacity in capacities.items():
-            answer = largest(pool, [spec], key, {"given": capacity}, _peak, "cpu")[spec.id, "given"]
+            answer = searched(pool, spec, key, capacity)
             assert answer.value is not None
             for value, fitting in ((answer.value, True), (answer.value + 1, False)):
                 changed = small(**{"gradient_accumulation_steps": 1, "train_samples": None, "max_steps": 2, key: value})
                 predicted = peak.predict(changed, "cpu", full_length=True).peak_memory_bytes
                 assert (predicted <= capacity) == fitting, (key, value)
-        none = largest(pool, [spec], "lora_r", {"given": 2**20}, _peak, "cpu")[spec.id, "given"]
-        assert none.value is None
+        assert searched(pool, spec, "lora_r", 2**20) == Largest(None, None)
+        even = small(init_lora_weights="orthogonal")
+        answer = searched(pool, even, "lora_r", 13 * 2**20)
+        assert answer.value is not None
+        assert answer.value % 2 == 0, "no other rank is taken"
+
+    with Predictor("cuda", full_length=True) as pool:
+        long = small(gradient_accumulation_steps=1, precision="bf16", sequence_length=1024, gradient_checkpointing=True)
+        turing, ampere = (searched(pool, long, "micro_batch_size", 2**28, each) for each in (TURING, AMPERE))
+        assert turing.value is not None
+        assert ampere.value is not None
+        assert turing.value < ampere.value / 2, "on a T4, attention in bf16 holds its scores"
 
     asked = ("plan", "g.yml", "--largest", "micro_batch_size", "--memory", "20MiB", "--device", "cpu")
     code, output, errors = ask(*asked)
     assert code == 0, errors
     assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", output)
+
+
+@pytest.mark.long
+def test_the_largest_value_is_within_the_budget_and_the_positions(ask: Callable[..., Answer], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", "gpt2", config={"n_positions": 96})
+    base = {"base_model": model, "lora_r": 4, "val_set_size": 0, "memory_budget": "20MiB"}
+    (tmp_path / "g.yml").write_text(json.dumps({"name": "g", "base": base}))
+    refused = ask("plan", str(tmp_path / "g.yml"), "--device", "cpu")
+    assert "sequence_length: 96 or less" in " ".join("".join(refused[1:]).split())
+    (tmp_path / "g.yml").write_text(json.dumps({"name": "g", "base": base | {"sequence_length": 64}}))
+    asked = ("plan", str(tmp_path / "g.yml"), "--memory", "1GiB", "--device", "cpu", "--largest")
+    code, output, errors = ask(*asked, "micro_batch_size")
+    assert code == 0, errors
+    assert re.search(r"baseline .* \d+ \(1\d\.\d\d MiB\)", output), "1 GiB is there, and the budget is 20 MiB"
+    code, output, errors = ask(*asked, "sequence_length")
+    assert code == 0, errors
+    assert re.search(r"baseline .* 96 \(", output)
+    assert "has positions for 96" in output
 
 
 @pytest.mark.parametrize(

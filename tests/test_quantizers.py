@@ -167,7 +167,7 @@ def test_a_library_that_is_missing_is_one_line(library: str, small: Small, monke
     monkeypatch.setitem(sys.modules, library, None)
     spec = small(precision="int8", quantizer=library)
     for build in (lambda: model.skeleton(spec), lambda: model.base(spec, CPU)):
-        with pytest.raises(InputError, match=rf'pip install "harness-bench\[{library}\]"'):
+        with pytest.raises(InputError, match=rf"pip install 'finetune-harness\[{library}\]'"):
             build()
 
 

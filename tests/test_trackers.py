@@ -191,7 +191,7 @@ def test_what_is_refused(ask: Ask, grid: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(InputError, match="no trials are recorded"):
         trackers.send(tmp_path / "none", "tensorboard")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'harness-bench\[wandb\]'"):
+    with pytest.raises(InputError, match=r"pip install 'finetune-harness\[wandb\]'"):
         trackers.check("wandb")
     assert ask("export", str(grid))[0] == 2
     code, _, errors = ask("run", "none.yml", "--report-to", "mflow")

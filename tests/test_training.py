@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trials
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainingArguments
 
+from harness.errors import InputError
 from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, model, order
@@ -38,6 +41,29 @@ def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
     trainer = Trainer(network, spec, CPU, len(groups))
     losses = [trainer.step(list(batches.micro_batches(group, spec, pad, CPU))).loss for group in groups]
     return losses, {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+def test_gradients_that_overflow_in_fp16_are_taken_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is an update, at its own rate: other trainers skip those until the scale of the loss is found."""
+    spec = small(precision="fp16-mixed", adapter="none", lr_scheduler="linear", max_steps=3)
+    first, found = trials.run(spec), torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(found, init_scale=2.0**60))
+    overflown = trials.run(spec)
+    assert overflown.status == "ok", overflown.error
+    assert overflown.metrics["optimizer_steps"] == len(overflown.steps) == len(first.steps) > 1
+    for a, b in zip(first.steps, overflown.steps, strict=True):
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=0.02)
+        assert b.learning_rate == a.learning_rate
+    for name in ("peak_memory_bytes", "flops_per_token"):
+        assert overflown.metrics[name] == first.metrics[name]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"lora_modules_to_save": ["lm_head"]}, {"adapter": "ln_tuning"}], ids=["a whole layer", "ln_tuning"]
+)
+def test_weights_of_the_base_are_not_trained_in_fp16(keys: dict[str, Any], small: Small) -> None:
+    with pytest.raises(InputError, match=r"precision fp16: .* use precision: bf16, or train no weights of the base"):
+        model.skeleton(small(precision="fp16", **keys))
 
 
 class _Rows(Dataset[dict[str, Any]]):

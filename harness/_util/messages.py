@@ -10,6 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+DISTRIBUTION = "finetune-harness"
+"""Name under which pip installs harness; `harness-bench` on PyPI is another project."""
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 def kind_of(value: Any) -> str:
     """Describe a YAML value: `an empty list`, `true`, `'text'`."""

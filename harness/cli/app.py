@@ -27,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure what each fine-tuning technique costs and buys: memory, speed and loss, on your machine.",
     epilog="[dim]Begin with[/] harness run grids/smoke.yml[dim], then[/] harness report results/smoke\n\n"
-    "[dim]Exit codes: 0 done; 1 could not go on; 2 bad input; 3 trials failed, or none ended ok; 130 interrupted[/]",
+    "[dim]Exit codes: 0 done; 1 could not go on; 2 bad input; 3 trials failed, or none ended ok; "
+    "4 a plan does not fit; 130 interrupted[/]",
 )
 
 # Each command with its examples, in the order of `harness --help`.

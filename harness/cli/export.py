@@ -29,7 +29,7 @@ def export(
 ) -> None:
     r"""Send recorded trials to experiment trackers: parameters, figures with intervals, losses, the page.
 
-    A trial that was sent before is replaced. Each tracker is an extra: pip install 'harness-bench\[mlflow]'.
+    A trial that was sent before is replaced. Each tracker is an extra: pip install 'finetune-harness\[mlflow]'.
     """
     from harness.report import trackers
 

@@ -14,6 +14,8 @@ from harness.errors import TrialsFailed
 
 FAILURES = ("failed", "killed", "timeout")
 """The other statuses are results: an out-of-memory or a divergence says something of the configuration."""
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C stopped before its end."""
 _NAMED = 3
 """Failed trials that the message names."""
 

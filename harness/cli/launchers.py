@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness._util.messages import pip_install
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
@@ -85,7 +86,7 @@ def _ray(options: LauncherOptions, grid: Grid) -> Launcher:
     try:
         from harness.launch.cluster import RayLauncher
     except ImportError:
-        raise InputError("--engine ray needs Ray; install it with: pip install 'harness-bench[ray]'") from None
+        raise InputError(f"--engine ray: Ray is not installed; {pip_install('ray')}") from None
     return RayLauncher(
         options.address,
         device=_one_device(grid, "ray"),
@@ -100,7 +101,7 @@ def _submitit(options: LauncherOptions, grid: Grid) -> Launcher:
     try:
         from harness.launch.scheduler import MINUTES, SubmititLauncher
     except ImportError:
-        raise InputError("--engine submitit needs it; install it with: pip install 'harness-bench[submitit]'") from None
+        raise InputError(f"--engine submitit: it is not installed; {pip_install('submitit')}") from None
     if options.workers == "auto":
         raise InputError("--workers auto with --engine submitit: say how many jobs at the same time, like 8")
     return SubmititLauncher(

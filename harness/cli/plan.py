@@ -185,7 +185,7 @@ def plan(
     with Predictor(target, **how) as predictor:
         if largest is not None:
             specs = {trial.label: trial.spec for trial in trials}
-            _print_largest(predictions.Plan(lines=(), **about), predictor, specs, largest)
+            _print_largest(predictions.Plan(lines=(), **about), predictor, specs, largest, capabilities)
             return
         predicted = {
             each: {p.spec.id: p for p in predict_all(predictor, [trial.spec for trial in trials], each)}
@@ -217,7 +217,7 @@ def plan(
         with Predictor(target, **how) as predictor:
             for proposals in plan_fix.propose(made, predictor, next(iter(capabilities.values())), results, here):
                 proposed += proposals.rows
-                written += plan_fix.show(proposals, output)
+                written += plan_fix.show(proposals, output, written)
     if written:
         names = ", ".join(file.name for file in written)
         out.print(f"{names} written to {plain(str(output))}", highlight=False, soft_wrap=True)
@@ -263,7 +263,13 @@ def _capabilities(capacities: dict[str, int], own: Capability) -> dict[str, Capa
     return {name: named.get(name, other) for name in capacities} or {"": other}
 
 
-def _print_largest(plan: Plan, predictor: Predictor, trials: dict[str, TrialSpec], key: str) -> None:
+def _print_largest(
+    plan: Plan,
+    predictor: Predictor,
+    trials: dict[str, TrialSpec],
+    key: str,
+    capabilities: dict[str, Capability],
+) -> None:
     """The largest value of a key that fits, for each trial and each amount of memory."""
     from harness.predict import largest
     from harness.report import predictions
@@ -278,18 +284,21 @@ def _print_largest(plan: Plan, predictor: Predictor, trials: dict[str, TrialSpec
                 predictor,
                 list(specs.values()),
                 key,
-                plan.capacities,
+                capabilities,
+                plan.capacity_of,
                 plan.need,
-                plan.device_type,
                 lambda done: status.update(f"{done} of {total} answers"),
             )
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--largest: {error}") from None
     labels = {spec.id: label for label, spec in specs.items()}
     bound = largest.UPPER_BOUNDS[key]
     out.print(predictions.terminal_largest(plan.title, key, labels, list(plan.capacities), answers, bound))
     note = f"In brackets its predicted need, with a margin of {plan.margin:.1%}; every example fills the sequence."
     out.print(note, style="dim", highlight=False)
+    limits = dict.fromkeys((labels[spec_id], each.limit) for (spec_id, _), each in answers.items() if each.limit)
+    for label, limit in limits:
+        out.print(plain(f"{label}: no larger {key}: {limit}"), style="dim", highlight=False, soft_wrap=True)
 
 
 def _calibrate(folder: Path, results: Path, trust_remote_code: bool) -> None:

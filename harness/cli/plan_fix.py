@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +86,9 @@ def propose(
 
 def _measured_seconds(results: Path, here: Environment) -> dict[str, float]:
     """Measured seconds per padded token in this environment, by spec id."""
-    from harness.results.store import Store
+    from harness.results.store import Store, grid_folders
 
-    folders = sorted(results.glob("*/trials"))
-    rows = [row for folder in folders for row in Store(folder.parent).read("trials").to_pylist()]
+    rows = [row for folder in grid_folders(results) for row in Store(folder).read("trials").to_pylist()]
     return {
         row["spec_id"]: 1 / row["padded_tokens_per_second"]
         for row in rows
@@ -96,8 +96,21 @@ def _measured_seconds(results: Path, here: Environment) -> dict[str, float]:
     }
 
 
-def show(proposals: Proposals, output: Path | None) -> list[Path]:
-    """Print what was proposed; the first one that fits is written, or printed where there is no folder."""
+def file_name(label: str, others: Collection[str] = ()) -> str:
+    """The name of a file for a trial, unlike those of others."""
+    name = re.sub(r"[^\w.=+-]+", "-", label).strip("-.") or "trial"
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in (f"{one}.fixed.yml" for one in numbered) if each not in others)
+
+
+def show(proposals: Proposals, output: Path | None, written: Sequence[Path] = ()) -> list[Path]:
+    """Print what was proposed; the first one that fits is written, or printed where there is no folder.
+
+    Args:
+        proposals: for one trial.
+        output: folder of the file.
+        written: files of other trials, which stay.
+    """
     from harness._util.files import write_whole
     from harness._util.units import show_bytes
     from harness.grids.yaml_file import spec_to_yaml
@@ -121,6 +134,6 @@ def show(proposals: Proposals, output: Path | None) -> list[Path]:
     if output is None:
         out.print(f"{plain(label)} fits with {plain(best.text)}; -o DIR writes it as a training file", highlight=False)
         return []
-    file = output / f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-')}.fixed.yml"
+    file = output / file_name(label, [each.name for each in written])
     write_whole(file, spec_to_yaml(best.spec, full_paths=True).encode())
     return [file]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
 from harness.cli.console import out
 from harness.cli.options import AsJson, Results
 
+_SHOWN = 6
+"""Trials of one label that are shown in full: a baseline, its second run and its repeats."""
+
 
 def ls(
     grid: Annotated[str | None, typer.Argument(help="Name of a grid; without it, the grids are listed.")] = None,
@@ -28,9 +31,9 @@ def ls(
 
     from harness.cli.documents import print_document, trial_document
     from harness.metrics import HEADLINE, METRICS
-    from harness.results.store import Store
+    from harness.results.store import Store, grid_folders
 
-    folders = sorted(p.parent for p in results.glob("*/trials"))
+    folders = grid_folders(results)
     if grid is None:
         if not folders:
             raise InputError(f"{results}: nothing is recorded there yet; begin with: harness run grids/smoke.yml")
@@ -48,14 +51,15 @@ def ls(
             table.add_row(plain(folder.name), str(counts.total()), ends)
         out.print(table)
         return
-    if results / grid not in folders:
-        known = ", ".join(folder.name for folder in folders) or "nothing"
-        raise InputError(f"no grid {grid!r} in {results}; there is {known}")
+    by_name = {folder.name: folder for folder in folders}
+    if grid not in by_name:
+        raise InputError(f"no grid {grid!r} in {results}; there is {', '.join(by_name) or 'nothing'}")
+    rows = _rows(by_name[grid])
     if as_json:
-        print_document([trial_document(row) for row in _rows(results / grid)])
+        print_document([trial_document(row) for row in rows])
         return
     table = Table("trial", "label", "repeat", "status", *(METRICS[m].label for m in HEADLINE))
-    for row in _rows(results / grid):
+    for row in rows:
         figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
         table.add_row(row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"], *figures)
     out.print(table)
@@ -74,7 +78,7 @@ def show(
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Print one trial: its configuration as YAML, its environment and every figure."""
+    """Print one trial: its configuration as YAML, its environment and every figure. Many of one label are listed."""
     import json
 
     from rich.table import Table
@@ -95,6 +99,13 @@ def show(
                 for folder, row in matches
             ]
         )
+        return
+    if len(matches) > _SHOWN:
+        table = Table("grid", "trial", "label", "repeat", "status")
+        for folder, row in matches:
+            table.add_row(plain(folder.name), row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"])
+        out.print(table)
+        out.print(f"{len(matches)} trials; give the beginning of an id, or --results results/<grid>", highlight=False)
         return
     for folder, row in matches:
         out.rule(f"{plain(folder.name)} / {plain(row['label'])} (repeat {row['repeat']}), {row['status']}")
@@ -151,11 +162,9 @@ def schema() -> None:
 
 def stores_in(folder: Path) -> list[Store]:
     """The results of one grid, or of each in a folder."""
-    from harness.results.store import Store
+    from harness.results.store import Store, grid_folders
 
-    if (folder / "trials").is_dir():
-        return [Store(folder)]
-    folders = sorted(path.parent for path in folder.glob("*/trials"))
+    folders = grid_folders(folder)
     if not folders:
         raise InputError(f"{folder}: nothing is recorded there; give results, or results/<grid>")
     return [Store(each) for each in folders]

@@ -233,9 +233,10 @@ def run(
         make_launcher(where, loaded) as launcher,
         serving(out, loaded.title, wanted=live) as live_page,
     ):
+        interrupted = False
 
         def find(trainings: Grid, own: Store) -> Summary:
-            nonlocal limit
+            nonlocal limit, interrupted
             pending = grid_run.pending(trainings, own, launcher, statuses)
             inspect_trials(pending, trust_remote_code, remote=where.remote)
             with shown(out, live_page, trainings, own, launcher) as progress:
@@ -243,6 +244,7 @@ def run(
                     trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until
                 )
             limit = limit and limit - len(summary.records)
+            interrupted = summary.interrupted
             return summary
 
         if loaded.rates:
@@ -253,6 +255,8 @@ def run(
             if tuned is None or limit == 0:
                 if as_json:
                     print_document(run_document(loaded, store, launcher))
+                if interrupted:
+                    raise typer.Exit(failures.INTERRUPTED)
                 return
             if only:
                 tuned = tuned.joined(loading.tuned_of(store.description(), store.folder / "grid.json"), labels)
@@ -261,7 +265,7 @@ def run(
 
         def execute(version: Grid) -> bool:
             """Run a version of the grid; false: it was interrupted."""
-            nonlocal executed
+            nonlocal executed, interrupted
             executed = version
             predictions = NO_PREDICTIONS
             for line in grid_run.kept_apart(grid_run.pending(version, store, launcher, statuses), store, launcher):
@@ -282,6 +286,7 @@ def run(
                     predictions=predictions,
                 )
             _print_summary(summary, store, grid)
+            interrupted = summary.interrupted
             return summary.left == 0
 
         environments = beforehand.environments_of(loaded, launcher)
@@ -313,6 +318,8 @@ def run(
             print_document(run_document(executed, store, launcher))
         hint = "; run them again with --rerun and that status"
         failures.refuse(rows, store.folder, complete=not left, hint=hint)
+        if interrupted:
+            raise typer.Exit(failures.INTERRUPTED)
 
 
 def _refuse_with_size(repeats: int | None, until_decided: int | None, where: LauncherOptions) -> None:

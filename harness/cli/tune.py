@@ -137,6 +137,8 @@ def tune(
                     search, store, launcher, progress, how, lambda line: out.print(plain(line), style="dim")
                 )
         _print_outcome(outcome, store, grid, export, launcher.environments(device_type))
+        if outcome.interrupted:
+            raise typer.Exit(failures.INTERRUPTED)
 
 
 def _print_outcome(

@@ -19,7 +19,7 @@ from harness.environment import DeviceType, Environment
 from harness.metrics import COMPONENTS
 from harness.predict.prediction import Prediction
 from harness.results.schema import spec_of
-from harness.results.store import Store
+from harness.results.store import Store, grid_folders
 
 MIN_ROWS = 5
 """Fewer rows do not support a correction."""
@@ -87,10 +87,9 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
 
     Repeats are equal configurations: none of them would be left out by itself.
     """
-    folders = [folder] if (folder / "trials").is_dir() else sorted(p.parent for p in folder.glob("*/trials"))
     return [
         row
-        for each in folders
+        for each in grid_folders(folder)
         for row in Store(each).read("trials").to_pylist()
         if row["status"] == "ok"
         and row["peak_memory_bytes"] is not None

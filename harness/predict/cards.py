@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from harness._util.messages import unknown
@@ -16,6 +17,8 @@ HOPPER: Capability = (9, 0)
 CONTEXT_BYTES = 512 * MIB
 """Memory of a process outside torch's allocator, the CUDA context, where a card's is not known: published ones take
 0.14 to 0.52 GiB."""
+_BEFORE_AMPERE = re.compile(r"\b(GTX|RTX 20\d\d|Quadro|TITAN|Tesla [MPVT]\d+|[MPVT]\d{1,4})\b", re.IGNORECASE)
+"""In the names of cards without kernels for attention in bf16, whose scores are then in memory."""
 _RESERVE = 512 * MIB
 """What the driver keeps of a card that is not listed: 0.1 to 0.8 GiB of those that are."""
 
@@ -157,6 +160,12 @@ def of_device(name: str, driver_bytes: int) -> Card:
     if alike:
         return max(alike, key=lambda card: len(card.device))
     usable = driver_bytes - _RESERVE
+    capability = TURING if _BEFORE_AMPERE.search(name) else DEFAULT_CARD.capability
     return replace(
-        DEFAULT_CARD, device=name, driver_bytes=driver_bytes, torch_bytes=usable, context_bytes=CONTEXT_BYTES
+        DEFAULT_CARD,
+        device=name,
+        capability=capability,
+        driver_bytes=driver_bytes,
+        torch_bytes=usable,
+        context_bytes=CONTEXT_BYTES,
     )

@@ -41,7 +41,17 @@ from harness.predict.roofline import Work
 from harness.predict.trace import Live, as_first_step, as_later_update, requests
 from harness.spec.keys import LOW_RANK_OPTIMIZERS
 from harness.spec.trial import TrialSpec
-from harness.training import batches, checkpoints, compilation, device_limits, distributed, evaluation, model, order
+from harness.training import (
+    batches,
+    checkpoints,
+    compilation,
+    device_limits,
+    distributed,
+    evaluation,
+    limits,
+    model,
+    order,
+)
 from harness.training.batches import Batch, Example
 from harness.training.step import StepResult, Trainer
 
@@ -104,6 +114,7 @@ def predict(
         # Rank 0 has the widest micro-batches.
         compiled = compiled_without_kernels() if spec.torch_compile else contextlib.nullcontext()
         with compiled, distributed.fake_process_group(0, spec.num_processes), loaded as its_model:
+            limits.check_lengths(spec, *limits.lengths_of(data), limits.of_model(its_model.network))
             return _StepReplay(its_model, spec, device_type, capability, full_length=full_length).run(
                 steps, data.held_out
             )

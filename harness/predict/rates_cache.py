@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ def load(device_type: DeviceType) -> Rates | None:
 
 
 def measure(device_type: DeviceType) -> Rates:
-    """Measure the device and cache its rates.
+    """Measure the device and cache its rates, unless other processes took the processors meanwhile.
 
     Raises:
         InputError: the process that measures failed.
     """
-    rates = Rates.model_validate(run_isolated(_measure, device_type))
+    measured = run_isolated(_measure, device_type)
+    rates = Rates.model_validate(measured["rates"])
+    if measured["disturbed"]:
+        return rates
     with contextlib.suppress(OSError):  # a cache that cannot be written: they are measured again next time
         write_whole(_file(device_type), rates.model_dump_json(indent=1).encode())
     return rates
@@ -43,6 +47,10 @@ def _measure(device_type: DeviceType) -> dict[str, Any]:
 
     from harness.predict import device_rates
     from harness.training import half_matmul
+    from harness.training.waiting import Waiting, is_disturbed
 
     half_matmul.install()
-    return device_rates.measure(torch.device(device_type)).model_dump(mode="json")
+    waiting, started = Waiting(), time.perf_counter()
+    rates = device_rates.measure(torch.device(device_type))
+    disturbed = is_disturbed(waiting.since_last(), time.perf_counter() - started)
+    return {"rates": rates.model_dump(mode="json"), "disturbed": disturbed}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness._util.messages import first_line, unknown
+from harness._util.messages import first_line, pip_install, unknown
 from harness.errors import InputError
 from harness.metrics import METRICS
 from harness.report import notebook
@@ -153,7 +153,7 @@ def check(tracker: str) -> None:
     if tracker not in _SENDERS:
         raise InputError(unknown("tracker", tracker, list(_SENDERS)))
     if importlib.util.find_spec(tracker) is None:
-        raise InputError(f"{tracker} is not installed; pip install 'harness-bench[{tracker}]'")
+        raise InputError(f"{tracker} is not installed; {pip_install(tracker)}")
 
 
 def send_or_warn(folder: Path, tracker: str, page: Path | None = None) -> str | None:

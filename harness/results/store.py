@@ -290,9 +290,14 @@ class Store:
                         part.unlink(missing_ok=True)
 
 
+def grid_folders(root: Path) -> list[Path]:
+    """The results of one grid, or of each grid in a folder."""
+    return [root] if (root / "trials").is_dir() else sorted(path.parent for path in root.glob("*/trials"))
+
+
 def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
     """Rows whose trial id or spec id begins with `trial`, or whose label is `trial`, in any grid under `root`."""
-    for folder in sorted(p.parent for p in root.glob("*/trials")):
+    for folder in grid_folders(root):
         for row in Store(folder).read("trials").to_pylist():
             if row["trial_id"].startswith(trial) or row["label"] == trial:
                 yield folder, row

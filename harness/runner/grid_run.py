@@ -41,6 +41,8 @@ class Summary:
     """Labels of trials that ended well and have too few timing visits that count."""
     visits: int = 0
     """Timing visits that were made and count."""
+    interrupted: bool = False
+    """Whether Ctrl-C stopped it before its end."""
 
 
 def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Status] = frozenset()) -> list[Trial]:
@@ -163,7 +165,8 @@ def run_grid(
     done = {lease_id(record, launcher) for record in workers.records}
     by_others = len(workers.recorded_by_others - done)
     left = len(trials) - len(done) - by_others
-    return Summary(tuple(workers.records), len(grid.trials) - len(trials), left, by_others, untimed, visits)
+    stopped = interrupt.asked and bool(left or untimed)
+    return Summary(tuple(workers.records), len(grid.trials) - len(trials), left, by_others, untimed, visits, stopped)
 
 
 def _is_past(moment: float | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from harness._util.messages import first_line, one_line
+from harness._util.messages import first_line, one_line, pip_install
 from harness.errors import InputError
 from harness.sources import files
 
@@ -91,7 +91,7 @@ def check(name: str, folder: str | None = None) -> None:
     """
     read(name, folder).rows()
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("evaluate_tasks: lm-evaluation-harness is not installed; pip install 'harness-bench[tasks]'")
+        raise InputError(f"evaluate_tasks: lm-evaluation-harness is not installed; {pip_install('tasks')}")
 
 
 def _data(config: Mapping[str, Any], folder: Path, where: str) -> dict[str, Path]:

@@ -135,7 +135,7 @@ def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
         if parameter.requires_grad and ".lora_" in name:
             if spec.adapter_dtype == "bf16":
                 parameter.data = parameter.data.to(torch.bfloat16)
-            if spec.optimizer == "lora_fa" and (".lora_A." in name or ".lora_embedding_" in name):
+            if spec.optimizer == "lora_fa" and (".lora_A." in name or ".lora_embedding_A" in name):
                 parameter.requires_grad_(False)
     if spec.recompute_adapter_inputs:
         adapter_inputs.recompute(adapted)

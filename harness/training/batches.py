@@ -19,7 +19,6 @@ from harness.training import chat, distributed, prompts
 IGNORED = -100
 """Label of a position that carries no loss."""
 
-
 _KEYS = (
     "base_model",
     "folder",
@@ -350,22 +349,19 @@ def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Exa
     prompt = prompts.render(story, tokenizer)
     head = prompts.token_ids(prompt.text, tokenizer)
     tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = (*head, *tail, *end)
+    ids = (*head, *prompts.ended(tail, tokenizer))
     return Example(story.id, ids, ((max(1, len(head)), len(ids)),), supervise_prompt, prompt.system_folded)
 
 
 def _tokenise_chat(row: Chat, tokenizer: Any, supervise_prompt: bool) -> Example:
-    tokens = chat.tokenise(row, tokenizer)
-    return Example(
-        row.id, tokens.ids, tokens.completions, supervise_prompt, tokens.system_folded, tokens.tools_left_out
-    )
+    tokens = chat.tokenise(row, tokenizer, everything=supervise_prompt)
+    every = supervise_prompt and not tokens.parts_left_out
+    return Example(row.id, tokens.ids, tokens.completions, every, tokens.system_folded, tokens.tools_left_out)
 
 
 def _tokenise_passage(passage: Passage, tokenizer: Any) -> Example:
     """The whole text is the completion: only its first token has nothing to be predicted from."""
-    ids = prompts.token_ids(passage.completion, tokenizer)
-    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = prompts.ended(prompts.token_ids(passage.completion, tokenizer), tokenizer)
     return Example(passage.id, tuple(ids), ((1, len(ids)),) if len(ids) > 1 else ())
 
 

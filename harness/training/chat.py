@@ -10,7 +10,7 @@ import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -42,14 +42,24 @@ class ChatTokens:
     """Whether the system turn begins the first user turn, since the template has no place for it."""
     tools_left_out: bool
     """Whether the template does not show the tools."""
+    parts_left_out: bool = False
+    """Whether turns have a weight of 0, and no other token than those of `completions` may carry loss."""
 
 
-def tokenise(chat: Chat, tokenizer: Any) -> ChatTokens:
+def tokenise(chat: Chat, tokenizer: Any, *, everything: bool = False) -> ChatTokens:
     """The tokens of a chat, and where those of its trained turns are.
+
+    Args:
+        chat: the turns.
+        tokenizer: with its chat template.
+        everything: whether all tokens are to carry loss; where a turn has a weight of 0, the words of all others do.
 
     Raises:
         InputError: the chat template refuses the chat, or does not show a turn.
     """
+    if everything and any(message.get("weight", 1) == 0 for message in chat.messages):
+        every_turn = replace(chat, prompt=chat.prompt.model_copy(update={"roles_to_train": ("all",)}))
+        return replace(tokenise(every_turn, tokenizer), parts_left_out=True)
     if chat.prompt.format is not None:
         raise InputError("format under datasets: type: is of prompts, and the rows are chats; use chat_template")
     rendering, folded = _rendered(chat, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from harness.training.memory import MemoryMeter
 from harness.training.step import Diverged
 
 When = Literal["before", "after"]
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Evaluator:
@@ -62,7 +65,7 @@ class Evaluator:
         if loss is not None:
             self.figures |= {
                 "eval_loss": loss,
-                "eval_perplexity": math.exp(loss),
+                "eval_perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else None,
                 "evaluated_stories": len(texts.held_out),
                 "judged_tokens": sum(example.completion_tokens for example in texts.held_out),
             }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from harness._util.messages import pip_install
 from harness.errors import InputError
 from harness.spec.keys import FUSED_LOSSES
 from harness.spec.trial import TrialSpec
@@ -39,7 +40,7 @@ def refuse_missing(spec: TrialSpec) -> None:
     """
     package = FUSED_LOSSES.get(spec.loss)
     if package is not None and importlib.util.find_spec(_IMPORTED[package]) is None:
-        raise InputError(f"loss {spec.loss}: {package} is not installed; pip install 'harness-bench[{spec.loss}]'")
+        raise InputError(f"loss {spec.loss}: {package} is not installed; {pip_install(spec.loss)}")
 
 
 def refuse_if_impossible(causal: Any, loss: str) -> None:

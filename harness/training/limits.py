@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
 from harness.training import adapter_methods
-from harness.training.batches import Data
+from harness.training.batches import Data, Example
 
 _OFFSET = 2
 """Rows that a table of positions may have before the first one, as OPT's."""
@@ -58,10 +59,18 @@ def of_model(network: Any) -> Limits:
 
 def of_texts(data: Data, tokenizer: Any) -> Texts:
     """What examples ask of a model."""
-    groups = (data.train, data.held_out, data.general)
-    training, held_out, general = (max(map(len, group), default=0) for group in groups)
-    largest = max(max(example.input_ids) for group in groups for example in group)
-    return Texts(training, held_out, general, largest, len(tokenizer))
+    largest = max(max(example.input_ids) for group in _groups(data) for example in group)
+    return Texts(*lengths_of(data), largest, len(tokenizer))
+
+
+def lengths_of(data: Data) -> tuple[int, int, int]:
+    """Tokens of the longest example to train on, held out, and general."""
+    training, held_out, general = (max(map(len, group), default=0) for group in _groups(data))
+    return training, held_out, general
+
+
+def _groups(data: Data) -> tuple[Sequence[Example], ...]:
+    return data.train, data.held_out, data.general
 
 
 def check(spec: TrialSpec, texts: Texts, limits: Limits) -> None:
@@ -76,21 +85,30 @@ def check(spec: TrialSpec, texts: Texts, limits: Limits) -> None:
             f"for {limits.embeddings} (its tokenizer has {texts.vocabulary} tokens); give the tokenizer of these "
             "weights, or weights with embeddings for all of its tokens"
         )
+    check_lengths(spec, texts.training, texts.held_out, texts.general, limits)
+
+
+def check_lengths(spec: TrialSpec, training: int, held_out: int, general: int, limits: Limits) -> None:
+    """Check that a model has positions for the longest example to train on, held out, and general, in tokens.
+
+    Raises:
+        InputError: it has not; it says how many it has.
+    """
     if limits.positions is None:
         return
     evaluated = "eval_sequence_length" if spec.eval_sequence_length is not None else "sequence_length"
     for what, tokens, key in (
-        ("a training example", texts.training, "sequence_length"),
-        ("a held-out example", texts.held_out, evaluated),
+        ("a training example", training, "sequence_length"),
+        ("a held-out example", held_out, evaluated),
     ):
         if tokens > limits.positions:
             raise InputError(
                 f"{key} {getattr(spec, key)}: {what} has {tokens} tokens, and {spec.base_model} has positions for "
                 f"{limits.positions}; use {key}: {limits.positions} or less"
             )
-    if texts.general > limits.positions:
+    if general > limits.positions:
         raise InputError(
-            f"measure_forgetting: a general text has {texts.general} tokens, and {spec.base_model} has positions for "
+            f"measure_forgetting: a general text has {general} tokens, and {spec.base_model} has positions for "
             f"{limits.positions}; use measure_forgetting: false"
         )
 

@@ -252,7 +252,7 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         packing.set_up(model)
     if spec.gradient_checkpointing:
         recomputation.enable(model, spec)
-    if spec.reentrant_checkpointing and spec.adapter != FULL:
+    if spec.gradient_checkpointing and spec.reentrant_checkpointing and spec.adapter != FULL:
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
     if spec.upcasts:
         _upcast_unquantized(model)
@@ -265,8 +265,21 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         parameter.requires_grad_(False)
     if spec.loss in FUSED_LOSSES:
         fused_loss.refuse_if_impossible(without_logits.base_of(model), spec.loss)
+    if compute_dtype(spec) is torch.float16:
+        _refuse_fp16_gradients(model, spec)
     model.train()
     return model
+
+
+def _refuse_fp16_gradients(model: Any, spec: TrialSpec) -> None:
+    """Refuse to train weights in fp16, whose gradients the loss scaler cannot unscale."""
+    name = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype is torch.float16), None)
+    if name is not None:
+        key = "precision" if spec.compute_dtype is None else "compute_dtype"
+        raise InputError(
+            f"{key} {getattr(spec, key)}: {name} would be trained in fp16, where the loss scaler cannot unscale its "
+            f"gradient; use {key}: bf16, or train no weights of the base"
+        )
 
 
 def _with_noise(alpha: float, embeddings: Any, _: Any, output: torch.Tensor) -> torch.Tensor:

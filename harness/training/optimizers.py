@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from harness._util.messages import pip_install
 from harness.errors import InputError
 from harness.spec.keys import LORA, LOW_RANK_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS, TORCHAO_OPTIMIZERS
 from harness.spec.trial import TrialSpec
@@ -36,9 +37,7 @@ def refuse_missing(spec: TrialSpec) -> None:
     library = _LIBRARIES.get(spec.optimizer)
     if library is not None and importlib.util.find_spec(library) is None:
         extra = library if spec.optimizer in TORCHAO_OPTIMIZERS else "optimizers"
-        raise InputError(
-            f"optimizer {spec.optimizer}: {library} is not installed; pip install 'harness-bench[{extra}]'"
-        )
+        raise InputError(f"optimizer {spec.optimizer}: {library} is not installed; {pip_install(extra)}")
 
 
 def make(model: Any, spec: TrialSpec, warm_up_steps: int) -> torch.optim.Optimizer:

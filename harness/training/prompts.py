@@ -47,6 +47,12 @@ def render(story: Story, tokenizer: Any) -> Prompt:
     return Prompt(lead + _PLAIN_TURN.format(instruction=instruction))
 
 
+def ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With the end token, if there is one and the text does not end with it already."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
 def token_ids(text: str, tokenizer: Any, own: list[int] | None = None) -> list[int]:
     """Tokens of a prompt, with what the tokenizer puts before a text, once: a template may have it already.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness._util.messages import pip_install
 from harness.errors import InputError
 
 
@@ -64,9 +65,7 @@ def _require(library: str) -> None:
     try:
         importlib.import_module(library)
     except ImportError:
-        raise InputError(
-            f'quantizer {library} needs {library}; install it with: pip install "harness-bench[{library}]"'
-        ) from None
+        raise InputError(f"quantizer {library}: it is not installed; {pip_install(library)}") from None
 
 
 def quantise_on_meta(model: Any, quantization: Any, *, skipped: list[str] | None) -> None:

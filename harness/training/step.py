@@ -18,6 +18,9 @@ from harness.training.batches import Batch
 from harness.training.live_tensors import Component, LiveTensors
 from harness.training.model import autocast, compute_dtype, trainable
 
+_SMALLEST_SCALE = 2.0**-16
+"""Of the loss: below it, gradients that are not finite are not the scale's."""
+
 
 class Diverged(Exception):
     """A loss or a gradient is not finite."""
@@ -32,7 +35,7 @@ class StepResult:
     auxiliary_loss: float | None
     """Of the model's own, at its weight, which is added to it; null where it has none."""
     grad_norm: float | None
-    """Before clipping; null where the loss scaler skipped the update."""
+    """Before clipping; null where the loss scaler has no scale at which it is finite, and there was no update."""
     learning_rate: float
 
 
@@ -71,6 +74,7 @@ class Trainer:
         self._parameters = trainable(model)
         self.on_phase = on_phase
         self._updates = 0
+        self._on_retry: Callable[[], None] = lambda: None
         self._read = read
         self._kept_outputs: Any = None
 
@@ -88,9 +92,19 @@ class Trainer:
         What is minimised is the cross entropy of all supervised tokens divided by their number, and the mean by tokens
         of a model's auxiliary loss, so that the micro-batching changes nothing but memory and time.
 
+        Where gradients overflow in fp16, they are taken again at a smaller scale of the loss: trainers that skip such
+        updates lose the first steps of a training, and with them a part of the schedule.
+
         Raises:
             Diverged: loss or gradient is not finite.
         """
+        result = self._try_step(batches)
+        while result.grad_norm is None and self.scaler is not None and self.scaler.get_scale() > _SMALLEST_SCALE:
+            self._on_retry()
+            result = self._try_step(batches)
+        return result
+
+    def _try_step(self, batches: Sequence[Batch]) -> StepResult:
         counts = [(batch.supervised_tokens, batch.tokens) for batch in batches]
         own = torch.tensor([sum(column) for column in zip(*counts, strict=True)], device=self.device)
         supervised, tokens = distributed.all_reduce_sum(own)
@@ -154,13 +168,18 @@ class Trainer:
             elif parameter in self.optimizer.state:  # updated already, in the backward pass
                 tracker.adopt(_tensors(self.optimizer.state[parameter]), "optimizer")
 
+        flops = tracker.flops
+
+        def again() -> None:
+            tracker.flops = flops
+
         hooks = [self._module.register_forward_pre_hook(begin)]
         hooks += [p.register_post_accumulate_grad_hook(adopt) for p in self._parameters]
-        self.on_phase = enter
+        self.on_phase, self._on_retry = enter, again
         try:
             return self.step(batches)
         finally:
-            self.on_phase = report
+            self.on_phase, self._on_retry = report, lambda: None
             tracker.component = "activations"
             for hook in hooks:
                 hook.remove()
@@ -183,15 +202,15 @@ class Trainer:
             if self.scaler is None:
                 self.on_phase("backward")
                 raise Diverged(f"gradient norm is {norm}")
-            norm = None  # the scaler skips this update and tries a smaller scale
+            norm = None  # the scaler skips this update and takes a smaller scale
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.scheduler.step()
-        self._updates += 1
-        if norm is not None:  # else gradients are not finite
+        if norm is not None:
+            self.scheduler.step()
+            self._updates += 1
             adapter_methods.after_update(self._module, self._updates)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, auxiliary_loss, norm, rate)

@@ -344,7 +344,7 @@ class _Trial:
     def _summarise(self, flops: int) -> None:
         tracked = [s for s in self.steps if s.tracked]
         self.metrics |= {
-            "optimizer_steps": len(self.steps),
+            "optimizer_steps": sum(s.grad_norm is not None for s in self.steps),
             "trained_tokens": sum(s.tokens for s in self.steps),
             "flops_per_token": flops / sum(s.tokens for s in tracked) if self.spec.counts_operations else None,
         }

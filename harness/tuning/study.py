@@ -65,6 +65,8 @@ class Outcome:
     """Trials that were not reached."""
     warm: int
     """Trials of the warm start."""
+    interrupted: bool = False
+    """Whether Ctrl-C stopped it before its end."""
 
 
 @dataclass(frozen=True)
@@ -410,7 +412,7 @@ class _StudyProcess:
             self.store.compact()
         warm = sum("source" in t.user_attrs for t in trials)
         left = 0 if finished else self._left()
-        return Outcome(self.study.study_name, proposed_count(self.study), left, warm)
+        return Outcome(self.study.study_name, proposed_count(self.study), left, warm, interrupted=not finished)
 
 
 def study_name(search: Search, environment_id: str, contents: Sequence[Contents] = ()) -> str:
