@@ -86,6 +86,11 @@ class Environment(BaseModel):
         return f"{self.cpu_name} ({self.cpu_model})" if self.cpu_model else self.cpu_name
 
     @property
+    def cores(self) -> str:
+        """Their number, with its unit."""
+        return f"{self.cpu_cores} CPU core{'s' * (self.cpu_cores != 1)}"
+
+    @property
     def summary(self) -> str:
         """Hardware and versions in one line."""
         products = {"fp32-blocks": "in blocks of fp32", "amx": "by AMX", "avx512_bf16": "by AVX-512"}
@@ -93,7 +98,7 @@ class Environment(BaseModel):
         device = self.processor if self.device_type == "cpu" else self.device_name
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
         return (
-            f"{device}, {show_bytes(self.device_memory_bytes)}, {self.cpu_cores} CPU cores"
+            f"{device}, {show_bytes(self.device_memory_bytes)}, {self.cores}"
             f"{f', 16-bit products {how}' if how else ''}; {versions}"
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import pandas
 import pytest
 import typer
 import yaml
@@ -177,6 +178,30 @@ def test_every_row_is_one_of_its_grid_and_agrees_with_itself(specs: dict[str, di
                 used = float(row["reserved"]) * table.size / CAPACITIES[name]
                 shown = float(row[name].partition("(")[2].removesuffix("%)")) / 100
                 assert shown == pytest.approx(used, abs=0.011), (label, name)
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence", "report", "shown"),
+    [
+        ("memory", "0.69 (0.62 to 0.77)", "techniques", "| gradient_checkpointing=true | .* ×0.69 (0.62–0.77) slower"),
+        ("search", "(−0.012 nats, −0.061 to +0.038)", "tune", "eval loss −0.012 (−0.061 to +0.038) not"),
+        ("search", "better by more than 0.13 nats", "tune", "better in eval loss by more than 0.13 nats"),
+        ("grids", "0.25 nats more than LoRA (0.17 to 0.33)", "forgetting", "| −0.250 (−0.326 to −0.173) | 64 passages"),
+    ],
+)
+def test_sentences_have_the_figures_of_the_reports(page: str, sentence: str, report: str, shown: str) -> None:
+    assert sentence in " ".join(PAGES[f"docs/{page}.md"].split())
+    pattern = re.escape(shown).replace(re.escape(".*"), ".*")
+    assert re.search(pattern, (ROOT / f"reports/{report}/report.md").read_text(encoding="utf-8"))
+
+
+def test_memory_outside_of_training_is_that_of_the_rows() -> None:
+    rows = pandas.read_parquet(ROOT / "results/techniques/trials")
+    baseline = rows[(rows["label"] == "baseline") & (rows["environment_id"] == "fb116a5f")]
+    evaluating = baseline["peak_evaluate_bytes"].max() / UNITS["MiB"]
+    process = [f"{baseline['peak_process_bytes'].agg(end) / GIB:.2f}" for end in ("min", "max")]
+    assert f"{evaluating:.2f} MiB while evaluating" in " ".join(MEMORY.split())
+    assert f"{' to '.join(process)} GiB of process" in " ".join(MEMORY.split())
 
 
 def test_the_sum_adds_up() -> None:

@@ -371,9 +371,8 @@ def test_committed_rows_keep_their_ids_and_are_reported() -> None:
             environment = Environment.model_validate_json(row["environment"])
             contents = Contents.of_row(row)
             assert row["trial_id"] == trial_id(spec_of(row), environment, contents, twin=row["twin"])
-            before = folder.name in ("tune", "forgetting")
-            assert (contents == NO_CONTENTS) == before, "these are from before there were any"
-    assert not [what for what in loading.load(ROOT / "results/forgetting").left_out if "content" in what]
+            assert (contents == NO_CONTENTS) == (folder.name == "tune"), "these are from before there were any"
+    assert not [what for what in loading.load(ROOT / "results/tune").left_out if "content" in what]
 
 
 def recorded(folder: Path, fingerprint: str | None, day: int, **more: Any) -> Store:

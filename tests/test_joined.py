@@ -28,7 +28,7 @@ from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 Small = Callable[..., TrialSpec]
-COMMITTED = {"lesson": "fb116a5f", "practice": "bd5fabe1", "forgetting": "bd5fabe1", "biases": "fb116a5f"}
+COMMITTED = {"lesson": "fb116a5f", "practice": "bd5fabe1", "forgetting": "557a4f59", "biases": "fb116a5f"}
 """Environments by grid."""
 _NOT_HERE = "not measured here"
 

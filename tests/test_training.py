@@ -46,8 +46,8 @@ def train(spec: TrialSpec) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_gradients_that_overflow_in_fp16_are_taken_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is an update, at its own rate: other trainers skip those until the scale of the loss is found."""
     spec = small(precision="fp16-mixed", adapter="none", lr_scheduler="linear", max_steps=3)
-    first, found = trials.run(spec), torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(found, init_scale=2.0**60))
+    first, scaler = trials.run(spec), torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=2.0**60))
     overflown = trials.run(spec)
     assert overflown.status == "ok", overflown.error
     assert overflown.metrics["optimizer_steps"] == len(overflown.steps) == len(first.steps) > 1

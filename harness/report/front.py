@@ -165,7 +165,8 @@ def _about(measurements: Sequence[Measurements]) -> str:
 
 def _machine(m: Measurements) -> str:
     name = str(m.environment["device_name"])
-    return f"{name}, {m.environment['cpu_cores']} cores" if m.environment["device_type"] == "cpu" else name
+    cores = m.environment["cpu_cores"]
+    return f"{name}, {cores} core{'s' * (cores != 1)}" if m.environment["device_type"] == "cpu" else name
 
 
 def _size(m: Measurements) -> str:
