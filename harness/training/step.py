@@ -99,7 +99,7 @@ class Trainer:
             Diverged: loss or gradient is not finite.
         """
         result = self._try_step(batches)
-        while result.grad_norm is None and self.scaler is not None and self.scaler.get_scale() > _SMALLEST_SCALE:
+        while self.scaler is not None and result.grad_norm is None and self.scaler.get_scale() > _SMALLEST_SCALE:
             self._on_retry()
             result = self._try_step(batches)
         return result
