@@ -225,6 +225,7 @@ def run(
 
     policy = Policy(timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible)
     until = None if minutes is None else began + 60 * minutes
+    interrupted = False
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
     beforehand.print_forecast(loaded, store, here)
 
@@ -233,7 +234,6 @@ def run(
         make_launcher(where, loaded) as launcher,
         serving(out, loaded.title, wanted=live) as live_page,
     ):
-        interrupted = False
 
         def find(trainings: Grid, own: Store) -> Summary:
             nonlocal limit, interrupted
@@ -318,8 +318,8 @@ def run(
             print_document(run_document(executed, store, launcher))
         hint = "; run them again with --rerun and that status"
         failures.refuse(rows, store.folder, complete=not left, hint=hint)
-        if interrupted:
-            raise typer.Exit(failures.INTERRUPTED)
+    if interrupted:  # failures that are allowed end the block above
+        raise typer.Exit(failures.INTERRUPTED)
 
 
 def _refuse_with_size(repeats: int | None, until_decided: int | None, where: LauncherOptions) -> None:

@@ -124,6 +124,7 @@ def tune(
     policy = Policy(trial_timeout, stall or None, retries, trust_remote_code=trust_remote_code, skip_infeasible=True)
     how = study.Options(storage=opened, sources=tuple(source or ()), policy=policy)
     device_type = environment.resolve_device(search.base.device)
+    interrupted = False
     with failures.allowed(allow_failures), make_launcher(where, base) as launcher:
         with contextlib.ExitStack() as stack:
             if not where.remote:
@@ -136,9 +137,10 @@ def tune(
                 outcome = study.tune(
                     search, store, launcher, progress, how, lambda line: out.print(plain(line), style="dim")
                 )
+        interrupted = outcome.interrupted
         _print_outcome(outcome, store, grid, export, launcher.environments(device_type))
-        if outcome.interrupted:
-            raise typer.Exit(failures.INTERRUPTED)
+    if interrupted:  # failures that are allowed end the block above
+        raise typer.Exit(failures.INTERRUPTED)
 
 
 def _print_outcome(
