@@ -38,6 +38,17 @@ def test_the_rows_are_those_that_were_recorded(published: Path, tmp_path: Path) 
     assert default.num_rows == Store(FORGETTING).read("trials").num_rows
 
 
+def test_the_rows_of_one_environment_go_without_those_of_others(tmp_path: Path, ask: Ask) -> None:
+    code, _, errors = ask("publish", str(ROOT / "results/biases"), "--to", str(tmp_path), "--environment", "bd5fabe1")
+    assert code == 0, errors
+    trials = pandas.read_parquet(tmp_path / "data/trials.parquet")
+    assert set(trials["environment_id"]) == {"bd5fabe1"}
+    steps = pandas.read_parquet(tmp_path / "data/steps.parquet")
+    assert set(steps["trial_id"]) == set(trials["trial_id"])
+    counts = f"- `trials` ({len(trials)} rows)"
+    assert counts in (tmp_path / "README.md").read_text()
+
+
 def test_the_card_says_what_it_is(published: Path) -> None:
     _, front, text = (published / "README.md").read_text().split("---\n", 2)
     about = yaml.safe_load(front)

@@ -19,15 +19,16 @@ from test_launch import Watch
 
 from harness.analysis import comparison, loading
 from harness.analysis.timed import effects, logarithms
+from harness.cli import run
 from harness.cli.progress import Pace
 from harness.grids import grid as grids
 from harness.grids.document import NO_TIMING, Timing
 from harness.launch.local import LocalLauncher
-from harness.record import Record, Step, Visit
+from harness.record import Job, Record, Step, Visit
 from harness.report import document
 from harness.results.store import Store
 from harness.results.timing import row_figures
-from harness.runner import visits
+from harness.runner import execution, grid_run, visits
 from harness.runner.grid_run import Summary, run_grid
 from harness.runner.identity import possible_ids
 from harness.training import batches, checkpoints, order, waiting
@@ -351,6 +352,29 @@ def test_disturbed_visits_are_made_again_and_enter_no_speed(
     assert row["timed_visits"] == 2
     assert row["disturbed_steps"] >= 3
     assert not row["disturbed"]
+
+
+def test_visits_that_fail_are_named_with_their_end(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    quiet()
+    attempt = execution._last_attempt
+
+    def out_of_memory(job: Job, context: Any) -> Record:
+        record = attempt(job, context)
+        if record.visit is None or record.label != "gradient_checkpointing=true":
+            return record
+        return record.model_copy(update={"status": "oom", "error": "more than there is", "log": "logs/visit.log"})
+
+    monkeypatch.setattr(execution, "_last_attempt", out_of_memory)
+    monkeypatch.setattr(grid_run, "MOST_FURTHER_BLOCKS", 0)
+    summary = go(loaded(tmp_path, GRID.replace("visits: 2", "visits: 1")), tmp_path, launcher)
+    assert summary.untimed == ("gradient_checkpointing=true",)
+    run._print_summary(summary, Store(tmp_path / "r"), tmp_path / "g.yml")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"gradient_checkpointing=true (oom, see {tmp_path / 'r/logs/visit.log'})" in printed.replace("/ ", "/")
+    assert "their visits failed; their speeds enter no comparison" in printed
 
 
 @pytest.mark.long

@@ -57,7 +57,7 @@ def publish(
         target = Path(temporary) if on_hub else Path(to)
         with out.status("reading the rows"):
             content = document.document(measurements, folder)
-            written = publishing.write(content, Store(folder), target, licence=licence)
+            written = publishing.write(content, Store(folder), target, licence=licence, environment=environment)
         if not on_hub:
             out.print(f"{len(written)} files in {plain(to)}; README.md is the card", highlight=False, soft_wrap=True)
             return

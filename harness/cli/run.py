@@ -265,7 +265,7 @@ def run(
 
         def execute(version: Grid) -> bool:
             """Run a version of the grid; false: it was interrupted."""
-            nonlocal executed, interrupted
+            nonlocal executed, interrupted, limit
             executed = version
             predictions = NO_PREDICTIONS
             for line in grid_run.kept_apart(grid_run.pending(version, store, launcher, statuses), store, launcher):
@@ -286,6 +286,7 @@ def run(
                     predictions=predictions,
                 )
             _print_summary(summary, store, grid)
+            limit = limit and limit - len(summary.records)
             interrupted = summary.interrupted
             return summary.left == 0
 
@@ -379,13 +380,7 @@ def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
     if summary.by_others:
         out.print(f"{summary.by_others} trials were done by another runner meanwhile", highlight=False)
     if summary.untimed:
-        labels = plain(", ".join(summary.untimed))
-        out.print(
-            f"[yellow]not timed well enough: {labels}[/]: the machine worked for others during their visits, or these "
-            "failed (see logs/) or were not reached; their speeds enter no comparison. Time them again with: "
-            f"harness run {plain(str(grid))}",
-            highlight=False,
-        )
+        _print_untimed(summary, store, grid)
     if not summary.records:
         if summary.visits:
             out.print(f"{summary.visits} timing visits were added", highlight=False)
@@ -397,3 +392,19 @@ def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
     out.print(f"{len(summary.records)} trials ended ({ends}), kept in {plain(str(store.folder))}", highlight=False)
     if summary.left:
         out.print(f"{summary.left} trials are left; go on with: harness run {plain(str(grid))}", highlight=False)
+
+
+def _print_untimed(summary: Summary, store: Store, grid: Path) -> None:
+    failed = {
+        label: f"{visit.status}, see {store.folder / visit.log}" if visit.log else visit.status
+        for label, visit in summary.failed_visits.items()
+    }
+    labels = ", ".join(f"{each} ({failed[each]})" if each in failed else each for each in summary.untimed)
+    reason = "the machine worked for others during visits, or these failed or were not reached"
+    if len(failed) == len(summary.untimed):
+        reason = "their visits failed"
+    out.print(
+        f"[yellow]not timed well enough: {plain(labels)}[/]: {reason}; their speeds enter no "
+        f"comparison. Time them again with: harness run {plain(str(grid))}",
+        highlight=False,
+    )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
@@ -29,7 +30,9 @@ _ABOUT = {
 """What each table holds."""
 
 
-def write(document: Document, store: Store, folder: Path, *, licence: str) -> list[Path]:
+def write(
+    document: Document, store: Store, folder: Path, *, licence: str, environment: str | None = None
+) -> list[Path]:
     """Write `README.md` (the card), `data/<table>.parquet`, `grid.json` and the report into a folder.
 
     Args:
@@ -37,6 +40,7 @@ def write(document: Document, store: Store, folder: Path, *, licence: str) -> li
         store: of the results.
         folder: created if missing; files of the same names are replaced.
         licence: its identifier on the hub, like apache-2.0.
+        environment: id of the environment whose rows are written; null: those of all.
 
     Returns:
         The files.
@@ -51,8 +55,11 @@ def write(document: Document, store: Store, folder: Path, *, licence: str) -> li
         written.append(folder / name)
 
     counts: dict[str, int] = {}
+    trials = store.read("trials", columns=["trial_id", "environment_id"])
+    chosen = trials if environment is None else trials.filter(pc.field("environment_id") == environment)
     for table in SCHEMAS:
         rows = store.read(table)
+        rows = rows.filter(pc.field("trial_id").isin(chosen["trial_id"].combine_chunks()))
         (folder / f"data/{table}.parquet").unlink(missing_ok=True)
         if rows.num_rows:
             file = io.BytesIO()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.environment import resolve_device
@@ -39,6 +39,8 @@ class Summary:
     """Trials that other runners recorded meanwhile."""
     untimed: tuple[str, ...] = ()
     """Labels of trials that ended well and have too few timing visits that count."""
+    failed_visits: Mapping[str, Record] = field(default_factory=dict)
+    """By label of such a trial, its latest visit that failed."""
     visits: int = 0
     """Timing visits that were made and count."""
     interrupted: bool = False
@@ -166,7 +168,9 @@ def run_grid(
     by_others = len(workers.recorded_by_others - done)
     left = len(trials) - len(done) - by_others
     stopped = interrupt.asked and bool(left or untimed)
-    return Summary(tuple(workers.records), len(grid.trials) - len(trials), left, by_others, untimed, visits, stopped)
+    failed = {label: workers.failed_visits[label] for label in untimed if label in workers.failed_visits}
+    recorded_before = len(grid.trials) - len(trials)
+    return Summary(tuple(workers.records), recorded_before, left, by_others, untimed, failed, visits, stopped)
 
 
 def _is_past(moment: float | None) -> bool:

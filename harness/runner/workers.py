@@ -82,6 +82,8 @@ class GridWorkers:
         """Of the trials that were trained."""
         self.recorded_by_others: set[str] = set()
         """Ids of trials that other runners recorded meanwhile."""
+        self.failed_visits: dict[str, Record] = {}
+        """Of each trial's label, its latest visit that failed."""
         self._grid, self._store, self._launcher, self._started = grid, store, launcher, started
         self._policy, self._predictions = policy, predictions
         self._numbers = itertools.count(1)
@@ -130,7 +132,9 @@ class GridWorkers:
 
         def one(job: Job, context: ExecutionContext) -> None:
             record, _ = visit(job, context, timing.visits)
-            if record.status == "ok" and not record.disturbed:
+            if record.status != "ok":
+                self.failed_visits[record.label] = record
+            elif not record.disturbed:
                 counting.append(record)
 
         baselines = visits.references(self._grid, self._store, self._launcher)
