@@ -222,10 +222,10 @@ def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Pa
     times = open_loss.needed or 0
     decided = (
         f"{8 * times:,} held-out stories (val_set_size), more than the data has (12), and {3 * times:,} repeats "
-        "(repeats) would decide 1 of them"
+        "(repeats) would decide it"
     )
     time = show_time(times * 9 * (31.0 + 18.0 * (times - 1)))
-    assert losses == f"1 of 2 losses are not decided; {decided}, in about {time}."
+    assert losses == f"1 of 2 losses is not decided; {decided}, in about {time}."
     fewer = min(open_speed.needed or 0, other_speed.needed or 0)
     decided = f"{fewer:,} visits instead of 3 (visits) would decide 1 of them"
     assert speeds == f"2 of 2 speeds are not decided; {decided}.", (

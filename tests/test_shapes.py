@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import random
 import re
 from collections.abc import Callable
@@ -408,6 +410,9 @@ KINDS: dict[str, Callable[[Path, Data], Any]] = {
     "utf16.json": lambda file, rows: file.write_text(json.dumps(rows, ensure_ascii=False), "utf-16"),
     "lines.jsonl.gz": lambda file, rows: file.write_bytes(gzip.compress(_lines(rows).encode())),
     "list.JSON.GZ": lambda file, rows: file.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    "lines.jsonl.bz2": lambda file, rows: file.write_bytes(bz2.compress(_lines(rows).encode())),
+    "list.json.xz": lambda file, rows: file.write_bytes(lzma.compress(json.dumps(rows).encode())),
+    "lines.ndjson": lambda file, rows: file.write_text(_lines(rows), "utf-8"),
     "lines.jsonl.zst": lambda file, rows: _compressed(file, _lines(rows).encode()),
     "comma.csv": _csv,
     "semicolon.csv": lambda file, rows: _csv(file, rows, ";"),
@@ -521,19 +526,25 @@ def test_lengths_of_a_damaged_stream_are_not_followed(tmp_path: Path) -> None:
         read_all(tmp_path / "d.arrow")
 
 
-@pytest.mark.parametrize("suffix", [*files.SUFFIXES, ".jsonl.gz", ".csv.zst", ".parquet.gz"])
+@pytest.mark.parametrize("suffix", [*files.SUFFIXES, ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".csv.zst", ".parquet.gz"])
 @pytest.mark.parametrize("how", ["cut", "half", "other", "flipped"])
 def test_damaged_files_are_refused_in_a_line(suffix: str, how: str, tmp_path: Path) -> None:
     """None is read as fewer rows than it had, but for a table of text that ends between two rows."""
     rows: Data = [{"synopsis": f"number {i}", "short_story": f"Once {i} " * 20} for i in range(50)]
-    name = {".jsonl": "lines.jsonl", ".json": "list.json", ".csv": "comma.csv", ".tsv": "table.tsv",
-            ".parquet": "table.parquet", ".arrow": "stream.arrow", ".feather": "table.feather"}  # fmt: skip
+    name = {
+        ".jsonl": "lines.jsonl", ".ndjson": "lines.ndjson", ".json": "list.json", ".csv": "comma.csv",
+        ".tsv": "table.tsv", ".parquet": "table.parquet", ".arrow": "stream.arrow", ".feather": "table.feather",
+    }  # fmt: skip
     inner = files.suffix_of(f"a{suffix}")
     KINDS[name[inner]](tmp_path / "whole", rows)
     content = (tmp_path / "whole").read_bytes()
     file = tmp_path / f"d{suffix}"
     if suffix.endswith(".gz"):
         content = gzip.compress(content)
+    elif suffix.endswith(".bz2"):
+        content = bz2.compress(content)
+    elif suffix.endswith(".xz"):
+        content = lzma.compress(content)
     elif suffix.endswith(".zst"):
         _compressed(file, content)
         content = file.read_bytes()

@@ -555,6 +555,9 @@ def test_format_of_files_of_any_name(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("a.jsonl", b"\x1f\x8b\x08\0\0", r"as \.jsonl: it is compressed; let its name end in \.gz"),
+        ("a.json", b"BZh91AY", r"as \.json: it is compressed; let its name end in \.bz2"),
+        ("a.csv", b"\xfd7zXZ\0\0", r"as \.csv: it is compressed; let its name end in \.xz"),
+        ("a.jsonl.xz", b'{"synopsis": "A"}', r"as \.jsonl: .*format"),
         ("a.csv", b"PAR1\0", r"it holds Parquet; let its name end in \.parquet, or set ds_type: parquet"),
         ("a.json", b"ARROW1\0\0", r"it holds Arrow; let its name end in \.arrow"),
         ("a.csv", b"PK\x03\x04\0", r"it is an archive or a spreadsheet; unpack it, or save its table as \.csv"),

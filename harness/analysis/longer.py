@@ -28,7 +28,8 @@ def sentences(comparison: Comparison) -> list[str]:
         undecided = list(comparison.undecided(metric).values())
         more = _more(comparison.measurements, undecided)
         if more:
-            lines.append(f"{len(undecided)} of {len(comparison.estimates[metric])} {name} are not decided; {more}.")
+            verb = "is" if len(undecided) == 1 else "are"
+            lines.append(f"{len(undecided)} of {len(comparison.estimates[metric])} {name} {verb} not decided; {more}.")
     return lines
 
 
@@ -45,7 +46,7 @@ def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
     decided = sum(number <= amount for number in wanted)
     what, seconds = _LONGER[unit](m, these, now, amount)
     time = "" if math.isnan(seconds) else f", in about {show_time(seconds)}"
-    return f"{what} would decide {decided} of them{time}"
+    return f"{what} would decide {'it' if len(undecided) == 1 else f'{decided} of them'}{time}"
 
 
 def _visits(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:

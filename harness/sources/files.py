@@ -14,6 +14,7 @@ from harness.sources import json_rows
 
 _FORMATS = {
     ".jsonl": "json",
+    ".ndjson": "json",
     ".json": "json",
     ".csv": "csv",
     ".tsv": "csv",
@@ -23,8 +24,10 @@ _FORMATS = {
 }
 SUFFIXES = tuple(_FORMATS)
 """Ends of names that say a format."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""Ends of names that may follow, and Arrow's names for what they say."""
+_LINES = (".jsonl", ".ndjson")
+"""Ends of names that say that each line is a row."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+"""Ends of names that may follow, and what they say: Arrow's names, but for xz, which it lacks."""
 LOADERS = ("json", "csv", "parquet", "arrow", "text")
 """Formats, as `ds_type` names them."""
 _TEXT_SUFFIX = ".txt"
@@ -88,7 +91,7 @@ def read_file(file: Path, ds_type: str | None = None) -> Iterator[dict[str, Any]
     if content.startswith(b"version https://git-lfs"):
         raise ValueError("it is a pointer of Git LFS; fetch the file itself with git lfs pull")
     if kind == "json":
-        yield from json_rows.read(_text(content), as_lines=suffix == ".jsonl")
+        yield from json_rows.read(_text(content), as_lines=suffix in _LINES)
     elif kind == "csv":
         yield from _csv_rows(_text(content), "\t" if suffix == ".tsv" else None)
     elif kind == "text":
@@ -111,6 +114,13 @@ def _content(file: Path) -> bytes:
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         return file.read_bytes()
+    if compression == "xz":
+        import lzma
+
+        try:
+            return lzma.decompress(file.read_bytes())
+        except lzma.LZMAError as error:
+            raise ValueError(error) from None
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression=compression) as stream:
@@ -121,6 +131,8 @@ _BEGINNINGS = {
     b"PAR1": "it holds Parquet; let its name end in .parquet, or set ds_type: parquet",
     b"ARROW1": "it holds Arrow; let its name end in .arrow, or set ds_type: arrow",
     b"\x1f\x8b": "it is compressed; let its name end in .gz",
+    b"BZh": "it is compressed; let its name end in .bz2",
+    b"\xfd7zXZ\0": "it is compressed; let its name end in .xz",
     b"\x28\xb5\x2f\xfd": "it is compressed; let its name end in .zst",
     b"PK\x03\x04": "it is an archive or a spreadsheet; unpack it, or save its table as .csv",
 }
