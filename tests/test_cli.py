@@ -178,6 +178,13 @@ def test_a_dry_run_says_what_a_run_would_stop_at(tmp_path: Path, ask: Ask) -> No
     assert errors.startswith("a run here would stop: dataset nowhere.jsonl: no such file")
 
 
+def test_a_level_that_is_the_baseline_is_named(tmp_path: Path, ask: Ask) -> None:
+    (tmp_path / "g.yml").write_text("base: {base_model: random:tiny, lora_r: 16}\nvary: {lora_r: [4, 16]}\n")
+    code, printed, _ = ask("run", "g.yml", "--dry-run")
+    assert (code, "3 trials, 3 to run" in printed) == (0, True)
+    assert "lora_r=16 is the same configuration as baseline, which runs for both" in printed
+
+
 def test_two_runs_are_compared_within_80_columns(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, printed, _ = ask("compare", str(SHORT), str(SHORT))

@@ -505,6 +505,8 @@ def test_levels_that_differ_in_nothing_measured_run_once(tmp_path: Path) -> None
         "{one: {adapter: none}, two: {adapter: none, lora_r: 99}}}\n",
     )
     assert labels(loaded) == {"baseline", "one"}
+    same = ("output_dir=a", "output_dir=b", "logging_steps=5")
+    assert loaded.merged == {**dict.fromkeys(same, "baseline"), "two": "one"}
 
 
 def test_exclude_drops_combinations(tmp_path: Path) -> None:

@@ -401,15 +401,19 @@ def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
 def test_the_time_left_knows_that_visits_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    trial, visit = SimpleNamespace(visit=None), SimpleNamespace(visit=Visit(block=1, seconds=1.0))
+    trial, visit, disturbed = (
+        SimpleNamespace(visit=made, status="ok", disturbed=waited)
+        for made, waited in ((None, False), (Visit(block=1, seconds=1.0), False), (Visit(block=1, seconds=1.0), True))
+    )
     pace = Pace(trials=2, visits=4)
     left = [pace.seconds_left]
-    for each, seconds in ((trial, 60), (visit, 10), (trial, 60), (visit, 10), (visit, 10), (visit, 10), (visit, 10)):
+    made = ((trial, 60), (visit, 10), (trial, 60), (disturbed, 10), (visit, 10), (visit, 10), (visit, 10), (visit, 10))
+    for each, seconds in made:
         clock[0] += seconds
-        pace.finished(each)  # type: ignore[arg-type]  # a record's visit alone
+        pace.finished(each)  # type: ignore[arg-type]  # a part of a record
         left.append(pace.seconds_left)
-    assert left == [None, 60 + 4 * 60, 60 + 3 * 10, 3 * 10, 2 * 10, 10, 0, 0]
-    assert (pace.done, pace.total) == (7, 7), "a disturbed visit was made again"
+    assert left == [None, 60 + 4 * 60, 60 + 3 * 10, 3 * 10, 3 * 10, 2 * 10, 10, 0, 0], "a disturbed visit is made again"
+    assert (pace.done, pace.total) == (8, 8), "the baseline was in its further block too"
     pace = Pace(trials=2, visits=4, visit_seconds=5.0)
     clock[0] += 60
     pace.finished(trial)  # type: ignore[arg-type]  # as above

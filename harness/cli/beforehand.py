@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from harness._util.terminal import plain
 from harness.cli.console import out
 from harness.cli.predictions import predict_trials
 from harness.errors import InputError
@@ -41,6 +42,13 @@ def seconds_of(text: str) -> float:
 def environments_of(grid: Grid, launcher: Launcher) -> tuple[Environment, ...]:
     """Where a grid's trials may run."""
     return tuple(e for device_type in grid.device_types for e in launcher.environments(device_type))
+
+
+def print_merged(grid: Grid) -> None:
+    """Which levels are one configuration with another, and have no row of their own."""
+    for label, of in grid.merged.items():
+        line = f"{label} is the same configuration as {of}, which runs for both"
+        out.print(plain(line), highlight=False, soft_wrap=True)
 
 
 def print_forecast(grid: Grid, store: Store, here: Sequence[Environment]) -> None:

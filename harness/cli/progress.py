@@ -104,7 +104,7 @@ class Pace:
 
     @property
     def total(self) -> int:
-        """With those that came on top: disturbed visits are repeated."""
+        """With those that come on top: visits that do not count are made again, in blocks that the baseline is in."""
         return self.done + sum(self._left.values())
 
     def finished(self, record: Record) -> None:
@@ -114,7 +114,9 @@ class Pace:
         self._seconds[kind] += now - self._last
         self._last = now
         self._done[kind] += 1
-        self._left[kind] = max(0, self._left[kind] - 1)
+        again = kind == "visits" and (record.disturbed or record.status != "ok")
+        if not again:
+            self._left[kind] = max(0, self._left[kind] - 1)
 
     @property
     def seconds_left(self) -> float | None:

@@ -198,6 +198,7 @@ def run(
     snapshot = Snapshot()
     if dry_run:
         print_training_file(loaded.training_file, grid)
+        beforehand.print_merged(loaded)
         beforehand.print_forecast(loaded, store, here)
         try:
             loaded = loaded.with_contents(snapshot.of)
@@ -227,6 +228,7 @@ def run(
     until = None if minutes is None else began + 60 * minutes
     interrupted = False
     out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    beforehand.print_merged(loaded)
     beforehand.print_forecast(loaded, store, here)
 
     with (

@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -103,6 +103,8 @@ class Grid:
     """What was found by that; null: nothing yet."""
     training_file: TrainingFile | None = None
     """What the training file that its base comes from means; null: the base is harness's own."""
+    merged: Mapping[str, str] = field(default_factory=dict)
+    """Labels of levels that are one configuration with another, and the label that it has."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -244,7 +246,8 @@ def _build(
             trial.spec.refuse_impossible()
         except ValueError as error:
             raise ValueError(f"{trial.label}: {error}") from None
-    trials = [replace(trial, spec=located(trial.spec, path)) for trial in _merge_duplicates(trials)]
+    trials, merged = _merge_duplicates(trials)
+    trials = [replace(trial, spec=located(trial.spec, path)) for trial in trials]
     _refuse_equal_labels(trials, base_spec)
     rates = rates_of(document, base_spec)
     if rates and any(trial.factor == "learning_rate" for trial in trials):
@@ -266,6 +269,7 @@ def _build(
         price_per_hour=price_of(document),
         rates=rates,
         training_file=None if meant.tool == OWN else meant,
+        merged=merged,
     )
 
 
@@ -376,12 +380,17 @@ def _exclude(trials: list[Trial], rules: Any) -> list[Trial]:
     return kept
 
 
-def _merge_duplicates(trials: list[Trial]) -> list[Trial]:
-    """Keep a spec that occurs twice (a level equal to the baseline) once, under its first label."""
+def _merge_duplicates(trials: list[Trial]) -> tuple[list[Trial], dict[str, str]]:
+    """The trials with a spec that occurs twice (a level equal to the baseline) once, under its first label; and by each
+    other label, that one.
+    """
     first: dict[str, Trial] = {}
+    merged: dict[str, str] = {}
     for trial in trials:
-        first.setdefault(trial.spec.id, trial)
-    return list(first.values())
+        kept = first.setdefault(trial.spec.id, trial)
+        if kept is not trial:
+            merged[trial.label] = kept.label
+    return list(first.values()), merged
 
 
 def _refuse_equal_labels(trials: Sequence[Trial], base: TrialSpec) -> None:
