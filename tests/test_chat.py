@@ -353,7 +353,7 @@ def test_a_system_turn_that_the_template_has_stays_there() -> None:
         (CHAT, chat_of([TALK[0], TALK[5]]), "does not show the calls of tools in a turn of the role 'assistant'; use"),
         (
             CHAT,
-            chat_of(FOUR, format="{instruction}"),
+            chat_of(FOUR, format="Q: {instruction}"),
             "format .* is of prompts, and the rows are chats; use chat_templ",
         ),
     ],
@@ -390,6 +390,24 @@ def test_a_text_that_ends_itself_gets_no_second_end() -> None:
     tokenizer = byte_tokenizer()
     for row in (Passage("Rain fell.</s>", PromptSpec()), Story("a dog", "It ran.</s>", None, None, PromptSpec())):
         assert example_of(row, tokenizer).input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_pair_ends_as_a_turn_of_the_template_does() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHAT.replace("</s>", "<|system|>"))
+    asked, answered = turns("Why?", "So.")
+    (of_turns,) = learnt(chat_of([asked, answered]), tokenizer)
+    assert learnt(Story("Why?", "So.", None, None, PromptSpec()), tokenizer) == [of_turns] == ["So.<|system|>"]
+    own = PromptSpec(format="Q: {instruction}")
+    assert learnt(Story("Why?", "So.", None, None, own), tokenizer) == ["So.</s>"], "no turn"
+
+
+def test_bare_prompts_stand_as_they_are_and_turns_are_chats() -> None:
+    """As TRL takes columns `prompt` and `completion`."""
+    tokenizer, bare = byte_tokenizer(chat_template=CHAT), PromptSpec(format="{instruction}")
+    example = example_of(Story("The sky is", " blue.", None, None, bare), tokenizer)
+    assert tokenizer.decode(example.input_ids) == "The sky is blue.</s>"
+    asked, answered = turns("Why?", "So.")
+    assert learnt(chat_of([asked, answered], trained_from=1, format=bare.format), tokenizer) == ["So.</s>"]
 
 
 # ------------------------------------------------------------------------------------ all rows of a spec
@@ -591,7 +609,8 @@ def test_a_generated_turn_ends_where_the_templates_does(
     ends_otherwise = CHAT.replace("</s>", "<|system|>")
     base = tiny_model(tmp_path / "model", chat_template=ends_otherwise)
     own = byte_tokenizer().convert_tokens_to_ids("<|system|>")
-    for row, ends in ((chats(1)[0], [1, own]), (Passage("a", PromptSpec()), [1])):
+    pair = Story("a", "b", None, None, PromptSpec())
+    for row, ends in ((chats(1)[0], [1, own]), (pair, [1, own]), (Passage("a", PromptSpec()), [1])):
         with_rows(monkeypatch, [row])
         assert AdapterSession(small(base_model=base), tmp_path).end_ids == ends
 

@@ -278,5 +278,5 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
             assert options == {"tokenize": False, "add_generation_prompt": True}
             return "|".join(f"{t['role']}:{t['content']}" for t in turns)
 
-    assert prompts.render(story(system="Tell."), Chat()) == Prompt("system:Tell.|user:a dog")
-    assert prompts.render(story(), Chat()) == Prompt("user:a dog")
+    assert prompts.render(story(system="Tell."), Chat()) == Prompt("system:Tell.|user:a dog", by_template=True)
+    assert prompts.render(story(), Chat()) == Prompt("user:a dog", by_template=True)

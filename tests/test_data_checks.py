@@ -191,7 +191,8 @@ def test_a_template_without_a_system_turn_gets_it_in_the_users(small: Small, tmp
     spec = small(base_model=base, datasets=data_of(tmp_path, long_enough(10), system_prompt=SYSTEM), train_samples=4)
     tokenizer = checkpoints.load_tokenizer(spec)
     rendered = prompts.render(story(), tokenizer)
-    assert rendered == prompts.Prompt(f"<|user|>{SYSTEM}\n\na dog</s><|assistant|>", system_folded=True)
+    folded = f"<|user|>{SYSTEM}\n\na dog</s><|assistant|>"
+    assert rendered == prompts.Prompt(folded, by_template=True, system_folded=True)
     assert not prompts.render(story(system=None), tokenizer).system_folded
     (warning,) = inspected(spec).warnings
     assert re.search("chat template has no system turn; the system text of 10 prompts begins the user's turn$", warning)
@@ -206,7 +207,7 @@ def test_a_template_without_a_system_turn_gets_it_in_the_users(small: Small, tmp
 
 def test_a_template_with_a_system_turn_keeps_it(small: Small, tmp_path: Path) -> None:
     rendered = prompts.render(story(), byte_tokenizer(chat_template=CHAT))
-    assert rendered == prompts.Prompt(f"<|system|>{SYSTEM}</s><|user|>a dog</s><|assistant|>")
+    assert rendered == prompts.Prompt(f"<|system|>{SYSTEM}</s><|user|>a dog</s><|assistant|>", by_template=True)
 
 
 def test_a_template_that_refuses_every_prompt_is_one_line(small: Small, tmp_path: Path) -> None:

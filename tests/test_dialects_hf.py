@@ -363,6 +363,13 @@ def test_loss_of_trl_is_on_all_tokens_and_noted() -> None:
     assert (plain.train_on_inputs, plain.datasets[0].type.roles_to_train) == (False, ("all",))
     assert spec_of(of_trl(assistant_only_loss=True)).datasets[0].type.roles_to_train == ("assistant",)
     assert spec_of(of_trl(assistant_only_loss=True)).datasets[0].type.kind == "chat"
+    formats = [spec_of(of_trl(**keys)).datasets[0].type.format for keys in ({}, {"completion_only_loss": True})]
+    assert formats == ["{instruction}"] * 2, "prompts that are texts stand as they are"
+
+
+def test_without_a_length_trl_cuts_nothing() -> None:
+    assert spec_of(of_trl(max_length=None)).sequence_length == 131_072
+    assert spec_of(of_trl(max_length=None)).sequence_length > spec_of(of_trl()).sequence_length
 
 
 def test_keys_of_a_spec_stand_before_what_is_derived() -> None:
@@ -440,6 +447,12 @@ def test_chats() -> None:
 def test_rows_of_other_tasks_are_refused(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         datasets_of([name], INFO)
+
+
+def test_a_column_that_is_null_is_none() -> None:
+    columns = {"prompt": "instruction", "response": "output", "history": None, "images": None}
+    (entry,) = datasets_of(["mine"], {"mine": {"file_name": "mine.json", "columns": columns}})
+    assert entry["type"] == {"kind": "instruction", "field_instruction": "instruction", "field_output": "output"}
 
 
 def test_datasets_of_a_training_file() -> None:

@@ -202,6 +202,39 @@ def test_tools_and_their_calls_are_kept(examples: Examples, refusal: Refusal) ->
     assert "has tool_calls [7]; they must be" in refusal({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [7]}]})
 
 
+def test_a_call_in_openais_older_format_is_one(examples: Examples) -> None:
+    tool = {"name": "rain", "parameters": {"town": {"type": "string"}}}
+    call = {"name": "rain", "arguments": '{"town": "Ulm"}'}
+    for content in ({}, {"content": None}, {"content": ""}):
+        older = {"role": "assistant", "function_call": call} | content
+        (chat,) = examples({"messages": [TURNS[0], older, TURNS[1]], "functions": [tool]})
+        assert isinstance(chat, Chat)
+        assert chat.tools == (tool,)
+        (called,) = chat.messages[1]["tool_calls"]
+        assert called["function"] == {"name": "rain", "arguments": {"town": "Ulm"}}
+        assert chat.messages[1].keys() == {"role", "content", "tool_calls"}
+
+
+def test_an_input_without_an_instruction_is_the_prompt(examples: Examples, refusal: Refusal) -> None:
+    row = {"instruction": "", "input": "Say hi.", "output": "Hi."}
+    for keys in ({}, {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}):
+        (story,) = examples(row, **keys)
+        assert isinstance(story, Story)
+        assert (story.instruction, story.input) == ("Say hi.", None)
+    assert "'instruction' is ''; it must be text" in refusal(row | {"input": " "})
+
+
+def test_a_format_reads_what_it_names_from_the_usual_columns(examples: Examples) -> None:
+    row = {"instruction": "Q", "input": "I", "output": "A", "system": "S"}
+    keys = {"field_instruction": "instruction", "field_output": "output"}
+    (story,) = examples(row, **keys, format="{system}{instruction}{input}")
+    assert isinstance(story, Story)
+    assert (story.input, story.system) == ("I", "S")
+    (plain,) = examples(row, **keys, format="{instruction}")
+    assert isinstance(plain, Story)
+    assert (plain.input, plain.system) == (None, None), "it names neither"
+
+
 def test_usual_names_of_tools_in_sharegpt(examples: Examples) -> None:
     names = ["system", "human", "function_call", "observation", "gpt"]
     (chat,) = examples({"conversations": [{"from": name, "value": name} for name in names]})
@@ -330,6 +363,22 @@ CHOSEN = {"chosen": "So.", "rejected": "No."}
             {"field_instruction": "prompt", "field_output": "chosen"},
             "Because.",
         ),
+        (
+            {"question": "Why?", "system": "S."} | CHOSEN,
+            "is a preference dataset: chosen, rejected; harness trains on prompts with completions, chats or texts; "
+            "field_instruction: question and field_output: chosen",
+            {"field_instruction": "question", "field_output": "chosen"},
+            "So.",
+        ),
+        (
+            {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]},
+            "is a preference dataset: chosen, rejected; harness trains on prompts with completions, chats or texts; "
+            "add what was chosen to the turns of each chat",
+            {},
+            "",
+        ),
+        ({"message_id": "a", "parent_id": None, "text": "Hi.", "role": "prompter"},
+         "is a dataset of conversation trees: parent_id, role, text; ", {}, ""),
         (
             {"prompt": "Why?", "completion": "So.", "label": True},
             "is an unpaired preference dataset: prompt, completion, label; ",

@@ -412,6 +412,29 @@ def test_a_key_of_axolotl_does_not_make_full_fine_tuning_of_a_grid_of_adapters(t
     assert spec(tmp_path, own % ", adapter: lora").lora_r == 8
 
 
+def test_prompts_of_axolotl_have_its_own_columns_and_formats(tmp_path: Path) -> None:
+    given = "type: {field_instruction: ask, format: '[INST] {instruction} {input} [/INST]'}"
+    own, plain, chat = (
+        spec(tmp_path, f"{AXOLOTLS}datasets: [{{path: a.jsonl, {kind}}}]\n").datasets[0].type
+        for kind in (given, "type: {field_output: reply}", "type: chat_template")
+    )
+    assert (own.field_instruction, own.field_input, own.field_output, own.field_system) == (
+        "ask", "input", "output", "system",
+    )  # fmt: skip
+    assert (own.format, own.no_input_format) == ("[INST] {instruction} {input} [/INST]", "{instruction} ")
+    assert (plain.format, plain.field_output) == ("{instruction} {input} ", "reply")
+    assert chat.field_system == "system"
+    lead = f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: chat_template, field_system: lead}}]\n"
+    assert spec(tmp_path, lead).datasets[0].type.field_system == "lead"
+
+
+@pytest.mark.parametrize("key", ["dataset_exact_deduplication", "dataloader_drop_last"])
+def test_which_rows_axolotl_trains_on_is_no_detail(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=key):
+        load(tmp_path, f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: alpaca}}]\n{key}: true\n")
+    load(tmp_path, f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: alpaca}}]\n{key}: false\n")
+
+
 def test_lists_of_datasets_of_llama_factory(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/tales.json").write_text("[]")

@@ -107,7 +107,7 @@ class AdapterSession:
     @property
     def end_ids(self) -> list[int]:
         """Tokens at which a generated text ends: the tokenizer's own, and that of a chat's turns."""
-        ends = (self.tokenizer.eos_token_id, chat.end_of_turn(self.tokenizer) if self.kind is Chat else None)
+        ends = (self.tokenizer.eos_token_id, None if self.kind is Passage else chat.end_of_turn(self.tokenizer))
         return list(dict.fromkeys(end for end in ends if end is not None))
 
     def make(self, name: Model, *, unquantised: bool = False) -> tuple[Any, TrialSpec]:

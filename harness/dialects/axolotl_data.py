@@ -25,7 +25,9 @@ _CONVERSATIONS = {"chatml": "chatml", "llama-3": "llama3", "llama3": "llama3", "
 _SHAREGPT_ROLES = {"gpt": "assistant", "human": "user"}
 
 _PLAIN_KEYS = ("path", "name", "split", "ds_type", "shards", "data_files")
-_PROMPT_KEYS = ("field_messages", "message_field_role", "message_field_content", "roles_to_train", "field_tools")
+_PROMPT_KEYS = (
+    "field_messages", "message_field_role", "message_field_content", "roles_to_train", "field_tools", "field_system",
+)  # fmt: skip
 _NO_EFFECT = ("trust_remote_code", "preprocess_shards", "input_format", "hf_use_auth_token")
 _MEDIA = ("image_base_dir", "field_images")
 
@@ -35,6 +37,15 @@ _PREFERENCE_TYPES = (
 )  # fmt: skip
 """Beginnings of types of pairs of answers."""
 _ALPACA_LIKE = ("alpaca", "gpteacher")
+_OWN_DEFAULTS = {
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+    "field_system": "system",
+    "format": "{instruction} {input} ",
+    "no_input_format": "{instruction} ",
+}
+"""What its mapping of prompt keys has where a file gives nothing: Axolotl, `UserDefinedDatasetConfig`."""
 _INSTEAD = "use alpaca, chat_template, completion, or a mapping with field_instruction, field_output and format"
 
 
@@ -133,6 +144,8 @@ def _prompt(reader: Reader, where: str, given: dict[str, Any]) -> dict[str, Any]
     if given.pop("train_on_eos", "turn") not in ("turn", None):
         reader.refuse(f"{where}.train_on_eos", _advice("train_on_eos"), "other than turn")
     prompt |= {key: given.pop(key) for key in _PROMPT_KEYS if key in given}
+    if prompt.get("kind") == "chat":
+        prompt.setdefault("field_system", "system")  # where a chat has no turn of it
     if "text_column" in given or "field" in given:
         prompt["field_text"] = given.pop("text_column", None) or given.pop("field", None)
         given.pop("field", None)
@@ -159,7 +172,7 @@ def _mappings(reader: Reader, where: str, given: dict[str, Any], prompt: dict[st
 
 
 def _own_prompt(reader: Reader, where: str, kind: Mapping[Any, Any]) -> dict[str, Any]:
-    """A mapping of prompt keys; without `format`, Axolotl's has the instruction and the input alone."""
+    """A mapping of prompt keys."""
     given = {str(key): value for key, value in kind.items() if value is not None}
     if given.pop("field", None) and "field_output" not in given:
         return {"kind": "text", "field_text": kind["field"]}
@@ -169,9 +182,7 @@ def _own_prompt(reader: Reader, where: str, kind: Mapping[Any, Any]) -> dict[str
              "no_input_format")  # fmt: skip
     for name in given.keys() - {*known}:
         reader.refuse(f"{where}.type.{name}", "leave it out", given[name])
-    prompt = {key: given[key] for key in known if key in given}
-    prompt.setdefault("field_instruction", "instruction")
-    prompt.setdefault("field_output", "output")
+    prompt = _OWN_DEFAULTS | {key: given[key] for key in known if key in given}
     return {key: value for key, value in prompt.items() if value != "" or key == "no_input_format"}
 
 

@@ -93,10 +93,10 @@ TABLE: dict[str, Rule] = {
     ),
     **_all(
         NoEffect("preparing the data"),
-        "total_num_tokens total_supervised_tokens multipack_real_batches dataset_exact_deduplication",
+        "total_num_tokens total_supervised_tokens multipack_real_batches",
     ),
     **_all(NoEffect("loading the data"), "dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor"),
-    **_all(NoEffect("loading the data"), "dataloader_drop_last shuffle_before_merging_datasets"),
+    **_all(NoEffect("loading the data"), "shuffle_before_merging_datasets"),
     **_all(NoEffect("launching"), "strict world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb device_map"),
     **_all(NoEffect("launching"), "ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config use_ray"),
     **_all(NoEffect("launching"), "ray_run_name ray_num_workers resources_per_worker axolotl_config_path gc_steps"),
@@ -192,6 +192,8 @@ TABLE: dict[str, Rule] = {
         "expert_parallel_size dp_replicate_size pipeline_parallel_size",
         # A degree of 1 is none.
     ),
+    "dataset_exact_deduplication": Unsupported("leave it out, and give the data without rows that occur twice"),
+    "dataloader_drop_last": Unsupported("leave it out: the last rows of a pass are trained on too"),
     "dp_shard_size": NoEffect("launching"),
     "qlora_sharded_model_loading": NoEffect("loading the model"),
     **_all(

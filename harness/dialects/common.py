@@ -11,6 +11,9 @@ from harness.spec.keys import Optimizer, Scheduler
 NOT_MEASURED = "leave it out: not measured here yet"
 """Advice on a technique that harness has no counterpart of."""
 
+MOST_POSITIONS = 131_072
+"""Tokens of a text where a tool sets no limit."""
+
 PROJECTED = "use all-linear: GaLore and APOLLO project the gradients of every matrix in layers here"
 """Advice on other choices of matrices."""
 

@@ -169,7 +169,7 @@ def _refuse_other_names(name: str, entry: Mapping[str, Any]) -> None:
 
 
 def _refuse_other(name: str, entry: Mapping[str, Any]) -> None:
-    columns = entry.get("columns") or {}
+    columns = {key for key, column in (entry.get("columns") or {}).items() if column is not None}
     if entry.get("ranking") or any(key in columns for key in ("chosen", "rejected", "kto_tag")):
         raise ValueError(f"dataset_info.json: {name} has preferences; harness trains on single answers")
     media = [key for key in ("images", "videos", "audios") if key in columns]

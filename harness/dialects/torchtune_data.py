@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from harness.dialects.common import MOST_POSITIONS
 from harness.dialects.components import Component, whole_number
 from harness.dialects.references import is_reference
 from harness.dialects.rules import Reader, Unlike
@@ -16,7 +17,6 @@ _POSITIONS = {
     "qwen2": 32_768, "qwen2_5": 32_768, "qwen3": 40_960,
 }  # fmt: skip
 """Tokens that torchtune's builders of a family have positions for."""
-_MOST_POSITIONS = 131_072
 _FILES = ("json", "csv", "parquet", "arrow", "text")
 """Sources that name a format of files, not a dataset."""
 _LOADING = ("cache_dir", "token", "num_proc", "streaming", "download_mode", "verification_mode", "trust_remote_code")
@@ -81,7 +81,7 @@ def _sequence_length(reader: Reader, length: Any) -> None:
     path = str(given.get("_component_", "")) if isinstance(given, Mapping) else ""
     positions = _POSITIONS.get((path.split(".") + [""] * 3)[2])
     note = "torchtune cuts nothing without max_seq_len" + "; its model has so many positions" * (positions is not None)
-    reader.set("sequence_length", positions or _MOST_POSITIONS, "tokenizer", note=note)
+    reader.set("sequence_length", positions or MOST_POSITIONS, "tokenizer", note=note)
 
 
 def _prompt_template(reader: Reader, tokenizer: Component) -> _Around:

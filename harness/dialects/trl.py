@@ -7,9 +7,9 @@ from pathlib import PurePath
 from typing import Any
 
 from harness.dialects import hf_arguments
-from harness.dialects.common import NOT_MEASURED, derive, each, shard
+from harness.dialects.common import MOST_POSITIONS, NOT_MEASURED, derive, each, shard
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unsupported
-from harness.spec.datasets import DatasetSpec, PromptSpec
+from harness.spec.datasets import BARE, DatasetSpec, PromptSpec
 
 _ORDER = "the order of the rows, which is random, by `seed`"
 _LAUNCHING = "launching processes"
@@ -363,15 +363,23 @@ def _read_loss(reader: Reader) -> None:
         for entry in entries:
             if "type" not in entry:
                 entry["roles_to_train"] = ["all"]
-        note = "loss on all tokens of a chat: assistant_only_loss leaves out the others"
+        note = "loss on all tokens of a chat (assistant_only_loss leaves out the others), on the completion of a prompt"
         reader.note(note, "dataset_name", "datasets")
     reader.ignore("off", *([] if answers or "assistant_only_loss" in reader.mapped else ["assistant_only_loss"]))
     for entry in entries:
         if "type" not in entry and (completions is True or answers):
             entry["type"] = "prompt_completion" if completions is True else "chat_template"
+        if entry.get("type", "prompt_completion") == "prompt_completion":
+            entry["format"] = BARE  # texts stand as they are; turns are chats
     tests = reader.values.get("test_datasets", [])
     if entries and tests:  # the same but for its split
         tests[0] |= {key: value for key, value in entries[0].items() if key != "split"}
+
+
+def _prepare(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The file with the length that stands for none: with a null TRL cuts nothing, and the table sees no nulls."""
+    uncut = [key for key in ("max_length", "max_seq_length") if key in document and document[key] is None]
+    return {**document, **dict.fromkeys(uncut, MOST_POSITIONS)}, {}
 
 
 def is_one(document: Mapping[str, Any]) -> bool:
@@ -379,4 +387,4 @@ def is_one(document: Mapping[str, Any]) -> bool:
     return "model_name_or_path" in document
 
 
-DIALECT = Dialect("TRL", _TABLE, _DEFAULTS, _combine)
+DIALECT = Dialect("TRL", _TABLE, _DEFAULTS, _combine, _prepare)

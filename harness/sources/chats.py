@@ -79,6 +79,9 @@ def _message(turn: Any, prompt: PromptSpec, roles: dict[str, str], where: str) -
     """`role`, `content`, and whatever else a turn has."""
     if not isinstance(turn, dict):
         raise InputError(f"{where} is {brief(turn)}; it must be a mapping with role and content")
+    if isinstance(turn.get("function_call"), dict):  # one call, as OpenAI's format had it before tool_calls
+        call = {"type": "function", "function": turn["function_call"]}
+        turn = {"tool_calls": [call]} | {key: value for key, value in turn.items() if key != "function_call"}
     role_key = _key(turn, prompt.message_field_role, _ROLE_KEYS)
     content_key = _key(turn, prompt.message_field_content, _CONTENT_KEYS)
     if turn.get(role_key) is None or (content_key not in turn and not turn.get("tool_calls")):

@@ -12,6 +12,7 @@ _TRAINS_ON = "harness trains on prompts with completions, chats or texts"
 _IMAGES = ("image", "images", "pixel_values")
 _LABELS = ("label", "labels")
 _COMPLETIONS = ("completion", "response", "output", "answer")
+_PROMPTS = ("prompt", "question", "instruction", "input")
 
 
 def what(columns: Collection[str], rows: Sequence[dict[str, Any]]) -> str | None:
@@ -36,6 +37,11 @@ def _kinds(there: set[str], rows: Sequence[dict[str, Any]]) -> list[tuple[str, S
     answered = bool(there & {*_COMPLETIONS}) or chat is not None
     labels = [column for column in _LABELS if column in there]
     return [
+        (
+            "a dataset of conversation trees",
+            ("parent_id", "role", "text") if {"parent_id", "role", "text"} <= there else (),
+            "join each thread of messages to a chat",
+        ),
         ("a dataset of images", images, "name the column of a text alone with field_text"),
         (
             "a preference dataset",
@@ -73,12 +79,15 @@ def _kinds(there: set[str], rows: Sequence[dict[str, Any]]) -> list[tuple[str, S
 
 def _way_of_preference(there: set[str], rows: Sequence[dict[str, Any]]) -> str:
     """Which keys read what was chosen."""
+    column = next((name for name in _PROMPTS if name in there), None)
     chosen, prompt = (
-        next((value for row in rows if not cells.is_empty(value := row.get(column))), None)
-        for column in ("chosen", "prompt")
+        next((value for row in rows if not cells.is_empty(value := row.get(name))), None)
+        for name in ("chosen", column or "prompt")
     )
     where = "under datasets: type:"
-    if "prompt" in there and isinstance(chosen, list) == isinstance(prompt, list):
-        return f"field_instruction: prompt and field_output: chosen {where} read what was chosen"
+    if column is not None and type(chosen) is type(prompt):
+        return f"field_instruction: {column} and field_output: chosen {where} read what was chosen"
+    if not isinstance(chosen, list | str):
+        return "add what was chosen to the turns of each chat"
     key = "field_messages" if isinstance(chosen, list) else "field_text"
     return f"{key}: chosen {where} reads what was chosen"

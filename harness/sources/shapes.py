@@ -28,7 +28,8 @@ _WITH_INPUT = ("instruction", "question")
 _INPUTS = ("input", "context")
 _SYSTEM = "system"
 _ALPACA_INPUT = "input"
-_TOOLS = "tools"
+_TOOLS = ("tools", "functions")
+"""Columns of a chat's tools, the first that is there; the second is of OpenAI's older format."""
 _TEXT = "text"
 
 
@@ -123,9 +124,17 @@ def _pair(prompt: PromptSpec, columns: Collection[str]) -> Shape | None:
     """A prompt and a completion: by the columns that are given, by the default ones, or by usual ones."""
     given = (prompt.field_instruction, prompt.field_output)
     if given != _DEFAULTS or {*given} <= {*columns}:
+        named = prompt.format or ""  # what it names is read from the usual columns, where the keys give none
+        usual_input = _usual(_INPUTS, columns) if "{input}" in named else None
+        usual_system = _usual((_SYSTEM,), columns) if "{system}" in named else None
         # Alpaca's own column is absent from many files of its shape.
         absent = prompt.field_input == _ALPACA_INPUT and _ALPACA_INPUT not in columns
-        return _Pair(prompt, *given, input=None if absent else prompt.field_input, system=prompt.field_system)
+        return _Pair(
+            prompt,
+            *given,
+            input=None if absent else prompt.field_input or usual_input,
+            system=prompt.field_system or usual_system,
+        )
     usual = next((pair for pair in _PAIRS if {*pair} <= {*columns}), None)
     if usual is None:
         return None
@@ -133,14 +142,18 @@ def _pair(prompt: PromptSpec, columns: Collection[str]) -> Shape | None:
     return _Pair(
         prompt,
         *usual,
-        input=prompt.field_input or next((column for column in _INPUTS if column in further), None),
-        system=prompt.field_system or (_SYSTEM if _SYSTEM in further else None),
+        input=prompt.field_input or _usual(_INPUTS, further),
+        system=prompt.field_system or _usual((_SYSTEM,), further),
     )
+
+
+def _usual(names: Sequence[str], columns: Collection[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
 def _chat(prompt: PromptSpec, columns: Collection[str]) -> Shape | None:
     turns = prompt.field_messages or next((column for column in CHAT_COLUMNS if column in columns), None)
-    return None if turns is None else _Turns(prompt, turns, prompt.field_tools or _TOOLS)
+    return None if turns is None else _Turns(prompt, turns, prompt.field_tools or _usual(_TOOLS, columns) or _TOOLS[0])
 
 
 def _text(prompt: PromptSpec, columns: Collection[str]) -> Shape | None:
@@ -177,19 +190,21 @@ class _Pair:
 
     def read(self, row: dict[str, Any], where: str) -> Row:
         question, answer = row.get(self.instruction), row.get(self.output)
-        for column in self.columns:
+        asked_in_input = self.input is not None and cells.is_empty(question) and not cells.is_empty(row.get(self.input))
+        instruction = str(self.input) if asked_in_input else self.instruction
+        for column in (instruction, self.output):
             if cells.is_empty(row.get(column)):
                 raise EmptyRow(f"{where}: {column!r} is {brief(row.get(column))}; it must be text{OR_SKIP}")
         system = _optional(row, self.system, where) or self.prompt.system_prompt
         if isinstance(question, list) and isinstance(answer, list):
-            tools = row.get(self.prompt.field_tools or _TOOLS)
+            tools = row.get(self.prompt.field_tools or _TOOLS[0])
             columns = f"{where}: {self.instruction!r} and {self.output!r}"
             return chats.chat(question, self.prompt, columns, answer=answer, system=system, tools=tools)
         return Story(
-            instruction=_checked(row, self.instruction, where),
+            instruction=_checked(row, instruction, where),
             completion=_checked(row, self.output, where),
             system=system,
-            input=_optional(row, self.input, where),
+            input=None if asked_in_input else _optional(row, self.input, where),
             prompt=self.prompt,
         )
 

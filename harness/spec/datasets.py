@@ -136,6 +136,10 @@ _TYPES: dict[str, dict[str, Any]] = {
 which Axolotl's type of this name has too."""
 
 
+BARE = "{instruction}"
+"""The `format` of prompts that stand as they are, as TRL takes them; of chats it says nothing."""
+
+
 def named_type(name: str) -> dict[str, Any]:
     """The prompt keys that a name of `type` stands for.
 
@@ -180,7 +184,8 @@ class PromptSpec(Frozen):
     field_text: StrictStr | None = _later(None)
     """Column of a text; null: `text`."""
     format: StrictStr | None = None
-    """Prompt text with `{instruction}`, `{input}` and `{system}`; replaces the chat template."""
+    """Prompt text with `{instruction}`, `{input}` and `{system}`; replaces the chat template. `{instruction}` alone is
+    the prompt as it stands."""
     no_input_format: StrictStr | None = None
     """As `format`, for rows without input."""
 

@@ -349,7 +349,8 @@ def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Exa
     prompt = prompts.render(story, tokenizer)
     head = prompts.token_ids(prompt.text, tokenizer)
     tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
-    ids = (*head, *prompts.ended(tail, tokenizer))
+    end = chat.end_of_turn(tokenizer) if prompt.by_template else None
+    ids = (*head, *prompts.ended(tail, tokenizer, end))
     return Example(story.id, ids, ((max(1, len(head)), len(ids)),), supervise_prompt, prompt.system_folded)
 
 

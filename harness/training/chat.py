@@ -6,6 +6,7 @@ where a template renders earlier turns in another way than last ones, by compari
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from bisect import bisect_left, bisect_right
@@ -18,6 +19,7 @@ from jinja2 import TemplateError
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources.stories import Chat
+from harness.spec.datasets import BARE
 from harness.training import chat_templates, prompts
 
 Span = tuple[int, int]
@@ -60,7 +62,7 @@ def tokenise(chat: Chat, tokenizer: Any, *, everything: bool = False) -> ChatTok
     if everything and any(message.get("weight", 1) == 0 for message in chat.messages):
         every_turn = replace(chat, prompt=chat.prompt.model_copy(update={"roles_to_train": ("all",)}))
         return replace(tokenise(every_turn, tokenizer), parts_left_out=True)
-    if chat.prompt.format is not None:
+    if chat.prompt.format not in (None, BARE):
         raise InputError("format under datasets: type: is of prompts, and the rows are chats; use chat_template")
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
@@ -89,6 +91,12 @@ def instruction_before(chat: Chat, trained: int) -> str:
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The token that ends what the assistant says, by the chat template; null: it has none of its own."""
+    return _end_by(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=1)
+def _end_by(tokenizer: Any, _: str | None) -> int | None:
+    """Found once for a tokenizer and its template: it is asked for each text."""
     last = {"role": "assistant", "content": "b"}
     try:
         rendering = _Rendering([{"role": "user", "content": "a"}, last], (), tokenizer)

@@ -20,6 +20,8 @@ class Prompt:
     """What a completion follows."""
 
     text: str
+    by_template: bool = False
+    """Whether the chat template wrote it: the completion then ends as an assistant's turn does."""
     system_folded: bool = False
     """Whether the system text stands in the user's turn, since the chat template has no place for it."""
 
@@ -47,9 +49,9 @@ def render(story: Story, tokenizer: Any) -> Prompt:
     return Prompt(lead + _PLAIN_TURN.format(instruction=instruction))
 
 
-def ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With the end token, if there is one and the text does not end with it already."""
-    end = tokenizer.eos_token_id
+def ended(ids: list[int], tokenizer: Any, end: int | None = None) -> list[int]:
+    """With an end token (null: the tokenizer's), if there is one and the text does not end with it already."""
+    end = tokenizer.eos_token_id if end is None else end
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
@@ -73,14 +75,15 @@ def _as_chat(system: str | None, instruction: str, tokenizer: Any) -> Prompt:
     """By the chat template. Some refuse a system turn and others leave it out: it then begins the user's turn."""
     user = {"role": "user", "content": instruction}
     if not system:
-        return Prompt(_apply([user], tokenizer))
+        return Prompt(_apply([user], tokenizer), by_template=True)
     try:
         text = _apply([{"role": "system", "content": system}, user], tokenizer)
     except InputError:
         text = ""
     if system.strip() in text:
-        return Prompt(text)
-    return Prompt(_apply([user | {"content": f"{system}\n\n{instruction}"}], tokenizer), system_folded=True)
+        return Prompt(text, by_template=True)
+    folded = _apply([user | {"content": f"{system}\n\n{instruction}"}], tokenizer)
+    return Prompt(folded, by_template=True, system_folded=True)
 
 
 def _apply(turns: list[dict[str, str]], tokenizer: Any) -> str:
