@@ -17,6 +17,7 @@ import pandas
 import pytest
 import vl_convert
 import yaml
+from conftest import Answer
 from rows import keep
 
 from harness.analysis import compare_runs, comparison, cost, loading, longer, pareto, recommend, verdicts, words
@@ -34,6 +35,7 @@ from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 LATER = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+Ask = Callable[..., Answer]
 Small = Callable[..., TrialSpec]
 BASE = {"peak_memory_bytes": 1000, "tokens_per_second": 100.0, "eval_loss": 2.0}
 
@@ -172,7 +174,7 @@ def test_sentences_on_the_baselines_second_run(small: Small, tmp_path: Path) -> 
     steps = document._steps(m, tmp_path)
     sentences = " ".join(summary.sentences(compared, steps))
     assert sentences.startswith("1 configuration was tried")
-    assert "over 1 configurations" in sentences
+    assert "over 1 configuration" in sentences
 
 
 def test_whole_numbers_stay_whole_next_to_what_was_not_seen_of_a_loop(small: Small, tmp_path: Path) -> None:
@@ -311,6 +313,55 @@ def test_machines_of_one_processor_name_do_not_mix(small: Small, tmp_path: Path)
     with pytest.raises(InputError, match="2 environments"):
         loading.load(tmp_path)
     assert "(family 98, model 1), " in loading.load(tmp_path, older.id).where
+
+
+def test_repeats_that_an_earlier_version_alone_had_are_left_out(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed in range(2):
+        for rank, label in ((16, "baseline"), (8, "lora_r=8"), (4, "gone")):
+            spec = small(sequence_length=512, lora_r=rank, seed=seed)
+            former = small(sequence_length=512, lora_r=16, seed=seed).id
+            keep(store, spec, label, [], peak_memory_bytes=50, baseline_id=former)
+    for rank, label in ((16, "baseline"), (8, "lora_r=8")):
+        now = small(lora_r=16).id
+        keep(store, small(lora_r=rank), label, [], peak_memory_bytes=10, started_at=LATER, baseline_id=now)
+    m = loading.load(tmp_path)
+    assert set(m.trials["label"]) == {"baseline", "lora_r=8"}
+    assert m.left_out == ("6 trials of other versions of the grid",)
+    # A second repeat of the same version belongs to it, whenever it ran.
+    keep(store, small(lora_r=16, seed=1), "baseline", [], baseline_id=small(lora_r=16, seed=1).id, started_at=LATER)
+    assert loading.load(tmp_path).configs["repeats"].sum() == 3
+
+
+def test_what_failed_is_told_first(small: Small, tmp_path: Path, ask: Ask) -> None:
+    for rank, label, status in ((16, "baseline", "failed"), (8, "lora_r=8", "ok")):
+        given = {"peak_memory_bytes": 10} if status == "ok" else {"status": status}
+        keep(Store(tmp_path / "g"), small(lora_r=rank), label, [], baseline_id=small(lora_r=16).id, **given)
+    code, printed, _ = ask("report", str(tmp_path / "g"), "-o", str(tmp_path / "out"))
+    told = " ".join(printed.split())
+    assert code == 0
+    assert "2 configurations were tried on this machine; their trials ended as 1 " in told
+    assert "No trial of the baseline ended well: figures are shown, and nothing is compared." in told
+    assert ">not compared<" in (tmp_path / "out/report.html").read_text()
+    keep(Store(tmp_path / "h"), small(lora_r=8), "lora_r=8", [], peak_memory_bytes=9)
+    keep(Store(tmp_path / "h"), small(lora_r=16), "baseline", [], peak_memory_bytes=9)
+    code, printed, _ = ask("compare", str(tmp_path / "g"), str(tmp_path / "h"))
+    assert (code, "baseline │" in printed) == (0, False)
+    assert "not compared, as they did not end well in both runs: baseline" in printed
+
+
+def test_one_of_something_is_in_the_singular(
+    small: Small, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(Store(tmp_path / "g"), small(), "baseline", [], peak_memory_bytes=10)
+    code, printed, _ = ask("report", str(tmp_path / "g"), "-o", str(tmp_path / "out"), "--full", "--format", "md")
+    told = " ".join(printed.split())
+    assert code == 0
+    assert "1 configuration, 1 trial" in told
+    assert "1 configuration was tried on this machine; its trial ended as 1 ok." in told
+    assert "1 file written" in told
+    monkeypatch.chdir(tmp_path / "g")
+    assert loading.load(Path()).name == "g", "its report is reports/g"
 
 
 def test_old_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None:

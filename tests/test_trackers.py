@@ -36,6 +36,7 @@ def grid(small: Small, tmp_path: Path) -> Path:
             keep(store, spec, label, [loss + 0.01 * seed, loss], rates=(10, 20, 30), peak_memory_bytes=memory,
                  eval_loss=loss, trial_seconds=2.5)  # fmt: skip
     keep(store, small(lora_r=64), "lora_r=64", [], status="failed")
+    keep(store, small(lora_r=8, seed=2), "lora_r=8", [], status="oom", oom_reached_bytes=5)
     store.describe({"title": "Ranks"})
     (tmp_path / "report.html").write_text("<p>the page</p>")
     return folder
@@ -44,7 +45,8 @@ def grid(small: Small, tmp_path: Path) -> Path:
 def expected(folder: Path) -> dict[str, trackers.TrackedRun]:
     runs = {run.name: run for run in trackers.runs_of(folder)}
     rows = {row["trial_id"]: row for row in Store(folder).read("trials").to_pylist()}
-    assert set(runs) == {"baseline", "baseline (repeat 1)", "lora_r=8", "lora_r=8 (repeat 1)", "lora_r=64"}
+    assert set(runs) == {"baseline", "baseline (repeat 1)", "lora_r=8", "lora_r=8 (repeat 1)",
+                         "lora_r=8 (repeat 2)", "lora_r=64"}  # fmt: skip
     for run in runs.values():
         of_row = {name: rows[run.id][name] for name in METRICS if rows[run.id][name] is not None}
         assert of_row == {name: value for name, value in run.figures.items() if "/" not in name}
@@ -52,6 +54,7 @@ def expected(folder: Path) -> dict[str, trackers.TrackedRun]:
     assert effects["effect/peak_memory_bytes"] == pytest.approx(0.9)
     assert effects["effect/eval_loss/low"] <= effects["effect/eval_loss"] <= effects["effect/eval_loss/high"]
     assert not runs["lora_r=64"].ended_well
+    assert all(name.startswith("oom_") for name in runs["lora_r=8 (repeat 2)"].figures), "no effect is its own"
     return runs
 
 
@@ -59,7 +62,7 @@ def sent_twice(folder: Path, tracker: str, place: str) -> str:
     page = folder.parent.parent / "report.html"
     first, _ = trackers.send(folder, tracker, place=place, page=page)
     second, where = trackers.send(folder, tracker, place=place, page=page)
-    assert first == second == 5
+    assert first == second == 6
     return where
 
 
@@ -76,7 +79,7 @@ def test_mlflow(grid: Path, tmp_path: Path) -> None:
         assert made[name].info.status == ("FINISHED" if run.ended_well else "FAILED")
         losses = client.get_metric_history(made[name].info.run_id, "train/loss") if run.steps else []
         assert [(m.step, m.value) for m in losses] == [(n, step["loss"]) for n, step in run.steps]
-    assert len(made) == 5
+    assert len(made) == 6
     shutil.rmtree("mlruns", ignore_errors=True)
 
 
@@ -84,7 +87,7 @@ def test_tensorboard(grid: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     root = Path(sent_twice(grid, "tensorboard", str(tmp_path / "runs")))
     folders = {folder.name.rsplit("-", 1)[0]: folder for folder in root.iterdir()}
-    assert len(folders) == 5
+    assert len(folders) == 6
     for run in expected(grid).values():
         (folder,) = [each for each in root.iterdir() if each.name.endswith(run.id)]
         events = accumulator.EventAccumulator(str(folder)).Reload()
@@ -102,7 +105,7 @@ def test_trackio(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):
         done = harness("export", str(grid), "--to", "trackio", "--place", str(tmp_path / "store"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "5 trials sent to trackio" in done.stdout
+    assert "6 trials sent to trackio" in done.stdout
     script = (
         "import json, trackio\n"
         "from trackio.sqlite_storage import SQLiteStorage as store\n"
@@ -113,7 +116,7 @@ def test_trackio(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                           env=os.environ | {"TRACKIO_DIR": str(tmp_path / "store")})  # fmt: skip
     assert read.returncode == 0, read.stderr
     made = json.loads(read.stdout.splitlines()[-1])
-    assert len(made) == 5
+    assert len(made) == 6
     for run in expected(grid).values():
         config, logs = made[f"{run.name} {run.id[:12]}"]
         assert {key: config[key] for key in run.parameters} == run.parameters
@@ -133,7 +136,7 @@ def test_wandb_offline(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb"):
         name, config, summary, losses = read_wandb(file)
         made[name] = (config, summary, losses)
-    assert len(made) == 5
+    assert len(made) == 6
     for name, run in expected(grid).items():
         config, summary, losses = made[name]
         assert {key: config[key] for key in run.parameters} == run.parameters

@@ -77,3 +77,8 @@ def show_small_share(value: float) -> str:
 def show_scientific(value: float) -> str:
     """4.05e+11."""
     return f"{value:.3g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts: `1 trial`, `1,024 trials`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

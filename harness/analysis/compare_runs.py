@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pandas
 
+from harness._util.units import counted
 from harness.analysis import stats
 from harness.analysis.comparison import figures
 from harness.analysis.estimate import Estimate
@@ -113,8 +114,9 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
     renumbered = second.trials.set_axis(second.trials.index + trials)
     renumbered[["config", "stands_for"]] += configs
     columns = [*_SAME, "config"]
-    references = first.trials.loc[~first.trials["twin"], columns].rename(columns={"config": "reference"})
-    compared = renumbered.loc[~renumbered["twin"], columns]
+    measured, also_measured = (each[~each["twin"] & (each["status"] == "ok")] for each in (first.trials, renumbered))
+    references = measured[columns].rename(columns={"config": "reference"})
+    compared = also_measured[columns]
     # Null fingerprints, of rows from before there were any, pair with null ones alone.
     pairs, by_name = (
         references.merge(compared, on=on)[["reference", "config"]].drop_duplicates().reset_index(drop=True)
@@ -138,12 +140,21 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
         }
     )
-    unpaired = (
-        f"{others} configurations are not compared: {first.name} and {second.name} were measured with different "
-        "contents of their data or base model, or one of them before contents were fingerprinted"
+    unpaired = []
+    if others:
+        which = f"{counted(others, 'configuration')} {'is' if others == 1 else 'are'} not compared"
+        unpaired.append(
+            f"{which}: {first.name} and {second.name} were measured with different contents of their data or base "
+            "model, or one of them before contents were fingerprinted"
+        )
+    tried = first.trials.loc[~first.trials["twin"], [*_SAME, "label"]].merge(
+        renumbered.loc[~renumbered["twin"], columns], on=_SAME
     )
+    failed = tried.loc[~tried["config"].isin(pairs["config"]), "label"].unique()
+    if len(failed):
+        unpaired.append(f"not compared, as they did not end well in both runs: {', '.join(failed)}")
     noisy = replace(both, noise=max(floors, default=None))
-    return noisy, pairs.assign(comparison=range(len(pairs))), unpaired if others else None
+    return noisy, pairs.assign(comparison=range(len(pairs))), "; ".join(unpaired) or None
 
 
 def _numbered(readings: pandas.DataFrame, run: int) -> pandas.DataFrame:

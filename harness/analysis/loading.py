@@ -66,14 +66,14 @@ def load(
     same, others = _of_one_content(trials, about)
     left_out += others
     kept = _newest_version(same, baseline_ids)
+    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     if len(kept) < len(same):
         left_out.append(f"{len(same) - len(kept)} trials of other versions of the grid")
-    kept, configs, codes = _configurations(kept.reset_index(drop=True))
     losses = _losses(store, kept["trial_id"])
     visited = _visited_steps(store, kept["trial_id"])
     return Measurements(
-        name=folder.name,
-        title=one_line(str(about.get("title", folder.name))),
+        name=folder.resolve().name,
+        title=one_line(str(about.get("title", folder.resolve().name))),
         claims=_claims(about, store.folder / "grid.json"),
         trials=kept,
         configs=configs,
@@ -179,12 +179,24 @@ def _latest_contents(about: Mapping[str, Any], kind: str) -> dict[str, str]:
 def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:
     """The trials of the grid's newest version: an edited grid has another baseline."""
     if baseline_ids is None:
-        baseline_ids = set(trials.sort_values("started_at").groupby("repeat")["baseline_id"].last(skipna=False))
+        baseline_ids = _newest_baselines(trials.sort_values("started_at"))
     known = {i for i in baseline_ids if isinstance(i, str)}
     mask = trials["baseline_id"].isin(known)
     if len(known) < len(baseline_ids):
         mask |= trials["baseline_id"].isna()
     return trials[mask]
+
+
+def _newest_baselines(by_time: pandas.DataFrame) -> set[str | None]:
+    """Ids of the newest baseline of each repeat, without those of repeats that only an earlier version had."""
+    of_repeats = by_time.groupby("repeat")["baseline_id"].last(skipna=False)
+    newest = by_time["baseline_id"].iloc[-1]
+    is_one = by_time["spec_id"].isin(of_repeats) & ~by_time["twin"].fillna(False).astype(bool)
+    keys = by_time[is_one].drop_duplicates("spec_id").set_index("spec_id")[list(SPEC_KEYS)].map(str)
+    if newest not in keys.index:
+        return {*of_repeats}
+    others = keys.index[(keys != keys.loc[newest]).any(axis=1)]
+    return {*of_repeats} - {*others}
 
 
 def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:

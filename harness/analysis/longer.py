@@ -24,12 +24,14 @@ def sentences(comparison: Comparison) -> list[str]:
     recorded trials, one after another on their machine.
     """
     lines = []
-    for metric, name in (("tokens_per_second", "speeds"), ("eval_loss", "losses")):
+    for metric, name, one in (("tokens_per_second", "speeds", "speed"), ("eval_loss", "losses", "loss")):
         undecided = list(comparison.undecided(metric).values())
         more = _more(comparison.measurements, undecided)
         if more:
+            of = len(comparison.estimates[metric])
             verb = "is" if len(undecided) == 1 else "are"
-            lines.append(f"{len(undecided)} of {len(comparison.estimates[metric])} {name} {verb} not decided; {more}.")
+            which = f"The one {one} that is compared" if of == 1 else f"{len(undecided)} of {of} {name}"
+            lines.append(f"{which} {verb} not decided; {more}.")
     return lines
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness._util.terminal import plain
+from harness._util.units import counted
 from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.compare_runs import RunComparison
+    from harness.analysis.comparison import Comparison
     from harness.analysis.measurements import Measurements
     from harness.report.document import Document
 from harness.cli import options
@@ -68,7 +70,7 @@ def report(
             out.print(writers.terminal(part.comparison))
     _print_answers(content, full=full)
     where = target / "report.html" if "html" in wanted else target
-    out.print(f"{len(written)} files written; open {plain(str(where))}", highlight=False, soft_wrap=True)
+    out.print(f"{counted(len(written), 'file')} written; open {plain(str(where))}", highlight=False, soft_wrap=True)
 
 
 def _formats(text: str | None) -> tuple[str, ...]:
@@ -107,6 +109,14 @@ def _name(loaded: list[Measurements], title: str | None) -> str:
     return f"{name}-joined" if name in {measurements.name for measurements in loaded} else name
 
 
+def _ends(comparison: Comparison) -> list[str]:
+    """How trials ended where some did not end well, and why nothing is compared."""
+    from harness.report import summary
+
+    all_well = (comparison.measurements.trials["status"] == "ok").all()
+    return ([] if all_well else [summary.ends(comparison)]) + summary.of_nothing_compared(comparison)
+
+
 def _print_answers(content: Document, *, full: bool) -> None:
     """The first screen for a terminal, and in how much memory to take what; everything else on request."""
     from harness._util.units import show_bytes
@@ -116,7 +126,12 @@ def _print_answers(content: Document, *, full: bool) -> None:
     lines = (
         content.summary
         if full
-        else [*(card.sentence for card in content.front.cards), *content.longer, content.summary[-1]]
+        else [
+            *_ends(content.comparison),
+            *(card.sentence for card in content.front.cards),
+            *content.longer,
+            content.summary[-1],
+        ]
     )
     for line in lines:
         out.print(f"- {plain(line)}", highlight=False)
@@ -245,7 +260,7 @@ _WIDE = 140
 
 
 def _print_comparison(comparison: RunComparison) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from harness.report.tables import run_comparison
 
@@ -261,7 +276,8 @@ def _print_comparison(comparison: RunComparison) -> None:
     # Of a narrow terminal, each figure has a table of its own.
     for columns in [every] if out.width >= _WIDE else [every[n : n + 3] for n in range(0, len(every), 3)]:
         shown = (0, *columns)
-        table = Table(*(plain(figures.headings[n]) for n in shown), title=plain(figures.title))
+        headings = [plain(figures.headings[n]) for n in shown]
+        table = Table(Column(headings[0], overflow="fold"), *headings[1:], title=plain(figures.title))
         for row in figures.rows:
             table.add_row(*(plain(row[n].text) for n in shown))
         out.print(table)

@@ -27,7 +27,7 @@ def ls(
     """List the recorded grids, or the trials of one."""
     from collections import Counter
 
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from harness.cli.documents import print_document, trial_document
     from harness.metrics import HEADLINE, METRICS
@@ -58,7 +58,8 @@ def ls(
     if as_json:
         print_document([trial_document(row) for row in rows])
         return
-    table = Table("trial", "label", "repeat", "status", *(METRICS[m].label for m in HEADLINE))
+    label = Column("label", overflow="fold")
+    table = Table(Column("trial", no_wrap=True), label, "repeat", "status", *(METRICS[m].label for m in HEADLINE))
     for row in rows:
         figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
         table.add_row(row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"], *figures)

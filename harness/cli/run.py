@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from harness._util.terminal import plain
+from harness._util.units import counted
 from harness.cli import beforehand, export, failures, options
 from harness.cli.console import err, out, quietly, stdout_for_data
 from harness.cli.inspection import inspect_trials
@@ -227,7 +228,7 @@ def run(
     policy = Policy(timeout, stall or None, retries, retry_timeouts, trust_remote_code, skip_infeasible)
     until = None if minutes is None else began + 60 * minutes
     interrupted = False
-    out.print(f"[bold]{plain(loaded.title)}[/]: {len(loaded.trials)} trials", highlight=False)
+    out.print(f"[bold]{plain(loaded.title)}[/]: {counted(len(loaded.trials), 'trial')}", highlight=False)
     beforehand.print_merged(loaded)
     beforehand.print_forecast(loaded, store, here)
 
@@ -364,7 +365,7 @@ def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozen
     pending = grid_run.pending(grid, store, launcher, statuses)
     for line in grid_run.kept_apart(pending, store, launcher):
         out.print(plain(line), highlight=False, soft_wrap=True)
-    table = Table(title=f"{plain(grid.title)}: {len(grid.trials)} trials, {len(pending)} to run")
+    table = Table(title=f"{plain(grid.title)}: {counted(len(grid.trials), 'trial')}, {len(pending)} to run")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)
     for number, trial in enumerate(grid.trials, start=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.analysis import words
 from harness.analysis.compare_runs import RunComparison, RunPair
 from harness.metrics import HEADLINE, METRICS
 from harness.report.front import Column, Group, Line, with_unit
@@ -44,6 +45,7 @@ def html(reference: str, comparisons: Sequence[tuple[str, RunComparison]]) -> st
             for table in _tables(number, each, f": {folder}" if others else "")
         ],
         signs=SIGNS,
+        missing=words.MISSING,
         most_rows=MOST_ROWS,
         memory={},
         opened={},

@@ -213,7 +213,8 @@ def _snippets(comparison: Comparison, folder: Path) -> list[Snippet]:
     )
     loss = "Loss difference from the baseline; b is computed above"
     snippets.append(Snippet(loss, stories, _example(comparison, "eval_loss")))
-    return snippets
+    of_compared = [comparison.estimates[metric] for metric in (*codes, "eval_loss")]
+    return [snippet for snippet, estimates in zip(snippets, of_compared, strict=True) if estimates]
 
 
 def _example(comparison: Comparison, metric: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas
 
+from harness._util.units import counted
 from harness.analysis import recommend, words
 from harness.analysis.comparison import Comparison
 from harness.analysis.estimate import Estimate
@@ -170,7 +171,8 @@ def _machine(m: Measurements) -> str:
 
 
 def _size(m: Measurements) -> str:
-    return f"{len(m.configs[~m.configs['twin']]):,} configurations, {len(m.trials):,} trials"
+    configurations = len(m.configs[~m.configs["twin"]])
+    return f"{counted(configurations, 'configuration')}, {counted(len(m.trials), 'trial')}"
 
 
 def _datasets(recorded: str) -> str:

@@ -91,7 +91,7 @@ def _other_environments(documents: Sequence[Document]) -> list[str]:
 
 
 def _in_words(document: Document) -> str:
-    answers = " ".join(card.sentence for card in document.front.cards if card.technique)
+    answers = " ".join(card.sentence for card in document.front.cards)
     return f"{document.title} ({document.front.about}). {answers}"
 
 

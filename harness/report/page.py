@@ -12,6 +12,7 @@ from typing import Any, get_args
 from harness._util.files import write_whole
 from harness._util.terminal import printable
 from harness._util.units import byte_unit
+from harness.analysis import words
 from harness.analysis.verdicts import Word
 from harness.errors import InputError
 from harness.metrics import FIGURES
@@ -42,6 +43,7 @@ def html(document: Document, *, live: str = "") -> str:
         "page.html.j2",
         document=document,
         signs=SIGNS,
+        missing=words.MISSING,
         claims=by_section(document.verdicts),
         tally={word: counts[word] for word in get_args(Word) if counts[word]},
         most_rows=MOST_ROWS,

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pandas
 
-from harness._util.units import show_share
+from harness._util.units import counted, show_share
 from harness.analysis import verdicts, words
 from harness.analysis.comparison import Comparison
 from harness.analysis.measurements import Measurements
@@ -31,13 +31,7 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
         steps: optimizer steps with the columns config, repeat, step, loss and tokens.
     """
     m = comparison.measurements
-    configs = m.configs[~m.configs["twin"]]
-    counts = Counter(m.trials["status"])
-    ends = ", ".join(f"{count:,} {status}" for status, count in counts.most_common())
-    repeats = sorted({int(r) for r in configs.loc[configs["measured"], "repeats"]})
-    repeated = f" with {_span(repeats)} repeats" if repeats and repeats != [1] else ""
-    tried = "1 configuration was" if len(configs) == 1 else f"{len(configs):,} configurations{repeated} were"
-    lines = [f"{tried} tried on this machine; their trials ended as {ends}."]
+    lines = [ends(comparison)]
     if m.baseline is not None and m.baseline in comparison.means.index:
         means = comparison.mean(m.baseline)
         figures = ", ".join(
@@ -46,7 +40,7 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
             if not math.isnan(means[metric])
         )
         lines.append(f"The baseline ({_baseline(m)}) takes {figures}.")
-        lines += [card.sentence for card in front.cards(comparison) if card.technique]
+        lines += [card.sentence for card in front.cards(comparison)]
     if m.floor is not None:
         lines.append(
             f"Speed differences below {math.expm1(m.floor):.1%} are within the noise of the two runs of the baseline; "
@@ -55,6 +49,19 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
     lines += _reproducibility(m, steps)
     lines += _prediction_errors(m)
     return lines
+
+
+def ends(comparison: Comparison) -> str:
+    """How many configurations were tried, and how their trials ended."""
+    m = comparison.measurements
+    configs = m.configs[~m.configs["twin"]]
+    counts = Counter(m.trials["status"])
+    statuses = ", ".join(f"{count:,} {status}" for status, count in counts.most_common())
+    whose = "its trial" if len(m.trials) == 1 else "its trials" if len(configs) == 1 else "their trials"
+    repeats = sorted({int(r) for r in configs.loc[configs["measured"], "repeats"]})
+    repeated = f" with {_span(repeats)} repeats" if repeats and repeats != [1] else ""
+    tried = "1 configuration was" if len(configs) == 1 else f"{len(configs):,} configurations{repeated} were"
+    return f"{tried} tried on this machine; {whose} ended as {statuses}."
 
 
 def tally(judged: Sequence[verdicts.ClaimVerdict]) -> str:
@@ -103,8 +110,8 @@ def _prediction_errors(m: Measurements) -> list[str]:
     error = known["predicted_peak_memory_bytes"] / known["peak_memory_bytes"] - 1
     return [
         f"Peaks were predicted before the trials ran: {error.abs().median():.2%} off in the median and "
-        f"{error.abs().max():.2%} at most, over {len(error)} configurations; {int((error < -0.005).sum())} of them "
-        f"needed over 0.5% more than predicted.{reached}"
+        f"{error.abs().max():.2%} at most, over {counted(len(error), 'configuration')}; "
+        f"{int((error < -0.005).sum())} of them needed over 0.5% more than predicted.{reached}"
     ]
 
 
@@ -137,10 +144,8 @@ def caveats(comparison: Comparison, alpha: float) -> list[str]:
     """
     m = comparison.measurements
     lines = _of_training_file(m.training_file) + [f"Left out: {what}." for what in m.left_out]
-    if m.baseline is None:
-        lines.append("The grid has no baseline: figures are shown, and nothing is compared.")
-    elif m.baseline not in comparison.means.index:
-        lines.append("No trial of the baseline ended well: figures are shown, and nothing is compared.")
+    if of_nothing_compared(comparison):
+        lines += of_nothing_compared(comparison)
     elif m.floor is None and comparison.means["tokens_per_second"].notna().any():
         twice = "has no speed of both its runs" if m.configs["twin"].any() else "was not run twice"
         lines.append(f"The baseline {twice}: the noise floor of speeds is unknown.")
@@ -172,6 +177,16 @@ def caveats(comparison: Comparison, alpha: float) -> list[str]:
     if len(m.configs) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(m.configs):,} configurations are shown; the CSV has them all.")
     return lines
+
+
+def of_nothing_compared(comparison: Comparison) -> list[str]:
+    """Why nothing is compared; empty where something may be."""
+    m = comparison.measurements
+    if m.baseline is None:
+        return ["The grid has no baseline: figures are shown, and nothing is compared."]
+    if m.baseline not in comparison.means.index:
+        return ["No trial of the baseline ended well: figures are shown, and nothing is compared."]
+    return []
 
 
 def _format_caveats(m: Measurements) -> list[str]:

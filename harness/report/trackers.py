@@ -85,22 +85,24 @@ def runs_of(folder: Path) -> list[TrackedRun]:
     return [_run(row, steps.get(row["trial_id"], []), effects) for row in rows]
 
 
-def _effects(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Effects by environment and label; none where nothing can be compared."""
+def _effects(folder: Path) -> dict[str, dict[str, float]]:
+    """Effects by the ids of the trials that they rest on; none where nothing can be compared."""
     with contextlib.suppress(InputError):
         results = notebook.load(folder)
-        environment = results.document.comparison.measurements.environment_id
-        effects: dict[tuple[str, str], dict[str, float]] = {}
+        effects: dict[str, dict[str, float]] = {}
         for row in results.comparisons.to_dict("records"):
             name = f"effect/{row['metric']}"
             ends = {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
-            effects.setdefault((environment, row["technique"]), {}).update(_finite(ends))
-        return effects
+            effects.setdefault(row["technique"], {}).update(_finite(ends))
+        m = results.document.comparison.measurements
+        ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]]
+        labels = m.labels(ok["config"])
+        return {trial: effects[label] for trial, label in zip(ok["trial_id"], labels, strict=True) if label in effects}
     return {}
 
 
 def _run(
-    row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], effects: Mapping[tuple[str, str], Mapping[str, float]]
+    row: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], effects: Mapping[str, Mapping[str, float]]
 ) -> TrackedRun:
     keys = spec_of(row).canonical()
     parameters = {key: value if isinstance(value, str | int | float | bool) else json.dumps(value)
@@ -111,7 +113,7 @@ def _run(
         id=row["trial_id"],
         name=row["label"] + (f" (repeat {row['repeat']})" if row["repeat"] else ""),
         parameters=parameters,
-        figures=figures | dict(effects.get((row["environment_id"], row["label"]), {})),
+        figures=figures | dict(effects.get(row["trial_id"], {})),
         steps=tuple((step["step"], _finite({name: step[name] for name in _OF_STEPS})) for step in trained),
         tags={name: str(row[name]) for name in _TAGS if row[name] is not None},
         started_at=row["started_at"],

@@ -90,9 +90,9 @@ def write(
 def rich_table(table: Table) -> RichTable:
     """A table for a terminal, transposed: a column for each row."""
     shown = RichTable(title=plain(table.title), caption=plain(table.note), title_justify="left", show_header=False)
-    shown.add_column()
+    shown.add_column(overflow="fold")
     for _ in table.rows:
-        shown.add_column(justify="right")
+        shown.add_column(justify="right", overflow="fold")
     for number, heading in enumerate(table.headings):
         shown.add_row(plain(heading), *(plain(row[number].text) for row in table.rows))
     return shown
@@ -106,7 +106,7 @@ def terminal(comparison: Comparison) -> RichTable:
     caption = plain(f"{m.where}{left_out}") + (f"\n{plain(detectable)}" if detectable else "")
     shown = RichTable(title=plain(m.title), caption=caption, title_justify="left", caption_justify="left")
     for number, heading in enumerate(("Technique", *headings_of(HEADLINE), "n")):
-        shown.add_column(heading, justify="right" if number == 4 else "left")
+        shown.add_column(heading, justify="right" if number == 4 else "left", overflow="fold")
     for technique, part, *cells, repeats in techniques(comparison, MOST_ROWS).rows:
         figures = [
             f"{plain(value.text)}\n[dim]{plain(against.text)}[/]"
