@@ -333,15 +333,15 @@ def test_repeats_that_an_earlier_version_alone_had_are_left_out(small: Small, tm
     assert loading.load(tmp_path).configs["repeats"].sum() == 3
 
 
-def test_what_failed_is_told_first(small: Small, tmp_path: Path, ask: Ask) -> None:
+def test_failures_stand_first(small: Small, tmp_path: Path, ask: Ask) -> None:
     for rank, label, status in ((16, "baseline", "failed"), (8, "lora_r=8", "ok")):
         given = {"peak_memory_bytes": 10} if status == "ok" else {"status": status}
         keep(Store(tmp_path / "g"), small(lora_r=rank), label, [], baseline_id=small(lora_r=16).id, **given)
     code, printed, _ = ask("report", str(tmp_path / "g"), "-o", str(tmp_path / "out"))
-    told = " ".join(printed.split())
+    text = " ".join(printed.split())
     assert code == 0
-    assert "2 configurations were tried on this machine; their trials ended as 1 " in told
-    assert "No trial of the baseline ended well: figures are shown, and nothing is compared." in told
+    assert "2 configurations were tried on this machine; their trials ended as 1 " in text
+    assert "No trial of the baseline ended well: figures are shown, and nothing is compared." in text
     assert ">not compared<" in (tmp_path / "out/report.html").read_text()
     keep(Store(tmp_path / "h"), small(lora_r=8), "lora_r=8", [], peak_memory_bytes=9)
     keep(Store(tmp_path / "h"), small(lora_r=16), "baseline", [], peak_memory_bytes=9)
@@ -355,11 +355,11 @@ def test_one_of_something_is_in_the_singular(
 ) -> None:
     keep(Store(tmp_path / "g"), small(), "baseline", [], peak_memory_bytes=10)
     code, printed, _ = ask("report", str(tmp_path / "g"), "-o", str(tmp_path / "out"), "--full", "--format", "md")
-    told = " ".join(printed.split())
+    text = " ".join(printed.split())
     assert code == 0
-    assert "1 configuration, 1 trial" in told
-    assert "1 configuration was tried on this machine; its trial ended as 1 ok." in told
-    assert "1 file written" in told
+    assert "1 configuration, 1 trial" in text
+    assert "1 configuration was tried on this machine; its trial ended as 1 ok." in text
+    assert "1 file written" in text
     monkeypatch.chdir(tmp_path / "g")
     assert loading.load(Path()).name == "g", "its report is reports/g"
 

@@ -213,6 +213,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "log with step": ({"space": {"lora_r": {"low": 1, "high": 8, "log": True, "step": 2}}}, "log goes with"),
     "log of zero": ({"space": {"lora_dropout": {"low": 0, "high": 0.5, "log": True}}}, "log goes with a low above 0"),
     "same key twice": ({"space": {"lora_r": [4, 8], "size": {"big": {"lora_r": 64}}}}, "both set lora_r"),
+    "same key under a condition and without": (
+        {"space": {
+            "gradient_checkpointing": [False, True], "lora_r": {"low": 2, "high": 8},
+            "rank": {"levels": {"large": {"lora_r": 16}}, "when": {"gradient_checkpointing": True}}}},
+        "both set lora_r; keep one, or give each a when: with other values of one key"),
+    "condition beside bundles": (
+        {"space": {"size": {"big": {"lora_r": 64}, "when": {"adapter": "lora"}}}},
+        "size: when: goes beside levels: or low: and high:"),
+    "condition on what is chosen later": (
+        {"space": {"lora_r": {"levels": [4, 8], "when": {"precision": "bf16"}}, "precision": ["bf16", "fp32"]}},
+        "when: precision is chosen after it; write precision before lora_r"),
+    "condition that is never met": (
+        {"space": {"adapter": ["lora", "none"], "lora_r": {"levels": [4, 8], "when": {"adapter": "loha"}}}},
+        "lora_r: when: adapter is never loha; the parameter would not vary"),
+    "condition on nothing": (
+        {"space": {"lora_r": {"low": 4, "high": 8, "when": {"adapter": []}}}}, "when: adapter is never anything"),
+    "seed": ({"space": {"seed": [1, 2]}}, "seed sets seed, which is equal in all trials of a search; give it in base"),
+    "budget": ({"space": {"memory_budget": {"low": 10**9, "high": 2 * 10**9}}}, "memory_budget, which is equal in all trials"),
+    "pruner of a length that is searched": (
+        {"base": {"train_samples": 9}, "pruner": {"factor": 3, "rungs": 2}, "space": {"train_samples": [3, 9]}},
+        "train_samples sets train_samples, which the pruner shortens"),
+    "step beyond": ({"space": {"lora_r": {"low": 2, "high": 4, "step": 40}}}, "step 40 leads from low 2 beyond high 4"),
     "impossible": (
         {"space": {"adapter": ["lora", "none"], "precision": ["bf16", "nf4"]}},
         "quantised weights cannot be trained.*say when:",
@@ -243,6 +265,19 @@ def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
         made(tmp_path, **given)
     assert "\n" not in str(error.value)
+
+
+def test_two_parameters_may_set_a_key_that_no_trial_gives_twice(tmp_path: Path) -> None:
+    bundles = {"low": {"lora_r": 8}, "high": {"lora_r": 16}}
+    space = {
+        "gradient_checkpointing": [False, True],
+        "lora_r": {"levels": [4, 64], "when": {"gradient_checkpointing": False}},
+        "rank": {"levels": bundles, "when": {"gradient_checkpointing": True}},
+    }
+    search = made(tmp_path, space=space)
+    for choice in (False, True):
+        chosen, spec = search.walk(lambda p, c=choice: c if p.name == "gradient_checkpointing" else min(p.choices))
+        assert ("rank" in chosen, search.place(spec)) == (choice, chosen)
 
 
 def test_a_loss_of_random_weights_is_refused(tmp_path: Path) -> None:

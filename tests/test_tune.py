@@ -312,6 +312,13 @@ def test_brute_force_ends_with_the_space(launcher: LocalLauncher, tmp_path: Path
     done = tune(made(space=space, sampler="brute-force", trials=100), store, launcher, Watch())
     assert done.tried == 6
     assert len(trials(store).query("~twin")) == 6
+    lines: list[str] = []
+    again = tune(
+        made(space=space, sampler="brute-force", trials=100), store, launcher, Watch(),
+        Options(sources=(store.folder,)), lines.append,
+    )  # fmt: skip
+    assert (again.tried, again.left) == (6, 0), "nor does it begin anew"
+    assert any("--from is read at the beginning" in line for line in lines)
     with pytest.raises(InputError, match="brute-force needs a step for learning_rate"):
         tune(made(sampler="brute-force"), Store(tmp_path / "u"), launcher, Watch())
 
@@ -408,6 +415,9 @@ def test_an_unconfirmed_winner_is_reported_as_such(launcher: LocalLauncher, tmp_
     assert summary is not None
     assert any("not confirmed in fresh repeats" in sentence for sentence in summary.sentences)
     assert any("Nothing is confirmed" in sentence for sentence in summary.sentences)
+    trials = store.read("trials").to_pandas()
+    assert not trials["twin"].any(), "and nothing is trained for it"
+    assert set(trials["repeat"]) == {0}
 
 
 def test_a_search_from_before_a_key_existed_is_still_reported() -> None:

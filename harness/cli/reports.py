@@ -13,7 +13,6 @@ from harness.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.compare_runs import RunComparison
-    from harness.analysis.comparison import Comparison
     from harness.analysis.measurements import Measurements
     from harness.report.document import Document
 from harness.cli import options
@@ -109,14 +108,6 @@ def _name(loaded: list[Measurements], title: str | None) -> str:
     return f"{name}-joined" if name in {measurements.name for measurements in loaded} else name
 
 
-def _ends(comparison: Comparison) -> list[str]:
-    """How trials ended where some did not end well, and why nothing is compared."""
-    from harness.report import summary
-
-    all_well = (comparison.measurements.trials["status"] == "ok").all()
-    return ([] if all_well else [summary.ends(comparison)]) + summary.of_nothing_compared(comparison)
-
-
 def _print_answers(content: Document, *, full: bool) -> None:
     """The first screen for a terminal, and in how much memory to take what; everything else on request."""
     from harness._util.units import show_bytes
@@ -127,7 +118,7 @@ def _print_answers(content: Document, *, full: bool) -> None:
         content.summary
         if full
         else [
-            *_ends(content.comparison),
+            *content.ends,
             *(card.sentence for card in content.front.cards),
             *content.longer,
             content.summary[-1],

@@ -53,7 +53,13 @@ def tune(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=SEARCH, help="Seed of the sampler, instead of the file's."),
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            metavar="N",
+            rich_help_panel=SEARCH,
+            help="Seed of the sampler, instead of the file's.",
+        ),
     ] = None,
     storage: Annotated[
         str | None,
@@ -98,6 +104,8 @@ def tune(
     where = LauncherOptions(engine, workers, address, cpus, accelerator, partition, job_minutes, array)
     where.check()
     options.check_memory(memory)
+    if export is not None and export.is_dir():
+        raise InputError(f"--export {export} is a folder; give a file")
     overrides = {key: value for key, value in (("memory_budget", memory), ("device", device)) if value is not None}
     search = search_file.load(grid, overrides, without_unsupported=without_unsupported)
     print_training_file(search.training_file, grid)
@@ -159,7 +167,7 @@ def _print_outcome(
     folder = plain(str(store.folder))
     out.print(f"{outcome.tried} trials{before} in study {outcome.study}, kept in {folder}", highlight=False)
     if outcome.left:
-        out.print(f"{outcome.left} trials are left; go on with: harness tune {plain(str(grid))}", highlight=False)
+        out.print(f"{outcome.left} trials are left; the same command goes on with them", highlight=False)
     measurements = loading.load(store.folder, baseline_ids=None, here=environments)
     summary = reporting.summarize(measurements, store.folder)
     if summary is None:

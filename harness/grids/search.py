@@ -56,6 +56,17 @@ class Parameter:
         """The spec keys that a value sets."""
         return self.choices[value] if self.choices else {self.name: value}
 
+    def excludes(self, other: Parameter) -> bool:
+        """Whether no trial has both: a key has other values with the one than with the other."""
+        mine, theirs = self.when or {}, other.when or {}
+        return any(not any(value in theirs[key] for value in mine[key]) for key in mine.keys() & theirs.keys())
+
+    def can_set(self, key: str, value: Any) -> bool:
+        """Whether one of its values gives a key this one."""
+        if self.choices:
+            return any(key in changes and changes[key] == value for changes in self.choices.values())
+        return key == self.name and isinstance(value, int | float) and self.low <= value <= self.high
+
     def value_in(self, spec: TrialSpec) -> Any:
         """The value that this spec has.
 

@@ -17,7 +17,7 @@ from harness.dialects.training_file import OWN
 from harness.errors import InputError
 from harness.grids.document import base_of, header, located, timing_of
 from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
-from harness.grids.search import Constraint, Objective, Parameter, Pruner, Sampler, Scalar, Search, budget_key
+from harness.grids.search import BUDGETS, Constraint, Objective, Parameter, Pruner, Sampler, Scalar, Search, budget_key
 from harness.grids.spellings import FLOAT_KEYS, merge
 from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
@@ -94,11 +94,14 @@ def parse(name: str, title: str, base: Mapping[str, Any], given: Mapping[str, An
     if sampler not in get_args(Sampler):
         raise ValueError(f"tune: {unknown('sampler', sampler, get_args(Sampler))}")
     pruner = _pruner(given.get("pruner"), spec, objectives)
+    parameters = _parameters(given.get("space"), spec)
+    if pruner is not None:
+        _refuse_lengths(parameters)
     search = Search(
         name=name,
         title=title,
         base=spec,
-        parameters=_parameters(given.get("space"), spec),
+        parameters=parameters,
         objectives=objectives,
         constraints=tuple(c for c in constraints if c not in limits),
         sampler=sampler,
@@ -125,14 +128,39 @@ def _parameters(given: Any, base: TrialSpec) -> tuple[Parameter, ...]:
         if not isinstance(name, str):
             raise ValueError(f"space: {kind_of(name)} is not a parameter name")
         parameter = _parameter(name, values, base)
-        owners = {key: p.name for p in parameters for key in p.keys}
-        twice = sorted(parameter.keys & owners.keys())
-        if twice and parameter.when is None:
-            raise ValueError(f"space: {name} and {owners[twice[0]]} both set {twice[0]}; keep one, or say when:")
+        for other in parameters:
+            twice = sorted(parameter.keys & other.keys)
+            if twice and not parameter.excludes(other):
+                raise ValueError(
+                    f"space: {name} and {other.name} both set {twice[0]}; keep one, or give each a when: with other "
+                    "values of one key"
+                )
         parameters.append(parameter)
+    _check_conditions(parameters, base)
     if any(p.hold for p in parameters):
         _check_hold(parameters)
     return tuple(parameters)
+
+
+def _check_conditions(parameters: Sequence[Parameter], base: TrialSpec) -> None:
+    """Conditions are of the base's values and of what was chosen before, and each can be fulfilled."""
+    for number, parameter in enumerate(parameters):
+        for key, allowed in (parameter.when or {}).items():
+            later = [other.name for other in parameters[number:] if key in other.keys]
+            if later:
+                raise ValueError(
+                    f"space: {parameter.name}: when: {key} is chosen after it; write {later[0]} before {parameter.name}"
+                )
+            if not any(getattr(base, key) == v or any(p.can_set(key, v) for p in parameters[:number]) for v in allowed):
+                shown = " or ".join(map(as_written, allowed)) or "anything"
+                raise ValueError(f"space: {parameter.name}: when: {key} is never {shown}; the parameter would not vary")
+
+
+def _refuse_lengths(parameters: Sequence[Parameter]) -> None:
+    """The pruner sets how long trials are."""
+    for parameter in parameters:
+        for key in sorted(parameter.keys & {*BUDGETS}):
+            raise ValueError(f"space: {parameter.name} sets {key}, which the pruner shortens; leave one of them out")
 
 
 def _check_hold(parameters: Sequence[Parameter]) -> None:
@@ -154,7 +182,9 @@ def _check_hold(parameters: Sequence[Parameter]) -> None:
 def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
     where = f"space: {name}"
     if isinstance(given, dict) and given.keys() & {"low", "high"}:
-        return _range(name, given, base)
+        return _of_all_trials(_range(name, given, base))
+    if isinstance(given, dict) and "when" in given and "levels" not in given:
+        raise ValueError(f"{where}: when: goes beside levels: or low: and high:, as in {{levels: …, when: …}}")
     when = None
     if isinstance(given, dict) and "levels" in given:
         when = _when(given.get("when"), where)
@@ -170,7 +200,16 @@ def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
         scalar = isinstance(value, bool | int | float | str | None) and one_line(as_written(value)) == level.text
         choice = value if name in level.changes and scalar else level.text
         choices[choice] = {key: getattr(spec, key) for key in keys}
-    return Parameter(name, choices, when=when, hold=levels[0].hold)
+    return _of_all_trials(Parameter(name, choices, when=when, hold=levels[0].hold))
+
+
+def _of_all_trials(parameter: Parameter) -> Parameter:
+    """The parameter, unless it sets what all trials of a search have in common."""
+    for key in sorted(parameter.keys & {"seed", "memory_budget", "device"}):
+        raise ValueError(
+            f"space: {parameter.name} sets {key}, which is equal in all trials of a search; give it in base"
+        )
+    return parameter
 
 
 def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
@@ -200,6 +239,8 @@ def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
         raise ValueError(f"{where}: log goes with a low above 0 and without step")
     if step is not None and (step <= 0 or (whole and step != int(step))):
         raise ValueError(f"{where}: step is {step:g}; it must be {'a whole number' if whole else 'a number'} above 0")
+    if step is not None and step > bounds["high"] - bounds["low"]:
+        raise ValueError(f"{where}: step {step:g} leads from low {bounds['low']:g} beyond high {bounds['high']:g}")
     as_type: Callable[[float], float] = int if whole else float
     return Parameter(
         name,

@@ -75,6 +75,15 @@ class Document:
     parts: tuple[Document, ...] = ()
     """The reports of several grids that this one joins; empty: it is of one."""
 
+    @property
+    def ends(self) -> list[str]:
+        """How trials ended, where some did not end well, and why nothing is compared."""
+        if self.parts:
+            return [f"{part.title}: {line}" for part in self.parts for line in part.ends]
+        all_well = (self.comparison.measurements.trials["status"] == "ok").all()
+        how = [] if all_well else [summary.ends(self.comparison)]
+        return how + summary.of_nothing_compared(self.comparison)
+
 
 def document(measurements: Measurements, folder: Path, *, grids: int = 1) -> Document:
     """The report of these measurements.

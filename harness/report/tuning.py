@@ -153,7 +153,7 @@ def _saved_by_halving(results: SearchResults) -> list[str]:
     points = results.points
     whole = points[points["whole"] & ~points["before"]]
     stopped = points[~points["whole"] & ~points["number"].isin(whole["number"]) & (points["status"] == "ok")]
-    if stopped.empty or whole["seconds"].isna().all():
+    if results.search.pruner is None or stopped.empty or whole["seconds"].isna().all():
         return []
     count = stopped["number"].nunique()
     spent = float(points.loc[~points["whole"], "seconds"].sum())

@@ -73,7 +73,10 @@ def sampler(search: Search) -> optuna.samplers.BaseSampler:
                 seed=search.seed, multivariate=True, group=conditional, constant_liar=True
             )
         if search.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=search.seed, deterministic_objective=False)
+            # Parameters under a condition are drawn at random, as docs/search.md says; Optuna would warn of each.
+            return optuna.samplers.GPSampler(
+                seed=search.seed, deterministic_objective=False, warn_independent_sampling=False
+            )
         if search.sampler == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=search.seed, population_size=min(50, max(4, search.trials // 4)))
         return optuna.samplers.RandomSampler(seed=search.seed)

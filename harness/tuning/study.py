@@ -49,6 +49,8 @@ _LEAST_INFEASIBLE = 12
 """Trials after which a search without any feasible one is given up."""
 _MOST_VISITS = 3
 """Timing visits of a trial of the search, of which one should be undisturbed."""
+_EXHAUSTED = "exhausted"
+"""Attribute of a study whose space has nothing more to try."""
 _MOST_KNOWN = 50
 """Proposals in a row that were already measured, after which the space counts as exhausted."""
 
@@ -151,6 +153,8 @@ class _StudyProcess:
             if "begun" not in self.study.user_attrs:
                 self._begin()
                 self.study.set_user_attr("begun", True)
+            elif options.sources:
+                on_message("this study has begun: --from is read at the beginning of one, and nothing is added to it")
         about = {**search.given, "study": self.study.study_name}
         self.described = Grid(
             search.name, search.title, "list", self.read, tune=about, training_file=search.training_file
@@ -228,7 +232,9 @@ class _StudyProcess:
 
     def _continues(self) -> bool:
         exhausted = self.known_in_a_row >= _MOST_KNOWN or getattr(self.sampler, "exhausted", False)
-        if exhausted or self._left() == 0:
+        if exhausted:
+            self.study.set_user_attr(_EXHAUSTED, True)
+        if self._left() == 0:
             return False
         if self.search.timeout is not None and time.monotonic() - self.started > self.search.timeout:
             self.on_message(f"the {self.search.timeout:g} s of the search are over")
@@ -237,6 +243,8 @@ class _StudyProcess:
         return True
 
     def _left(self) -> int:
+        if self.study.user_attrs.get(_EXHAUSTED):
+            return 0
         return max(0, self.search.trials - proposed_count(self.study))
 
     def _check_feasible(self, least: int) -> None:
@@ -379,7 +387,11 @@ class _StudyProcess:
         """
         search = self.search
         chosen = {search.base.id: Trial(search.base, "baseline", None, None, contents=self.snapshot.of(search.base))}
-        for row in finalists(search, self.store.read("trials").to_pylist(), self.study.study_name):
+        timing = search.timing
+        if not search.confirm:  # a base outside of the space is measured all the same, once as the trials were
+            timing = dataclasses.replace(timing, visits=min(1, timing.visits))
+        rows = self.store.read("trials").to_pylist() if search.confirm else []
+        for row in finalists(search, rows, self.study.study_name):
             spec = spec_of(row).model_copy(update={"folder": search.base.folder})
             chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"], contents=self.snapshot.of(spec)))
         # Repeat 0 was recorded by the search, except for the baseline's second run.
@@ -391,7 +403,7 @@ class _StudyProcess:
             "list",
             ordered,
             tune=self.described.tune,
-            timing=search.timing,
+            timing=timing,
             training_file=search.training_file,
         )
         summary = run_grid(
