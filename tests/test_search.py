@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "condition on nothing": (
         {"space": {"lora_r": {"low": 4, "high": 8, "when": {"adapter": []}}}}, "when: adapter is never anything"),
     "seed": ({"space": {"seed": [1, 2]}}, "seed sets seed, which is equal in all trials of a search; give it in base"),
-    "budget": ({"space": {"memory_budget": {"low": 10**9, "high": 2 * 10**9}}}, "memory_budget, which is equal in all trials"),
+    "budget": ({"space": {"memory_budget": {"low": 10**9, "high": 2 * 10**9}}}, "memory_budget, which is equal in"),
     "pruner of a length that is searched": (
         {"base": {"train_samples": 9}, "pruner": {"factor": 3, "rungs": 2}, "space": {"train_samples": [3, 9]}},
         "train_samples sets train_samples, which the pruner shortens"),
