@@ -133,7 +133,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1, "num_epochs": 3.0, "learning_rate": 5e-5, "lr_scheduler": "linear",
         "warmup_ratio": 0.0, "warmup_steps": None, "optimizer": "adamw_torch_fused", "weight_decay": 0.0,
         "max_grad_norm": 1.0, "seed": 42, "val_set_size": 0, "precision": "bf16", "gradient_checkpointing": True,
-        "reentrant_checkpointing": True, "train_on_inputs": False, "chat_template": None, "attention": "auto",
+        "reentrant_checkpointing": True, "train_on_inputs": False, "chat_template": "own", "attention": "auto",
     },
     "llama_factory/lora": {
         "lora_r": 16, "lora_alpha": 32, "sequence_length": 1024, "micro_batch_size": 2, "warmup_ratio": 0.1,
@@ -333,8 +333,8 @@ def test_fsdp_with_offload_is_refused() -> None:
 
 
 def test_templates_of_llama_factory() -> None:
-    assert lf(template="llama3").mapped["template"] == "the model's own chat template"
-    assert spec_of(lf(template="llama3")).chat_template is None
+    assert lf(template="llama3").mapped["template"] == "chat_template: own (the model's, which it must have)"
+    assert spec_of(lf(template="llama3")).chat_template == "own"
     assert spec_of(lf(template="alpaca")).chat_template == "alpaca"
     assert "template" in lf(template="default").unsupported
     assert "template" in lf(template="llava").other_tasks

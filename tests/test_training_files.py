@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Answer
+from tiny_models import tiny_model
 
 from harness.dialects import axolotl
 from harness.errors import InputError
 from harness.grids import grid, imported
 from harness.grids.grid import Grid
 from harness.spec.trial import TrialSpec
+from harness.training import checkpoints
 
 Ask = Callable[..., Answer]
 FILES = Path(__file__).parent / "training_files"
@@ -426,6 +428,22 @@ def test_prompts_of_axolotl_have_its_own_columns_and_formats(tmp_path: Path) -> 
     assert chat.field_system == "system"
     lead = f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: chat_template, field_system: lead}}]\n"
     assert spec(tmp_path, lead).datasets[0].type.field_system == "lead"
+
+
+def test_a_familys_template_is_the_models_own_which_it_must_have(tmp_path: Path) -> None:
+    wanted = {
+        kind: spec(tmp_path, f"{AXOLOTLS}chat_template: gemma3\ndatasets: [{{path: a.jsonl, type: {kind}}}]\n")
+        for kind in ("chat_template", "alpaca")
+    }
+    assert {kind: each.chat_template for kind, each in wanted.items()} == {"chat_template": "own", "alpaca": None}
+    template = "{{ messages[0]['content'] }}"
+    has, lacks = (
+        TrialSpec(base_model=tiny_model(tmp_path / name, chat_template=own), chat_template="own")
+        for name, own in (("has", template), ("lacks", None))
+    )
+    assert checkpoints.load_tokenizer(has).chat_template == template
+    with pytest.raises(InputError, match="lacks has no chat template of its own; give one with chat_template: "):
+        checkpoints.load_tokenizer(lacks)
 
 
 @pytest.mark.parametrize("key", ["dataset_exact_deduplication", "dataloader_drop_last"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.dialects.rules import EMPTY, Reader
 from harness.spec.datasets import named_type
+from harness.spec.keys import OWN_TEMPLATE
 
 _OWN_TEMPLATES = ("alpaca", "chatml", "llama3", "gemma", "phi_3", "phi_4")
 """Names of chat templates that are the same here."""
@@ -239,6 +240,8 @@ def _set_template(reader: Reader, template: str | None, entries: Sequence[Any]) 
     note = "where the tokenizer has none" if name != template else ""
     if "{{" in name or "{%" in name:
         reader.set("chat_template", name, *names)
+    elif not note and name in _OF_FAMILIES and _has_chats(reader):
+        reader.set("chat_template", OWN_TEMPLATE, *names, note=f"the model's, which is {name}'s")
     elif note or name in _OF_FAMILIES:
         reader.note(f"the model's own chat template, which is {name}'s", "chat_template")
     elif name in _OWN_TEMPLATES or name in _ANOTHER_NAME:
@@ -248,6 +251,11 @@ def _set_template(reader: Reader, template: str | None, entries: Sequence[Any]) 
         reader.refuse(
             "chat_template", f"use tokenizer_default, Jinja text, or one of {', '.join(_OWN_TEMPLATES)}", name
         )
+
+
+def _has_chats(reader: Reader) -> bool:
+    """Whether a dataset is of chats, which Axolotl puts into the template; other types have prompts of their own."""
+    return any(entry.get("type", {}).get("kind") == "chat" for entry in reader.values.get("datasets", []))
 
 
 def _of_entry(entry: Mapping[Any, Any]) -> str | None:

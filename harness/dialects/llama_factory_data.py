@@ -10,6 +10,7 @@ from typing import Any
 from harness._util.messages import unknown
 from harness.dialects.common import derive
 from harness.dialects.rules import Reader
+from harness.spec.keys import OWN_TEMPLATE
 
 TOOL = "LLaMA-Factory"
 _FILES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"})
@@ -37,7 +38,7 @@ def read_template(reader: Reader) -> None:
     elif name in _PLAIN_TEMPLATES:
         reader.refuse("template", f"use that of the model's family, or {', '.join(OWN_TEMPLATES)}")
     else:
-        reader.note("the model's own chat template", "template")
+        derive(reader, "chat_template", OWN_TEMPLATE, "template", note="the model's, which it must have")
 
 
 def read_datasets(reader: Reader) -> None:

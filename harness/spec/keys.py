@@ -85,6 +85,8 @@ def check_format(precision: str, quantizer: str) -> None:
         )
 
 
+OWN_TEMPLATE = "own"
+"""Value of `chat_template`: the model's own, which it must have."""
 ChatTemplate = Annotated[StrictStr, Field(min_length=1, max_length=20_000)]
 TokenRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
 SpecialTokens = tuple[tuple[TokenRole, Line], ...]

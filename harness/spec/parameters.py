@@ -88,7 +88,8 @@ class Parameters(Frozen):
     """Fewest completion tokens of a held-out story within `eval_sequence_length`; one with fewer is trained on."""
 
     chat_template: Annotated[ChatTemplate | None, Facts(absent=None), Part.DATA] = None
-    """Name of a chat template (`chatml`, `llama3`, …) or one as Jinja text; null: the model's own."""
+    """Name of a chat template (`chatml`, `llama3`, …) or one as Jinja text; null: the model's own, or a plain one where
+    it has none. `own`: a model without one is refused."""
     special_tokens: Annotated[SpecialTokens | None, Facts(absent=None), Part.DATA] = None
     """Tokens of the vocabulary in these roles, like `{pad_token: <pad>}`; null: the tokenizer's own."""
 

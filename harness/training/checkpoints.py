@@ -17,6 +17,7 @@ from harness._util.files import folder_aside
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.sources import models
+from harness.spec.keys import OWN_TEMPLATE
 from harness.spec.trial import TrialSpec
 from harness.training import chat_templates
 
@@ -33,14 +34,21 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         NoTokenizer: there is none, or it needs its own code.
-        InputError: the chat template is unknown or no Jinja, or a special token is not in the vocabulary.
+        InputError: the chat template is unknown or no Jinja, or the model's own and there is none; or a special token
+            is not in the vocabulary.
     """
-    template = None if spec.chat_template is None else chat_templates.resolve(spec.chat_template)
+    own = spec.chat_template in (None, OWN_TEMPLATE)
+    template = None if own else chat_templates.resolve(str(spec.chat_template))
     trained = models.pretrained(spec.base_model)
     tokenizer = _own_tokenizer(spec, trust_remote_code) if trained else byte_tokenizer()
     _set_special_tokens(tokenizer, spec, refuse_unknown=trained)
     if template is not None and trained:
         chat_templates.install(template, tokenizer)
+    elif spec.chat_template == OWN_TEMPLATE and trained and not tokenizer.chat_template:
+        raise InputError(
+            f"{spec.base_model} has no chat template of its own; give one with chat_template: "
+            f"{', '.join(chat_templates.TEMPLATES)}, or its Jinja text"
+        )
     return tokenizer
 
 
