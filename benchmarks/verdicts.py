@@ -289,8 +289,9 @@ def false_differences(made: documents.Document, page: str) -> set[str]:
         wrong = verdict.word == "depends" or verdict.word == ("contradicted" if holds else "supported")
         if wrong:
             false.add(_FIGURES.get(claim.metric, claim.metric))
-    false |= {"speed"} if any(line.startswith("Fastest") for line in made.summary) else set()
-    return false | ({"loss"} if any(line.startswith("Lowest loss") for line in made.summary) else set())
+    named = [line for line in made.summary if ": none " not in line]
+    false |= {"speed"} if any(line.startswith("Fastest") for line in named) else set()
+    return false | ({"loss"} if any(line.startswith("Lowest loss") for line in named) else set())
 
 
 def null_report(seed: int, scenario: Scenario = DECIDES) -> set[str]:

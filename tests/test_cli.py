@@ -245,7 +245,7 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
 def test_training_file_of_the_lesson_runs_as_a_grid_up_to_its_hub_model(ask: Ask) -> None:
     code, output, errors = ask("run", str(ROOT / "tests/lesson/advanced_train2.yml"), "--dry-run")
     assert code == 0, errors
-    assert "1 trials" in output
+    assert "1 trial," in output
 
 
 def test_the_shipped_grids_are_whole(tmp_path: Path) -> None:
