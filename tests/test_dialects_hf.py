@@ -339,6 +339,7 @@ def test_templates_of_llama_factory() -> None:
     assert "template" in lf(template="default").unsupported
     assert "template" in lf(template="llava").other_tasks
     assert "template" not in lf(template="glm4").other_tasks
+    assert "LLaMA-Factory joins all" in lf(stage="pt").mapped["stage"]
 
 
 def test_prediction_and_images_are_other_tasks() -> None:

@@ -446,6 +446,13 @@ def test_a_familys_template_is_the_models_own_which_it_must_have(tmp_path: Path)
         checkpoints.load_tokenizer(lacks)
 
 
+def test_texts_that_a_tool_would_divide_are_noted(tmp_path: Path) -> None:
+    for kind, noted in (("completion", True), ("alpaca", False)):
+        file = load(tmp_path, f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: {kind}}}]\n").training_file
+        assert file is not None
+        assert ("Axolotl makes several examples of it" in file.notes.get("datasets", "")) == noted
+
+
 @pytest.mark.parametrize("key", ["dataset_exact_deduplication", "dataloader_drop_last"])
 def test_which_rows_axolotl_trains_on_is_no_detail(tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=key):

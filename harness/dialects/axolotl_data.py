@@ -60,6 +60,9 @@ def read(reader: Reader) -> None:
         read_entries = [entry | {"type": _text(entry)} for entry in read_entries]
     if read_entries:
         reader.set("datasets", read_entries, "datasets", "pretraining_dataset")
+        if any(entry.get("type", {}).get("kind") == "text" for entry in read_entries):
+            note = "a text longer than sequence_len is left out or cut; Axolotl makes several examples of it"
+            reader.note(note, "datasets", "pretraining_dataset")
     elif "datasets" not in reader.unsupported:
         reader.notes["datasets"] = "none in the file: the bundled stories (storyteller)"
     reader.note("system_prompt of each dataset", "default_system_message")

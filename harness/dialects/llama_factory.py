@@ -183,6 +183,9 @@ def _combine(reader: Reader) -> None:
         reader.set("sequence_length", reader.get("cutoff_len"), "cutoff_len", note=note)
 
 
+_TEXTS = "texts without a prompt, of which longer ones are cut; LLaMA-Factory joins all and cuts them into equal parts"
+
+
 def _read_task(reader: Reader) -> None:
     stage = str(reader.get("stage", "sft"))
     if stage in _TASKS:
@@ -190,7 +193,7 @@ def _read_task(reader: Reader) -> None:
     elif stage not in ("sft", "pt"):
         reader.refuse("stage", "use sft or pt")
     else:
-        reader.note("supervised fine-tuning" if stage == "sft" else "texts without a prompt", "stage")
+        reader.note("supervised fine-tuning" if stage == "sft" else _TEXTS, "stage")
     for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):
         if reader.get(name) is False:
             reader.other_task(name, "training on images")
