@@ -319,6 +319,10 @@ def test_brute_force_ends_with_the_space(launcher: LocalLauncher, tmp_path: Path
     )  # fmt: skip
     assert (again.tried, again.left) == (6, 0), "nor does it begin anew"
     assert any("--from is read at the beginning" in line for line in lines)
+    opened = optuna.load_study(study_name=done.study, storage=open_storage(None, store))
+    opened.enqueue_trial(opened.trials[-1].params)  # as of a process that was stopped amid its last trial
+    tune(made(space=space, sampler="brute-force", trials=100), store, launcher, Watch())
+    assert not opened.get_trials(states=(optuna.trial.TrialState.WAITING,)), "what was queued again is not lost"
     with pytest.raises(InputError, match="brute-force needs a step for learning_rate"):
         tune(made(sampler="brute-force"), Store(tmp_path / "u"), launcher, Watch())
 

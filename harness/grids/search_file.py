@@ -58,6 +58,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, *, without_unsu
         if bounded and values.get("memory_budget") is not None and "memory_budget" not in changed:
             raise ValueError("base has a memory_budget and tune a bound on peak_memory_bytes; keep one of them")
         search = parse(name, title + meant.suffix, values | changed, document["tune"])
+        _refuse_contradictions(search)
         timing = timing_of(document)
         asked = [each.metric for each in search.objectives] + [each.metric for each in search.constraints]
         timed = [metric for metric in asked if metric in TIMED_FIGURES]
@@ -94,14 +95,11 @@ def parse(name: str, title: str, base: Mapping[str, Any], given: Mapping[str, An
     if sampler not in get_args(Sampler):
         raise ValueError(f"tune: {unknown('sampler', sampler, get_args(Sampler))}")
     pruner = _pruner(given.get("pruner"), spec, objectives)
-    parameters = _parameters(given.get("space"), spec)
-    if pruner is not None:
-        _refuse_lengths(parameters)
     search = Search(
         name=name,
         title=title,
         base=spec,
-        parameters=parameters,
+        parameters=_parameters(given.get("space"), spec),
         objectives=objectives,
         constraints=tuple(c for c in constraints if c not in limits),
         sampler=sampler,
@@ -128,18 +126,29 @@ def _parameters(given: Any, base: TrialSpec) -> tuple[Parameter, ...]:
         if not isinstance(name, str):
             raise ValueError(f"space: {kind_of(name)} is not a parameter name")
         parameter = _parameter(name, values, base)
-        for other in parameters:
-            twice = sorted(parameter.keys & other.keys)
-            if twice and not parameter.excludes(other):
-                raise ValueError(
-                    f"space: {name} and {other.name} both set {twice[0]}; keep one, or give each a when: with other "
-                    "values of one key"
-                )
         parameters.append(parameter)
-    _check_conditions(parameters, base)
     if any(p.hold for p in parameters):
         _check_hold(parameters)
     return tuple(parameters)
+
+
+def _refuse_contradictions(search: Search) -> None:
+    """Refuse what would measure something else than it says. A search that was recorded is read all the same."""
+    for number, parameter in enumerate(search.parameters):
+        for key in sorted(parameter.keys & {"seed", "memory_budget", "device"}):
+            raise ValueError(
+                f"space: {parameter.name} sets {key}, which is equal in all trials of a search; give it in base"
+            )
+        for key in sorted(parameter.keys & {*BUDGETS}) if search.pruner is not None else ():
+            raise ValueError(f"space: {parameter.name} sets {key}, which the pruner shortens; leave one of them out")
+        for other in search.parameters[:number]:
+            twice = sorted(parameter.keys & other.keys)
+            if twice and not parameter.excludes(other):
+                raise ValueError(
+                    f"space: {parameter.name} and {other.name} both set {twice[0]}; keep one, or give each a when: "
+                    "with other values of one key"
+                )
+    _check_conditions(search.parameters, search.base)
 
 
 def _check_conditions(parameters: Sequence[Parameter], base: TrialSpec) -> None:
@@ -154,13 +163,6 @@ def _check_conditions(parameters: Sequence[Parameter], base: TrialSpec) -> None:
             if not any(getattr(base, key) == v or any(p.can_set(key, v) for p in parameters[:number]) for v in allowed):
                 shown = " or ".join(map(as_written, allowed)) or "anything"
                 raise ValueError(f"space: {parameter.name}: when: {key} is never {shown}; the parameter would not vary")
-
-
-def _refuse_lengths(parameters: Sequence[Parameter]) -> None:
-    """The pruner sets how long trials are."""
-    for parameter in parameters:
-        for key in sorted(parameter.keys & {*BUDGETS}):
-            raise ValueError(f"space: {parameter.name} sets {key}, which the pruner shortens; leave one of them out")
 
 
 def _check_hold(parameters: Sequence[Parameter]) -> None:
@@ -182,7 +184,7 @@ def _check_hold(parameters: Sequence[Parameter]) -> None:
 def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
     where = f"space: {name}"
     if isinstance(given, dict) and given.keys() & {"low", "high"}:
-        return _of_all_trials(_range(name, given, base))
+        return _range(name, given, base)
     if isinstance(given, dict) and "when" in given and "levels" not in given:
         raise ValueError(f"{where}: when: goes beside levels: or low: and high:, as in {{levels: …, when: …}}")
     when = None
@@ -200,16 +202,7 @@ def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
         scalar = isinstance(value, bool | int | float | str | None) and one_line(as_written(value)) == level.text
         choice = value if name in level.changes and scalar else level.text
         choices[choice] = {key: getattr(spec, key) for key in keys}
-    return _of_all_trials(Parameter(name, choices, when=when, hold=levels[0].hold))
-
-
-def _of_all_trials(parameter: Parameter) -> Parameter:
-    """The parameter, unless it sets what all trials of a search have in common."""
-    for key in sorted(parameter.keys & {"seed", "memory_budget", "device"}):
-        raise ValueError(
-            f"space: {parameter.name} sets {key}, which is equal in all trials of a search; give it in base"
-        )
-    return parameter
+    return Parameter(name, choices, when=when, hold=levels[0].hold)
 
 
 def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:

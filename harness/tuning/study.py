@@ -243,7 +243,8 @@ class _StudyProcess:
         return True
 
     def _left(self) -> int:
-        if self.study.user_attrs.get(_EXHAUSTED):
+        queued = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # of a process that was stopped
+        if self.study.user_attrs.get(_EXHAUSTED) and not queued:
             return 0
         return max(0, self.search.trials - proposed_count(self.study))
 
