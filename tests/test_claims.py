@@ -29,6 +29,9 @@ def test_expectations_are_regions() -> None:
     assert Expectation.parse("value > 8").low > 8
     assert Expectation.parse("status oom").status == "oom"
     assert Expectation.parse("difference >= -0.5").high == math.inf
+    assert Expectation.parse("difference between -1e-3 and .05") == Expectation(
+        quantity="difference", low=-0.001, high=0.05
+    )
 
 
 def test_levels_are_numbers_where_those_of_a_grid_are() -> None:
@@ -41,6 +44,7 @@ def test_levels_are_numbers_where_those_of_a_grid_are() -> None:
     ("changes", "says"),
     [
         ({"expect": "less"}, "is not an expectation"),
+        ({"per": "trainable_parameters"}, "divided by another one with where alone"),
         ({"expect": "status broken"}, "no status"),
         ({"expect": "ratio between 2 and 1"}, "swap"),
         ({"expect": "ratio = 2"}, "no effect"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy
@@ -55,10 +56,22 @@ def test_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_paths_of_a_configuration_begin_at_its_file(here: Path) -> None:
+    (here / "there").mkdir()
+    rows = [{"instruction": f"Tell {n}", "output": f"Once there were {n} foxes. " * 5} for n in range(24)]
+    (here / "there/own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = SMALL | {"datasets": [{"path": "own.jsonl"}]}
+    (here / "there/own.yml").write_text(json.dumps({"name": "own", "base": base, "design": "list"}))
+    grid = harness.Grid(here / "there/own.yml")
+    (of_grid,) = harness.plan(grid)["predicted_peak_memory_bytes"]
+    (of_spec,) = harness.plan(next(iter(grid.specs.values())))["predicted_peak_memory_bytes"]
+    assert of_spec == of_grid
+
+
 def test_what_is_not_valid_is_an_exception(here: Path) -> None:
     with pytest.raises(InputError, match="needs a name"):
         harness.Grid({"base": SMALL})
-    with pytest.raises(InputError, match="lora_rr"):
+    with pytest.raises(InputError, match=r"^ranks: .*lora_rr"):
         harness.Grid(RANKS | {"vary": {"lora_rr": [1]}})
     with pytest.raises(InputError, match="dry_run: it runs what is there"):
         harness.run(RANKS, dry_run=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import datetime as dt
 import math
 import random
@@ -30,6 +31,7 @@ from harness.grids.claims import Claim, Contrast
 from harness.metrics import HEADLINE
 from harness.record import Job, Record
 from harness.report import details, document, front, page, plots, summary, tables, writers
+from harness.report.claim_cards import by_section
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
 
@@ -444,6 +446,20 @@ def test_claims_are_judged_by_where_the_interval_lies(small: Small, tmp_path: Pa
     assert verdict(m, **speed, expect="ratio > 1").word == "supported"
     assert verdict(m, **speed, expect="ratio > 1.5").word == "contradicted"
     assert verdict(m, **speed, expect="ratio between 0.9 and 1.1").word == "supported"
+
+
+def test_what_an_own_claim_lacks(small: Small, tmp_path: Path) -> None:
+    """Where its trials are there, to run them again would change nothing."""
+    own = (
+        claim(compare={"micro_batch_size": [1, 4]}, expect="ratio > 1"),
+        claim(compare={"lora_dropout": [0.0, 0.1]}, metric="eval_loss", expect="difference > 0"),
+        claim(compare={"gradient_checkpointing": [False, True]}, where={"lora_r": 8}, expect="ratio < 1"),
+    )
+    m = dataclasses.replace(ablation(small, tmp_path), claims=own)
+    advice = [each.would_measure for each in by_section(verdicts.judge(comparison.compare(m, own)))["of this grid"]]
+    assert "differ in gradient_accumulation_steps too; name that under free" in advice[0]
+    assert "without eval_loss; set val_set_size" in advice[1]
+    assert advice[2] == "vary {gradient_checkpointing: [false, true]} with lora_r: 8, then harness run"
 
 
 def test_claims_within_the_noise_are_not_judged(small: Small, tmp_path: Path) -> None:

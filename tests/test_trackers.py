@@ -118,7 +118,7 @@ def test_trackio(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     made = json.loads(read.stdout.splitlines()[-1])
     assert len(made) == 6
     for run in expected(grid).values():
-        config, logs = made[f"{run.name} {run.id[:12]}"]
+        config, logs = made[f"{run.name} {run.id}"]
         assert {key: config[key] for key in run.parameters} == run.parameters
         logged = {name: row[name] for row in logs for name in row}
         assert {name: logged[name] for name in run.figures} == pytest.approx(run.figures)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,10 +253,97 @@ def test_arithmetic_that_a_model_enters_by_itself(tmp_path: Path) -> None:
     assert watched.record.spec.precision == "bf16-mixed"
 
 
+def test_what_comes_between_steps_is_not_measured(tmp_path: Path) -> None:
+    other = tiny(5).eval()
+
+    def judge(step: int) -> None:
+        if step:
+            with torch.no_grad():
+                other(input_ids=torch.ones(8, 512, dtype=torch.int64))
+
+    for name, between in (("alone", lambda step: None), ("judged", judge)):
+        torch.manual_seed(0)
+        with library.watch(model := tiny(), name, results=tmp_path / "w"):
+            loop(model, WIDTHS, between)
+    alone, judged = rows(tmp_path / "w")
+    assert judged["flops_per_token"] == alone["flops_per_token"]
+    held = [row["peak_memory_bytes"] for row in (alone, judged)]
+    assert held[0] == held[1]
+    parts = [row["memory_activations_bytes"] for row in (alone, judged)]
+    assert parts[0] == parts[1]
+
+
+def test_arguments_by_position(tmp_path: Path) -> None:
+    """Padding is none of the tokens, however the mask is given; peft's models have another order of arguments."""
+    adapted = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    batch = texts(64)
+    for name, model in (("plain", tiny()), ("adapted", adapted)):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        with library.watch(model, name, results=tmp_path / "w") as watched:
+            for _ in range(3):
+                model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert watched.record is not None
+        assert [s.tokens for s in watched.record.steps] == [120] * 3
+
+
+def test_copies_and_files_of_a_watched_model(tmp_path: Path) -> None:
+    """A teacher that is copied from it is another model, and so is what is loaded."""
+    model = tiny()
+    copies: list[Any] = []
+
+    def copy_it(step: int) -> None:
+        if step == 1:
+            torch.save(model, tmp_path / "model.pt")
+            copies.append(copy.deepcopy(model))
+            copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+        for each in copies:
+            each(**texts(128))
+
+    with library.watch(model, results=tmp_path / "w") as watched:
+        loop(model, [64] * 5, copy_it)
+    for each in copies:
+        each(**texts(256)).loss.backward()
+    assert watched.record is not None
+    assert [(s.samples, s.padded_tokens) for s in watched.record.steps] == [(4, 256)] * 5
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+@pytest.mark.parametrize("end", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_the_first_that_ended_well_is_the_baseline(end: BaseException, tmp_path: Path) -> None:
+    """What did not fit is compared with nothing; a loop that is watched again, for longer, stays the baseline."""
+
+    def stop(step: int) -> None:
+        if step == 4:
+            raise end
+
+    with pytest.raises(type(end)), library.watch(model := tiny(), "batch 8", results=tmp_path / "w"):
+        loop(model, WIDTHS, stop)
+    names = ["batch 4", "batch 2"] if isinstance(end, RuntimeError) else ["batch 4", "batch 8"]
+    for name in names:
+        with library.watch(model := tiny(), name, results=tmp_path / "w"):
+            loop(model, WIDTHS if name == "batch 8" else [32] * 5)
+    compared = library.load(tmp_path / "w").comparisons
+    other = "batch 2" if isinstance(end, RuntimeError) else "batch 4"
+    assert set(compared["technique"]) == {f"{other} (watched)"}
+
+
+def test_results_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is no folder that can be written"):
+        library.watch(tiny(), results=tmp_path / "file/w")
+
+
 def test_repeats_of_one_training_are_rows_of_their_own(tmp_path: Path) -> None:
-    for repeat in (0, 1, 1):
+    for repeat in (0, 1):
         with library.watch(model := tiny(repeat), "mine", results=tmp_path / "w", repeat=repeat):
             loop(model, [64] * 3)
+    with (
+        pytest.warns(UserWarning, match="mine takes the place of an earlier row"),
+        library.watch(model := tiny(), "mine", results=tmp_path / "w", repeat=1),
+    ):
+        loop(model, [64] * 3)
     assert sorted(row["repeat"] for row in rows(tmp_path / "w")) == [0, 1]
 
 
@@ -426,7 +515,8 @@ def test_transformers_trainer(ask: Ask, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the first time"):
         trainer.train()
     hook.remove()
-    trainer.train()  # of the training that failed nothing is left
+    with pytest.warns(UserWarning, match="Trainer did not end, and nothing is recorded"):
+        trainer.train()  # of the training that failed nothing is left
     (row,) = rows(tmp_path / "t")
     seen = {"learning_rate": 3e-4, "lr_scheduler": "cosine", "adam_beta2": 0.95, "seed": 7, "micro_batch_size": 2,
             "gradient_accumulation_steps": 2, "optimizer_steps": 6, "adapter": "none",
@@ -442,6 +532,35 @@ def test_transformers_trainer(ask: Ask, tmp_path: Path) -> None:
     assert steps["learning_rate"].tolist() == pytest.approx(rates, rel=1e-6)
     code, _, errors = ask("report", "t", "--output", "r")
     assert code == 0, errors
+
+
+def test_a_trainer_that_stopped_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    """As in a notebook whose cell is run again: all of it is new."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+
+    def train(model: Any, **options: Any) -> None:
+        callbacks = [library.WatchCallback("cell", results=tmp_path / "t")]
+        Trainer(model, arguments, train_dataset=_Rows(), callbacks=callbacks, **options).train()
+
+    stopped = tiny()
+    stopped.model.layers[1].register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="the first time"):
+        train(stopped)
+    gone = weakref.ref(stopped)
+    del stopped
+    model = tiny()
+    own = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.3)
+    with pytest.warns(UserWarning, match="cell did not end"):
+        train(model, optimizers=(own, None))
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    gc.collect()
+    assert gone() is None
+    (row,) = rows(tmp_path / "t")
+    seen = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.3, "lr_scheduler": "linear"}
+    assert {key: row[key] for key in seen} == pytest.approx(seen)
 
 
 TWO = """

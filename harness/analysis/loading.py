@@ -65,6 +65,8 @@ def load(
     about = store.description()
     same, others = _of_one_content(trials, about)
     left_out += others
+    if same["watched"].all():
+        same = _with_baselines(same)
     kept = _newest_version(same, baseline_ids)
     kept, configs, codes = _configurations(kept.reset_index(drop=True))
     if len(kept) < len(same):
@@ -174,6 +176,21 @@ def _latest_contents(about: Mapping[str, Any], kind: str) -> dict[str, str]:
     contents = about.get("contents")
     of_kind = contents.get(kind) if isinstance(contents, dict) else None
     return {name: str(each) for name, each in of_kind.items()} if isinstance(of_kind, dict) else {}
+
+
+def _with_baselines(watched: pandas.DataFrame) -> pandas.DataFrame:
+    """Watched loops, each with the first that ended well as its baseline: of the same repeat, where it has one. Rows
+    name the baseline of their day, which may have failed, or been watched again with other arguments.
+    """
+    by_time = watched.sort_values("started_at", kind="stable")
+    first = by_time.groupby("label")["started_at"].first()
+    newest = by_time.drop_duplicates(["label", "repeat"], keep="last")
+    ended_well = newest[newest["status"] == "ok"].sort_values("label", key=lambda labels: labels.map(first))
+    if ended_well.empty:
+        return watched
+    of_label = ended_well[ended_well["label"] == ended_well["label"].iloc[0]]
+    of_repeat = of_label.drop_duplicates("repeat").set_index("repeat")["spec_id"]
+    return watched.assign(baseline_id=watched["repeat"].map(of_repeat).fillna(of_label["spec_id"].iloc[0]))
 
 
 def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:

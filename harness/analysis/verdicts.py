@@ -11,12 +11,22 @@ import pandas
 from harness.analysis import inference, words
 from harness.analysis.comparison import Comparison, claim_name, describe_pairs
 from harness.analysis.estimate import Estimate
+from harness.analysis.measurements import SPEC_KEYS, Measurements
 from harness.grids.claims import Claim, Expectation
 from harness.metrics import FIGURES
+from harness.record import TIMED_FIGURES
 
 Word = Literal["supported", "contradicted", "depends", "not distinguishable", "not decided", "not measured here"]
 """The order of a tally. *Not decided*: the interval excludes no effect, and reaches across the edge of what the claim
 says; *not distinguishable*: it holds no effect."""
+
+_MEASURED_BY = {
+    "visits": (*TIMED_FIGURES, "flops_per_second"),
+    "measure_forgetting": ("forgetting", "general_loss_before"),
+    "evaluate_tasks": ("task_score", "task_score_before"),
+    "val_set_size": ("eval_loss", "eval_loss_before", "eval_perplexity"),
+}
+"""By the key that asks for them, figures that a trial may be without."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class ClaimVerdict:
     high: float | None = None
     source: str = ""
     """Of several grids, those that it was measured by, with the verdicts of the others."""
+    lacking: str = ""
+    """What the grid's trials lack that were measured and are nearly what it is about; empty: there are none such."""
 
 
 def judge(comparison: Comparison) -> list[ClaimVerdict]:
@@ -60,7 +72,8 @@ def _compared(claim: Claim, comparison: Comparison) -> ClaimVerdict:
         name = claim_name(claim)
         estimate, rests_on = judgement.contrast(claim.metric, name), describe_pairs(m, judgement.pairs[name])
     if estimate is None:
-        return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)
+        none = (words.MISSING, words.MISSING, words.MISSING)
+        return ClaimVerdict(claim, "not measured here", *none, lacking=_lacking(claim, m))
     word = _word(claim, estimate)
     if word == "depends":
         sizes = [member.estimate.value for member in estimate.members]
@@ -68,6 +81,21 @@ def _compared(claim: Claim, comparison: Comparison) -> ClaimVerdict:
         return ClaimVerdict(claim, word, text, words.pairs(estimate), rests_on, value, low, high)
     text = words.effect(estimate)
     return ClaimVerdict(claim, word, text, words.pairs(estimate), rests_on, estimate.value, estimate.low, estimate.high)
+
+
+def _lacking(claim: Claim, m: Measurements) -> str:
+    """What keeps a pair of a grid's trials from deciding a claim: a figure of theirs, or what else they differ in."""
+    if claim.is_about_inference:
+        return ""
+    if len(m.pairs(claim)):
+        keys = [key for key, metrics in _MEASURED_BY.items() if claim.metric in metrics]
+        return f"its trials are there, without {claim.metric}{f'; set {keys[0]}' if keys else ''}"
+    nearest = m.pairs(claim.model_copy(update={"free": SPEC_KEYS, "hold": ()}))
+    if claim not in m.claims or nearest.empty:  # the lesson's cannot be edited
+        return ""
+    first, second = (m.configs.loc[nearest[name].iloc[0]] for name in ("reference", "config"))
+    differing = [key for key in SPEC_KEYS if str(first[key]) != str(second[key]) and key not in claim.compare]
+    return f"its trials are there, and differ in {', '.join(differing)} too; name that under free in the claim"
 
 
 def _word(claim: Claim, estimate: Estimate) -> Word:

@@ -16,7 +16,7 @@ import yaml
 
 from harness.errors import InputError
 from harness.grids import document, grid
-from harness.grids.yaml_file import read_yaml
+from harness.grids.yaml_file import read_yaml, spec_to_yaml
 from harness.report import notebook
 from harness.spec.trial import TrialSpec
 
@@ -138,7 +138,7 @@ def plan(grid: Grid | Source | TrialSpec, **options: Any) -> pandas.DataFrame:
     """
     source = grid.source if isinstance(grid, Grid) else grid
     if isinstance(source, TrialSpec):
-        keys = source.model_dump(mode="json", exclude_defaults=True, exclude={"folder"})
+        keys = yaml.safe_load(spec_to_yaml(source, full_paths=True))
         source = {"name": "configuration", "base": keys, "design": "list"}
     with _file(source) as path, tempfile.TemporaryDirectory() as folder, _nothing_printed():
         _refuse("plan", options)
@@ -182,7 +182,10 @@ def _file(source: Source) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile("w", dir=Path.cwd(), prefix=".", suffix=".yml") as file:
         yaml.safe_dump(_plain(source), file, sort_keys=False, allow_unicode=True)
         file.flush()
-        yield Path(file.name)
+        try:
+            yield Path(file.name)
+        except InputError as error:  # nobody knows of the file
+            raise InputError(str(error).replace(Path(file.name).name, name)) from None
 
 
 def _plain(value: Any) -> Any:

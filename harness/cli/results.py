@@ -116,7 +116,12 @@ def show(
                 out.print(f"attempt {row['attempt']}; the earlier ones left no record", highlight=False)
             if row["log"]:
                 out.print(plain(f"see {folder / row['log']}"), highlight=False, soft_wrap=True)
-        out.print(plain(spec_to_yaml(spec_of(row))), highlight=False)
+        spec = spec_of(row)
+        known = {key for key, value in spec.canonical().items() if value is not None}
+        unseen = sorted(key for key in known if row["watched"] and row[key] is None)
+        out.print(plain(spec_to_yaml(spec, without=unseen)), highlight=False)
+        if unseen:
+            out.print(f"not seen of this loop: {', '.join(unseen)}", highlight=False)
         if row["folder"]:
             out.print(plain(f"relative paths begin at {row['folder']}"), highlight=False, soft_wrap=True)
         if row["data_fingerprint"]:

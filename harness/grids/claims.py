@@ -34,10 +34,11 @@ MODEL = "model"
 CONDITIONS: tuple[str, ...] = (*(key for key, facts in FACTS.items() if facts.measured), *DERIVED)
 WORDS = ("lowest", "highest", "any")
 """Levels by their rank: the extremes of those measured, and all but null."""
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _EXPECT = re.compile(
-    r"(?P<quantity>ratio|difference|value)\s+"
-    r"(?:(?P<sign><=|>=|<|>|=)\s*(?P<bound>-?\d+(?:\.\d+)?)"
-    r"|between\s+(?P<low>-?\d+(?:\.\d+)?)\s+and\s+(?P<high>-?\d+(?:\.\d+)?))"
+    rf"(?P<quantity>ratio|difference|value)\s+"
+    rf"(?:(?P<sign><=|>=|<|>|=)\s*(?P<bound>{_NUMBER})"
+    rf"|between\s+(?P<low>{_NUMBER})\s+and\s+(?P<high>{_NUMBER}))"
 )
 
 
@@ -190,6 +191,8 @@ class Claim(Contrast):
             raise ValueError(f"{self.metric} is compared by {scale}, not by {expected.quantity}")
         if not self.compare and not self.where:
             raise ValueError("it names no condition; give compare or where")
+        if self.compare and self.per:
+            raise ValueError(f"per {self.per} with compare; a figure is divided by another one with where alone")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False) -> str:
+def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False, without: Collection[str] = ()) -> str:
     """The configuration as a training file: its canonical keys without those that are null.
 
     Args:
         spec: the configuration.
         full_paths: write relative paths in full, for a file in whatever folder.
+        without: keys to leave out.
     """
     given = {key: value for key, value in spec.canonical().items() if value is not None}
     given["attention"] = spec.attention
@@ -124,6 +126,7 @@ def spec_to_yaml(spec: TrialSpec, *, full_paths: bool = False) -> str:
         given["base_model"] = redact_home(models.absolute(spec.base_model, spec.folder))
         for dataset in (*given["datasets"], *given.get("test_datasets", ())):
             dataset["path"] = redact_home(stories.absolute(dataset["path"], spec.folder))
+    given = {key: value for key, value in given.items() if key not in without}
     return str(yaml.dump(given, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 
 

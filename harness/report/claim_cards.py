@@ -55,7 +55,8 @@ def by_section(judged: Sequence[ClaimVerdict]) -> dict[str, list[ClaimCard]]:
     cards: dict[str, list[ClaimCard]] = {}
     for verdict in judged:
         measured = verdict.word != "not measured here"
-        card = ClaimCard(verdict, _picture(verdict), "" if measured else would_measure(verdict.claim))
+        lacking = verdict.lacking or would_measure(verdict.claim)
+        card = ClaimCard(verdict, _picture(verdict), "" if measured else lacking)
         cards.setdefault(verdict.claim.section, []).append(card)
     return cards
 

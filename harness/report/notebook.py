@@ -18,6 +18,7 @@ from harness.report import document
 from harness.report.tables import Table
 from harness.results.schema import SCHEMAS
 from harness.results.store import Store
+from harness.spec.trial import TrialSpec
 
 _ESTIMATE = ("value", "low", "high", "verdict", "n", "basis", "p", "detectable")
 
@@ -64,7 +65,8 @@ class Results:
         if table not in SCHEMAS:
             raise InputError(f"no table {table!r}; there are {', '.join(SCHEMAS)}")
         frame: pandas.DataFrame = Store(self.folder).read(table).to_pandas()
-        frame.attrs["units"] = {name: unit for name in frame.columns if (unit := _unit(name))}
+        named = [name for name in frame.columns if table != "trials" or name not in TrialSpec.model_fields]
+        frame.attrs["units"] = {name: unit for name in named if (unit := _unit(name))}
         return frame
 
     @cached_property

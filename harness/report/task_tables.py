@@ -40,7 +40,7 @@ def _difference(estimate: Estimate | None) -> Cell:
     if estimate is None:
         return Cell(words.MISSING)
     if estimate.low == estimate.high == 0:  # no width is no certainty: another question may be answered differently
-        return Cell("every answer is the same", 0.0)
+        return Cell("every score is the same", 0.0)
     return Cell(words.effect_and_word(estimate), estimate.value)
 
 

@@ -243,7 +243,7 @@ def _trackio(runs: Sequence[TrackedRun], project: str, place: str | None, page: 
 
     old = {each.name: each for each in _trackio_runs(trackio, project)}
     for run in runs:
-        name = f"{run.name} {run.id[:12]}"
+        name = f"{run.name} {run.id}"  # whole: the same configuration may have run in several environments
         if name in old:
             old[name].delete()
         with _no_output():

@@ -251,7 +251,8 @@ class _Text:
 def _checked(row: dict[str, Any], column: str, where: str) -> str:
     value = row.get(column)
     if not cells.is_text(value):
-        raise InputError(f"{where}: {column!r} is {brief(value)}; it must be text")
+        quoted = ", written in quotes" if isinstance(value, int | float) else ""
+        raise InputError(f"{where}: {column!r} is {brief(value)}; it must be text{quoted}")
     return str(value)
 
 

@@ -27,18 +27,18 @@ _OF_LORA = {
 }
 """Keys by the attributes of peft's configuration."""
 _OPTIMIZERS = {
-    "AdamW": "adamw_torch",
-    "SGD": "sgd",
-    "Adagrad": "adagrad",
-    "RMSprop": "rmsprop",
-    "Adafactor": "adafactor",
-    "AdamW8bit": "adamw_bnb_8bit",
-    "PagedAdamW8bit": "paged_adamw_8bit",
-    "PagedAdamW32bit": "paged_adamw_32bit",
-    "Lion8bit": "lion_8bit",
-    "Lion32bit": "lion_32bit",
+    ("torch", "AdamW"): ("adamw_torch", "adamw_torch_fused"),
+    ("torch", "SGD"): ("sgd",),
+    ("torch", "Adagrad"): ("adagrad",),
+    ("torch", "RMSprop"): ("rmsprop",),
+    ("transformers", "Adafactor"): ("adafactor",),
+    ("bitsandbytes", "AdamW8bit"): ("adamw_bnb_8bit", "adamw_8bit"),
+    ("bitsandbytes", "PagedAdamW8bit"): ("paged_adamw_8bit",),
+    ("bitsandbytes", "PagedAdamW32bit"): ("paged_adamw_32bit",),
+    ("bitsandbytes", "Lion8bit"): ("lion_8bit",),
+    ("bitsandbytes", "Lion32bit"): ("lion_32bit",),
 }
-"""Names of optimizers by their classes."""
+"""Names of optimizers by their packages and classes."""
 _OF_ARGUMENTS = {
     "learning_rate": "learning_rate",
     "lr_scheduler_type": "lr_scheduler",
@@ -97,7 +97,7 @@ def seen(loop: Loop, arguments: Mapping[str, Any]) -> tuple[TrialSpec, tuple[str
         arguments: of transformers' Trainer; empty where there are none.
     """
     values: dict[str, Any] = {}
-    for part in (_of_model(loop), _of_adapter(loop.model), _of_steps(loop), _of_arguments(arguments)):
+    for part in (_of_model(loop), _of_adapter(loop.model), _of_steps(loop), _of_arguments(arguments, loop.optimizer)):
         for key, value in part.items():
             values = _with(values, key, value)
     spec = TrialSpec.model_validate(values)
@@ -169,12 +169,11 @@ def _of_steps(loop: Loop) -> dict[str, Any]:
         "max_steps": len(loop.steps),
         "num_processes": distributed.world_size(),
         "val_set_size": 0,  # what the loop evaluates is not seen
-        "learning_rate": max(step.learning_rate for step in loop.steps),
+        "learning_rate": loop.learning_rate or max(step.learning_rate for step in loop.steps),
     }
     if loop.optimizer is not None:
-        name = _OPTIMIZERS.get(type(loop.optimizer).__name__)
-        if name in get_args(Optimizer):
-            values["optimizer"] = name
+        if names := _names_of(loop.optimizer):
+            values["optimizer"] = names[0]
         values["weight_decay"] = max(float(group.get("weight_decay", 0)) for group in loop.optimizer.param_groups)
     return values
 
@@ -183,17 +182,36 @@ def _most_common(counts: Counter[int]) -> int:
     return counts.most_common(1)[0][0]
 
 
-def _of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of transformers' arguments, what they say and what a grid has a key for."""
+def _of_arguments(arguments: Mapping[str, Any], optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Of transformers' arguments, what they say, what a grid has a key for, and what was not seen to be otherwise: a
+    Trainer may be given an optimizer, and look for a batch size that fits.
+    """
     values = {key: arguments[name] for name, key in _OF_ARGUMENTS.items() if arguments.get(name) is not None}
     if (warm_up := arguments.get("warmup_steps")) is not None:  # a fraction is a share of the steps
         values |= {"warmup_steps": int(warm_up)} if warm_up >= 1 else {"warmup_ratio": float(warm_up)}
     if "lr_scheduler" in values:
         values["lr_scheduler"] = str(getattr(values["lr_scheduler"], "value", values["lr_scheduler"]))
-    optimizer = str(getattr(arguments.get("optim"), "value", arguments.get("optim")))
-    if optimizer in get_args(Optimizer):
-        values["optimizer"] = optimizer
-    return values
+    if arguments.get("auto_find_batch_size"):
+        values.pop("micro_batch_size", None)
+    name = str(getattr(arguments.get("optim"), "value", arguments.get("optim")))
+    if optimizer is None or _may_be(optimizer, name):
+        return values | ({"optimizer": name} if name in get_args(Optimizer) else {})
+    own = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return {key: value for key, value in values.items() if key not in own}
+
+
+def _names_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    package = type(optimizer).__module__.partition(".")[0]
+    return _OPTIMIZERS.get((package, type(optimizer).__name__), ())
+
+
+def _may_be(optimizer: torch.optim.Optimizer, name: str) -> bool:
+    """Whether an optimizer may be the one of this name: of its class, or of one that has no name here."""
+    if names := _names_of(optimizer):
+        return name in names
+    return not type(optimizer).__module__.startswith("torch.") and all(
+        name not in names for (package, _), names in _OPTIMIZERS.items() if package != "bitsandbytes"
+    )
 
 
 def sizes(model: Any) -> dict[str, float | int | None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +47,36 @@ class _Open:
     tracked: bool = False
     learning_rate: float = 0.0
     seconds: float | None = None
-    """Until the end of the last optimizer's step so far; null: none has ended."""
+    """Until the end of the last optimizer's step so far; null: none has ended. So are the peak and the operations:
+    what comes after it is not of the step.
+    """
+    peak: int | None = None
+    breakdown: dict[str, int] = field(default_factory=dict)
+    flops: int = 0
     waited: float | None = 0.0
     interrupted: bool = False
     """Whether the model was evaluated amid it, as after an epoch that ends with a part of a step."""
     reported: tuple[float, float | None] | None = None
     """Loss and norm of the gradients, as the loop's own program logs them."""
     micro_batches: list[_MicroBatch] = field(default_factory=list)
+
+
+class _Hook:
+    """A hook of a model that nothing outlives: copies of the model and files of it have one that does nothing."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        # Where the model is compiled as a whole, not with it.
+        self._call = None if call is None else torch.compiler.disable(call)
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Loop:
@@ -85,32 +110,40 @@ class Loop:
         self.diverged: str | None = None
         """Which step's loss was not finite, the first of them; null: none."""
         self.optimizer: torch.optim.Optimizer | None = None
+        self.learning_rate: float | None = None
+        """That a schedule multiplies; null: there is none."""
         self._tracked_steps = tracked_steps
         self._block = block
         self._trained: list[torch.nn.Parameter] = []
         self._ids: set[int] = set()
         self._begun = False
         self._step: _Open | None = None
-        self._tracking = contextlib.ExitStack()
+        self.tracking = contextlib.ExitStack()
+        """What slows torch while a step is tracked, which is closed at its end."""
         self._is_tracking = False
         self._largest = 0
+        self._flops = 0
+        self._positional: Sequence[str] = ()
         self._hooks = contextlib.ExitStack()
 
     def start(self) -> None:
         """Watch the model."""
+        # Hooks of all optimizers would keep a model for ever whose training was abandoned.
+        before, after = weakref.WeakMethod(self._before_update), weakref.WeakMethod(self._after_update)
         handles = [
-            # Where the model is compiled as a whole, not with it.
-            self.model.register_forward_pre_hook(torch.compiler.disable(self._before_forward), with_kwargs=True),
-            self.model.register_forward_hook(torch.compiler.disable(self._after_forward), with_kwargs=True),
-            register_optimizer_step_pre_hook(self._before_update),
-            register_optimizer_step_post_hook(self._after_update),
+            self.model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+            self.model.register_forward_hook(_Hook(self._after_forward), with_kwargs=True),
+            register_optimizer_step_pre_hook(_weak(before)),
+            register_optimizer_step_post_hook(_weak(after)),
         ]
         inner = (each for each in self.model.modules() if each is not self.model)
         with_weights = next((each for each in inner if any(True for _ in each.parameters(recurse=False))), None)
         if with_weights is not None:
-            handles.append(with_weights.register_forward_pre_hook(self._within_forward))
+            handles.append(with_weights.register_forward_pre_hook(_Hook(self._within_forward)))
         for handle in handles:
             self._hooks.callback(handle.remove)
+        self._positional = _positional(self.model)
+        weakref.finalize(self, self._hooks.close)
 
     def _take_device(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -134,23 +167,22 @@ class Loop:
         """Leave the model as it was."""
         self._hooks.close()
         self._end_step()
-        self._tracking.close()
         self.reserved = self.meter.reserved()
 
     def report(self, loss: float, grad_norm: float | None) -> None:
-        """Take over what the loop's own program logs of the step that has just ended.
+        """Take over what the loop's own program logs of the step that has just ended, or that is about to.
 
         Args:
             loss: nats per supervised token.
             grad_norm: before clipping.
         """
-        if self._step is not None and self._step.seconds is not None:
+        if self._step is not None:
             self._step.reported = (loss, grad_norm)
 
     @property
     def flops(self) -> int:
         """Operations of the tracked steps."""
-        return self.meter.tracker.flops
+        return self._flops
 
     # -------------------------------------------------------------------------------- hooks
 
@@ -169,10 +201,13 @@ class Loop:
             self._step = _Open(self._clock.now())
         self.phase = "forward"
         self.autocast = self._autocast()
-        micro_batch = _micro_batch(args, kwargs)
+        micro_batch = _micro_batch(dict(zip(self._positional, args, strict=False)) | kwargs)
         self._step.micro_batches.append(micro_batch)
         if not self._is_tracking and self._holds_most(micro_batch):
-            self._track(self._step)
+            self._step.tracked = True
+            self.meter.tracker.flops = 0
+            self._track()
+            self.meter.restart()
         if self._is_tracking:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             self.meter.tracker.adopt([t for t in tensors if t.device.type == self.device.type], "activations")
@@ -203,7 +238,11 @@ class Loop:
         self.phase = "optimizer"
         if self.optimizer is None or self._step.seconds is None:
             self.optimizer = optimizer
-            self._step.learning_rate = float(optimizer.param_groups[0]["lr"])
+            group = optimizer.param_groups[0]
+            self._step.learning_rate = float(group["lr"])
+            self.learning_rate = float(group["initial_lr"]) if "initial_lr" in group else None
+        if self._step.tracked and not self._is_tracking:  # a second optimizer of the step
+            self._track()
         self.meter.tracker.component = "optimizer"
         if self._is_tracking:  # of a training that was resumed
             self.meter.tracker.adopt(_tensors_of(optimizer.state), "optimizer")
@@ -211,10 +250,15 @@ class Loop:
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._step is None or not self._is_ours(optimizer):
             return
-        self.meter.tracker.component = "activations"
-        self._step.seconds = self._clock.seconds_since(self._step.started)
+        step, tracker = self._step, self.meter.tracker
+        tracker.component = "activations"
+        step.seconds = self._clock.seconds_since(step.started)
+        if step.tracked or self.device.type == "cuda":
+            step.peak, step.flops = self.meter.peak(), tracker.flops
+            step.breakdown = self.meter.breakdown(step.peak) if step.tracked else {}
+        self._stop_tracking()
         waited = self._waiting.since_last()
-        self._step.waited = None if waited is None or self._step.waited is None else self._step.waited + waited
+        step.waited = None if waited is None or step.waited is None else step.waited + waited
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         # What is frozen may be among them, before all others.
@@ -222,33 +266,36 @@ class Loop:
 
     # -------------------------------------------------------------------------------- steps
 
-    def _track(self, step: _Open) -> None:
+    def _track(self) -> None:
         """Track from here to the end of the step, what is held already too."""
         tracker = self.meter.tracker
-        step.tracked = self._is_tracking = True
+        self._is_tracking = True
         tracker.adopt([p.grad for p in self._trained if p.grad is not None], "gradients")
         if self.optimizer is not None:
             tracker.adopt(_tensors_of(self.optimizer.state), "optimizer")
-        self.meter.restart()
 
         def adopt(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 tracker.adopt([parameter.grad], "gradients")
 
         for parameter in self._trained:
-            self._tracking.callback(parameter.register_post_accumulate_grad_hook(adopt).remove)
-        self._tracking.enter_context(tracker)
+            self.tracking.callback(parameter.register_post_accumulate_grad_hook(adopt).remove)
+        self.tracking.enter_context(tracker)
+
+    def _stop_tracking(self) -> None:
+        self.tracking.close()
+        self._is_tracking = False
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
-        self._tracking.close()
-        self._is_tracking = False
+        self._stop_tracking()
         if step is None or step.seconds is None:  # no optimizer has seen its gradients
             return
-        peak = self.meter.peak() if step.tracked or self.device.type == "cuda" else None
+        peak = step.peak
+        self._flops += step.flops if step.tracked else 0
         if peak is not None and peak >= self.peak_memory_bytes:
             if step.tracked:
-                self.breakdown = self.meter.breakdown(peak)
+                self.breakdown = step.breakdown
             elif self.breakdown:  # of a card's allocator; what is trained, and its state, were there already
                 self.breakdown["memory_activations_bytes"] += peak - self.peak_memory_bytes
             self.peak_memory_bytes = peak
@@ -281,16 +328,34 @@ class Loop:
         )
 
 
-def _micro_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _MicroBatch:
+def _weak(method: weakref.WeakMethod[Callable[..., None]]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        if (alive := method()) is not None:
+            alive(*args)
+
+    return call
+
+
+def _positional(model: Any) -> list[str]:
+    """Names of what a model may be given by its position; a wrapper that has none passes on to what it wraps."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, each in inspect.signature(model.forward).parameters.items() if each.kind in kinds]
+    if names:
+        return ["input_ids", *names[1:]]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_orig_mod", None)
+    return ["input_ids"] if inner is None else _positional(inner)
+
+
+def _micro_batch(given: Mapping[str, Any]) -> _MicroBatch:
     """What a forward pass is given, in the names of transformers' models.
 
     Raises:
         InputError: it has no tokens.
     """
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids = given.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
         raise InputError("harness.watch: the model is called without input_ids of shape (examples, tokens)")
-    labels, mask, positions = (kwargs.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    labels, mask, positions = (given.get(name) for name in ("labels", "attention_mask", "position_ids"))
     tokens: _Number = ids.numel()
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         tokens = mask.sum()
@@ -300,7 +365,7 @@ def _micro_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _MicroBatc
     supervised = tokens
     if isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
         supervised = (labels[:, 1:] != IGNORED).sum()
-    divisor = kwargs.get("num_items_in_batch")
+    divisor = given.get("num_items_in_batch")
     return _MicroBatch(samples, tokens, supervised, ids.numel(), (ids.shape[0], ids.shape[1]), divisor)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +14,25 @@ from transformers import TrainerCallback
 
 from harness.spec.trial import TrialSpec
 from harness.watching import watch
+
+_running: dict[int, tuple[str, weakref.ref[watch.Watch], contextlib.ExitStack]] = {}
+"""By thread the training that began last and has not ended: its name, its watch, and what tracks it, for its model may
+be gone. No callback hears of an error or an interrupt.
+"""
+
+
+def _abandon_unfinished() -> None:
+    name, watched, tracking = _running.pop(threading.get_ident(), ("", None, None))
+    if tracking is None:
+        return
+    tracking.close()
+    if watched is not None and (alive := watched()) is not None:
+        alive.abandon()
+    warnings.warn(
+        f"harness.watch: {name} did not end, and nothing is recorded of it; harness.watch as a context manager records "
+        "errors and interrupts too",
+        stacklevel=3,
+    )
 
 
 class WatchCallback(TrainerCallback):
@@ -42,9 +65,9 @@ class WatchCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch."""
-        if self.watched is not None:  # a training that failed, and is called again
-            self.watched.abandon()
+        _abandon_unfinished()
         self.watched = watch.watch(kwargs["model"], **self._options)
+        _running[threading.get_ident()] = (self.watched.name, weakref.ref(self.watched), self.watched.tracking)
         self.watched.start(args.to_dict())
         self._logged = state.global_step
 
@@ -60,4 +83,5 @@ class WatchCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was measured."""
         if self.watched is not None:
+            _running.pop(threading.get_ident(), None)
             self.watched.stop()

@@ -52,11 +52,13 @@ class Watch:
         repeat: int,
     ) -> None:
         self.record: Record | None = None
-        self._name, self._folder, self._spec, self._repeat = name, folder, spec, repeat
+        self.name = name
+        self._folder, self._spec, self._repeat = folder, spec, repeat
         self._arguments: Mapping[str, Any] = {}
         self._started_at = dt.datetime.now(dt.UTC)
         self._started = time.perf_counter()
         self._loop = Loop(model, tracked_steps, block=int(self._started_at.timestamp()))
+        self.tracking = self._loop.tracking
 
     def __enter__(self) -> Watch:
         self._loop.start()
@@ -73,7 +75,7 @@ class Watch:
         self._loop.start()
 
     def report(self, loss: float, grad_norm: float | None = None) -> None:
-        """Say the loss of the step that has just ended, where the model does not give it: it is in its row then.
+        """Say the loss of the step that has just ended, or is about to, where the model does not give it.
 
         Args:
             loss: nats per supervised token.
@@ -99,6 +101,12 @@ class Watch:
         record = self._combined(self._measured(failure), failure)
         if record is not None:
             store = Store(self._folder)
+            if store.row(record.trial_id, ["status"]) is not None:
+                warnings.warn(
+                    f"harness.watch: {self.name} takes the place of an earlier row of this name in {self._folder}; "
+                    "another name, or repeat=1, keeps both",
+                    stacklevel=3,
+                )
             store.write(record)
             if not store.description():
                 store.describe({"title": f"{self._folder.name}: trainings that were watched"})
@@ -123,7 +131,7 @@ class Watch:
         if end["status"] != "ok":
             metrics = {name: value for name, value in metrics.items() if name not in SCORES}
         contents = NO_CONTENTS if self._spec is None else _contents(self._spec)
-        label = f"{self._name} (watched)"
+        label = f"{self.name} (watched)"
         baseline = self._baseline(spec)
         job = Job(
             grid=self._folder.name, spec=spec, label=label, repeat=self._repeat, baseline_id=baseline, watched=True,
@@ -235,7 +243,7 @@ def watch(
         A context manager; its `record` is what was measured.
 
     Raises:
-        InputError: the spec is none, or an argument is out of range.
+        InputError: the spec is none, an argument is out of range, or results cannot be written.
 
     Example:
         >>> with harness.watch(trainer.model, "SFTTrainer", results="results/mine") as watched:
@@ -249,5 +257,9 @@ def watch(
     label = " ".join(str(name).split())
     if not label:
         raise InputError("harness.watch: name is empty")
+    folder = Path(results)
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise InputError(f"harness.watch: results {folder}: {existing} is no folder that can be written")
     known = None if spec is None else configuration.given(spec)
-    return Watch(model, label, Path(results), known, tracked_steps, repeat)
+    return Watch(model, label, folder, known, tracked_steps, repeat)
