@@ -17,6 +17,7 @@ from harness.environment import current
 from harness.errors import InputError
 from harness.predict import peak
 from harness.record import Job, Record
+from harness.sources import models
 from harness.spec.trial import TrialSpec
 from harness.training import inspection, loss, trial
 
@@ -255,3 +256,16 @@ def test_code_of_a_model_runs_only_where_it_may(spec: MakeSpec) -> None:
     (Path(asked.base_model) / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="--trust-remote-code"):
         inspection.inspect([("x", asked)])
+
+
+def test_random_weights_are_made_of_models_of_text_alone(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "text_config": {"vocab_size": 8}}
+    for given, expected in (
+        (config, "gemma3 is a model of more than text"),
+        ({"model_type": "gemma3"}, "no vocab_size in it"),
+        ({"vocab_size": 8}, "no model_type in it"),
+        ([], "no model_type and vocab_size in it"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        with pytest.raises(InputError, match=expected):
+            models.random_config("config.json", str(tmp_path))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,17 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formula
 import pandas
 import pytest
 import yaml
 from conftest import FEW, SMALL, Answer
+from test_launch import Watch
 from tiny_models import tiny_model
 
 from harness._util.terminal import print_anything
-from harness.cli import failures
+from harness.analysis import comparison, longer, sequential
+from harness.cli import failures, run, tune
 from harness.errors import InputError, TrialsFailed
+from harness.grids import preflight
 from harness.launch import fork_server, inline
+from harness.launch.local import LocalLauncher
+from harness.predict.predictor import Predictor
+from harness.report import writers
+from harness.runner import grid_run
 from harness.sources import home, models
+from harness.tuning import study
 
 ROOT = Path(__file__).parent.parent
 Ask = Callable[..., Answer]
@@ -231,6 +242,152 @@ def test_the_fork_server_never_receives_an_interrupt(tmp_path: Path) -> None:
     )
     done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+class Impatient(Watch):
+    """Ctrl-C amid one trial."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def trial(self, number: int, job: Any) -> None:
+        super().trial(number, job)
+        self.at -= 1
+
+    def event(self, kind: str, value: Any) -> None:
+        if (self.at, kind) == (0, "phase"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _of_formula(*_: Any) -> LocalLauncher:
+    return LocalLauncher(child=formula.child, preload="harness.grids.search")
+
+
+Computed = Callable[..., tuple[int, str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def computed(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Computed:
+    """Runs a grid whose trials compute a formula, with Ctrl-C amid the n-th of them: exit code, what was printed in one
+    line, and how each of its grids was run: its name, how many trials ran, and the options.
+    """
+    for command in (run, tune):
+        monkeypatch.setattr(command, "make_launcher", _of_formula)
+        monkeypatch.setattr(command, "inspect_trials", lambda *_, **__: None)
+    monkeypatch.setattr(preflight, "preflight", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "device_rates", lambda *_: None)
+    monkeypatch.setattr(Predictor, "predict", lambda _, specs: [])
+    # What is printed of the rows takes seconds, and is nothing that these tests ask about.
+    monkeypatch.setattr(comparison, "compare", lambda measurements: measurements)
+    monkeypatch.setattr(writers, "terminal", lambda compared: "")
+    monkeypatch.setattr(longer, "sentences", lambda compared: [])
+    monkeypatch.setattr(run.beforehand, "print_forecast", lambda *_: None)
+    real = grid_run.run_grid
+
+    def call(*command: str, at: int = 0, **given: Any) -> tuple[int, str, list[dict[str, Any]]]:
+        file = {"name": "g", "visits": 0, "base": formula.BASE} | given
+        (tmp_path / "g.yml").write_text(yaml.safe_dump(file), encoding="utf-8")
+        calls: list[dict[str, Any]] = []
+
+        def watched(grid: Any, store: Any, by: Any, display: Any, *others: Any, **options: Any) -> grid_run.Summary:
+            nonlocal at
+            watch = Impatient(at)
+            summary = real(grid, store, by, watch, *others, **options)
+            at = watch.at
+            calls.append({"name": grid.name, "ran": len(summary.records), **options})
+            return summary
+
+        monkeypatch.setattr(grid_run, "run_grid", watched)
+        code, output, errors = ask(command[0], "g.yml", *command[1:])
+        return code, " ".join((output + errors).split()), calls
+
+    return call
+
+
+def looks_twice(
+    grid_of: Callable[[int], Any], least: int, most: int, execute: Callable[[Any], bool], *_: Any, **__: Any
+) -> dict[str, Any] | None:
+    """In place of `until_decided`: each look finds something undecided that one more repeat decides."""
+    return {} if all(execute(grid_of(repeats)) for repeats in range(least, most + 1)) else None
+
+
+def test_an_interrupt_ends_looking_for_what_is_undecided(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "until_decided", looks_twice)
+    decide = ("run", "--no-predict", "--until-decided", "3")
+    code, printed, calls = computed(*decide, at=2, vary={"lora_r": [8]})
+    assert (code, [each["ran"] for each in calls]) == (130, [2])
+    assert "1 trial left; go on with the same command" in printed
+    # Nothing is left of the first version, amid whose last trial it comes; but further ones may be.
+    code, printed, calls = computed(*decide, at=1, vary={"lora_r": [8]})
+    assert (code, [each["ran"] for each in calls]) == (130, [1])
+    assert "not decided within" not in printed
+    assert "stopped before all was decided; the same command goes on" in printed
+    code, printed, calls = computed(*decide, "--minutes", "0", vary={"lora_r": [8]})
+    assert (code, [each["ran"] for each in calls]) == (0, [0]), "nor does any follow once the time is up"
+    assert "not decided within" not in printed
+    code, printed, calls = computed(*decide, vary={"lora_r": [8]})
+    assert (code, [each["ran"] for each in calls]) == (0, [0, 2, 2])
+    assert "not decided within 3 visits and repeats: none" in printed
+
+
+def test_what_is_run_again_is_so_once(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "until_decided", looks_twice)
+    computed("run", "--no-predict", vary={"lora_r": [8]})
+    _, _, calls = computed("run", "--no-predict", "--until-decided", "2", "--rerun", "all", vary={"lora_r": [8]})
+    assert [each["ran"] for each in calls] == [3, 2], "the second time the further repeat alone"
+    assert calls[1]["rerun"] == {"skipped"}
+
+
+def test_an_interrupt_amid_the_last_learning_rate_ends_before_the_comparison(computed: Computed) -> None:
+    given = {"vary": {"lora_r": [8]}, "tune_first": {"learning_rate": [1e-4, 1e-3]}}
+    code, printed, calls = computed("run", "--no-predict", at=4, **given)
+    assert (code, [(each["name"], each["ran"]) for each in calls]) == (130, [("g-rates", 4)])
+    assert "the comparison begins with the next run of the same command" in printed
+    code, _, calls = computed("run", "--no-predict", **given)
+    assert (code, [(each["name"], each["ran"]) for each in calls]) == (0, [("g-rates", 0), ("g", 3)])
+
+
+def test_a_dry_run_counts_what_a_limit_lets_begin(computed: Computed) -> None:
+    given = {"vary": {"lora_r": [8, 16]}}
+    assert "4 trials, 4 to run, 1 of them now" in computed("run", "--dry-run", "--limit", "1", **given)[1]
+    assert "of them now" not in computed("run", "--dry-run", "--limit", "4", **given)[1]
+    _, printed, _ = computed("run", "--dry-run", "--limit", "7", tune_first={"learning_rate": [1e-4, 1e-3]}, **given)
+    assert "6 trainings find the learning rates" in printed
+    assert "4 trials, 4 to run, 1 of them now" in printed, "the trainings come first"
+    _, printed, _ = computed("run", "--dry-run", "--limit", "2", tune_first={"learning_rate": [1e-4, 1e-3]}, **given)
+    assert "find the learning rates, 6 of them to run, 2 now" in printed
+    assert "0 of them now" in printed
+
+
+SEARCHED = {"tune": {"space": {"lora_r": {"low": 1, "high": 16}}, "objectives": ["eval_loss"], "trials": 1,
+                     "confirm": 2}}  # fmt: skip
+
+
+def test_an_interrupted_confirmation_says_what_is_left(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = grid_run.Summary((), 0, left=0, untimed=("baseline",), visits_left=3, asked=True, over=True)
+    monkeypatch.setattr(study, "run_grid", lambda *_, **__: left)
+    code, printed, _ = computed("tune", **SEARCHED)
+    assert code == 130
+    assert "3 timing visits left; go on with the same command" in printed
+
+
+def test_a_search_without_a_disk_ends_with_one_line(
+    tmp_path: Path, computed: Computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, printed, _ = computed("tune", "--results", "file", **SEARCHED)
+    assert code == 1
+    assert printed.endswith("harness: Not a directory: file/g")
+    (tmp_path / "results/g").mkdir(parents=True)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results/g")
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", full)
+    code, printed, _ = computed("tune", **SEARCHED)
+    assert code == 1
+    assert "No space left on device: results/g; what was finished is kept: free some space" in printed
 
 
 # ------------------------------------------------------------------------------------ scripts

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FEW, Answer
 from rows import keep
+from tiny_models import tiny_model
 
 from harness.cli import plan_fix
 from harness.grids import grid
-from harness.predict import fixes
+from harness.predict import fixes, predictor
+from harness.predict.prediction import Prediction, SpecPrediction
+from harness.report.predictions import Line
 from harness.results.store import Store
 from harness.sources.models import ARCHITECTURES
 from harness.spec.trial import TrialSpec
+from harness.training import model
 
 GRID = (
     "name: g\nbase: {base_model: 'random:few.json', precision: bf16, sequence_length: 512, max_steps: 2, "
@@ -76,11 +81,11 @@ def test_changes_hold_the_effective_batch_and_can_be_trained() -> None:
     spec = TrialSpec(
         base_model="random:tiny", micro_batch_size=6, keep_outputs=True, precision="fp32", optimizer="lion_32bit"
     )
-    for change in fixes.changes_of(spec, "cuda"):
+    for change in fixes.changes_of(spec, "cuda", ["q_proj", "v_proj"]):
         changed = TrialSpec.model_validate(spec.model_dump() | dict(change.keys))
         assert changed.id != spec.id, change.text
         assert changed.effective_batch_size == spec.effective_batch_size, change.text
-    kinds = {change.kind for change in fixes.changes_of(spec, "cuda")}
+    kinds = {change.kind for change in fixes.changes_of(spec, "cuda", ["q_proj", "v_proj"])}
     assert kinds == {"micro-batch", "checkpointing", "loss", "outputs", "optimizer", "precision", "rank", "targets",
                      "length"}  # fmt: skip
     half = spec.model_copy(update={"precision": "bf16"})
@@ -111,3 +116,68 @@ def test_each_proposal_has_a_file_of_its_own() -> None:
         "2-2.fixed.yml", "2-2-2.fixed.yml", "甲.fixed.yml", "乙.fixed.yml", "trial.fixed.yml", "lora_r=4.fixed.yml",
         "trial-2.fixed.yml",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [{"loss": "chunked", **size} for size in ({}, {"loss_chunk_size": 64}, {"loss_chunk_size": 16})]),
+        ({"loss": "chunked"}, [{"loss_chunk_size": 64}, {"loss_chunk_size": 16}]),
+        ({"loss": "chunked", "loss_chunk_size": 64}, [{"loss_chunk_size": 16}]),
+        ({"loss": "chunked", "loss_chunk_size": 8}, []),
+    ],
+)  # fmt: skip
+def test_smaller_parts_of_a_loss_alter_nothing(keys: dict[str, Any], expected: list[dict[str, Any]]) -> None:
+    spec = TrialSpec(base_model="random:tiny", **keys)
+    of_loss = [change for change in fixes.changes_of(spec, "cpu") if change.kind == "loss"]
+    assert [dict(change.keys) for change in of_loss] == expected
+    assert {change.alters for change in of_loss} <= {"nothing"}
+
+
+LAYERS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt2": ["c_attn", "attn.c_proj"],  # its other c_proj is not of the attention
+    "gpt_neox": ["query_key_value", "dense"],
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_the_attention_have_the_models_names(kind: str, tmp_path: Path) -> None:
+    spec = TrialSpec(base_model=tiny_model(tmp_path / kind, kind))
+    assert predictor._attention_layers(spec.model_dump_json(), False) == LAYERS[kind]
+    (change,) = [each for each in fixes.changes_of(spec, "cpu", LAYERS[kind]) if each.kind == "targets"]
+    model.skeleton(TrialSpec.model_validate(spec.model_dump() | dict(change.keys)))  # all of them are there
+
+
+def test_a_model_that_cannot_be_made_has_no_layers_of_attention() -> None:
+    assert predictor._attention_layers(TrialSpec(base_model="random:none.json").model_dump_json(), False) == []
+
+
+def test_changes_that_cannot_be_predicted_are_named(
+    small: Callable[..., TrialSpec], capsys: pytest.CaptureFixture
+) -> None:
+    """And where the peak is, if not in training."""
+    spec = small(loss="chunked", gradient_checkpointing=True)
+    now = Prediction(
+        device_type="cpu", peak_memory_bytes=10, peak_load_bytes=30, peak_evaluate_bytes=20, breakdown={}, phases={},
+        work=(), positions=1, seconds=0.0,
+    )  # fmt: skip
+
+    def predict(specs: Sequence[TrialSpec]) -> dict[str, SpecPrediction]:
+        short = {each.id for each in specs if each.sequence_length < spec.sequence_length}
+        return {s.id: SpecPrediction(s, None if s.id in short else now, "too short." if s.id in short else None)
+                for s in specs}  # fmt: skip
+
+    made, unpredicted = fixes.proposals(
+        spec, now, predict, lambda spec, prediction: "does not fit", lambda spec, prediction: 1.0, 5
+    )
+    halved = [f"sequence_length={spec.sequence_length // part}" for part in (2, 4)]
+    assert unpredicted == dict.fromkeys(halved, "too short.")
+    line = Line("x", spec, now, None)
+    plan_fix.show(plan_fix.Proposals(line, "5B", 5, 1.0, made, unpredicted), None)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"not predicted: {'; '.join(halved)} (the first: too short)" in output
+    assert "its peak is where the model is loaded, not in training" in output
+    evaluated = now.model_copy(update={"peak_load_bytes": 1})
+    assert "held-out examples are evaluated" in plan_fix._where(evaluated)
+    assert plan_fix._where(evaluated.model_copy(update={"peak_evaluate_bytes": None})) == ""

@@ -13,8 +13,13 @@ from typing import Any
 import pytest
 import torch
 import trials
+from tiny_models import tiny_model
 
+from harness.predict import loaded_model
+from harness.predict.cards import AMPERE
+from harness.predict.trace import Live
 from harness.record import Record
+from harness.sources.models import ARCHITECTURES
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, evaluation, model
 from harness.training.live_tensors import LiveTensors, OutOfBudget
@@ -139,8 +144,6 @@ def test_checkpointing_lowers_activations(small: Small) -> None:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A shape whose linears are whole blocks of 64, and larger than everything else."""
-    from harness.sources.models import ARCHITECTURES
-
     config = ARCHITECTURES["tiny"] | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     file: Path = tmp_path_factory.mktemp("shape") / "wide.json"
     file.write_text(json.dumps(config))
@@ -233,3 +236,61 @@ def test_an_evaluation_is_tracked_where_it_holds_most(small: Small) -> None:
     evaluation.story_losses(network, texts, spec, 0, cpu, tracking)
     assert heaviest.peak == whole.peak
     assert 1 < len(entered) < 5
+
+
+def _recorded_load_peak(spec: TrialSpec) -> int:
+    """As a trial records it."""
+    meter = MemoryMeter(torch.device("cpu"), None)
+    with meter.phase(breakdown=True):
+        network = model.load(spec, torch.device("cpu"))
+        meter.adopt_model(network, model.adapters(network))
+    return meter.peak()
+
+
+_WIDE = ARCHITECTURES["tiny"] | {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "vocab_size": 4096}
+LOADED: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "int8": {"precision": "int8"},
+    "nf4": {"precision": "nf4"},
+    "bf16-mixed, all weights": {"precision": "bf16-mixed", "adapter": "none"},
+    "nf4, the rest in fp32": {"precision": "nf4", "upcast_unquantized": True},
+    "int8, the rest in fp32": {"precision": "int8", "upcast_unquantized": True},
+    "adapters in bf16": {"precision": "bf16", "adapter_dtype": "bf16", "lora_r": 64},
+    "DoRA": {"precision": "bf16", "use_dora": True, "lora_target_modules": ["down_proj"]},
+    "DoRA, int8": {"precision": "int8", "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", LOADED)
+def test_what_loading_holds_is_predicted(case: str, tied: bool, small: Small, tmp_path: Path) -> None:
+    """Of a checkpoint in bf16, whose weights are there in both types while they are converted."""
+    (tmp_path / "wide.json").write_text(json.dumps(_WIDE | {"tie_word_embeddings": tied}))
+    spec = small(base_model=f"random:{tmp_path / 'wide.json'}", **LOADED[case])
+    model.load(spec, torch.device("cpu"))  # makes the checkpoint
+    with loaded_model.loaded(spec, "cpu", AMPERE) as fake:
+        assert Live().run(fake.trace).size == pytest.approx(_recorded_load_peak(spec), rel=0.002)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_loading_a_folder_holds_is_predicted(
+    kind: str, precision: str, stored: torch.dtype, small: Small, tmp_path: Path
+) -> None:
+    """Whose weights are in another type than those that harness makes, and of GPT-2 in another shape and order."""
+    sizes = {"gpt2": {"n_embd": 64}, "llama": {"hidden_size": 64}}[kind]
+    spec = small(base_model=tiny_model(tmp_path, kind, dtype=stored, config=sizes), precision=precision)
+    with loaded_model.loaded(spec, "cpu", AMPERE) as fake:
+        assert Live().run(fake.trace).size == pytest.approx(_recorded_load_peak(spec), rel=0.005)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_what_quantising_transposed_layers_holds_is_predicted(precision: str, small: Small, tmp_path: Path) -> None:
+    """GPT-2's are copied before they are quantised; their biases are predicted in fp32, and loaded in 16 bit."""
+    sizes = {"n_embd": 256, "n_positions": 1024}
+    spec = small(base_model=tiny_model(tmp_path, "gpt2", dtype=torch.bfloat16, config=sizes), precision=precision)
+    with loaded_model.loaded(spec, "cpu", AMPERE) as fake:
+        assert 1 <= Live().run(fake.trace).size / _recorded_load_peak(spec) < 1.02

@@ -369,7 +369,10 @@ def test_the_largest_value_is_within_the_budget_and_the_positions(ask: Callable[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("g.yml", "--gpu", "rtx4900"), "rtx4090"),
+        (("g.yml", "--gpu", "rtx4900"), "not listed; give its memory instead (--memory 8GiB --device cuda)"),
+        (("g.yml", "--gpu", "a100,l4"), "did you mean a100-40 or a100-80?"),
+        (("g.yml", "--gpu", ""), "--gpu is empty"),
+        (("g.yml", "--memory", "24G"), "write 24GiB (powers of 2) or 24GB"),
         (("g.yml", "--memory", "much"), "--memory"),
         (("g.yml", "--largest", "micro_batch", "--memory", "1GiB"), "micro_batch_size"),
         (("g.yml", "--largest", "lora_r", "--device", "cuda"), "--memory"),
@@ -382,6 +385,47 @@ def test_bad_questions_get_one_line(arguments: tuple[str, ...], message: str, as
     assert code == 2
     assert message in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((key, key) for key in CARDS),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"), ("A100 80GB PCIe", "a100-80"), ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"), ("Tesla V100-SXM2-16GB", "v100-16"), ("h100-80gb", "h100"),
+        ("NVIDIA RTX A6000", "a6000"), ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"), ("RTX 3090 Ti", "rtx3090ti"),
+    ],
+)  # fmt: skip
+def test_cards_go_by_the_drivers_names_too(name: str, key: str) -> None:
+    assert cards.key_of(name) == key
+
+
+@pytest.mark.parametrize(
+    "name", ["rtx4060", "rtx4090-laptop", "rtx3070", "rtx4070ti", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+)
+def test_no_other_model_of_a_card_is_suggested(name: str) -> None:
+    with pytest.raises(ValueError, match="is not listed; give its memory instead") as raised:
+        cards.key_of(name)
+    assert "did you mean" not in str(raised.value)
+
+
+def test_the_beginning_of_names_suggests_all_of_them() -> None:
+    with pytest.raises(ValueError, match=re.escape("did you mean v100-16 or v100-32?")):
+        cards.key_of("NVIDIA V100")
+
+
+def test_one_reason_for_many_trials_is_one_note(small: Small) -> None:
+    lines = tuple(predictions.Line(f"t{n}", small(), None, "it has no shapes." if n else "another") for n in range(9))
+    notes = predictions.Plan("t", "cpu", lines, {}).footnotes()
+    assert notes[:2] == ["t0: not predicted, another.", "t1, t2, t3 and 5 others: not predicted, it has no shapes."]
+    assert "not predicted" not in "".join(notes[2:])
+
+
+def test_a_plan_without_a_prediction_does_not_succeed(folder: Path, ask: Callable[..., Answer]) -> None:
+    (folder / "g.yml").write_text(GRID.replace("precision: fp32", "precision: fp32, torch_compile: true"))
+    code, output, errors = ask("plan", "g.yml", "--memory", "1GiB")
+    assert code == 4, errors
+    assert output.count("torch_compile: what compiled layers keep") == 1
 
 
 # ------------------------------------------------------------------------------------ the parts

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ from harness.report import tuning as reporting
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import fingerprints
-from harness.tuning import search_results, study
+from harness.tuning import ownership, search_results, study
 from harness.tuning.samplers import open_storage
 from harness.tuning.study import Options, tune
 
@@ -133,6 +135,105 @@ def test_an_interrupt_finishes_the_trial_and_two_give_it_back(launcher: LocalLau
     done = tune(made(trials=4), store, launcher, Watch())
     assert done.tried == 4
     assert len(trials(store).query("~twin")) == 4
+
+
+def test_an_interrupt_amid_the_last_trial_leaves_the_confirmation(launcher: LocalLauncher, tmp_path: Path) -> None:
+    class Impatient(Watch):
+        def trial(self, number: int, job: Any) -> None:
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    done = tune(made(trials=2, confirm=1), Store(tmp_path / "t"), launcher, Impatient())
+    assert (done.tried, done.left, done.interrupted) == (2, 3, True), "the baseline again, and a repeat of both"
+    done = tune(made(trials=2, confirm=1), Store(tmp_path / "t"), launcher, Watch())
+    assert (done.left, done.interrupted) == (0, False)
+    assert len(trials(Store(tmp_path / "t"))) == 5
+    done = tune(made(trials=2), Store(tmp_path / "u"), launcher, Impatient())
+    assert (done.left, done.interrupted) == (0, False), "nothing at all was left"
+
+
+def test_rows_that_are_lost_are_measured_again(launcher: LocalLauncher, tmp_path: Path) -> None:
+    store, search = Store(tmp_path / "t"), made(trials=3)
+    tune(search, store, launcher, Watch())
+    before = trials(store).query("~twin").set_index("trial_id")
+    (store.folder / "trials" / f"{before.index[1]}.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match="set aside"):
+        store.set_aside()
+    lines: list[str] = []
+    done = tune(search, store, launcher, Watch(), on_message=lines.append)
+    assert "rows of the study that were lost are measured again: 1 trial" in lines
+    after = trials(store).query("~twin").set_index("trial_id")
+    assert after["eval_loss"].to_dict() == before["eval_loss"].to_dict()
+    assert (done.tried, done.left) == (3, 0), "it counts once"
+    again = Watch()
+    tune(search, store, launcher, again)
+    assert again.seen == []
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_process_that_has_read_a_lost_row_measures_it_too(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """Another process queues what was lost, and this one, which runs already, takes it."""
+    store, search = Store(tmp_path / "t"), made(trials=3)
+    tune(search, store, launcher, Watch())
+    process = study._StudyProcess(search, store, launcher, Watch(), Options(), lambda line: None)
+    (lost,) = trials(store).query("label == 'baseline' and not twin")["trial_id"]
+    (store.folder / "trials" / f"{lost}.parquet").unlink()
+    study._StudyProcess(search, store, launcher, Watch(), Options(), lambda line: None)
+    study._StudyProcess(search, store, launcher, Watch(), Options(), lambda line: None)
+    assert process.optimize() == 0
+    assert lost in set(trials(store)["trial_id"])
+    assert process.outcome(0, 0).tried == 3
+    assert len([t for t in process.study.trials if t.state.name == "COMPLETE"]) == 4, "it was queued once"
+
+
+def test_a_study_that_is_kept_apart_may_have_rows_in_other_folders(launcher: LocalLauncher, tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'shared.db'}", Store(tmp_path / "t"))
+    for folder in ("t", "u"):  # as on two machines
+        done = tune(made(trials=2), Store(tmp_path / folder), launcher, Watch(), Options(storage))
+        assert done.tried == 2
+    rows = trials(Store(tmp_path / "u"))
+    assert rows["study"].isna().all(), "the second one had nothing to search; it has measured the baseline"
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [("database or disk is full", errno.ENOSPC), ("attempt to write a readonly database", None)],
+)
+def test_a_storage_that_fails_amid_a_search_is_one_line(
+    words: str, number: int | None, launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "t")
+    tune(made(trials=1), store, launcher, Watch())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise optuna.exceptions.StorageInternalError("advice") from sqlite3.OperationalError(words)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(optuna.storages.RDBStorage, "set_trial_state_values", fail)
+        with pytest.raises(OSError, match=r"No space left|cannot be read or written: attempt to write") as error:
+            tune(made(trials=2), store, launcher, Watch())
+    assert error.value.errno == number
+    assert "\n" not in str(error.value)
+    assert tune(made(trials=2), store, launcher, Watch()).tried == 2
+
+
+def test_what_ends_a_trial_is_shown_where_the_study_fails_too(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "t/trials")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise optuna.exceptions.StorageInternalError("advice")
+
+    store = Store(tmp_path / "t")
+    with monkeypatch.context() as broken:
+        broken.setattr(study, "execute", full)
+        broken.setattr(study, "give_back", fail)
+        with pytest.raises(OSError, match="No space left on device: 't/trials'"):
+            tune(made(trials=2), store, launcher, Watch())
+    monkeypatch.setattr(ownership, "is_gone", lambda owner: True)  # as the next process sees it
+    assert tune(made(trials=2), store, launcher, Watch()).tried == 2
 
 
 def test_the_report_is_of_the_search_that_ran_last(launcher: LocalLauncher, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_undecided_speeds_get_visits_alone(
     looks(monkeypatch, [{SPEED: {"lora_r=8": "visits"}}])
     runs = Runs()
     left = until_decided(grid_of, 1, 4, runs, tmp_path)
+    assert left is not None
     assert [visits for visits, _ in runs.versions] == [2, 3, 4], "up to the limit"
     assert [trials for _, trials in runs.versions[1:]] == [{0: BASELINE | {"lora_r=8"}}] * 2, "of what is open, no seed"
     assert set(left[SPEED]) == {"lora_r=8"}
@@ -99,6 +100,7 @@ def test_undecided_losses_get_seeds_where_seeds_decide(
     looks(monkeypatch, [{LOSS: {"lora_r=8": "stories", "lora_r=64": "seeds"}}, {LOSS: {"lora_r=8": "stories"}}])
     runs = Runs()
     left = until_decided(grid_of, 1, 9, runs, tmp_path)
+    assert left is not None
     assert len(runs.versions) == 2, "more repeats do not decide what stories would"
     visits, trials = runs.versions[1]
     assert trials == {0: BASELINE | {"lora_r=64"}, 1: {"baseline", "lora_r=64"}}
@@ -117,7 +119,7 @@ def test_visits_train_nothing_where_others_were_repeated(
 
 def test_it_stops_when_interrupted(grid_of: Callable[[int], Grid], tmp_path: Path) -> None:
     runs = Runs(interrupted=True)
-    assert until_decided(grid_of, 1, 9, runs, tmp_path) == {}
+    assert until_decided(grid_of, 1, 9, runs, tmp_path) is None
     assert len(runs.versions) == 1
 
 
@@ -143,6 +145,7 @@ def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:
         return True
 
     left = until_decided(lambda repeats: grid.load(file, repeats=repeats), 2, 4, run, tmp_path / "g")
+    assert left is not None
     assert set(left[LOSS]) == {"lora_r=8"}
     first, second, third = ran
     assert [label for label, _ in first].count("lora_r=64") == 2

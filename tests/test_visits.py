@@ -289,8 +289,20 @@ def go(grid: grids.Grid, folder: Path, launcher: LocalLauncher, display: Watch |
     return run_grid(grid, Store(folder / "r"), launcher, display or Watch())
 
 
-def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLauncher, quiet: Quiet) -> None:
+def what_is_left(grid: grids.Grid, folder: Path, launcher: LocalLauncher, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a run says whose time is up before it begins."""
+    store = Store(folder / "r")
+    run._print_summary(run_grid(grid, store, launcher, Watch(), until=time.monotonic()), store)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_every_trial_is_timed_in_every_block(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet, capsys: pytest.CaptureFixture[str]
+) -> None:
     quiet()
+    left = what_is_left(loaded(tmp_path), tmp_path, launcher, capsys)
+    assert "3 trials and 6 timing visits left; go on with the same command" in left
+    assert "not timed well enough" not in left, "nothing was disturbed"
     display = Watch()
     summary = go(loaded(tmp_path), tmp_path, launcher, display)
     assert (display.total, display.visits) == (3, 6)
@@ -316,6 +328,7 @@ def test_every_trial_is_timed_in_every_block(tmp_path: Path, launcher: LocalLaun
     assert (len(summary.records), summary.untimed) == (0, ())
     assert len(Store(tmp_path / "r").read("steps")) == len(steps), "nothing is timed again"
     more = loaded(tmp_path, GRID.replace("visits: 2", "visits: 3"))
+    assert "3 timing visits left; go on with the same command" in what_is_left(more, tmp_path, launcher, capsys)
     go(more, tmp_path, launcher, display)
     assert (display.total, display.visits) == (0, 3), "only the third one is to come"
     assert (Store(tmp_path / "r").read("trials").to_pandas()["timed_visits"] == 3).all(), "a third one was added"
@@ -371,10 +384,10 @@ def test_visits_that_fail_are_named_with_their_end(
     monkeypatch.setattr(grid_run, "MOST_FURTHER_BLOCKS", 0)
     summary = go(loaded(tmp_path, GRID.replace("visits: 2", "visits: 1")), tmp_path, launcher)
     assert summary.untimed == ("gradient_checkpointing=true",)
-    run._print_summary(summary, Store(tmp_path / "r"), tmp_path / "g.yml")
+    run._print_summary(summary, Store(tmp_path / "r"))
     printed = " ".join(capsys.readouterr().out.split())
     assert f"gradient_checkpointing=true (oom, see {tmp_path / 'r/logs/visit.log'})" in printed.replace("/ ", "/")
-    assert "their visits failed; their speeds enter no comparison" in printed
+    assert "their visits failed; their speeds enter no comparison. Time them again with the same command" in printed
 
 
 @pytest.mark.long

@@ -6,11 +6,14 @@ import re
 
 MIB = 2**20
 GIB = 2**30
+_WITHOUT_UNIT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT])i?\s*$", re.IGNORECASE)
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*$", re.IGNORECASE)
 
 
 def parse_bytes(value: int | str) -> int:
     """``"24GiB"``, ``"500 MB"`` or a plain count of bytes → bytes (GiB = 2**30, GB = 10**9).
+
+    ``"24G"`` is refused: it is GiB to Docker and Slurm and GB to Kubernetes, and the 7 % between them decide what fits.
 
     Raises:
         ValueError: the text is not a positive size.
@@ -20,6 +23,9 @@ def parse_bytes(value: int | str) -> int:
     if isinstance(value, int):
         size = value
     else:
+        if bare := _WITHOUT_UNIT.match(value):
+            number, prefix = bare[1], bare[2].upper()
+            raise ValueError(f"{value!r} is not a size; write {number}{prefix}iB (powers of 2) or {number}{prefix}B")
         match = _BYTES.match(value)
         if match is None:
             raise ValueError(f"{value!r} is not a size; write it like 24GiB or 500MB")

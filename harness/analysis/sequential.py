@@ -23,7 +23,7 @@ def until_decided(
     run: Callable[[Grid], bool],
     folder: Path,
     here: Sequence[Environment] = (),
-) -> Undecided:
+) -> Undecided | None:
     """Run a grid with more and more visits and repeats until no more of them decides anything, or their limit.
 
     Visits decide speeds. Repeats decide those losses whose seeds differ too much; the others need more stories, which
@@ -39,14 +39,16 @@ def until_decided(
         here: environments that its trials may be recorded under, see `loading.load`.
 
     Returns:
-        What the last look left undecided.
+        What the last look left undecided; null where it was stopped before that look.
     """
     repeats, visits = least, grid_of(least).timing.visits
     looks = 1 + max(most - repeats, most - visits if visits else 0)
     first = grid = replace(grid_of(least), looks=looks)
     undecided: Undecided = {}
     versions = [first]
-    while versions and all(run(version) for version in versions):
+    while versions:
+        if not all(run(version) for version in versions):
+            return None
         measurements = loading.load(folder, baseline_ids={t.baseline_id for t in grid.trials}, here=here)
         undecided = _undecided(compare(measurements))
         versions = []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
 
 TARGET = "What it must fit"
 DOES_NOT_FIT = 4
-"""Exit code where a trial does not fit."""
+"""Exit code where a trial does not fit, or none is predicted."""
 
 
 def plan(
@@ -111,7 +111,7 @@ def plan(
 ) -> None:
     """Predict memory and time of every trial, without a GPU and without weights, and say what fits.
 
-    The exit code is 4 where a trial does not fit.
+    The exit code is 4 where a trial does not fit, and where none could be predicted.
     """
     if as_json:
         context.with_resource(stdout_for_data())
@@ -224,7 +224,8 @@ def plan(
     if as_json:
         document = {"trials": predictions.rows(made)} | ({"fixes": proposed} if fix else {})
         print(json.dumps(document, indent=1))
-    if any(made.verdict(line, name) == "does not fit" for line in lines for name in capacities):
+    unknown = bool(lines) and all(line.prediction is None for line in lines)
+    if unknown or any(made.verdict(line, name) == "does not fit" for line in lines for name in capacities):
         raise typer.Exit(DOES_NOT_FIT)
 
 
@@ -246,11 +247,15 @@ def _capacities(memory: list[str], gpu: list[str]) -> dict[str, int]:
             capacities[text] = parse_bytes(text)
         except ValueError as error:
             raise InputError(f"--memory: {error}") from None
-    for name in (part.strip().lower() for names in gpu for part in names.split(",")):
+    given = [part.strip() for names in gpu for part in names.split(",")]
+    if gpu and not any(given):
+        raise InputError("--gpu is empty; give cards, like --gpu rtx4090,a100-80")
+    for name in filter(None, given):
         try:
-            capacities[name] = cards.capacity(name)
+            key = cards.key_of(name)
         except ValueError as error:
             raise InputError(f"--gpu: {error}") from None
+        capacities[key] = cards.capacity(key)
     return capacities
 
 

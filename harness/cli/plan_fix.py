@@ -34,6 +34,8 @@ class Proposals:
     now_seconds: float
     """Per token, as the trial is."""
     proposals: Sequence[Proposal]
+    unpredicted: Mapping[str, str]
+    """Changes that could not be predicted, with why."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -80,8 +82,11 @@ def propose(
             return measured.get(spec.id, error * plan.seconds_per_token(prediction))
 
         capacity = plan.capacity_of(line.spec, name)
-        proposals = fixes.proposals(line.spec, now, predict, verdict, seconds_per_token, capacity)
-        yield Proposals(line, name, capacity, seconds_per_token(line.spec, now), proposals)
+        attention = predictor.attention_layers(line.spec)
+        proposals, unpredicted = fixes.proposals(
+            line.spec, now, predict, verdict, seconds_per_token, capacity, attention
+        )
+        yield Proposals(line, name, capacity, seconds_per_token(line.spec, now), proposals, unpredicted)
 
 
 def _measured_seconds(results: Path, here: Environment) -> dict[str, float]:
@@ -117,16 +122,20 @@ def show(proposals: Proposals, output: Path | None, written: Sequence[Path] = ()
     from harness.report import fixes
 
     label, made = proposals.line.label, proposals.proposals
-    if not made:
+    if made:
+        out.print(fixes.terminal(label, proposals.capacity_name, proposals.capacity, proposals.now_seconds, made))
+    else:
         out.print(f"{plain(label)}: there is nothing to change", highlight=False)
+    if proposals.unpredicted:
+        out.print(_note_of(proposals.unpredicted), style="dim", highlight=False)
+    if not made:
         return []
-    out.print(fixes.terminal(label, proposals.capacity_name, proposals.capacity, proposals.now_seconds, made))
     best = made[0]
     if best.verdict != "fits":
         least = min(made, key=lambda each: each.prediction.needed_bytes)
         out.print(
             f"nothing here makes it fit; the least is {show_bytes(least.prediction.needed_bytes)}, with "
-            f"{plain(least.text)}",
+            f"{plain(least.text)}{_where(least.prediction)}",
             style="yellow",
             highlight=False,
         )
@@ -137,3 +146,18 @@ def show(proposals: Proposals, output: Path | None, written: Sequence[Path] = ()
     file = output / file_name(label, [each.name for each in written])
     write_whole(file, spec_to_yaml(best.spec, full_paths=True).encode())
     return [file]
+
+
+def _note_of(unpredicted: Mapping[str, str]) -> str:
+    """One line about the changes that could not be predicted."""
+    reason = next(iter(unpredicted.values())).rstrip(".")
+    return plain(f"not predicted: {'; '.join(unpredicted)} ({'the first: ' * (len(unpredicted) > 1)}{reason})")
+
+
+def _where(prediction: Prediction) -> str:
+    """Where the peak is, if it is not in training, which most changes are for."""
+    if prediction.highest_bytes == prediction.peak_memory_bytes:
+        return ""
+    loads = prediction.highest_bytes == prediction.peak_load_bytes
+    what = "the model is loaded" if loads else "held-out examples are evaluated"
+    return f"; its peak is where {what}, not in training"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def planned_rates(
-    grid: Grid, trainings: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status]
-) -> Tuned | None:
-    """Print the trainings that come before a comparison; the rates where all of them are recorded, else null.
+    grid: Grid, trainings: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status], limit: int | None = None
+) -> tuple[Tuned | None, int]:
+    """Print the trainings that come before a comparison.
 
     Args:
         grid: whose rates are looked for.
@@ -27,13 +27,19 @@ def planned_rates(
         store: for these trainings.
         launcher: that would make them.
         statuses: of trainings that would be made again.
+        limit: most trainings that a run would make; null: all.
+
+    Returns:
+        The rates where all of them are recorded, else null; and how many are to run.
     """
     from harness.runner import grid_run, learning_rates
 
     left = len(grid_run.pending(trainings, store, launcher, statuses))
     recorded = f", {left} of them to run" if left < len(trainings.trials) else ""
+    if limit is not None and limit < left:
+        recorded = f", {left} of them to run, {limit} now"
     out.print(f"before them, {len(trainings.trials)} trainings find the learning rates{recorded}", highlight=False)
-    return None if left else learning_rates.tuned(grid, trainings, store, launcher)
+    return None if left else learning_rates.tuned(grid, trainings, store, launcher), left
 
 
 def find_rates(

@@ -186,7 +186,8 @@ def run(
     if live and dry_run:
         raise InputError("--dry-run runs nothing that --live could show; leave one of them out")
     # A trial that was skipped before is run where skipping is not asked for.
-    statuses = _statuses([*(rerun or []), *([] if skip_infeasible else ["skipped"])])
+    to_repeat = [] if skip_infeasible else ["skipped"]
+    statuses = _statuses([*(rerun or []), *to_repeat])
     store = Store(results / loaded.name)
     # It is asked for environments alone; nothing is started.
     planned = LocalLauncher() if where.remote else make_launcher(where, loaded)
@@ -209,9 +210,11 @@ def run(
             trainings = learning_rates.grid_of_rates(loaded)
             with contextlib.suppress(InputError):
                 trainings = trainings.with_contents(snapshot.of)
-            recorded = planned_rates(loaded, trainings, Store(results / trainings.name), planned, statuses)
+            rates_store = Store(results / trainings.name)
+            recorded, before = planned_rates(loaded, trainings, rates_store, planned, statuses, limit)
+            limit = limit and max(0, limit - before)
             loaded = loaded if recorded is None else learning_rates.with_rates(loaded, recorded)
-        _print_trials(loaded, store, planned, statuses, as_json=as_json)
+        _print_trials(loaded, store, planned, statuses, limit, as_json=as_json)
         return
     preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
     loaded = loaded.with_contents(snapshot.of)
@@ -247,15 +250,15 @@ def run(
                     trainings, own, launcher, progress, policy, rerun=statuses, limit=limit, until=until
                 )
             limit = limit and limit - len(summary.records)
-            interrupted = summary.interrupted
+            interrupted = summary.asked  # the comparison is left
             return summary
 
         if loaded.rates:
             trainings = learning_rates.grid_of_rates(loaded).with_contents(snapshot.of)
             tuned = find_rates(loaded, trainings, Store(results / trainings.name), launcher, find)
-            if limit == 0 and tuned is not None:
-                out.print("the comparison begins with the next run of the same command", highlight=False)
-            if tuned is None or limit == 0:
+            if tuned is None or limit == 0 or interrupted:
+                if tuned is not None:
+                    out.print("the comparison begins with the next run of the same command", highlight=False)
                 if as_json:
                     print_document(run_document(loaded, store, launcher))
                 if interrupted:
@@ -267,8 +270,8 @@ def run(
         executed = loaded
 
         def execute(version: Grid) -> bool:
-            """Run a version of the grid; false: it was interrupted."""
-            nonlocal executed, interrupted, limit
+            """Run a version of the grid; false: none may follow, for it was interrupted, or its time or limit is up."""
+            nonlocal executed, interrupted, limit, statuses
             executed = version
             predictions = NO_PREDICTIONS
             for line in grid_run.kept_apart(grid_run.pending(version, store, launcher, statuses), store, launcher):
@@ -288,12 +291,15 @@ def run(
                     until=until,
                     predictions=predictions,
                 )
-            _print_summary(summary, store, grid)
+            _print_summary(summary, store)
             limit = limit and limit - len(summary.records)
-            interrupted = summary.interrupted
-            return summary.left == 0
+            statuses = _statuses(to_repeat)  # what was asked for is run again once, not for each further version
+            # Whether a further version would have followed is not known.
+            interrupted = summary.interrupted if until_decided is None else summary.asked
+            return summary.left == 0 and not summary.over
 
         environments = beforehand.environments_of(loaded, launcher)
+        stopped = False
         if until_decided is None:
             execute(loaded)
         else:
@@ -305,6 +311,7 @@ def run(
                 store.folder,
                 here=environments,
             )
+            stopped = undecided is None
             _print_undecided(undecided, until_decided)
         left = grid_run.pending(executed, store, launcher)
         if store.completed():
@@ -312,7 +319,7 @@ def run(
             measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
             compared = comparison.compare(measurements)
             out.print(writers.terminal(compared))
-            for line in [] if left else longer.sentences(compared):  # what is left may decide them
+            for line in [] if left or stopped else longer.sentences(compared):  # what is left may decide them
                 out.print(plain(line), highlight=False)
             if live_page is not None:
                 live_page.write_report(measurements, store.folder)
@@ -335,10 +342,13 @@ def _refuse_with_size(repeats: int | None, until_decided: int | None, where: Lau
         raise InputError(f"--size knows how long trials take one at a time on this machine; leave {other} out")
 
 
-def _print_undecided(undecided: Undecided, most: int) -> None:
+def _print_undecided(undecided: Undecided | None, most: int) -> None:
     """Which configurations are not decided, and the stories that would decide a loss, which no repeat does."""
     from harness.analysis import words
 
+    if undecided is None:
+        out.print("stopped before all was decided; the same command goes on", highlight=False)
+        return
     labels = ", ".join(sorted({label for estimates in undecided.values() for label in estimates})) or "none"
     out.print(f"not decided within {most} visits and repeats: {plain(labels)}", highlight=False)
     for label, estimate in undecided.get("eval_loss", {}).items():
@@ -356,7 +366,9 @@ def _statuses(given: list[str]) -> frozenset[Status]:
     return frozenset(status for status in known if "all" in given or status in given)
 
 
-def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status], *, as_json: bool) -> None:
+def _print_trials(
+    grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status], limit: int | None, *, as_json: bool
+) -> None:
     from rich.table import Table
 
     from harness.cli.documents import planned_document, print_document
@@ -365,7 +377,8 @@ def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozen
     pending = grid_run.pending(grid, store, launcher, statuses)
     for line in grid_run.kept_apart(pending, store, launcher):
         out.print(plain(line), highlight=False, soft_wrap=True)
-    table = Table(title=f"{plain(grid.title)}: {counted(len(grid.trials), 'trial')}, {len(pending)} to run")
+    now = f", {limit} of them now" if limit is not None and limit < len(pending) else ""
+    table = Table(title=f"{plain(grid.title)}: {counted(len(grid.trials), 'trial')}, {len(pending)} to run{now}")
     for heading in ("#", "trial", "repeat", "spec id", "recorded"):
         table.add_column(heading)
     for number, trial in enumerate(grid.trials, start=1):
@@ -377,27 +390,28 @@ def _print_trials(grid: Grid, store: Store, launcher: Launcher, statuses: frozen
         print_document({"grid": grid.name, "folder": store.folder, "left": len(pending), "trials": trials})
 
 
-def _print_summary(summary: Summary, store: Store, grid: Path) -> None:
+def _print_summary(summary: Summary, store: Store) -> None:
     from collections import Counter
 
     if summary.by_others:
         out.print(f"{summary.by_others} trials were done by another runner meanwhile", highlight=False)
-    if summary.untimed:
-        _print_untimed(summary, store, grid)
-    if not summary.records:
-        if summary.visits:
-            out.print(f"{summary.visits} timing visits were added", highlight=False)
-        elif not summary.left and not summary.untimed:
-            out.print("all of them are recorded already; nothing to run", highlight=False)
-        return
-    counts = Counter(record.status for record in summary.records)
-    ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    out.print(f"{len(summary.records)} trials ended ({ends}), kept in {plain(str(store.folder))}", highlight=False)
-    if summary.left:
-        out.print(f"{summary.left} trials are left; go on with: harness run {plain(str(grid))}", highlight=False)
+    if summary.untimed and not summary.visits_left:
+        _print_untimed(summary, store)
+    left = [counted(n, what) for n, what in ((summary.left, "trial"), (summary.visits_left, "timing visit")) if n]
+    if summary.records:
+        counts = Counter(record.status for record in summary.records)
+        ends = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+        ended = counted(len(summary.records), "trial")
+        out.print(f"{ended} ended ({ends}), kept in {plain(str(store.folder))}", highlight=False)
+    elif summary.visits:
+        out.print(f"{counted(summary.visits, 'timing visit')} added", highlight=False)
+    elif not left and not summary.untimed:
+        out.print("all of them are recorded already; nothing to run", highlight=False)
+    if left:
+        out.print(f"{' and '.join(left)} left; go on with the same command", highlight=False)
 
 
-def _print_untimed(summary: Summary, store: Store, grid: Path) -> None:
+def _print_untimed(summary: Summary, store: Store) -> None:
     failed = {
         label: f"{visit.status}, see {store.folder / visit.log}" if visit.log else visit.status
         for label, visit in summary.failed_visits.items()
@@ -408,6 +422,6 @@ def _print_untimed(summary: Summary, store: Store, grid: Path) -> None:
         reason = "their visits failed"
     out.print(
         f"[yellow]not timed well enough: {plain(labels)}[/]: {reason}; their speeds enter no "
-        f"comparison. Time them again with: harness run {plain(str(grid))}",
+        "comparison. Time them again with the same command",
         highlight=False,
     )

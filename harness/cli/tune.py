@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness._util.terminal import plain
+from harness._util.units import counted
 from harness.cli import failures, options
 from harness.cli.console import out
 from harness.cli.inspection import inspect_trials
@@ -166,8 +167,9 @@ def _print_outcome(
     before = f", {outcome.warm} known before" if outcome.warm else ""
     folder = plain(str(store.folder))
     out.print(f"{outcome.tried} trials{before} in study {outcome.study}, kept in {folder}", highlight=False)
-    if outcome.left:
-        out.print(f"{outcome.left} trials are left; the same command goes on with them", highlight=False)
+    left = [counted(n, what) for n, what in ((outcome.left, "trial"), (outcome.visits_left, "timing visit")) if n]
+    if left:
+        out.print(f"{' and '.join(left)} left; go on with the same command", highlight=False)
     measurements = loading.load(store.folder, baseline_ids=None, here=environments)
     summary = reporting.summarize(measurements, store.folder)
     if summary is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
-from harness._util.messages import unknown
-from harness._util.units import MIB
+from harness._util.units import GIB, MIB
 from harness.predict.roofline import Rates
 
 Capability = tuple[int, int]
@@ -129,23 +129,66 @@ def generation(capability: Capability) -> Capability:
 
 
 def named(card: str) -> Card:
-    """A card by its name here.
+    """A card by its name here, or by the driver's.
 
     Raises:
-        ValueError: unknown card; the message suggests the nearest name.
+        ValueError: unknown card; the message suggests others only where the name is the beginning of theirs.
     """
-    if card not in CARDS:
-        raise ValueError(unknown("card", card, CARDS))
-    return CARDS[card]
+    return CARDS[key_of(card)]
 
 
 def capacity(card: str) -> int:
     """Bytes of a card that torch's allocator may take.
 
     Raises:
-        ValueError: unknown card; the message suggests the nearest name.
+        ValueError: as `named`.
     """
     return named(card).capacity
+
+
+_LEFT_OUT = re.compile(r"^(nvidia|geforce|tesla|pcie|sxm\d*|hbm\d\w*|generation|blackwell|workstation|server|edition)$")
+"""Words of the driver's names that tell no card of this list from another."""
+
+
+def key_of(name: str) -> str:
+    """The name here of a card that is given by it or by the driver's name, like NVIDIA A100-SXM4-80GB.
+
+    Raises:
+        ValueError: as `named`.
+    """
+    words = [re.sub(r"(?<=\d)gb$", "", word) for word in re.split(r"[\s_-]+", name.lower())]
+    given = "".join(word for word in words if not _LEFT_OUT.match(word))
+    if not given:
+        raise ValueError(f"{name!r} names no card; give one, like rtx4090 or a100-80")
+    if given in (exact := _by_name()):
+        return exact[given]
+    alike = [key for key in CARDS if given in _beginnings(key)]
+    if alike:
+        raise ValueError(f"unknown card {name!r}; did you mean {' or '.join(alike)}?")
+    raise ValueError(
+        f"card {name!r} is not listed; give its memory instead (--memory 8GiB --device cuda), or one of "
+        f"{', '.join(CARDS)}"
+    )
+
+
+@functools.cache
+def _by_name() -> dict[str, str]:
+    """Names without spaces and hyphens: those here, and the driver's where one card has it, alone or with the
+    memory.
+    """
+    names = {}
+    for key, card in CARDS.items():
+        device = card.device.lower().replace(" ", "")
+        if sum(other.device == card.device for other in CARDS.values()) == 1:
+            names[device] = key
+        names[f"{device}{round(card.driver_bytes / GIB)}"] = key
+    return names | {key.replace("-", ""): key for key in CARDS}
+
+
+def _beginnings(key: str) -> list[str]:
+    """A name's first words, without hyphens; none where the last word makes it another model."""
+    words = key.split("-")
+    return [] if words[-1] == "super" else ["".join(words[:count]) for count in range(1, len(words))]
 
 
 def of_device(name: str, driver_bytes: int) -> Card:

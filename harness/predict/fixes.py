@@ -61,7 +61,7 @@ class Proposal:
     @property
     def text(self) -> str:
         """The changes in the words of a grid file."""
-        return ", ".join(change.text for change in self.changes)
+        return _text(self.changes)
 
     @property
     def alters(self) -> Alters:
@@ -72,6 +72,10 @@ class Proposal:
     def cost(self) -> tuple[int, float]:
         """By which proposals are ranked."""
         return _ORDER.index(self.alters), self.seconds_per_token
+
+
+def _text(changes: Sequence[Change]) -> str:
+    return ", ".join(change.text for change in changes)
 
 
 def _written(value: Any) -> str:
@@ -94,9 +98,19 @@ def _checkpointing(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]
         yield Change("checkpointing", "nothing", {"gradient_checkpointing": True, "checkpoint_every_n_layers": 2})
 
 
+_CHUNKS = (64, 16)
+"""Positions in a part of the loss."""
+
+
 def _losses(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
-    if spec.loss == "full":
-        yield Change("loss", "nothing", {"loss": "chunked"})
+    if spec.loss not in ("full", "chunked"):
+        return
+    chunked = {} if spec.loss == "chunked" else {"loss": "chunked"}
+    if chunked:
+        yield Change("loss", "nothing", chunked)
+    for size in _CHUNKS:
+        if size < spec.loss_chunk_size:
+            yield Change("loss", "nothing", {**chunked, "loss_chunk_size": size})
 
 
 def _outputs(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
@@ -175,9 +189,11 @@ def _adapters(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     for part in (2, 4):  # alpha / r, the scale, is kept
         if spec.lora_r % part == spec.lora_alpha % part == 0:
             yield Change("rank", "model", {"lora_r": spec.lora_r // part, "lora_alpha": spec.lora_alpha // part})
-    if spec.lora_target_modules is None and spec.lora_target_linear:
-        keys = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_target_linear": False}
-        yield Change("targets", "model", keys)
+
+
+def _targets(spec: TrialSpec, attention: Sequence[str]) -> Iterator[Change]:
+    if attention and spec.adapter == LORA and spec.lora_target_modules is None and spec.lora_target_linear:
+        yield Change("targets", "model", {"lora_target_modules": list(attention), "lora_target_linear": False})
 
 
 def _lengths(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
@@ -202,9 +218,15 @@ _CHANGES: tuple[Callable[[TrialSpec, DeviceType], Iterator[Change]], ...] = (
 """What is tried; each yields the changes of a kind that apply to a spec."""
 
 
-def changes_of(spec: TrialSpec, device_type: DeviceType) -> list[Change]:
-    """The single changes that apply to a spec on a device."""
-    return [change for of_kind in _CHANGES for change in of_kind(spec, device_type)]
+def changes_of(spec: TrialSpec, device_type: DeviceType, attention: Sequence[str] = ()) -> list[Change]:
+    """The single changes that apply to a spec on a device.
+
+    Args:
+        spec: of the trial.
+        device_type: device to train on.
+        attention: names of the linear layers of its model's attention.
+    """
+    return [*(change for of_kind in _CHANGES for change in of_kind(spec, device_type)), *_targets(spec, attention)]
 
 
 def proposals(
@@ -214,7 +236,8 @@ def proposals(
     verdict: Callable[[TrialSpec, Prediction], Verdict],
     seconds_per_token: Callable[[TrialSpec, Prediction], float],
     capacity: int,
-) -> list[Proposal]:
+    attention: Sequence[str] = (),
+) -> tuple[list[Proposal], dict[str, str]]:
     """Changes with which a trial fits, cheapest first, and after them single changes with which it does not.
 
     Single changes are all predicted; combinations of a size only while nothing smaller fits without altering more than
@@ -227,18 +250,26 @@ def proposals(
         verdict: whether a spec fits.
         seconds_per_token: predicted or measured.
         capacity: bytes that the trial may take.
+        attention: names of the linear layers of its model's attention.
+
+    Returns:
+        The proposals; and changes that could not be predicted, with why.
     """
+    unpredicted: dict[str, str] = {}
 
     def made(candidates: Sequence[tuple[Change, ...]]) -> list[Proposal]:
         specs = {each: changed for each in candidates if (changed := _changed(spec, each)) is not None}
         predicted = predict(list(specs.values()))
+        for each, changed in specs.items():
+            if predicted[changed.id].prediction is None:
+                unpredicted[_text(each)] = predicted[changed.id].error or ""
         return [
             Proposal(each, changed, p, verdict(changed, p), seconds_per_token(changed, p))
             for each, changed in specs.items()
             if (p := predicted[changed.id].prediction) is not None
         ]
 
-    single = made([(change,) for change in changes_of(spec, now.device_type)])
+    single = made([(change,) for change in changes_of(spec, now.device_type, attention)])
     saved = {each.changes[0]: now.needed_bytes - each.prediction.needed_bytes for each in single}
     slower = {each.changes[0]: each.seconds_per_token for each in single}
     useful = [change for change in saved if saved[change] > 0]
@@ -258,7 +289,7 @@ def proposals(
     every = [each for each in every if not any(less < set(each.changes) for less in enough)]
     fitting = sorted((each for each in every if each.verdict == "fits"), key=lambda each: each.cost)
     others = sorted((each for each in every if each.verdict != "fits"), key=lambda each: each.prediction.needed_bytes)
-    return fitting + others
+    return fitting + others, unpredicted
 
 
 def _changed(spec: TrialSpec, changes: Sequence[Change]) -> TrialSpec | None:

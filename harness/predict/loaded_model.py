@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
 
 from harness.environment import DeviceType
 from harness.predict import fake_weights, loading
@@ -19,6 +20,7 @@ from harness.predict.prediction import model_key
 from harness.predict.repeated_layers import RepeatedLayers
 from harness.predict.replay import Replay
 from harness.predict.trace import Entry, requests
+from harness.sources import models
 from harness.spec.trial import TrialSpec
 from harness.training import compilation, distributed, model
 
@@ -34,10 +36,18 @@ class LoadedModel:
         device_type: device to train on.
         capability: compute capability of a CUDA device.
         all_layers: whether steps replay all layers.
+        reading: how its weights are loaded on a CPU; null: they are not.
     """
 
     def __init__(
-        self, network: Any, spec: TrialSpec, device_type: DeviceType, capability: Capability, *, all_layers: bool
+        self,
+        network: Any,
+        spec: TrialSpec,
+        device_type: DeviceType,
+        capability: Capability,
+        *,
+        all_layers: bool,
+        reading: fake_weights.Reading | None = None,
     ) -> None:
         self.network = network
         fakes, replay = (CompiledFakes, CompiledReplay) if spec.torch_compile else (FakeTensorMode, Replay)
@@ -47,7 +57,7 @@ class LoadedModel:
         # Made outside the fake mode: it reads the ranks from a tensor.
         mesh = distributed.device_mesh(_CPU) if spec.sharding != "none" else None
         with self.fake, tracker:
-            fake_weights.fill(network)
+            fake_weights.fill(network, reading)
             if mesh is not None:
                 distributed.shard(network, spec.sharding, mesh)
         gc.collect()
@@ -56,7 +66,7 @@ class LoadedModel:
         tracker.adopt(adapters, "adapters")
         tracker.component = "activations"
         self.trace: list[Entry] = tracker.take_trace()
-        """Of making the weights."""
+        """Of making the weights, and on a CPU of what is held for that."""
         self.requests: list[Event] = requests(self.trace)
         """What loading them asks an allocator of CUDA for."""
         if spec.num_processes == 1:  # shards are made of a model in the machine's memory
@@ -108,7 +118,28 @@ def loaded(
     if taken is None:
         _last.clear()
         network = model.skeleton(spec, trust_remote_code=trust_remote_code)
-        taken = LoadedModel(network, spec, device_type, capability, all_layers=all_layers)
+        reading = _reading(spec, trust_remote_code) if device_type == "cpu" else None
+        taken = LoadedModel(network, spec, device_type, capability, all_layers=all_layers, reading=reading)
     yield taken
     if spec.num_processes == 1 and taken.restore():  # not after an error
         _last[key] = taken
+
+
+def _reading(spec: TrialSpec, trust_remote_code: bool) -> fake_weights.Reading:
+    """How the weights of a spec are loaded on a CPU."""
+    stored, is_quantised = _stored(spec, trust_remote_code)
+    computes = model.compute_dtype(spec) or torch.float32
+    return fake_weights.Reading(
+        stored=stored,
+        unquantised=computes if model.is_quantised(spec) and not is_quantised else None,
+        upcasts=spec.upcasts,
+    )
+
+
+def _stored(spec: TrialSpec, trust_remote_code: bool) -> tuple[torch.dtype, bool]:
+    """The type that the checkpoint's weights are in, by its config, and whether they are quantised."""
+    source = models.resolve(spec.base_model, spec.folder)
+    if source.kind in ("bundled", "random"):
+        return torch.bfloat16, False
+    config: Any = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
+    return config.dtype or config.get_text_config().dtype or torch.float32, hasattr(config, "quantization_config")

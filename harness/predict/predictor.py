@@ -6,9 +6,10 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -22,8 +23,11 @@ from harness.errors import InputError
 from harness.launch import fork_server
 from harness.predict.cards import AMPERE, Capability
 from harness.predict.prediction import Prediction, SpecPrediction, model_key
+from harness.spec.keys import FULL
 from harness.spec.trial import TrialSpec
 
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+"""In the names of a model's attention and its parts."""
 _Key = tuple[str, str | None, DeviceType, Capability]
 """Memory key, folder that paths begin at, and device."""
 
@@ -101,6 +105,19 @@ class Predictor:
         for key in broken:  # one at a time: a process that dies takes the whole pool with it
             self._answers[key] = self._predict_alone(groups[key][0], *key[2:])
             yield from _spec_predictions(groups[key], self._answers[key])
+
+    def attention_layers(self, spec: TrialSpec) -> list[str]:
+        """Names of the linear layers of the attention of a spec's model, as targets of adapters; none where they cannot
+        be told.
+        """
+        with fork_server.main_module_hidden():
+            arguments = (spec.model_dump_json(), self._options["trust_remote_code"])
+            named = self._executor().submit(_attention_layers, *arguments)
+        try:
+            return named.result()
+        except BrokenProcessPool:
+            self._stop()
+            return []
 
     def _predict_alone(self, spec: TrialSpec, device_type: DeviceType, capability: Capability) -> dict[str, Any]:
         self._stop()
@@ -182,3 +199,24 @@ def _predict(text: str, device_type: DeviceType, capability: Capability, options
             in_words = isinstance(error, (peak.Unpredictable, InputError))
             return {"error": first if in_words else f"{type(error).__name__}: {first}"}
     return prediction.model_dump(mode="json")
+
+
+def _attention_layers(text: str, trust_remote_code: bool) -> list[str]:
+    """In the child: the last part of each name, or the last two where other layers have it too."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+        try:
+            from harness.training import adapter_targets, model
+
+            plain = TrialSpec.model_validate_json(text).model_copy(update={"adapter": FULL, "loss": "full"})
+            names = adapter_targets.linear_names(model.skeleton(plain, trust_remote_code=trust_remote_code))
+        except Exception:  # as above; predictions say what it is
+            return []
+    return attention_among(names)
+
+
+def attention_among(names: Sequence[str]) -> list[str]:
+    """Those of the attention among whole names of layers, by the shortest ends that no other layer's name has."""
+    others = {name.rpartition(".")[2] for name in names if not _ATTENTION.search(name)}
+    ends = dict.fromkeys(tuple(name.split(".")[-2:]) for name in names if _ATTENTION.search(name))
+    return list(dict.fromkeys(".".join(end) if end[-1] in others else end[-1] for end in ends))

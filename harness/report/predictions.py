@@ -138,11 +138,7 @@ class Plan:
     def footnotes(self) -> list[str]:
         """What the figures mean, and how accurate they are."""
         device = "CUDA" if self.device_type == "cuda" else "this CPU"
-        notes = [
-            f"{line.label}: not predicted, {(line.error or '').rstrip('.')}."
-            for line in self.lines
-            if line.prediction is None
-        ]
+        notes = [f"{labels}: not predicted, {why}." for labels, why in self._unpredicted()]
         lengths = {str(p.assumed_length) for line in self.lines if (p := line.prediction) and p.assumed_length}
         if lengths:
             notes.append(f"No tokenizer: every example is taken to fill its sequence ({', '.join(lengths)} tokens).")
@@ -162,6 +158,24 @@ class Plan:
         if self.rates is not None:
             notes.append(f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at these rates.")
         return notes
+
+    def _unpredicted(self) -> list[tuple[str, str]]:
+        """Labels of trials that are not predicted, with why: once for all that have one reason."""
+        by_reason: dict[str, list[str]] = {}
+        for line in self.lines:
+            if line.prediction is None:
+                by_reason.setdefault((line.error or "").rstrip("."), []).append(line.label)
+        return [(_few(labels), why) for why, labels in by_reason.items()]
+
+
+_NAMED = 3
+"""Trials of a note that are named, at most; of one more, all are."""
+
+
+def _few(labels: Sequence[str]) -> str:
+    if len(labels) <= _NAMED + 1:
+        return ", ".join(labels)
+    return f"{', '.join(labels[:_NAMED])} and {len(labels) - _NAMED} others"
 
 
 def terminal(plan: Plan, width: int) -> list[RichTable]:

@@ -43,8 +43,17 @@ class Summary:
     """By label of such a trial, its latest visit that failed."""
     visits: int = 0
     """Timing visits that were made and count."""
-    interrupted: bool = False
-    """Whether Ctrl-C stopped it before its end."""
+    visits_left: int = 0
+    """Timing visits to come, where the time was up or an interrupt ended the run before its end."""
+    asked: bool = False
+    """Whether Ctrl-C was pressed, be anything left or not."""
+    over: bool = False
+    """Whether Ctrl-C or the time lets nothing more begin, be anything left or not."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C stopped it before its end."""
+        return self.asked and bool(self.left or self.untimed)
 
 
 def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Status] = frozenset()) -> list[Trial]:
@@ -56,6 +65,14 @@ def pending(grid: Grid, store: Store, launcher: Launcher, rerun: frozenset[Statu
         return any(status not in rerun for status in statuses)
 
     return [trial for trial in grid.trials if not is_done(trial)]
+
+
+def unfinished(grid: Grid, store: Store, launcher: Launcher) -> tuple[int, int]:
+    """How many trials of a grid are not recorded, and how many timing visits are to come."""
+    timed = timed_trials(grid) if grid.timing.visits else []
+    untrained = pending(grid, store, launcher)
+    due = lacking(timed, grid.timing, store, launcher)
+    return len(untrained), to_come(due | {t: grid.timing.visits for t in untrained if t in timed}, timed)
 
 
 def kept_apart(trials: Iterable[Trial], store: Store, launcher: Launcher) -> list[str]:
@@ -163,14 +180,25 @@ def run_grid(
             if barren == _MOST_BARREN:
                 break
     store.compact()
+    over = is_over()
     untimed = tuple(trial.label for trial in lacking(timed, grid.timing, store, launcher))
+    visits_left = unfinished(grid, store, launcher)[1] if over else 0
     done = {lease_id(record, launcher) for record in workers.records}
     by_others = len(workers.recorded_by_others - done)
     left = len(trials) - len(done) - by_others
-    stopped = interrupt.asked and bool(left or untimed)
     failed = {label: workers.failed_visits[label] for label in untimed if label in workers.failed_visits}
-    recorded_before = len(grid.trials) - len(trials)
-    return Summary(tuple(workers.records), recorded_before, left, by_others, untimed, failed, visits, stopped)
+    return Summary(
+        tuple(workers.records),
+        len(grid.trials) - len(trials),
+        left,
+        by_others,
+        untimed,
+        failed,
+        visits,
+        visits_left,
+        interrupt.asked,
+        over,
+    )
 
 
 def _is_past(moment: float | None) -> bool:

@@ -212,15 +212,27 @@ def random_config(architecture: str, folder: str | None = None) -> dict[str, Any
     file = Path(full_path(architecture, folder))
     if file.suffix == ".json":
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config: Any = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"base_model random:{architecture}: {reason}; give a config.json of a model") from None
-        if isinstance(config, dict) and "model_type" in config and "vocab_size" in config:
-            return config
-        raise InputError(f"base_model random:{architecture}: no model_type and vocab_size in it; give a config.json")
+        if wrong := _unfit(config):
+            raise InputError(f"base_model random:{architecture}: {wrong}")
+        return dict(config)
     near = difflib.get_close_matches(architecture, ARCHITECTURES, n=1)
     raise InputError(
         f"base_model random:{architecture}: unknown architecture"
         + (f"; did you mean {near[0]}?" if near else f"; use {', '.join(ARCHITECTURES)} or a config.json")
     )
+
+
+def _unfit(config: Any) -> str:
+    """Why random weights cannot be made of a configuration; empty where they can."""
+    there = config if isinstance(config, dict) else {}
+    missing = [key for key in ("model_type", "vocab_size") if key not in there]
+    if missing == ["vocab_size"] and isinstance(there.get("text_config"), dict):
+        return (
+            f"{there['model_type']} is a model of more than text (text_config), and random weights are made of models "
+            "of text alone; give a config.json of one, or the model's folder"
+        )
+    return f"no {' and '.join(missing)} in it; give a config.json of a model" if missing else ""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from harness.grids.grid import Grid, Trial, interleave, repeat
 from harness.grids.search import BEFORE, Search
 from harness.metrics import METRICS
+from harness.record import Contents
 from harness.results.schema import spec_of
+from harness.spec.trial import TrialSpec
 
 
 def finalists(search: Search, rows: Sequence[Mapping[str, Any]], study: str) -> list[Mapping[str, Any]]:
@@ -26,3 +30,30 @@ def finalists(search: Search, rows: Sequence[Mapping[str, Any]], study: str) -> 
     ordered = [row for _, row in ranked]
     before = [row for row in ordered if row["level"] == BEFORE]
     return ordered[:2] + [row for row in before[:1] if row not in ordered[:2]]
+
+
+def confirmation(
+    search: Search,
+    rows: Sequence[Mapping[str, Any]],
+    described: Grid,
+    contents_of: Callable[[TrialSpec], Contents],
+) -> Grid:
+    """The baseline and the finalists in repeats under fresh seeds; the baseline alone where nothing is confirmed.
+
+    Args:
+        search: which was run.
+        rows: of its trials.
+        described: the search as it is kept with its rows.
+        contents_of: fingerprints of what a trial reads.
+    """
+    chosen = {search.base.id: Trial(search.base, "baseline", None, None, contents=contents_of(search.base))}
+    timing = search.timing
+    if not search.confirm:  # a base outside of the space is measured all the same, once as the trials were
+        timing = dataclasses.replace(timing, visits=min(1, timing.visits))
+    study = str((described.tune or {})["study"])
+    for row in finalists(search, rows, study) if search.confirm else []:
+        spec = spec_of(row).model_copy(update={"folder": search.base.folder})
+        chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"], contents=contents_of(spec)))
+    # Repeat 0 was recorded by the search, except for the baseline's second run.
+    trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
+    return dataclasses.replace(described, trials=tuple(interleave(trials, search.name)), timing=timing)

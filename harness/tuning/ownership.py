@@ -10,6 +10,10 @@ import optuna
 from optuna.trial import TrialState
 
 from harness._util.processes import ProcessIdentity
+from harness.results.store import Store
+
+AGAIN = "again"
+"""Attribute of a trial that is queued because its row was lost."""
 
 
 def proposed_count(study: optuna.Study) -> int:
@@ -41,6 +45,26 @@ def give_back_abandoned(study: optuna.Study) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if is_gone(trial.user_attrs.get("owner")):
             give_back(study, trial.number, trial.params, trial.user_attrs.get("label"))
+
+
+def give_back_lost(study: optuna.Study, store: Store) -> int:
+    """Queue the parameters of finished trials whose rows are lost, as when their file was damaged; returns how many.
+
+    A study that is kept apart may have rows in other folders too: there, what was set aside shows that some were lost.
+    """
+    if not any((store.folder / name).exists() for name in ("study.db", "set-aside")):
+        return 0
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and "trial_id" in t.user_attrs]
+    given_back = study.user_attrs
+    recorded = store.completed()  # read last: a trial of another process has its row before it has finished
+    lost = [
+        t for t in finished if t.user_attrs["trial_id"] not in recorded and f"given back {t.number}" not in given_back
+    ]
+    for trial in lost:
+        study.set_user_attr(f"given back {trial.number}", True)
+        label = {"label": "baseline"} if trial.user_attrs.get("label") == "baseline" else {}
+        study.enqueue_trial(dict(trial.params), user_attrs={AGAIN: True, **label})
+    return len(lost)
 
 
 def give_back(study: optuna.Study, number: int, params: Mapping[str, Any], label: str | None = None) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -11,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from harness._util.messages import first_line
-from harness.errors import InputError
+from harness.errors import InputError, is_disk_full
 from harness.grids.search import Parameter, Search
 from harness.results.store import Store
 
@@ -24,18 +29,71 @@ def open_storage(url: str | None, store: Store) -> optuna.storages.BaseStorage:
 
     Raises:
         InputError: it cannot be opened.
+        OSError: the results folder cannot be written, or the disk is full.
     """
+    store.folder.mkdir(parents=True, exist_ok=True)
     wanted = url or f"sqlite:///{store.folder.absolute() / 'study.db'}"
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
         if wanted.startswith("sqlite"):  # several processes may write the file at the same time
             return optuna.storages.RDBStorage(wanted, engine_kwargs={"connect_args": {"timeout": 60}})
         return optuna.storages.get_storage(wanted)
     except Exception as error:  # of any database driver; the URL is not shown, as it may hold a password
+        if _is_full(error, store.folder):
+            raise _disk_full(store.folder) from None
         raise InputError(
             f"the study's storage cannot be opened: {first_line(error)}; "
             "give a URL as Optuna takes it, like sqlite:///study.db"
         ) from None
+
+
+def open_study(
+    name: str, search: Search, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler
+) -> optuna.Study:
+    """The study of this name: a new one, or the one that was begun."""
+    directions = [objective.direction for objective in search.objectives]
+    shared: dict[str, Any] = {"study_name": name, "storage": storage, "sampler": sampler, "pruner": pruner(search)}
+    try:
+        study = optuna.create_study(directions=directions, **shared)
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(**shared)
+        sampler.reseed_rng()  # with the same seed it would propose the same trials again
+    study.set_metric_names([objective.metric for objective in search.objectives])
+    return study
+
+
+STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, OSError)
+"""What a study raises whose storage cannot be read or written."""
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Within, a study whose storage cannot be read or written raises an `OSError`, as any other file does.
+
+    Args:
+        folder: of the results, where the storage mostly is.
+
+    Raises:
+        OSError: one line; ENOSPC where the disk is full.
+    """
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause = error.__cause__ or error  # the database's own words; Optuna's are advice
+        if _is_full(cause, folder):
+            raise _disk_full(folder) from None
+        raise OSError(f"the study's storage cannot be read or written: {first_line(cause)}") from None
+
+
+def _is_full(error: BaseException, folder: Path) -> bool:
+    if is_disk_full(error) or "disk is full" in str(error):
+        return True
+    # Of a file that could not be made or lengthened, SQLite says no more than that.
+    vague = any(text in str(error) for text in ("disk I/O error", "unable to open database file"))
+    return vague and shutil.disk_usage(folder).free == 0
+
+
+def _disk_full(folder: Path) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 class _BruteForce(optuna.samplers.BruteForceSampler):

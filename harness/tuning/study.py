@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -19,10 +20,10 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from optuna.trial import TrialState
 
-from harness._util.units import show_bytes
+from harness._util.units import counted, show_bytes
 from harness.environment import Placement, resolve_device
 from harness.errors import InputError, TrialsFailed
-from harness.grids.grid import Grid, Trial, interleave, repeat
+from harness.grids.grid import Grid, Trial
 from harness.grids.search import Score, Search
 from harness.launch.launcher import Launcher
 from harness.metrics import METRICS
@@ -34,15 +35,30 @@ from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.runner.display import Display
 from harness.runner.execution import ExecutionContext, Policy, execute, visit
-from harness.runner.grid_run import kept_apart, run_grid
+from harness.runner.grid_run import kept_apart, run_grid, unfinished
 from harness.runner.interrupts import interrupts
 from harness.runner.loss_before import RecordedLosses
 from harness.runner.workers import run_workers
 from harness.sources.fingerprints import Snapshot
 from harness.spec.trial import TrialSpec
-from harness.tuning.finalists import finalists
-from harness.tuning.ownership import give_back, give_back_abandoned, proposed_count, this_process
-from harness.tuning.samplers import fallback_value, open_storage, pruner, sampler, suggest
+from harness.tuning.finalists import confirmation
+from harness.tuning.ownership import (
+    AGAIN,
+    give_back,
+    give_back_abandoned,
+    give_back_lost,
+    proposed_count,
+    this_process,
+)
+from harness.tuning.samplers import (
+    STORAGE_ERRORS,
+    fallback_value,
+    open_storage,
+    open_study,
+    sampler,
+    storage_errors,
+    suggest,
+)
 from harness.tuning.warm_start import WarmStart
 
 _LEAST_INFEASIBLE = 12
@@ -64,11 +80,16 @@ class Outcome:
     tried: int
     """Trials of the study by all processes, without those of the warm start."""
     left: int
-    """Trials that were not reached."""
+    """Trials of the search that were not reached; once it has ended, those of the confirmation."""
     warm: int
     """Trials of the warm start."""
-    interrupted: bool = False
-    """Whether Ctrl-C stopped it before its end."""
+    visits_left: int = 0
+    """Timing visits of the confirmation that were not reached."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C stopped it before its end."""
+        return bool(self.left or self.visits_left)
 
 
 @dataclass(frozen=True)
@@ -111,14 +132,17 @@ def tune(
     Raises:
         InputError: no trial is within the bounds, or the study cannot be opened.
         TrialsFailed: none ended well.
+        OSError: a record or the study cannot be kept.
         KeyboardInterrupt: interrupted twice.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), storage_errors(store.folder):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         process = _StudyProcess(search, store, launcher, display, options, on_message)
-        finished = process.optimize() and process.confirm()
-        return process.outcome(finished)
+        left, visits_left = process.optimize(), 0
+        if not left:
+            left, visits_left = process.confirm()
+        return process.outcome(left, visits_left)
 
 
 class _StudyProcess:
@@ -150,6 +174,8 @@ class _StudyProcess:
         with FileLock(store.folder / ".study.lock"):
             self.study = self._open()
             give_back_abandoned(self.study)
+            if lost := give_back_lost(self.study, store):
+                on_message(f"rows of the study that were lost are measured again: {counted(lost, 'trial')}")
             if "begun" not in self.study.user_attrs:
                 self._begin()
                 self.study.set_user_attr("begun", True)
@@ -165,20 +191,7 @@ class _StudyProcess:
     def _open(self) -> optuna.Study:
         name = study_name(self.search, self.here.id, [trial.contents for trial in self.read])
         storage = self.options.storage or open_storage(None, self.store)
-        directions = [objective.direction for objective in self.search.objectives]
-        shared: dict[str, Any] = {
-            "study_name": name,
-            "storage": storage,
-            "sampler": self.sampler,
-            "pruner": pruner(self.search),
-        }
-        try:
-            study = optuna.create_study(directions=directions, **shared)
-        except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(**shared)
-            self.sampler.reseed_rng()  # with the same seed it would propose the same trials again
-        study.set_metric_names([objective.metric for objective in self.search.objectives])
-        return study
+        return open_study(name, self.search, storage, self.sampler)
 
     def _begin(self) -> None:
         """Queue the base as the first trial, then add the trials of the warm start."""
@@ -202,15 +215,15 @@ class _StudyProcess:
 
     # -------------------------------------------------------------------------------- loop
 
-    def optimize(self) -> bool:
-        """Run proposals until the search ends. False: interrupted before the end."""
+    def optimize(self) -> int:
+        """Run proposals until the search ends; how many are left where it was interrupted before."""
         self.display.begin(self._left(), 0)
         with interrupts(self.display.interrupted) as self.interrupt:
             run_workers(self.launcher, self.here.device_type, self.display, self._run_worker)
             if self.interrupt.asked and self._continues():
-                return False
+                return self._left()
         self._check_feasible(least=1)
-        return True
+        return 0
 
     def _run_worker(self, display: Display, placement: Placement | None, has_failed: Callable[[], bool]) -> None:
         """Run one proposal after another."""
@@ -284,7 +297,9 @@ class _StudyProcess:
             trial.set_user_attr("label", label)
             self._run_rungs(trial, label, spec, number, context)
         except BaseException:
-            give_back(self.study, trial.number, trial.params, trial.user_attrs.get("label"))
+            # Where the study cannot be written either, the next process recovers the trial; the first error is shown.
+            with contextlib.suppress(*STORAGE_ERRORS):
+                give_back(self.study, trial.number, trial.params, trial.user_attrs.get("label"))
             raise
 
     def _run_rungs(
@@ -324,7 +339,10 @@ class _StudyProcess:
             **contents.columns,
         )
         identity = trial_id(spec, self.here, contents)
-        known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
+        if AGAIN in trial.user_attrs and identity not in self.store.completed():
+            known = None  # this process may have read it before it was lost
+        else:
+            known = self.recorded.get(identity) or self.store.recent_row(identity)  # the second: by another process
         if known is not None:
             self.known_in_a_row += 1
             if known["study"] != self.study.study_name:
@@ -378,54 +396,36 @@ class _StudyProcess:
                 objective = METRICS[self.search.objectives[0].metric]
                 self.on_message(f"best {objective.label} so far: {objective.show(values[0])} ({label})")
 
-    def confirm(self) -> bool:
+    def confirm(self) -> tuple[int, int]:
         """Run the winner, its rivals and the baseline in repeats under fresh seeds.
 
         The winner was chosen by its figures, which are therefore biased; those of fresh seeds are not.
 
         Returns:
-            False: interrupted before the end.
+            How many trials and timing visits are left where it was interrupted before the end.
         """
-        search = self.search
-        chosen = {search.base.id: Trial(search.base, "baseline", None, None, contents=self.snapshot.of(search.base))}
-        timing = search.timing
-        if not search.confirm:  # a base outside of the space is measured all the same, once as the trials were
-            timing = dataclasses.replace(timing, visits=min(1, timing.visits))
-        rows = self.store.read("trials").to_pylist() if search.confirm else []
-        for row in finalists(search, rows, self.study.study_name):
-            spec = spec_of(row).model_copy(update={"folder": search.base.folder})
-            chosen.setdefault(spec.id, Trial(spec, row["label"], None, row["level"], contents=self.snapshot.of(spec)))
-        # Repeat 0 was recorded by the search, except for the baseline's second run.
-        trials = [t for k in range(search.confirm + 1) for t in repeat(tuple(chosen.values()), search.base, k)]
-        ordered = tuple(interleave(trials, search.name))
-        grid = Grid(
-            search.name,
-            search.title,
-            "list",
-            ordered,
-            tune=self.described.tune,
-            timing=timing,
-            training_file=search.training_file,
-        )
+        rows = self.store.read("trials").to_pylist()
+        grid = confirmation(self.search, rows, self.described, self.snapshot.of)
+        if self.interrupt.asked:  # amid the last trial of the search
+            return unfinished(grid, self.store, self.launcher)
         summary = run_grid(
             grid,
             self.store,
             self.launcher,
             self.display,
             dataclasses.replace(self.options.policy, skip_infeasible=False),  # they were measured before
-            predictions=self._predictions([trial.spec for trial in trials]),
+            predictions=self._predictions([trial.spec for trial in grid.trials]),
         )
-        return summary.left == 0
+        return (summary.left, summary.visits_left) if summary.interrupted else (0, 0)
 
-    def outcome(self, finished: bool) -> Outcome:
+    def outcome(self, left: int, visits_left: int) -> Outcome:
         """The present state of the study."""
         trials = self.study.get_trials(deepcopy=False)
         running = any(t.state is TrialState.RUNNING for t in trials)
         if not running:  # other processes may be reading their parts
             self.store.compact()
         warm = sum("source" in t.user_attrs for t in trials)
-        left = 0 if finished else self._left()
-        return Outcome(self.study.study_name, proposed_count(self.study), left, warm, interrupted=not finished)
+        return Outcome(self.study.study_name, proposed_count(self.study), left, warm, visits_left)
 
 
 def study_name(search: Search, environment_id: str, contents: Sequence[Contents] = ()) -> str:
