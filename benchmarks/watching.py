@@ -71,8 +71,8 @@ def cost(steps: int) -> tuple[float, float]:
     loops = [Loop(), Loop()]
     logarithms = []
     with tempfile.TemporaryDirectory() as folder:
-        for watched, plain in (loops, loops[::-1]):
-            with harness.watch(watched.model, "cost", results=folder):
+        for repeat, (watched, plain) in enumerate((loops, loops[::-1])):
+            with harness.watch(watched.model, "cost", results=folder, repeat=repeat):
                 for _ in range(TRACKED_STEPS + 1):
                     watched.step(), plain.step()
                 for number in range(steps // 2):

@@ -432,7 +432,7 @@ def test_what_only_describes_data_is_not_read(tmp_path: Path) -> None:
 def test_rows_of_several_files_are_named_by_their_file(tmp_path: Path) -> None:
     folder = filled(tmp_path, train=(0, 3), sub__test=(3, 5))
     (folder / "train.jsonl").write_text('{"synopsis": "A", "short_story": "B"}\n{"synopsis": "C", "short_story": 7}\n')
-    assert refused(folder) == "row 2 of train.jsonl: 'short_story' is 7; it must be text"
+    assert refused(folder) == "row 2 of train.jsonl: 'short_story' is 7; it must be text, written in quotes"
     filled(folder, train=(0, 3))
     (folder / "sub" / "test.jsonl").write_text("{")
     assert refused(folder).startswith("sub/test.jsonl cannot be read as .jsonl: line 1, column 2: ")
