@@ -162,7 +162,10 @@ def test_empty_rows_are_refused_or_skipped(small: Small, tmp_path: Path, empty: 
 
 
 def test_rows_that_hold_no_text_are_refused_all_the_same(small: Small, tmp_path: Path) -> None:
-    for rows, reason in (([("a", 7)], "'short_story' is 7; it must be text, written in quotes$"), ([("", "b")], "each of its 1 rows has")):
+    for rows, reason in (
+        ([("a", 7)], "'short_story' is 7; it must be text, written in quotes$"),
+        ([("", "b")], "each of its 1 rows has"),
+    ):
         spec = small(datasets=data_of(tmp_path, rows), skip_empty_rows=True, val_set_size=0)
         with pytest.raises(InputError, match=reason):
             stories.read_all(spec)
