@@ -280,3 +280,5 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
 
     assert prompts.render(story(system="Tell."), Chat()) == Prompt("system:Tell.|user:a dog", by_template=True)
     assert prompts.render(story(), Chat()) == Prompt("user:a dog", by_template=True)
+    assert prompts.render(story(input="brown"), Chat()).text == "user:a dog\n\nbrown"
+    assert prompts.render(story(PromptSpec(input_separator=": "), input="brown"), Chat()).text == "user:a dog: brown"

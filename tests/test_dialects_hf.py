@@ -419,6 +419,7 @@ def test_alpaca_datasets() -> None:
     assert plain.path == "data/plain.json"
     kind = plain.type
     assert (kind.field_instruction, kind.field_input, kind.field_output) == ("instruction", "input", "output")
+    assert kind.input_separator == "\n", "as LLaMA-Factory puts both into a turn"
     named = dataset("named").type
     assert (named.field_instruction, named.field_input, named.field_output) == ("question", None, "answer")
     assert named.field_system == "sys"

@@ -216,6 +216,7 @@ def _alpaca(columns: Mapping[str, str] | None) -> dict[str, Any]:
         "kind": "instruction",
         "field_instruction": prompt,
         "field_input": columns.get("query"),
+        "input_separator": "\n" if columns.get("query") else None,
         "field_output": columns.get("response", "output"),
         "field_system": columns.get("system"),
     }

@@ -167,6 +167,8 @@ class PromptSpec(Frozen):
     """Column of the prompt."""
     field_input: StrictStr | None = None
     """Column of further input to the prompt; absent from the bundled stories."""
+    input_separator: StrictStr = _later("\n\n")
+    """What stands between a prompt and its further input, where no `format` places it."""
     field_output: StrictStr = "short_story"
     """Column of the completion; the loss is taken here."""
     field_messages: StrictStr | None = _later(None)

@@ -42,7 +42,9 @@ def render(story: Story, tokenizer: Any) -> Prompt:
         names_system = "{system}" in template
         lead = f"{story.system}\n" if story.system and not names_system else ""
         return Prompt(lead + template.format(**values))
-    instruction = story.instruction if story.input is None else f"{story.instruction}\n\n{story.input}"
+    instruction = (
+        story.instruction if story.input is None else prompt.input_separator.join((story.instruction, story.input))
+    )
     if tokenizer.chat_template:
         return _as_chat(story.system, instruction, tokenizer)
     lead = _PLAIN_SYSTEM.format(**values) if story.system else ""
