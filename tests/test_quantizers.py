@@ -70,6 +70,17 @@ def test_weights_take_the_bytes_of_their_format(kind: str, small: Small, with_bi
     assert weights(precision="bf16") - weights(**KINDS[kind]) == pytest.approx((2 - BYTES[kind]) * linear, abs=512)
 
 
+@pytest.mark.parametrize("keys", [{"precision": "nf4"}, {"precision": "int8"}, *KINDS.values()], ids=str)
+def test_biases_are_predicted_in_their_type(keys: dict[str, Any], small: Small, with_biases: str) -> None:
+    spec = small(base_model=with_biases, **keys)
+    loaded, predicted = (
+        {name: weight.dtype for name, weight in network.named_parameters() if name.endswith(".bias")}
+        for network in (model.load(spec, torch.device("cpu")), model.skeleton(spec))
+    )
+    assert loaded
+    assert predicted == loaded
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_learn_what_they_learn_over_dequantised_weights(kind: str, small: Small, with_biases: str) -> None:
     """In fp32, so that what differs is rounding alone; the plain model has the weights that the other computes with."""

@@ -293,6 +293,16 @@ def test_two_budgets_are_refused(tmp_path: Path) -> None:
     assert made(tmp_path, {"memory_budget": "2GiB"}).memory == 2 * 2**30
 
 
+def test_repeats_of_a_search_are_those_of_its_best(tmp_path: Path) -> None:
+    file = tmp_path / "t.yml"
+    document = {"base": BASE, "tune": {"space": {"lora_r": [4, 16]}}, "repeats": 3}
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError, match="repeats is of a grid that harness run compares; tune: confirm repeats"):
+        search_file.load(file)
+    file.write_text(yaml.safe_dump(document | {"vary": {"lora_r": [4]}}))
+    assert search_file.load(file).confirm == 3, "a file may be both a grid and a search"
+
+
 def test_a_file_without_a_search_says_so(tmp_path: Path) -> None:
     file = tmp_path / "t.yml"
     file.write_text("base: {base_model: random:tiny}\n")

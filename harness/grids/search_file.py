@@ -49,6 +49,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, *, without_unsu
         for key in ("match", "tune_first", "price_per_hour"):
             if key in document:
                 raise ValueError(f"{key} is of a grid that harness run compares; leave it out of a search")
+        if "repeats" in document and "vary" not in document and "trials" not in document:
+            raise ValueError(
+                "repeats is of a grid that harness run compares; tune: confirm repeats the best of a search"
+            )
         if not isinstance(document.get("tune"), dict):
             given = kind_of(document["tune"]) if "tune" in document else "missing"
             raise ValueError(f"tune is {given}; it must be a mapping with at least space, as in grids/tune.yml")

@@ -84,7 +84,11 @@ def quantise_on_meta(model: Any, quantization: Any, *, skipped: list[str] | None
 
     if quantization.quant_method == "bitsandbytes":
         skipped = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         replace_with_bnb_linear(model, skipped, quantization)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # new ones are fp32, and loading gives them the type of those before
+                parameter.data = parameter.data.to(dtypes[name])
         # peft (0.21) reads these attributes of the model.
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization.load_in_8bit, quantization.load_in_4bit
         return
