@@ -102,6 +102,8 @@ def test_an_auxiliary_loss_counts_at_the_models_own_weight(spec: MakeSpec) -> No
         ("gpt_neox", "bf16"),
         ("bloom", "fp32"),
         ("phi3", "bf16"),
+        ("lfm2", "bf16"),
+        ("qwen3_next", "bf16"),
         ("own_code", "fp32"),
     ],
 )
@@ -111,6 +113,21 @@ def test_predicted_peaks_of_other_architectures_are_the_measured_ones(
     small = spec(architecture, precision=precision, train_samples=8, val_set_size=1.0)
     predicted = peak.predict(small, "cpu", trust_remote_code=True).peak_memory_bytes
     assert predicted == pytest.approx(run(small).metrics["peak_memory_bytes"], rel=1e-3)
+
+
+def test_products_of_experts_are_counted(small: MakeSpec, tmp_path: Path) -> None:
+    """Two of four experts multiply each row: forward, and for the gradient of their input."""
+    predicted, recorded = [], []
+    for width in (32, 64):
+        folder = tiny_model(tmp_path / str(width), "qwen3_moe", config={"moe_intermediate_size": width})
+        keys = {"sequence_length": 128, "eval_sequence_length": 192, "train_samples": 4}
+        short = small(base_model=folder, lora_target_modules=["q_proj"], **keys)
+        step = peak.predict(short, "cpu")
+        predicted.append(step.flops / step.positions)
+        recorded.append(run(short).metrics["flops_per_token"])
+    layers, experts, matrices, hidden = 2, 2, 3, 32
+    assert predicted == pytest.approx(recorded)
+    assert recorded[1] - recorded[0] == pytest.approx(4 * layers * experts * matrices * hidden * 32)
 
 
 # ------------------------------------------------------------------------------------ adapters of experts

@@ -94,6 +94,25 @@ def test_changes_hold_the_effective_batch_and_can_be_trained() -> None:
     assert {"adapter", "cards"} <= {change.kind for change in fixes.changes_of(full, "cuda")}
 
 
+@pytest.mark.parametrize(
+    ("keys", "alters"),
+    [
+        ({"precision": "bf16"}, "nothing"),
+        ({"precision": "bf16", "adapter_dtype": "bf16"}, "arithmetic"),
+        ({"precision": "bf16", "adapter": "none"}, "arithmetic"),
+        ({"precision": "bf16-mixed", "adapter": "none"}, "nothing"),
+        ({"precision": "bf16", "adapter": "none", "optimizer": "adamw_bnb_8bit"}, "nothing"),
+    ],
+)
+def test_paging_alters_what_torch_keeps_in_the_type_of_its_weights(keys: dict[str, Any], alters: str) -> None:
+    """Bitsandbytes keeps it in fp32, or in 8 bit."""
+    spec = TrialSpec.model_validate({"base_model": "random:tiny", "optimizer": "adamw_torch"} | keys)
+    paged = [
+        each for each in fixes.changes_of(spec, "cuda") if str(dict(each.keys).get("optimizer")).startswith("paged")
+    ]
+    assert paged[0].alters == alters
+
+
 def test_measured_times_are_compared_with_measured_ones(folder: Path, ask: Callable[..., Answer]) -> None:
     (folder / "g.yml").write_text(GRID.replace("few.json", "tiny").replace("device: cuda", "device: cpu"))
     (trial,) = grid.load(folder / "g.yml").trials

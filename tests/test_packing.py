@@ -21,7 +21,7 @@ from harness.training.order import kinds
 Small = Callable[..., TrialSpec]
 
 CPU = torch.device("cpu")
-REFUSED = {"bloom", "gpt_oss", "mamba", "opt", "own_code"}
+REFUSED = {"bloom", "gpt_oss", "mamba", "opt", "own_code", "qwen3_next"}
 """Without positions, masks of positions, or with a state that runs along a row."""
 LENGTHS = (190, 40, 121)
 

@@ -27,7 +27,7 @@ from harness.launch.local import LocalLauncher
 from harness.metrics import COMPONENTS
 from harness.predict import calibration, cards, cuda_kernels, peak, predictor, replay
 from harness.predict.calibration import Calibration, Pair
-from harness.predict.cards import AMPERE, CARDS, TURING, Capability, capacity
+from harness.predict.cards import AMPERE, CARDS, RATES, TURING, Capability, capacity
 from harness.predict.largest import Largest, largest
 from harness.predict.prediction import LOCAL_MACHINE, MARGIN, Prediction, capacity_for, capacity_of, fits
 from harness.predict.predictor import Predictor
@@ -481,6 +481,16 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
     assert predicted_seconds([product, addition], rates) == 10 + 4 * 0.5
     queued = rates.model_copy(update={"concurrent": True, "call_seconds": 3.0})
     assert predicted_seconds([product, addition], queued) == 12
+
+
+def test_tf32_multiplies_at_a_rate_of_its_own(small: Callable[..., TrialSpec]) -> None:
+    def seconds(card: str, **keys: Any) -> float:
+        spec = small(base_model="random:llama-3.2-1b", sequence_length=256, train_samples=4, **keys)
+        work = peak.predict(spec, "cuda", capability=CARDS[card].capability, full_length=True).work
+        return roofline_seconds(work, RATES[card])
+
+    assert seconds("a100-80", tf32=True) < 0.4 * seconds("a100-80")
+    assert seconds("t4", tf32=True) == seconds("t4"), "which has none"
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:

@@ -42,6 +42,10 @@ _LLAMA: dict[str, Any] = {
 _GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _WINDOW: dict[str, Any] = {"head_dim": 16, "sliding_window": 32}
+_LINEAR: dict[str, Any] = {
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA),
@@ -61,6 +65,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", _LLAMA),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),  # no positions
     "phi3": ("phi3", _LLAMA),
+    "lfm2": ("lfm2", _LLAMA | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),  # convolutions
+    "qwen3_next": (
+        "qwen3_next",
+        _LLAMA
+        | _LINEAR
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "gpt_oss": ("gpt_oss", _LLAMA | _EXPERTS | _WINDOW),
     "own_code": ("llama", _LLAMA),  # loads with trust_remote_code alone

@@ -96,9 +96,11 @@ _CALL_SECONDS = 6e-6
 """Host time of one operation of an eager step; a few microseconds on current hosts."""
 
 
-def _sheet(fp32: float, bf16: float | None, fp16: float, int8: float, bandwidth: float) -> Rates:
+def _sheet(
+    fp32: float, tf32: float | None, bf16: float | None, fp16: float, int8: float, bandwidth: float
+) -> Rates:  # fmt: skip
     """Rates from TFLOP/s and GB/s."""
-    flops = {"float32": fp32, "bfloat16": bf16, "float16": fp16, "int8": int8}
+    flops = {"float32": fp32, "tf32": tf32, "bfloat16": bf16, "float16": fp16, "int8": int8}
     return Rates(
         flops_per_second={name: rate * 1e12 for name, rate in flops.items() if rate is not None},
         bytes_per_second=bandwidth * 1e9,
@@ -107,19 +109,19 @@ def _sheet(fp32: float, bf16: float | None, fp16: float, int8: float, bandwidth:
     )
 
 
-# NVIDIA's data sheets: dense matrix products, accumulated in fp32 (int32 for int8), fp32 without TF32; SXM where there
-# are several form factors.
+# NVIDIA's data sheets: dense matrix products, accumulated in fp32 (int32 for int8); SXM where there are several form
+# factors. Turing has no TensorFloat-32 and no bf16.
 RATES: dict[str, Rates] = {
-    "t4": _sheet(8.1, None, 65, 130, 320),
-    "rtx3090": _sheet(35.6, 71, 71, 284, 936),
-    "rtx4090": _sheet(82.6, 165.2, 165.2, 660.6, 1008),
-    "a10": _sheet(31.2, 125, 125, 250, 600),
-    "l4": _sheet(30.3, 121, 121, 242, 300),
-    "l40s": _sheet(91.6, 362, 362, 733, 864),
-    "a100-40": _sheet(19.5, 312, 312, 624, 1555),
-    "a100-80": _sheet(19.5, 312, 312, 624, 2039),
-    "h100": _sheet(67, 989.5, 989.5, 1979, 3350),
-    "h200": _sheet(67, 989.5, 989.5, 1979, 4800),
+    "t4": _sheet(8.1, None, None, 65, 130, 320),
+    "rtx3090": _sheet(35.6, 35.6, 71, 71, 284, 936),
+    "rtx4090": _sheet(82.6, 82.6, 165.2, 165.2, 660.6, 1008),
+    "a10": _sheet(31.2, 62.5, 125, 125, 250, 600),
+    "l4": _sheet(30.3, 60, 121, 121, 242, 300),
+    "l40s": _sheet(91.6, 183, 362, 362, 733, 864),
+    "a100-40": _sheet(19.5, 156, 312, 312, 624, 1555),
+    "a100-80": _sheet(19.5, 156, 312, 312, 624, 2039),
+    "h100": _sheet(67, 494.7, 989.5, 989.5, 1979, 3350),
+    "h200": _sheet(67, 494.7, 989.5, 989.5, 1979, 4800),
 }
 
 

@@ -31,6 +31,10 @@ def measure(device: torch.device, *, seconds: float = 1.5) -> Rates:
         rate = _product_rate(dtype, size, device, seconds)
         if rate is not None:
             rates[str(dtype).removeprefix("torch.")] = rate
+    if cuda and torch.cuda.get_device_capability(device) >= (8, 0):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        rates["tf32"] = _product_rate(torch.float32, size, device, seconds) or rates["float32"]
+        torch.backends.cuda.matmul.allow_tf32 = False
     source = torch.ones(2**28 if cuda else 2**26, device=device)
     target = torch.empty_like(source)
     moved_bytes = 2 * source.numel() * source.element_size()

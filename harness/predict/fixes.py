@@ -141,11 +141,18 @@ def _optimizers(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     paged = _PAGED if device_type == "cuda" else {}  # a CPU has no other place
     small = _IN_8_BIT.get(spec.optimizer)
     if spec.optimizer in paged:
-        yield Change("optimizer", "nothing", {"optimizer": paged[spec.optimizer]})
+        # Torch's have their state in the type of the weights, bitsandbytes' in fp32.
+        same = not spec.optimizer.startswith("adamw_torch") or _trains_in_fp32(spec)
+        yield Change("optimizer", "nothing" if same else "arithmetic", {"optimizer": paged[spec.optimizer]})
     if small is not None:
         yield Change("optimizer", "arithmetic", {"optimizer": small})
         if small in paged:
             yield Change("optimizer", "arithmetic", {"optimizer": paged[small]})
+
+
+def _trains_in_fp32(spec: TrialSpec) -> bool:
+    adapter_in_fp32 = spec.adapter != "none" and spec.adapter_dtype == "fp32"
+    return spec.precision == "fp32" or spec.precision.endswith("-mixed") or adapter_in_fp32
 
 
 def _precisions(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:

@@ -49,9 +49,11 @@ def from_counts(needed: Sequence[bool]) -> Iterator[Callable[[], None]]:
     Yields:
         What is to be called before each forward pass.
 
-    Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask, and whose GPT-2 looks for
-    padding to warn of. A public way to say that nothing is padded or packed would replace it.
+    Patches transformers (5.23), which treats fake tensors as tracing and keeps every mask, whose masks of recurrent
+    layers look for padding by torch's own function, and whose GPT-2 looks for it to warn of. A public way to say that
+    nothing is padded or packed would replace it.
     """
+    from torch._subclasses import FakeTensor
     from transformers import PreTrainedModel, masking_utils
 
     following, is_needed_now = iter(needed), True
@@ -65,7 +67,15 @@ def from_counts(needed: Sequence[bool]) -> Iterator[Callable[[], None]]:
         first = position_ids[:, :1] - 1
         return (torch.diff(position_ids, prepend=first) != 1).cumsum(-1) if is_needed_now else None
 
+    all_of = torch.all
+
+    def all_ones(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(tensor, FakeTensor):
+            return all_of(tensor, *args, **kwargs)
+        return not is_needed_now  # asked of a mask alone: other tensors without values have no answer
+
     with (
+        mock.patch.object(torch, "all", all_ones),
         mock.patch.multiple(
             masking_utils,
             is_tracing=lambda tensor=None: False,

@@ -212,6 +212,8 @@ class _StepReplay:
         processes = self.spec.num_processes
         if self.device_type == "cpu":  # the CPU executes those of all processes
             work = [each.model_copy(update={"calls": each.calls * processes}) for each in work]
+        elif self.spec.tf32 and self.capability >= AMPERE:
+            work = [each.model_copy(update={"dtype": "tf32"}) if each.dtype == "float32" else each for each in work]
         trained = tracker.take_trace()
         live = Live()
         load_peak, evaluation_peak, peak = live.run(self.loaded.trace), live.run(evaluated), live.run(trained)
@@ -285,14 +287,16 @@ class _StepReplay:
         return replica
 
     def _replay_steps(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
-        """One of the heaviest steps after another; returns the work of the last one, and its positions."""
-        batches: list[Batch] = []
+        """One of the heaviest steps after another; returns the work of the last full one, and its positions."""
+        work, positions = list[Work](), 0
         chosen = [steps[number] for number in order.heaviest_steps(steps, self.spec)]
         for step in chosen:
             batches = self._batches(step)
             self.tracker.take_work()
             self._step(trainer, batches, range(len(batches)))
-        return self.tracker.take_work(), sum(batch.padded_tokens for batch in batches)
+            if len(step) == max(map(len, chosen)):
+                work, positions = self.tracker.take_work(), sum(batch.padded_tokens for batch in batches)
+        return work, positions
 
     def _replay_micro_batches(self, trainer: Trainer, steps: Sequence[Sequence[Example]]) -> tuple[list[Work], int]:
         """Each of the heaviest kinds of micro-batches once: those of the first step, which finds no optimizer state in
@@ -355,7 +359,9 @@ class _StepReplay:
         of_step = [order.kinds(step, self.spec) for step in steps]
         heaviest = order.heaviest(kind for each in of_step for kind in each)
         processes = self.spec.num_processes
-        micro_batches = -(-len(of_step[0]) // processes)
+        # The last step of an epoch may have fewer, and one that takes over a rest has more.
+        most = -(-max(map(len, of_step)) // processes)
+        micro_batches = min(most, self.spec.gradient_accumulation_steps)
         work, positions = list[Work](), 0
         for kind in sorted(heaviest, key=lambda each: each.later):  # gradients come with the first later one
             number = next(n for n, each in enumerate(of_step) if kind in each)

@@ -21,7 +21,8 @@ class Work(_Frozen):
     """Equal operations of a step."""
 
     dtype: str | None
-    """Type of the operands of a matrix product or attention (`float32`, `bfloat16`, …); null for everything else."""
+    """Type of the operands of a matrix product or attention (`float32`, `tf32` where fp32 is rounded to TensorFloat-32,
+    `bfloat16`, …); null for everything else."""
     flops: int
     """Floating-point operations of one call; a multiply and an add are two."""
     moved_bytes: int

@@ -12,14 +12,16 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _products = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
 """Nearly all that is counted, and where the two matrices begin among the arguments. The formula in the registry takes a
 fifth of a millisecond to find the shapes."""
+_grouped = (torch.ops.aten._grouped_mm, torch.ops.aten._scaled_grouped_mm)
+"""Products of experts: each with its own rows, inner numbers or columns, as many as the whole has."""
 
 
 def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of a matrix product or an attention (a multiply and an add are two); else 0.
 
     Torch's FlopCounterMode counts the same, but its module hooks hold memory, which would be tracked. Its registry
-    (torch 2.13, undocumented, by `_overloadpacket`) lacks attention of a CPU, torch's int8 product, and
-    bitsandbytes' int8 and 4-bit products (0.50), added here; each can go once the registry has it.
+    (torch 2.13, undocumented, by `_overloadpacket`) lacks attention of a CPU, the products of experts, torch's int8
+    product, and bitsandbytes' int8 and 4-bit products (0.50), added here; each can go once the registry has it.
 
     Args:
         func: operator overload from a dispatch mode.
@@ -37,6 +39,10 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if packet is _attention_backward:
         return int(sdpa_backward_flop_count(*(a.shape for a in args[:4])))
+    if packet in _grouped:
+        left, right = args[:2]
+        whole = left.dim() == 2 or right.dim() == 3  # else the experts differ in columns, and each has its left matrix
+        return int(2 * left.numel() * right.shape[-1] // (1 if whole else left.shape[0]))
     if packet is torch.ops.aten._int_mm:
         return int(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
     if func.namespace == "bitsandbytes" and packet.__name__ in ("int8_mixed_scaled_mm", "int8_scaled_mm"):
