@@ -483,7 +483,7 @@ def test_time_is_bound_by_the_slower_of_arithmetic_and_bandwidth() -> None:
     assert predicted_seconds([product, addition], queued) == 12
 
 
-def test_tf32_multiplies_at_a_rate_of_its_own(small: Callable[..., TrialSpec]) -> None:
+def test_types_multiply_at_rates_of_their_own(small: Callable[..., TrialSpec]) -> None:
     def seconds(card: str, **keys: Any) -> float:
         spec = small(base_model="random:llama-3.2-1b", sequence_length=256, train_samples=4, **keys)
         work = peak.predict(spec, "cuda", capability=CARDS[card].capability, full_length=True).work
@@ -491,6 +491,7 @@ def test_tf32_multiplies_at_a_rate_of_its_own(small: Callable[..., TrialSpec]) -
 
     assert seconds("a100-80", tf32=True) < 0.4 * seconds("a100-80")
     assert seconds("t4", tf32=True) == seconds("t4"), "which has none"
+    assert seconds("t4", precision="bf16") > 2 * seconds("t4", precision="fp16"), "nor products of bf16"
 
 
 def test_a_card_keeps_a_part_for_its_context() -> None:

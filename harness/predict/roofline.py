@@ -53,12 +53,13 @@ def roofline_seconds(work: Sequence[Work], rates: Rates) -> float:
     """A step's time with each operation at the device's rate: a lower bound where the rates are a data sheet's; where
     they are measured, other shapes may run faster.
 
-    A type without a rate (the device has no product of it) computes at the fastest rate of all types.
+    A type without a rate (the device has no product of it, as Turing of bf16) computes at that of fp32.
     """
-    fastest = max(rates.flops_per_second.values())
+    by_type = rates.flops_per_second
+    of_others = by_type.get("float32", max(by_type.values()))
     return sum(
         w.calls
-        * max(w.flops / rates.flops_per_second.get(w.dtype or "", fastest), w.moved_bytes / rates.bytes_per_second)
+        * max(w.flops / by_type.get(w.dtype or "", of_others), w.moved_bytes / rates.bytes_per_second)
         for w in work
     )
 
