@@ -290,6 +290,59 @@ def test_all_roles_are_every_token_of_a_chat_and_of_what_answers_a_prompt() -> N
     )
 
 
+def test_all_of_what_answers_a_prompt_has_the_heads_of_its_turns_and_what_is_between_them() -> None:
+    """As TRL trains on `prompt` and `completion` of turns."""
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    for answered, expected in (
+        (1, "Hello  you\n</s>\n<|user|>\nBye</s>\n<|assistant|>\nCiao</s>\n"),
+        (2, "<|user|>\nBye</s>\n<|assistant|>\nCiao</s>\n"),
+        (3, "Ciao</s>\n"),
+    ):
+        assert learnt(chat_of(FOUR, roles_to_train="all", trained_from=answered), tokenizer) == [expected]
+
+
+def test_a_chat_may_begin_with_what_its_template_begins_with() -> None:
+    """As Axolotl and TRL have it."""
+    for template, begins in ((CHATML, False), (WITH_BEGINNING, True)):
+        tokenizer = byte_tokenizer(chat_template=template, adds_beginning=True)
+        row = chat_of(FOUR, add_special_tokens=False)
+        assert list(example_of(row, tokenizer).input_ids) == rendered(row, tokenizer)
+        assert (example_of(row, tokenizer).input_ids[0] == tokenizer.bos_token_id) == begins
+        assert learnt(row, tokenizer) == learnt(chat_of(FOUR), tokenizer)
+
+
+def test_a_prompt_and_its_completion_may_be_tokenised_as_one_text() -> None:
+    tokenizer = checkpoints.load_tokenizer(TrialSpec(base_model=models.BUNDLED))
+    apart, jointly = (
+        example_of(Story("Why?\nAnswer: ", "It is so.", None, None, prompt), tokenizer)
+        for prompt in (PromptSpec(format="{instruction}"), PromptSpec(format="{instruction}", tokenize_jointly=True))
+    )
+    assert tokenizer.decode(apart.input_ids) == tokenizer.decode(jointly.input_ids)
+    learnt_of = [tokenizer.decode([i for i in each.labels if i != IGNORED]) for each in (apart, jointly)]
+    assert learnt_of == ["It is so.<|im_end|>", " It is so.<|im_end|>"]
+    assert len(jointly) == len(apart) - 1
+
+
+@pytest.mark.parametrize("content", [None, "I look."])
+def test_a_call_that_the_template_leaves_out_is_refused_whatever_the_tool_is_called(content: str | None) -> None:
+    talk = [{"role": "user", "content": "How is the weather?"}, {"role": "assistant", "content": content}]
+    calls = {"tool_calls": [CALL]}
+    with pytest.raises(InputError, match="does not show the calls of tools in a turn of the role 'assistant'"):
+        example_of(chat_of([talk[0], talk[1] | calls]), byte_tokenizer(chat_template=CHAT))
+    one_alone = HAS_TOOLS.replace("in m['tool_calls'] or []", "in (m['tool_calls'] or [])[:1]")
+    assert one_alone != HAS_TOOLS
+    twice = {"tool_calls": [CALL, {"type": "function", "function": {"name": "weather", "arguments": {"place": "How"}}}]}
+    with pytest.raises(InputError, match="does not show the calls of tools"):
+        example_of(chat_of([talk[0], talk[1] | twice]), byte_tokenizer(chat_template=one_alone))
+    assert example_of(chat_of([talk[0], talk[1] | twice]), byte_tokenizer(chat_template=HAS_TOOLS))
+
+
+def test_tools_whose_names_are_words_of_the_chat_are_missed_too() -> None:
+    row = chat_of(turns("How is the weather?", "Fine."), tools=[WEATHER])
+    assert example_of(row, byte_tokenizer(chat_template=CHAT)).tools_left_out
+    assert not example_of(row, byte_tokenizer(chat_template=HAS_TOOLS)).tools_left_out
+
+
 def test_marks_that_are_not_on_each_turn_are_not_relied_on() -> None:
     last_alone = HAS_MARKS.replace(
         "{% if m['role'] == 'assistant' %}", "{% if m['role'] == 'assistant' and loop.last %}"

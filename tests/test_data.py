@@ -241,13 +241,6 @@ def test_grouped_examples_are_timed_together(small: Small, tokenizer: Any) -> No
     assert lengths[1] == sorted(lengths[1], reverse=True)
 
 
-def test_samples_follow_from_whichever_length_is_given(small: Small) -> None:
-    assert small(train_samples=7).samples(100) == 7
-    assert small(train_samples=None, max_steps=3).samples(100) == 3 * 4
-    assert small(train_samples=None, num_epochs=1.5).samples(100) == 150
-    assert small(train_samples=None).samples(100) == 100
-
-
 def test_padding_is_known_by_the_mask_and_the_end_token_is_learnt(tokenizer: Any) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, "as in the bundled model"
     end = tokenizer.eos_token_id
@@ -265,6 +258,9 @@ def test_prompts_by_format_by_chat_template_and_plain(tokenizer: Any) -> None:
     )
     assert prompts.render(story(lesson, system="Tell."), tokenizer).text == "Tell.\n<|user|> a dog </s>"
     assert prompts.render(story(lesson, input="brown"), tokenizer).text == "<|user|>\n a dog </s>"
+    other = PromptSpec(format="{instruction}!", system_format="[{system}] ")
+    assert prompts.render(story(other, system="Tell."), tokenizer).text == "[Tell.] a dog!"
+    assert prompts.render(story(other), tokenizer).text == "a dog!"
     placed = PromptSpec(format="[{system}] {instruction}")
     assert prompts.render(story(placed, system="Tell."), tokenizer).text == "[Tell.] a dog"
     plain = prompts.render(story(system="Tell."), tokenizer).text

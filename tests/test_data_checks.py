@@ -37,6 +37,7 @@ from harness.sources import stories
 from harness.sources.stories import Story
 from harness.spec.datasets import PromptSpec
 from harness.spec.keys import Scheduler
+from harness.spec.length import step_sizes
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, inspection, limits, order, prompts
 
@@ -364,7 +365,7 @@ def test_steps_without_a_learning_rate_are_refused(small: Small, name: str) -> N
                 given = {key: float(value) if key == "warmup_ratio" else int(value)}
                 changed = spec.model_copy(update=given)
                 order.check_schedules(changed, 100)
-                assert any(rates_of(changed, -(-changed.samples(100) // 4)))
+                assert any(rates_of(changed, len(step_sizes(changed, 100))))
 
 
 def rates_of(spec: TrialSpec, steps: int) -> list[float]:

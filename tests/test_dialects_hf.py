@@ -366,6 +366,9 @@ def test_loss_of_trl_is_on_all_tokens_and_noted() -> None:
     assert spec_of(of_trl(assistant_only_loss=True)).datasets[0].type.kind == "chat"
     formats = [spec_of(of_trl(**keys)).datasets[0].type.format for keys in ({}, {"completion_only_loss": True})]
     assert formats == ["{instruction}"] * 2, "prompts that are texts stand as they are"
+    for keys in ({}, {"completion_only_loss": True}):
+        kind = spec_of(of_trl(**keys)).datasets[0].type
+        assert (kind.roles_to_train, kind.tokenize_jointly, kind.add_special_tokens) == (("all",), True, False)
 
 
 def test_without_a_length_trl_cuts_nothing() -> None:
@@ -424,13 +427,14 @@ def test_alpaca_datasets() -> None:
     assert (named.field_instruction, named.field_input, named.field_output) == ("question", None, "answer")
     assert named.field_system == "sys"
     assert (dataset("texts").type.kind, dataset("texts").type.field_text) == ("text", "text")
-    assert dataset("few").split == "train[:50]"
+    assert (dataset("few").split, dataset("few").num_samples) == (None, 50)
 
 
 def test_chats() -> None:
     chats = dataset("chats")
     assert (chats.path, chats.name, chats.split) == ("someone/chats", "en", "train_sft")
     assert (chats.type.field_messages, chats.type.message_field_role) == ("conversations", "from")
+    assert chats.type.alternating_turns
     messages = dataset("messages").type
     assert (messages.message_field_role, messages.message_field_content) == ("role", "content")
     assert dict(messages.roles)["assistant"] == ("bot", "function_call")
@@ -461,7 +465,11 @@ def test_datasets_of_a_training_file() -> None:
     document = {"dataset": "plain, few", "dataset_dir": "mine", "max_samples": 100, "default_system": "Be short."}
     assert info_path(document) == "mine/dataset_info.json"
     first, second = datasets_from(document, INFO)
-    assert (first["path"], first["split"], second["split"]) == ("mine/plain.json", "train[:100]", "train[:50]")
+    assert (first["path"], first["split"]) == ("mine/plain.json", "train[:100]")
+    assert (second.get("split"), second["num_samples"]) == (None, 50)
+    assert datasets_from(document | {"max_samples": 20}, INFO)[1]["num_samples"] == 20
+    odd = INFO | {"few": {"file_name": "few.json", "num_samples": "many"}}
+    assert datasets_from(document, odd)[1]["num_samples"] == "many", "which is then refused"
     assert first["type"]["system_prompt"] == "Be short."
     assert info_path({"dataset": "a/b", "dataset_dir": "ONLINE"}) is None
 

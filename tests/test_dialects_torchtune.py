@@ -167,8 +167,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4, "weight_decay": 0.01, "gradient_accumulation_steps": 8,
     },
     "llama3_1_8b_lora_distributed": {
-        "lora_target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "lora_dropout": 0.05, "max_steps": 1000,
-        "num_epochs": None, "max_grad_norm": 1.0, "sequence_length": 4096,
+        "lora_target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "lora_dropout": 0.05,
+        "max_steps_per_epoch": 500, "num_epochs": 2.0, "max_grad_norm": 1.0, "sequence_length": 4096,
     },
     "llama3_1_8b_qlora_single_device": {
         "precision": "nf4", "double_quantization": True, "compute_dtype": "bf16", "lora_r": 8, "lora_alpha": 16,
@@ -184,8 +184,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "phi3_mini_lora_single_device": {
         "lora_target_modules": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "sequence_length": 4096,
     },
-    "qwen3_4b_lora_single_device": {"chat_template": "chatml", "max_steps": 50, "sequence_length": 2048},
-    "gemma_2b_full_distributed": {"max_steps": 75, "seed": 1, "train_on_inputs": False, "optimizer": "adamw_torch"},
+    "qwen3_4b_lora_single_device": {"chat_template": "chatml", "max_steps_per_epoch": 50, "sequence_length": 2048},
+    "gemma_2b_full_distributed": {
+        "max_steps_per_epoch": 25, "num_epochs": 3.0, "seed": 1, "train_on_inputs": False, "optimizer": "adamw_torch",
+    },
     "llama3_2_3b_lora_on_a_cpu": {
         "device": "cpu", "precision": "fp32", "optimizer": "sgd", "learning_rate": 0.01, "weight_decay": 0.0,
     },
@@ -260,6 +262,7 @@ def test_defaults_are_torchtunes() -> None:
     assert (trained.max_grad_norm, trained.num_epochs, trained.gradient_accumulation_steps) == (0.0, 1.0, 1)
     assert trained.train_on_inputs  # as Alpaca's builder has it
     assert (trained.device, trained.seed, trained.gradient_checkpointing) == ("auto", 0, False)
+    assert trained.val_set_size == 0, "all rows are trained on"
 
 
 def test_defaults_of_a_builder_with_adapters() -> None:

@@ -687,6 +687,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
         "train_samples": 8,
         "max_steps": 8,
         "num_epochs": 8.0,
+        "epoch_end": "carry",
         "optimizer": "sgd",
         "learning_rate": 1.0,
         "lr_scheduler": "cosine",
@@ -704,6 +705,7 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     # examples.
     bound = {"double_quantization", "compute_dtype", "upcast_unquantized", "sharding", "reentrant_checkpointing"}
     bound |= {"optimizer_in_backward"}  # without clipping
+    bound |= {"max_steps_per_epoch"}  # where epochs end with a step
     bound |= {"quantizer", "general_samples"}
     bound |= {"loss_chunk_size", "checkpoint_every_n_layers", "checkpoint_keep", "checkpoint_offload", "sample_packing"}
     unmeasured = {key for key, facts in FACTS.items() if not facts.measured}
@@ -714,6 +716,8 @@ def test_id_tells_apart_what_changes_a_measurement() -> None:
     for precision, quantizer in (("int8", "bitsandbytes"), ("int8", "torchao"), ("int8", "hqq"), ("int4", "hqq")):
         chosen = TrialSpec.model_validate(plain | {"precision": precision, "quantizer": quantizer})
         ids[f"{precision} of {quantizer}"] = chosen.id
+    for key, value in {"num_epochs": 2.0, "max_steps_per_epoch": 3}.items():
+        ids[f"step, {key}"] = TrialSpec.model_validate(plain | {"epoch_end": "step", key: value}).id
     ids["some passages"] = TrialSpec.model_validate(plain | {"measure_forgetting": True, "general_samples": 8}).id
     for how in ("full_shard", "shard_grad_op"):
         ids[how] = TrialSpec.model_validate(plain | {"num_processes": 2, "sharding": how}).id

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftType
+from peft.optimizers import create_loraplus_optimizer
 from pydantic import ValidationError
 from test_cli import Ask
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -383,6 +384,26 @@ def test_loraplus_trains_b_at_a_multiple_of_the_rate(small: Small) -> None:
     assert recorded.steps[0].learning_rate == pytest.approx(1e-3)
     plain = run(small(weight_decay=0.1, learning_rate=1e-3))
     assert recorded.steps[-1].loss < plain.steps[-1].loss - 0.01, "B moves faster"
+
+
+def test_loraplus_has_the_rates_of_pefts(small: Small) -> None:
+    """Vectors, such as DoRA's magnitudes, move as fast as B."""
+    spec = small(loraplus_lr_ratio=16.0, use_dora=True, learning_rate=1e-3, lora_modules_to_save=["lm_head", "norm"])
+    network = model.load(spec, CPU)
+
+    def rates(made: torch.optim.Optimizer) -> dict[int, float]:
+        return {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+
+    theirs = create_loraplus_optimizer(network, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    assert rates(optimizers.make(network, spec, 0)) == pytest.approx(rates(theirs))
+    assert len(rates(theirs)) == len(model.trainable(network))
+
+
+def test_loraplus_is_refused_on_embeddings(small: Small) -> None:
+    spec = small(loraplus_lr_ratio=16.0, lora_target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(InputError, match=r"run: loraplus_lr_ratio with an adapter on embed_tokens.*; leave it out of"):
+        inspection.inspect([("run", spec)])
+    inspection.inspect([("run", spec.model_copy(update={"loraplus_lr_ratio": None}))])
 
 
 def test_lora_fa_trains_b_alone_and_holds_less(small: Small) -> None:

@@ -65,6 +65,57 @@ Examples = Callable[..., list[Row]]
 Refusal = Callable[..., str]
 
 
+# ------------------------------------------------------------------------------------ which rows
+
+
+@pytest.mark.parametrize(
+    ("roles", "taken"),
+    [
+        ("user assistant", True),
+        ("system user assistant user assistant", True),
+        ("user assistant tool assistant", True),
+        ("user assistant tool tool assistant", True),
+        ("assistant user assistant", False),
+        ("user assistant user", False),
+        ("user user assistant", False),
+        ("user assistant assistant", False),
+        ("user system assistant", False),
+        ("system", False),
+    ],
+)
+def test_chats_whose_turns_do_not_alternate_are_passed_over_where_that_is_asked_for(
+    tmp_path: Path, roles: str, taken: bool
+) -> None:
+    """As LLaMA-Factory does."""
+    row = {"messages": [{"role": role, "content": "Hm."} for role in roles.split()]}
+    file = write(tmp_path / "d.jsonl", [{"messages": TURNS}, row])
+    rows = read_all(file, alternating_turns=True)
+    assert (len(rows.stories), rows.skipped) == (1 + taken, not taken)
+    if not taken:
+        write(file, [row])
+        with pytest.raises(InputError, match=r"1 rows has an empty messages, or turns that do not alternate$"):
+            read_all(file, alternating_turns=True)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 12])
+def test_so_many_rows_are_taken_and_some_again_where_there_are_fewer(tmp_path: Path, count: int) -> None:
+    file = write(tmp_path / "d.jsonl", [{"text": str(n)} for n in range(5)])
+    texts = [row.completion for row in read_all(file, num_samples=count).stories]
+    assert len(texts) == count
+    assert len({*texts}) == min(count, 5), "each once before any twice"
+    assert texts == [row.completion for row in read_all(file, num_samples=count).stories]
+    assert texts != [str(n) for n in range(count)] or count == 1, "not the first ones"
+
+
+def test_parameters_of_a_tool_may_be_json_text(examples: Examples) -> None:
+    tool = {"name": "weather", "parameters": {"type": "object"}}
+    for tools in ([{"type": "function", "function": tool}], [tool]):
+        as_text = json.loads(json.dumps(tools).replace('{"type": "object"}', json.dumps('{"type": "object"}')))
+        assert as_text != tools
+        (chat,) = examples({"messages": TURNS, "tools": as_text})
+        assert chat.tools == tuple(tools)
+
+
 # ------------------------------------------------------------------------------------ prompts and completions
 
 

@@ -155,6 +155,20 @@ def test_axolotls_defaults(tmp_path: Path) -> None:
     assert (plain.num_epochs, plain.warmup_ratio, plain.excess_length, plain.seed) == (1.0, 0.03, "drop", 42)
     limited = spec(tmp_path, AXOLOTLS + "max_steps: 1000\nnum_epochs: 3\n")
     assert (limited.max_steps, limited.num_epochs, limited.warmup_steps) == (1000, None, 30)
+    file = load(tmp_path, AXOLOTLS + "max_steps: 1000\nnum_epochs: 3\n").training_file
+    assert file is not None
+    assert file.notes["max_steps"] == "max_steps: 1000 (Axolotl ends with num_epochs: 3 where that is sooner)"
+
+
+def test_axolotl_decays_nothing_with_loraplus(tmp_path: Path) -> None:
+    decayed = AXOLOTLS + "adapter: lora\nlora_target_linear: true\nweight_decay: 0.1\n"
+    assert spec(tmp_path, decayed).weight_decay == 0.1
+    loaded = load(tmp_path, decayed + "loraplus_lr_ratio: 16\nloraplus_lr_embedding: 0.00001\n")
+    assert (loaded.trials[0].spec.weight_decay, loaded.trials[0].spec.loraplus_lr_ratio) == (0.0, 16.0)
+    file = loaded.training_file
+    assert file is not None
+    assert file.notes["weight_decay"] == "weight_decay: 0 (Axolotl has none with LoRA+)"
+    assert "refused" in file.no_effect["loraplus_lr_embedding"]
 
 
 @pytest.mark.parametrize(
@@ -425,9 +439,20 @@ def test_prompts_of_axolotl_have_its_own_columns_and_formats(tmp_path: Path) -> 
     )  # fmt: skip
     assert (own.format, own.no_input_format) == ("[INST] {instruction} {input} [/INST]", "{instruction} ")
     assert (plain.format, plain.field_output) == ("{instruction} {input} ", "reply")
-    assert chat.field_system == "system"
+    assert (own.system_format, own.add_special_tokens) == ("{system}", True)
+    placed = given.replace("ask", "ask, system_format: 'S: {system} '")
+    entry = f"{AXOLOTLS}datasets: [{{path: a.jsonl, {placed}}}]\n"
+    assert spec(tmp_path, entry).datasets[0].type.system_format == "S: {system} "
+    assert (chat.field_system, chat.add_special_tokens) == ("system", False)
     lead = f"{AXOLOTLS}datasets: [{{path: a.jsonl, type: chat_template, field_system: lead}}]\n"
     assert spec(tmp_path, lead).datasets[0].type.field_system == "lead"
+
+
+def test_a_file_of_axolotl_that_data_files_names_again_is_one_file(tmp_path: Path) -> None:
+    for files in ("a.jsonl", "[a.jsonl]"):
+        entry = f"[{{path: a.jsonl, type: alpaca, data_files: {files}, ds_type: json}}]"
+        (dataset,) = spec(tmp_path, f"{AXOLOTLS}datasets: {entry}\ntest_datasets: {entry}\n").datasets
+        assert (dataset.path, dataset.data_files) == ("a.jsonl", ())
 
 
 def test_a_familys_template_is_the_models_own_which_it_must_have(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from harness.adapters.session import AdapterSession
 from harness.errors import InputError
-from harness.sources.stories import Passage, Story
+from harness.sources.stories import Chat, Passage, Story
 from harness.training import limits, prompts
 
 
@@ -26,6 +26,8 @@ def prompt_of(session: AdapterSession, synopsis: str | None) -> tuple[str, Seque
     if synopsis is not None:
         prompt = session.spec.datasets[0].type
         rendered = prompts.render(Story(synopsis, "", prompt.system_prompt, None, prompt), session.tokenizer)
+        if session.kind is Chat and not prompt.add_special_tokens:
+            return synopsis, session.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         return synopsis, prompts.token_ids(rendered.text, session.tokenizer)
     if not session.held_out:
         raise InputError("the trial held out no stories; give a --synopsis")

@@ -15,6 +15,7 @@ from harness.analysis.pilot import Variances
 from harness.grids.grid import Trial
 from harness.predict.prediction import Predictions
 from harness.predict.roofline import predicted_seconds
+from harness.spec import length
 from harness.spec.keys import FULL
 from harness.spec.trial import TrialSpec
 
@@ -167,7 +168,7 @@ def predicted_costs(specs: Iterable[TrialSpec], predictions: Predictions, storie
         passes = 2 + (4 if spec.adapter == FULL else 2) + 2 * spec.gradient_checkpointing
         position = step / prediction.positions
         story = 2 / passes * position * (spec.eval_sequence_length or spec.sequence_length)
-        steps = math.ceil(spec.samples(stories) / spec.effective_batch_size)
+        steps = len(length.step_sizes(spec, stories))
         general = spec.general_samples * story if spec.measure_forgetting else 0.0
         costs[cost_key(spec)] = Cost(pilot.START_SECONDS + pilot.LOAD_SECONDS, step, steps, story, general)
     return costs

@@ -180,6 +180,7 @@ def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work
 def _choices(grid: Grid, sizing: Sizing) -> Choices:
     """Sizes that the data and the limit of trials allow."""
     from harness.analysis import sizing as sizes
+    from harness.spec import length
 
     specs = [trial.spec for trial in grid.trials]
     held_out = _held_out(grid)
@@ -187,7 +188,8 @@ def _choices(grid: Grid, sizing: Sizing) -> Choices:
     # A number of epochs is one of the stories that are left: it would train on others.
     if held_out and all(spec.train_samples is not None or spec.max_steps is not None for spec in specs):
         counts = _counts(_typical(grid))
-        kept = max(min(spec.samples(counts.others), counts.trained_on(held_out)) for spec in specs)
+        trained = (sum(length.step_sizes(spec, counts.others)) for spec in specs)
+        kept = max(min(samples, counts.trained_on(held_out)) for samples in trained)
         most = counts.given or counts.others - kept
         if most >= sizes.LEAST_STORIES:
             stories = sizes.story_counts(sizes.LEAST_STORIES, most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from harness._util.messages import as_written
 from harness.dialects import axolotl_data
 from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
 from harness.dialects.common import NOT_MEASURED, read_compile, set_optimizer, set_scheduler, shard
@@ -131,6 +132,9 @@ def _read_adapter(reader: Reader) -> None:
     for name, key in _OF_PEFT.items():
         if reader.get(name) is not None:
             reader.set(key, reader.get(name), name)
+    if reader.values.get("loraplus_lr_ratio") is not None and reader.values.get("weight_decay"):
+        del reader.mapped["weight_decay"]
+        reader.set("weight_decay", 0.0, "weight_decay", note="Axolotl has none with LoRA+")
     if reader.get("peft_autocast_adapter_dtype") is False:
         reader.set("adapter_dtype", "bf16", "peft_autocast_adapter_dtype")
     else:
@@ -176,13 +180,14 @@ def _read_peft(reader: Reader) -> None:
 
 
 def _read_length(reader: Reader) -> None:
-    """`max_steps` ends the training before `num_epochs` does. Without a key for it the warm-up is 3 % of the steps, 100
-    at most; Axolotl rounds down.
+    """`max_steps` ends the training, which in Axolotl is no longer than `num_epochs` either. Without a key for it the
+    warm-up is 3 % of the steps, 100 at most; Axolotl rounds down.
     """
     steps = reader.get("max_steps")
     limited = steps is not None and not (isinstance(steps, int) and steps < 0)
     if limited:
-        reader.set("max_steps", steps, "max_steps")
+        passes = f"num_epochs: {as_written(reader.get('num_epochs', 1))}"
+        reader.set("max_steps", steps, "max_steps", note=f"Axolotl ends with {passes} where that is sooner")
         reader.note("max_steps ends the training", "num_epochs")
     elif "train_samples" in reader.given:
         reader.note("train_samples ends the training", "num_epochs", "max_steps")
@@ -317,6 +322,7 @@ DIALECT = Dialect(
         "sequence_length": 512,
         "excess_length": "drop",
         "val_set_size": 0,
+        "epoch_end": "step",
         "optimizer": "adamw_torch_fused",
         "lr_scheduler": "cosine",
         "seed": 42,

@@ -45,6 +45,7 @@ _OWN_DEFAULTS = {
     "field_system": "system",
     "format": "{instruction} {input} ",
     "no_input_format": "{instruction} ",
+    "system_format": "{system}",
 }
 """What its mapping of prompt keys has where a file gives nothing: Axolotl, `UserDefinedDatasetConfig`."""
 _INSTEAD = "use alpaca, chat_template, completion, or a mapping with field_instruction, field_output and format"
@@ -116,6 +117,8 @@ def _dataset(reader: Reader, where: str, entry: Any, system: Any) -> dict[str, A
             reader.refuse(f"{where}.data_files", "give one dataset for each file, or a pattern of files", given_files)
             return {"path": "unknown"}
         result |= {"ds_type": result["path"], "path": files[0]}
+    if result.get("data_files") in (result.get("path"), [result.get("path")]):
+        result.pop("data_files", None)
     prompt = _prompt(reader, where, given)
     if system is not None and prompt.get("kind") == "chat":
         prompt.setdefault("system_prompt", system)
@@ -180,10 +183,8 @@ def _own_prompt(reader: Reader, where: str, kind: Mapping[Any, Any]) -> dict[str
     given = {str(key): value for key, value in kind.items() if value is not None}
     if given.pop("field", None) and "field_output" not in given:
         return {"kind": "text", "field_text": kind["field"]}
-    if (text := given.pop("system_format", None)) not in (None, "", "{system}"):
-        reader.refuse(f"{where}.type.system_format", "write {system} where it stands in format", text)
     known = ("system_prompt", "field_system", "field_instruction", "field_input", "field_output", "format",
-             "no_input_format")  # fmt: skip
+             "no_input_format", "system_format")  # fmt: skip
     for name in given.keys() - {*known}:
         reader.refuse(f"{where}.type.{name}", "leave it out", given[name])
     prompt = _OWN_DEFAULTS | {key: given[key] for key in known if key in given}
@@ -199,7 +200,7 @@ def _named(reader: Reader, where: str, kind: str, given: dict[str, Any]) -> dict
     if base == "completion":
         return {"kind": "text"}
     if base == "chat_template":
-        return {"kind": "chat"}
+        return {"kind": "chat", "add_special_tokens": False}
     if base.split(".")[0] == "sharegpt":
         return named_type("sharegpt") | _sharegpt(given)
     if base in ("pretrain", "text"):

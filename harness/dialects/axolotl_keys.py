@@ -151,7 +151,7 @@ TABLE: dict[str, Rule] = {
         Unsupported("leave it out: one learning rate for all weights here"),
         "embedding_lr embedding_lr_scale lr_groups",
     ),
-    "loraplus_lr_embedding": NoEffect("loraplus alone"),
+    "loraplus_lr_embedding": NoEffect("a rate of adapters on embeddings, which LoRA+ is refused with"),
     **_all(
         Unsupported("leave it out: a schedule is named by lr_scheduler alone here"),
         "lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio lr_div_factor "

@@ -126,6 +126,7 @@ TABLE: Mapping[str, Rule] = {
 DEFAULTS: Mapping[str, Any] = {
     "micro_batch_size": 8,
     "num_epochs": 3.0,
+    "epoch_end": "step",
     "learning_rate": 5e-5,
     "optimizer": "adamw_torch_fused",
     "seed": 42,

@@ -59,7 +59,7 @@ _TABLE: dict[str, Rule] = {
     **each(Unsupported(_OPTIMIZER), "use_galore use_apollo use_badam use_adam_mini use_muon"),
     "disable_shuffling": Unsupported("leave it out: the order of the rows is random, by `seed`"),
     "early_stopping_steps": Unsupported("leave it out: give the length by num_train_epochs or max_steps"),
-    **each(NoEffect("details of LoRA+"), "loraplus_lr_embedding"),
+    "loraplus_lr_embedding": NoEffect("a rate of adapters on embeddings, which LoRA+ is refused with"),
     "pissa_convert": NoEffect("how the adapter is kept"),
     **each(NoEffect("details of adapter_name_or_path"), "create_new_adapter"),
     **each(

@@ -114,10 +114,7 @@ def datasets_of(names: Iterable[str], info: Mapping[str, Any], *, folder: str = 
             raise ValueError(f"dataset_info.json: {name} is no mapping like {{file_name: mine.json}}")
         _refuse_other_names(name, entry)
         _refuse_other(name, entry)
-        where = _where(name, entry, folder)
-        if "num_samples" in entry:
-            where["split"] = f"{where.get('split', 'train')}[:{entry['num_samples']}]"
-        entries.append(where | {"type": _type(name, entry)})
+        entries.append(_where(name, entry, folder) | {"type": _type(name, entry)})
     return entries
 
 
@@ -134,19 +131,17 @@ def _path(name: str, folder: str) -> str:
 def _finish(entries: list[dict[str, Any]], document: Mapping[str, Any]) -> None:
     """Add what a training file says of all its datasets."""
     for entry in entries:
-        if document.get("max_samples"):
-            entry["split"] = _first(entry.get("split", "train"), document["max_samples"])
+        most = document.get("max_samples")
+        if most and "num_samples" in entry:  # the first of those that are taken at random
+            if isinstance(entry["num_samples"], int):  # else the spec refuses it
+                entry["num_samples"] = min(entry["num_samples"], most) if isinstance(most, int) else most
+        elif most:
+            entry["split"] = f"{entry.get('split', 'train')}[:{most}]"
         kind = entry.get("type")
         if document.get("stage") == "pt" and kind is None:
             entry["type"] = "completion"
         elif document.get("default_system"):
             entry["type"] = {**(kind or {}), "system_prompt": document["default_system"]}
-
-
-def _first(split: str, count: Any) -> str:
-    name, _, limit = split.partition("[:")
-    known = int(limit[:-1]) if limit.endswith("]") and limit[:-1].isdigit() else count
-    return f"{name}[:{min(known, count) if isinstance(count, int) else count}]"
 
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -181,7 +176,7 @@ def _refuse_other(name: str, entry: Mapping[str, Any]) -> None:
 
 
 def _where(name: str, entry: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Path, configuration and part of a dataset."""
+    """Path, configuration and part of a dataset, and how many of its rows."""
     if "hf_hub_url" in entry:
         if "folder" in entry:
             raise ValueError(f"dataset_info.json: {name} is a folder of a dataset of the hub; download it, and name it")
@@ -193,6 +188,7 @@ def _where(name: str, entry: Mapping[str, Any], folder: str) -> dict[str, Any]:
             f"dataset_info.json: {name} has neither file_name nor hf_hub_url; download it, and name a file"
         )
     where |= {"name": entry["subset"]} if entry.get("subset") else {}
+    where |= {"num_samples": entry["num_samples"]} if entry.get("num_samples") is not None else {}
     return where | ({"split": entry["split"]} if entry.get("split", "train") != "train" else {})
 
 
@@ -227,6 +223,7 @@ def _chat(columns: Mapping[str, str], tags: Mapping[str, str], *, openai: bool) 
     role, content = ("role", "content") if openai else ("from", "value")
     keys: dict[str, Any] = {
         "kind": "chat",
+        "alternating_turns": True,
         "field_messages": columns.get("messages", "messages" if openai else "conversations"),
         "message_field_role": tags.get("role_tag", role),
         "message_field_content": tags.get("content_tag", content),

@@ -11,7 +11,7 @@ from typing import Any
 from harness.dialects import torchtune_data, torchtune_optimizer
 from harness.dialects.components import Component, number, whole_number
 from harness.dialects.references import is_reference, resolve
-from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unlike, Unsupported
+from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unsupported
 
 _LOGGING = NoEffect("logging")
 _PROFILING = NoEffect("profiling")
@@ -64,8 +64,8 @@ _TABLE: dict[str, Rule] = {
     # the training
     "batch_size": To("micro_batch_size", _steps),
     "gradient_accumulation_steps": To("gradient_accumulation_steps", _steps),
-    "epochs": Together(),
-    "max_steps_per_epoch": Together(),
+    "epochs": To("num_epochs", _steps),
+    "max_steps_per_epoch": To("max_steps_per_epoch", _steps),
     "optimizer": Together(),
     "lr_scheduler": Together(),
     "loss": Together(),
@@ -186,6 +186,9 @@ _DEFAULTS: dict[str, Any] = {
     "precision": "fp32",
     "max_grad_norm": 0.0,
     "lr_scheduler": "constant",
+    "num_epochs": 1,
+    "epoch_end": "carry",
+    "val_set_size": 0,
 }
 
 _ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
@@ -244,7 +247,6 @@ def _combine(reader: Reader) -> None:
     _checkpointer(reader)
     torchtune_data.read(reader)
     torchtune_optimizer.read(reader)
-    _length(reader)
     _loss(reader)
     _memory(reader)
     _device(reader)
@@ -342,27 +344,6 @@ def _checkpointer(reader: Reader) -> None:
         )
 
 
-def _length(reader: Reader) -> None:
-    """Epochs, or steps where these are limited; torchtune counts optimizer steps in each epoch."""
-    epochs, most = reader.get("epochs", 1), reader.get("max_steps_per_epoch")
-    try:
-        epochs = whole_number(epochs, least=1)
-    except Unlike as error:
-        reader.refuse("epochs", str(error))
-        epochs = 1
-    if most is None:
-        reader.set("num_epochs", epochs, "epochs")
-        return
-    try:
-        steps = epochs * whole_number(most, least=1)
-    except Unlike as error:
-        reader.refuse("max_steps_per_epoch", str(error))
-        return
-    reader.set(
-        "max_steps", steps, "epochs", "max_steps_per_epoch", note="of each epoch so many steps, if it has as many"
-    )
-
-
 def _loss(reader: Reader) -> None:
     loss = Component.of(reader, "loss")
     if loss is None:
@@ -421,7 +402,7 @@ def _device(reader: Reader) -> None:
 
 def _leftovers(reader: Reader) -> None:
     """Keys whose value alone decides whether they ask for something."""
-    reader.note("held-out rows are some of the training data's: val_set_size", "dataset_val", "dataset_validation")
+    reader.note("not read: val_set_size holds out rows of dataset, if it is given", "dataset_val", "dataset_validation")
     if reader.get("shuffle", True) is not True:
         reader.refuse("shuffle", "examples are shuffled by the seed; use shuffle: true")
     else:

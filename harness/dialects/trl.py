@@ -370,7 +370,11 @@ def _read_loss(reader: Reader) -> None:
         if "type" not in entry and (completions is True or answers):
             entry["type"] = "prompt_completion" if completions is True else "chat_template"
         if entry.get("type", "prompt_completion") == "prompt_completion":
-            entry["format"] = BARE  # texts stand as they are; turns are chats
+            entry |= {"format": BARE, "tokenize_jointly": True}  # texts stand as they are; turns are chats
+            if not answers:
+                entry["roles_to_train"] = ["all"]
+        if entry.get("type") != "completion":
+            entry["add_special_tokens"] = False  # of chats
     tests = reader.values.get("test_datasets", [])
     if entries and tests:  # the same but for its split
         tests[0] |= {key: value for key, value in entries[0].items() if key != "split"}

@@ -139,7 +139,8 @@ def _with(spec: TrialSpec, key: str, value: int) -> TrialSpec:
     """The spec with another value, and steps enough that its micro-batches are full."""
     if key not in UPPER_BOUNDS:
         raise InputError(unknown("key", key, UPPER_BOUNDS))
-    changed = {key: value, "train_samples": None, "num_epochs": None, "max_steps": 2}
+    length = {"train_samples": None, "num_epochs": None, "max_steps": 2}
+    changed = {key: value, **length, "epoch_end": "continue", "max_steps_per_epoch": None}
     if key == "sequence_length":
         changed["eval_sequence_length"] = None
     try:

@@ -58,8 +58,7 @@ def roofline_seconds(work: Sequence[Work], rates: Rates) -> float:
     by_type = rates.flops_per_second
     of_others = by_type.get("float32", max(by_type.values()))
     return sum(
-        w.calls
-        * max(w.flops / by_type.get(w.dtype or "", of_others), w.moved_bytes / rates.bytes_per_second)
+        w.calls * max(w.flops / by_type.get(w.dtype or "", of_others), w.moved_bytes / rates.bytes_per_second)
         for w in work
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ class EmptyRow(InputError):
     """A row without anything to train on."""
 
 
+class PassedOver(EmptyRow):
+    """A row that its dataset's keys pass over."""
+
+
 def chat(
     turns: Any, prompt: PromptSpec, where: str, *, answer: Any = None, system: str | None = None, tools: Any = None
 ) -> Chat:
@@ -42,9 +47,12 @@ def chat(
 
     Raises:
         EmptyRow: there are no turns, or none of them is trained on.
+        PassedOver: they do not alternate, and are to.
         InputError: they are none.
     """
     messages = _messages(turns, prompt, where)
+    if prompt.alternating_turns and not _alternate(messages):
+        raise PassedOver(f"{where}: user and assistant do not take turns to the assistant's last")
     trained_from = 0
     if answer is not None:
         trained_from = len(messages)
@@ -59,6 +67,15 @@ def chat(
             f"add one or set roles_to_train{OR_SKIP}"
         )
     return Chat(tuple(messages), prompt, _tools(tools, where), trained_from)
+
+
+def _alternate(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether user (or tools, whose answers in a row are one turn) and assistant take turns, and the assistant ends."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    merged = [role for before, role in itertools.pairwise(["", *turns]) if (before, role) != ("tool", "tool")]
+    takes_turns = all((role == "assistant") == bool(number % 2) for number, role in enumerate(merged))
+    return takes_turns and len(merged) % 2 == 0 < len(merged) and "system" not in merged
 
 
 def _is_trained(message: dict[str, Any], prompt: PromptSpec) -> bool:
@@ -162,6 +179,13 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"arguments": arguments}
 
 
+def _with_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with its parameters as a mapping: tables hold them as JSON text, since each tool has others."""
+    if isinstance(tool.get("function"), dict):
+        return tool | {"function": _with_parameters(tool["function"])}
+    return tool | {"parameters": cells.parsed(tool["parameters"], "{")} if "parameters" in tool else tool
+
+
 def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:
     tools = cells.parsed(tools)
     if cells.is_empty(tools):
@@ -170,6 +194,6 @@ def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:
     if not each or not all(isinstance(tool, dict) for tool in each):
         raise InputError(f"{where}: its tools are {brief(tools)}; they must be a list of mappings, or JSON text of one")
     try:
-        return tuple(cells.without_nulls(each))
+        return tuple(cells.without_nulls([_with_parameters(tool) for tool in each]))
     except ValueError as error:
         raise InputError(f"{where}: its tools: {error}") from None

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import InputError
 from harness.sources import parts, shapes
-from harness.sources.chats import EmptyRow
+from harness.sources.chats import EmptyRow, PassedOver
 from harness.sources.examples import Chat, Passage, Row, Story
 from harness.sources.files import read_file
 from harness.sources.parts import NumberedRow
@@ -47,7 +48,7 @@ class Rows:
     stories: tuple[Row, ...]
     """In the order of datasets and files."""
     skipped: int
-    """Rows without text that were passed over."""
+    """Rows that were passed over: without text, or as their dataset's keys say."""
     held_out: tuple[Row, ...] = ()
     """Rows that the data hold out themselves, in a part of their own; empty where they do not."""
 
@@ -85,26 +86,35 @@ def read(dataset: DatasetSpec, folder: str | None = None, *, skip_empty: bool = 
     for of, rows in itertools.groupby((*to_train, *to_hold_out), key=lambda row: row.of):
         name = f"{dataset.path}, {of}," if of else dataset.path
         shapes.check_columns(name, shape, [row.values for row in rows])
+    to_train = _sampled(to_train, dataset.num_samples)
     stories = _examples(dataset, shape, to_train, skip_empty)
     held = _examples(dataset, shape, to_hold_out, skip_empty)
     for part, kept in ((to_train, stories), (to_hold_out, held)):
         if part and not kept:
             which = " that are held out" if part is to_hold_out else ""
-            raise InputError(
-                f"dataset {dataset.path}: each of its {len(part)} rows{which} has an empty {' or '.join(shape.columns)}"
-            )
+            what = f"an empty {' or '.join(shape.columns)}"
+            what += ", or turns that do not alternate" if dataset.type.alternating_turns else ""
+            raise InputError(f"dataset {dataset.path}: each of its {len(part)} rows{which} has {what}")
     skipped = len(to_train) - len(stories) + len(to_hold_out) - len(held)
     return Rows(tuple(stories), skipped, tuple(held))
 
 
+def _sampled(rows: Sequence[NumberedRow], count: int | None) -> list[NumberedRow]:
+    """So many of the rows, at random; beyond all of them, some again. Null: the rows."""
+    if count is None:
+        return list(rows)
+    chance = random.Random(0)  # which rows are trained on is a part of the data, not of a trial's seed
+    return chance.sample(rows, min(count, len(rows))) + chance.choices(rows, k=max(0, count - len(rows)))
+
+
 def _examples(dataset: DatasetSpec, shape: Shape, rows: Sequence[NumberedRow], skip_empty: bool) -> list[Row]:
-    """The rows as examples, without the empty ones where those are passed over."""
+    """The rows as examples, without those that are passed over."""
     examples: list[Row] = []
     for row in rows:
         try:
             examples.append(shape.read(row.values, f"dataset {dataset.path}, {row.place}"))
-        except EmptyRow:
-            if not skip_empty:
+        except EmptyRow as reason:
+            if not skip_empty and not isinstance(reason, PassedOver):
                 raise
     return examples
 

@@ -154,6 +154,25 @@ def name_of_type(keys: Mapping[str, Any]) -> str | None:
     return next((name for name, stands_for in _TYPES.items() if stands_for == keys), None)
 
 
+def _with_placeholders(text: str, needed: str, *others: str) -> str:
+    """The text.
+
+    Raises:
+        ValueError: it has other placeholders than these, or lacks the first.
+    """
+    try:
+        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
+    except ValueError as error:
+        raise ValueError(f"{text!r} has a brace that stands alone ({error}); double it") from None
+    names = [name for name, _, _ in parts if name is not None]
+    if not {*names} <= {needed, *others} or any(spec or how for _, spec, how in parts):
+        known = ", ".join(f"{{{name}}}" for name in (needed, *others))
+        raise ValueError(f"{text!r} has a placeholder other than {known}")
+    if needed not in names:
+        raise ValueError(f"{text!r} never names {{{needed}}}")
+    return text
+
+
 class PromptSpec(Frozen):
     """How a row becomes an example: a prompt and a completion, the turns of a chat, or a text."""
 
@@ -180,7 +199,14 @@ class PromptSpec(Frozen):
     roles: tuple[tuple[StrictStr, tuple[StrictStr, ...]], ...] = _later(())
     """Names of roles in the data, by the template's: `{assistant: [gpt, model]}`; the usual ones are known."""
     roles_to_train: Annotated[tuple[StrictStr, ...], Field(min_length=1)] = _later(("assistant",))
-    """Roles whose turns carry loss; `all`: every token of a chat, as TRL has it without `assistant_only_loss`."""
+    """Roles whose turns carry loss; `all`: every token of a chat, and of an answer all that follows its prompt, as TRL
+    has it without `assistant_only_loss`."""
+    alternating_turns: bool = _later(False)
+    """Pass over chats in which, after a system turn, user and assistant do not take turns to the assistant's last, as
+    LLaMA-Factory does; what tools answer counts as the user's."""
+    add_special_tokens: bool = _later(True)
+    """Whether a chat begins with what the tokenizer puts before a text, where its template does not have it; TRL and
+    Axolotl leave it to the template."""
     field_tools: StrictStr | None = _later(None)
     """Column of a chat's tools; null: `tools`, where it is there."""
     field_text: StrictStr | None = _later(None)
@@ -190,6 +216,11 @@ class PromptSpec(Frozen):
     the prompt as it stands."""
     no_input_format: StrictStr | None = None
     """As `format`, for rows without input."""
+    system_format: StrictStr = _later("{system}\n")
+    """What a prompt of `format` begins with where there is a system text, unless `format` places it."""
+    tokenize_jointly: bool = _later(False)
+    """Whether a prompt and its completion are tokenised as one text, as TRL does: the space that ends a prompt is then
+    a part of the completion's first token."""
 
     @property
     def trains_all(self) -> bool:
@@ -216,17 +247,12 @@ class PromptSpec(Frozen):
     @field_validator("format", "no_input_format")
     @classmethod
     def _has_only_known_placeholders(cls, text: str | None) -> str | None:
-        if text is not None:
-            try:
-                parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
-            except ValueError as error:
-                raise ValueError(f"{text!r} has a brace that stands alone ({error}); double it") from None
-            names = [name for name, _, _ in parts if name is not None]
-            if not {*names} <= {"instruction", "input", "system"} or any(spec or how for _, spec, how in parts):
-                raise ValueError(f"{text!r} has a placeholder other than {{instruction}}, {{input}}, {{system}}")
-            if "instruction" not in names:
-                raise ValueError(f"{text!r} never names {{instruction}}")
-        return text
+        return None if text is None else _with_placeholders(text, "instruction", "input", "system")
+
+    @field_validator("system_format")
+    @classmethod
+    def _has_only_the_system_text(cls, text: str) -> str:
+        return _with_placeholders(text, "system")
 
 
 class DatasetSpec(Frozen):
@@ -245,6 +271,9 @@ class DatasetSpec(Frozen):
     """Format of the files, where their names do not say it."""
     shards: PositiveInt | None = _later(None)
     """Read one of so many equal parts alone."""
+    num_samples: PositiveInt | None = _later(None)
+    """Train on so many of its rows, taken at random, the same for every seed; where they are fewer, on all of them and
+    on some again, as LLaMA-Factory does."""
     type: PromptSpec = PromptSpec()
     """Prompt keys, or a name: `alpaca`, `chat_template`, `completion`, `prompt_completion`, `sharegpt`."""
 

@@ -208,6 +208,14 @@ class Parameters(Frozen):
     """Optimizer steps, instead of `train_samples`."""
     num_epochs: Annotated[Annotated[float, Field(strict=True, gt=0)] | None, _TRAINING, Part.TRAINING] = None
     """Passes over the training stories, instead of `train_samples`; 1 where none of the three is given."""
+    epoch_end: Annotated[
+        Literal["continue", "step", "carry"], Facts(untrained=False, absent="continue"), Part.TRAINING
+    ] = "continue"
+    """Where a pass does not fill its last optimizer step: `continue` fills it from the next pass; `step` takes it with
+    what there is, as transformers does; `carry` adds what is left to the next pass's first step, and leaves it out
+    after the last one, as torchtune does."""
+    max_steps_per_epoch: Annotated[PositiveInt | None, Facts(untrained=False, absent=None), Part.TRAINING] = None
+    """Optimizer steps after which a pass ends (with `epoch_end: step` or `carry`); null: with its stories."""
     optimizer: Annotated[Optimizer, _TRAINING, Part.OPTIMIZER] = "adamw_torch"
     """Name of the optimizer, as in transformers; `muon` is torch's, with AdamW for all but the matrices of layers."""
     optimizer_in_backward: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.GRADIENTS] = False

@@ -113,6 +113,11 @@ class TrialSpec(Parameters):
             raise ValueError("sample_packing leaves no padding, and pad_to_sequence_len asks for it; keep one")
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio exclude each other; keep one")
+        if self.max_steps_per_epoch is not None and self.epoch_end == "continue":
+            raise ValueError(
+                "max_steps_per_epoch with epoch_end continue, whose steps run from one epoch into the next; use "
+                "epoch_end: step or carry, or max_steps"
+            )
         if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
             raise ValueError(
                 f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "
@@ -269,14 +274,6 @@ class TrialSpec(Parameters):
         """Its tasks as JSON, as rows have them; empty where there are none."""
         return json.dumps([*self.evaluate_tasks]) if self.evaluate_tasks else ""
 
-    def samples(self, available: int) -> int:
-        """Examples that are trained on, of `available` distinct ones."""
-        if self.train_samples is not None:
-            return self.train_samples
-        if self.max_steps is not None:
-            return self.max_steps * self.effective_batch_size
-        return max(1, round((self.num_epochs or 1.0) * available))
-
     def canonical(self) -> dict[str, Any]:
         """The keys that change what is measured, as plain JSON values."""
         # A field that was added later is left out at its former value: ids from before stay valid.
@@ -308,6 +305,8 @@ class TrialSpec(Parameters):
         values["eval_sequence_length"] = self.eval_sequence_length or self.sequence_length
         if self.train_samples is None and self.max_steps is None:
             values["num_epochs"] = self.num_epochs or 1.0
+            if values["num_epochs"] == 1 and self.epoch_end == "step" and self.max_steps_per_epoch is None:
+                del values["epoch_end"]  # the end of a single pass is the end of the training
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
             values.pop("held_out_part", None)

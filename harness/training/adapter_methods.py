@@ -131,6 +131,8 @@ def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
         initialisations.check(adapted, spec.init_lora_weights)
     if spec.init_lora_weights.startswith(_OUT_OF_WEIGHTS):
         _refuse_tied(adapted, spec)
+    if spec.loraplus_lr_ratio is not None:
+        _refuse_embeddings(adapted)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and ".lora_" in name:
             if spec.adapter_dtype == "bf16":
@@ -139,6 +141,17 @@ def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
                 parameter.requires_grad_(False)
     if spec.recompute_adapter_inputs:
         adapter_inputs.recompute(adapted)
+
+
+def _refuse_embeddings(adapted: Any) -> None:
+    """Refuse LoRA on embeddings with LoRA+, whose implementations train it at a rate that follows from no other."""
+    name = next((name for name, _ in adapted.named_parameters() if ".lora_embedding_" in name), None)
+    if name is not None:
+        layer = name.partition(".lora_embedding_")[0].rpartition(".")[2]
+        raise InputError(
+            f"loraplus_lr_ratio with an adapter on {layer}: embeddings have a rate of their own in LoRA+; leave it out "
+            "of lora_target_modules, or name it in lora_modules_to_save"
+        )
 
 
 def _refuse_tied(adapted: Any, spec: TrialSpec) -> None:

@@ -152,13 +152,18 @@ class Data:
             f"left out ({too_long} {length} tokens)": self.dropped,
             "left out (copies of held-out ones)": self.copies,
             "neither trained nor evaluated on (held out by the data, or compared on)": self.unused,
-            "skipped (empty)": self.skipped,
+            f"skipped ({_why_skipped(spec)})": self.skipped,
         }
         rows = len(self.train) + len(self.held_out) + self.dropped + self.copies + self.skipped + self.unused
         fewer = f" of {self.wanted} asked for" if len(self.held_out) < self.wanted else ""
         kept = f"{rows} stories: {len(self.held_out)} held out{fewer}, {len(self.train)} to train on"
         lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         return f"{kept}; {lost}" if lost else kept
+
+
+def _why_skipped(spec: TrialSpec) -> str:
+    alternate = any(dataset.type.alternating_turns for dataset in (*spec.datasets, *(spec.test_datasets or ())))
+    return "empty, or turns that do not alternate" if alternate else "empty"
 
 
 def key(spec: TrialSpec) -> str:
@@ -345,13 +350,11 @@ def _tokenise(row: Row, tokenizer: Any, supervise_prompt: bool) -> Example:
 
 
 def _tokenise_story(story: Story, tokenizer: Any, supervise_prompt: bool) -> Example:
-    """Prompt and completion are tokenised separately, so that the border is exact with any tokenizer."""
     prompt = prompts.render(story, tokenizer)
-    head = prompts.token_ids(prompt.text, tokenizer)
-    tail = tokenizer(story.completion, add_special_tokens=False)["input_ids"]
     end = chat.end_of_turn(tokenizer) if prompt.by_template else None
-    ids = (*head, *prompts.ended(tail, tokenizer, end))
-    return Example(story.id, ids, ((max(1, len(head)), len(ids)),), supervise_prompt, prompt.system_folded)
+    tokenise = prompts.joined if story.prompt.tokenize_jointly else prompts.apart
+    ids, border = tokenise(prompt.text, story.completion, tokenizer, end)
+    return Example(story.id, tuple(ids), ((max(1, border), len(ids)),), supervise_prompt, prompt.system_folded)
 
 
 def _tokenise_chat(row: Chat, tokenizer: Any, supervise_prompt: bool) -> Example:

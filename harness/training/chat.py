@@ -66,20 +66,19 @@ def tokenise(chat: Chat, tokenizer: Any, *, everything: bool = False) -> ChatTok
         raise InputError("format under datasets: type: is of prompts, and the rows are chats; use chat_template")
     rendering, folded = _rendered(chat, tokenizer)
     roles = frozenset(chat.prompt.roles_to_train)
-    first = chat.trained_from - folded
+    first = max(0, chat.trained_from - folded)
     numbers = [n for n, m in enumerate(rendering.messages) if chat.prompt.trains(m) and n >= first]
     if folded and "system" in roles:
         raise InputError(f"roles_to_train: the chat template has no system turn; leave system out, or {_OTHER}")
     own = _own_tokens(rendering.text, tokenizer)
-    if chat.prompt.trains_all and not chat.trained_from and len(numbers) == len(rendering.messages):
-        every = prompts.token_ids(rendering.text, tokenizer, own.ids)
-        return ChatTokens(tuple(every), ((1, len(every)),), folded, not rendering.shows_tools)
+    whole = chat.prompt.trains_all and len(numbers) == len(rendering.messages) - first
     spans = _marked(rendering, own, numbers) if roles == _ASSISTANT else None
     if spans is None:
-        turns = [rendering.turn(number) for number in numbers]
+        turns = [rendering.from_turn(first)] if whole else [rendering.turn(number) for number in numbers]
         own, spans = _mapped(rendering.text, own, turns, tokenizer)
-    ids = prompts.token_ids(rendering.text, tokenizer, own.ids)
-    return ChatTokens(tuple(ids), _apart(spans, len(ids) - len(own.ids)), folded, not rendering.shows_tools)
+    ids = prompts.token_ids(rendering.text, tokenizer, own.ids) if chat.prompt.add_special_tokens else own.ids
+    completions = ((1, len(ids)),) if whole and not first else _apart(spans, len(ids) - len(own.ids))
+    return ChatTokens(tuple(ids), completions, folded, not rendering.shows_tools)
 
 
 def instruction_before(chat: Chat, trained: int) -> str:
@@ -145,8 +144,7 @@ def _shown(rendering: _Rendering) -> _Rendering:
     """
     for number in rendering.hidden:
         message = rendering.messages[number]
-        called = all(name in rendering.text for name in _called(message))
-        what = "a turn" if called else "the calls of tools in a turn"
+        what = "the calls of tools in a turn" if message.get("tool_calls") else "a turn"
         raise InputError(
             f"the chat template does not show {what} of the role {one_line(str(message['role']))!r}; {_OTHER}, or give "
             "its role by another name with roles under datasets: type:, or leave such rows out"
@@ -163,18 +161,18 @@ class _Rendering:
 
     def __init__(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], tokenizer: Any) -> None:
         self.messages = list(messages)
-        self.tools = [*tools] or None
+        self.tools: list[dict[str, Any]] | None = [*tools] or None
         self.tokenizer = tokenizer
         self.template = None if tokenizer.chat_template else chat_templates.PLAIN
         self.text = self.of(self.messages)
         self.hidden = self._hidden()
 
-    def of(self, messages: Sequence[Message], *, to_generate: bool = False) -> str:
+    def of(self, messages: Sequence[Message], *, to_generate: bool = False, with_tools: bool = True) -> str:
         """The text of other messages, with the beginning of an answer where one is to be generated."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
-                tools=self.tools,
+                tools=self.tools if with_tools else None,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=to_generate,
@@ -192,9 +190,8 @@ class _Rendering:
 
     @property
     def shows_tools(self) -> bool:
-        """Whether each of the tools is named."""
-        names = [(tool.get("function") or tool).get("name") for tool in self.tools or ()]
-        return all(name in self.text for name in names if isinstance(name, str))
+        """Whether the text is another one without the tools, if there are any."""
+        return self.tools is None or self._is_other(self.messages, with_tools=False)
 
     def _hidden(self) -> list[int]:
         """Numbers of messages that leave no trace in the text."""
@@ -205,11 +202,23 @@ class _Rendering:
             text = self.text + "".join(
                 probe for probe, m in zip(probes, self.messages, strict=True) if _content(m).strip() in self.text
             )
-        return [
-            number
-            for number, (probe, message) in enumerate(zip(probes, self.messages, strict=True))
-            if probe not in text or not all(name in self.text for name in _called(message))
-        ]
+        return [n for n, probe in enumerate(probes) if probe not in text or not self._shows_calls(n)]
+
+    def _shows_calls(self, number: int) -> bool:
+        """Whether the text is another one without any of the calls of a message. Names are no sign of them: that of a
+        tool may be a word of the chat.
+        """
+        message = self.messages[number]
+        calls = list(message.get("tool_calls") or ())
+        fewer = [{**message, "tool_calls": calls[:n] + calls[n + 1 :]} for n in range(len(calls))]
+        return all(self._is_other([*self.messages[:number], other, *self.messages[number + 1 :]]) for other in fewer)
+
+    def _is_other(self, messages: Sequence[Message], *, with_tools: bool = True) -> bool:
+        """Whether the text of other messages is another one; one that is refused is."""
+        try:
+            return self.of(messages, with_tools=with_tools) != self.text
+        except InputError:
+            return True
 
     # -------------------------------------------------------------------------------- turns
 
@@ -219,6 +228,10 @@ class _Rendering:
         """
         of_assistant = self.messages[number]["role"] == "assistant"
         return (self._by_prefixes(number) if of_assistant else None) or self._by_comparison(number, of_assistant)
+
+    def from_turn(self, number: int) -> Span:
+        """The characters from where a turn differs from the beginning of an answer in its place, to the end."""
+        return _equal(self.of(self.messages[:number], to_generate=True), self.text) if number else 0, len(self.text)
 
     def _by_prefixes(self, number: int) -> Span | None:
         """What the chat with the turn has beyond the chat before it; null: the whole one does not begin with both."""
@@ -275,12 +288,6 @@ def _content(message: Message) -> str:
     if isinstance(content, list | tuple):
         return "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
     return content if isinstance(content, str) else ""
-
-
-def _called(message: Message) -> list[str]:
-    """Names of the tools that a message calls."""
-    calls = [call.get("function") or call for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    return [call["name"] for call in calls if isinstance(call.get("name"), str)]
 
 
 def _with_other_words(messages: Sequence[Message], number: int) -> list[Message]:

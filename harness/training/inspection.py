@@ -39,6 +39,7 @@ _MODEL_KEYS = (
     "adapter",
     "adapter_options",
     "init_lora_weights",
+    "loraplus_lr_ratio",
     "lora_bias",
     "lora_target_linear",
     "lora_target_modules",

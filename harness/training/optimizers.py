@@ -66,7 +66,8 @@ def make(model: Any, spec: TrialSpec, warm_up_steps: int) -> torch.optim.Optimiz
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
     if spec.adapter == LORA and spec.loraplus_lr_ratio is not None:
-        groups = _with_rates(groups, {id(p) for n, p in named if ".lora_B." in n}, spec)
+        # Vectors go with B, as in peft's `create_loraplus_optimizer`, which makes no groups alone, for any optimizer.
+        groups = _with_rates(groups, {id(p) for n, p in named if ".lora_B." in n or p.ndim == 1}, spec)
     groups = [group for group in groups if group["params"]]
     factory = _factory(model, spec, warm_up_steps)
     return UpdatesInBackward(groups, factory) if spec.optimizer_in_backward else factory(groups)
@@ -108,7 +109,7 @@ def _factory(model: Any, spec: TrialSpec, warm_up_steps: int) -> Callable[[Group
 
 
 def _with_rates(groups: Groups, faster: set[int], spec: TrialSpec) -> list[dict[str, Any]]:
-    """The groups with LoRA's B apart, at LoRA+'s rate; the others first, whose rate is the recorded one."""
+    """The groups with what LoRA+ has a rate for apart; the others first, whose rate is the recorded one."""
     ratio = spec.loraplus_lr_ratio or 1.0
     slow = [{**group, "params": [p for p in group["params"] if id(p) not in faster]} for group in groups]
     fast = [{**group, "params": [p for p in group["params"] if id(p) in faster]} for group in groups]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import InputError
+from harness.spec import length
 from harness.spec.trial import TrialSpec
 from harness.training.batches import Example
 
@@ -29,9 +31,10 @@ def optimizer_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[E
     them, padded wherever any example is shorter. Which examples a step has depends on the effective batch alone: they
     are the same for 4x1, 2x2 and 1x4.
     """
-    size, samples = spec.effective_batch_size, spec.samples(len(examples))
-    order = training_order(examples, samples, size, spec.seed, grouped=spec.group_by_length)
-    steps = [order[i : i + size] for i in range(0, samples, size)]
+    sizes = length.step_sizes(spec, len(examples))
+    order = _order(spec, examples, sum(sizes), grouped=spec.group_by_length)
+    ends = itertools.accumulate(sizes)
+    steps = [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     if len(steps) > 1:
         steps[1] = _widest_last(steps[1], spec)
     return steps
@@ -47,10 +50,10 @@ def check_schedules(spec: TrialSpec, examples: int) -> None:
 
     Raises:
         InputError: there is one step, and it is the warm-up's first; or `polynomial` has no step left after warm-up; or
-            AdaLoRA none.
+            AdaLoRA none; or an epoch has no step at all.
     """
-    samples = spec.samples(examples)
-    steps = math.ceil(samples / spec.effective_batch_size)
+    sizes = length.step_sizes(spec, examples)
+    samples, steps = sum(sizes), len(sizes)
     options: dict[str, Any] = dict(spec.adapter_options or ()) if spec.adapter == "adalora" else {}
     first, last = options.get("tinit", 0), options.get("tfinal", 0)
     if first + last >= steps:
@@ -79,6 +82,32 @@ def warm_up_steps(spec: TrialSpec, steps: int) -> int:
     return math.ceil(spec.warmup_ratio * steps) if spec.warmup_steps is None else spec.warmup_steps
 
 
+def _order(spec: TrialSpec, examples: Sequence[Example], samples: int, *, grouped: bool) -> list[Example]:
+    """The examples of all steps: where epochs end with a step, each of them is in an order of its own, and the longest
+    ones come first in the first.
+    """
+    size = spec.effective_batch_size
+    if spec.epoch_end == "continue":
+        return training_order(examples, samples, size, spec.seed, grouped=grouped)
+    of_epoch = length.examples_of_epoch(spec, len(examples))
+    order: list[Example] = []
+    for epoch in _epochs(examples, spec.seed):
+        kept = epoch[: min(of_epoch, samples - len(order))]
+        order += _arranged(kept, size, front=not order, grouped=grouped)
+        if len(order) == samples:
+            break
+    return order
+
+
+def _epochs(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
+    """Seeded shuffles of the examples, without end."""
+    generator = random.Random(seed)
+    while True:
+        epoch = list(examples)
+        generator.shuffle(epoch)
+        yield epoch
+
+
 def training_order(
     examples: Sequence[Example], samples: int, size: int, seed: int, *, grouped: bool = False
 ) -> list[Example]:
@@ -95,24 +124,24 @@ def training_order(
         grouped: examples of similar length come together: after the first steps, of each `_GROUPED_STEPS` steps (or a
             quarter of all, if that is less) the longest ones first, as in transformers' Trainer.
     """
-    generator = random.Random(seed)
-    order: list[Example] = []
-    while len(order) < samples:
-        epoch = list(examples)
-        generator.shuffle(epoch)
-        order += epoch[: samples - len(order)]
-    by_length = sorted(range(samples), key=lambda i: len(order[i]), reverse=True)
-    front = by_length[: FRONT_STEPS * size]
-    shorter = next((i for i in by_length if len(order[i]) < len(order[front[0]])), None)
-    if size > 1 and shorter is not None and shorter not in front:
-        front[-1] = shorter
-    moved = set(front)
+    shuffled = itertools.chain.from_iterable(_epochs(examples, seed))
+    return _arranged(list(itertools.islice(shuffled, samples)), size, front=True, grouped=grouped)
+
+
+def _arranged(order: list[Example], size: int, *, front: bool, grouped: bool) -> list[Example]:
+    """Examples with the longest ones in the first steps, where `front` says so, and the others grouped by length."""
+    by_length = sorted(range(len(order)), key=lambda i: len(order[i]), reverse=True)
+    first = by_length[: FRONT_STEPS * size] if front else []
+    shorter = next((i for i in by_length if len(order[i]) < len(order[by_length[0]])), None)
+    if first and size > 1 and shorter is not None and shorter not in first:
+        first[-1] = shorter
+    moved = set(first)
     rest = [e for i, e in enumerate(order) if i not in moved]
     if grouped:
         together = size * max(1, min(len(rest) // (4 * size), _GROUPED_STEPS))
         starts = range(0, len(rest), together)
         rest = [e for start in starts for e in sorted(rest[start : start + together], key=len, reverse=True)]
-    return [order[i] for i in front] + rest
+    return [order[i] for i in first] + rest
 
 
 def _widest_last(examples: list[Example], spec: TrialSpec) -> list[Example]:
@@ -162,10 +191,9 @@ def timed_steps(spec: TrialSpec, examples: Sequence[Example]) -> list[list[Examp
     length are trained on together, they are in one step, and next to each other in it; with few examples in a step
     they are less alike than in training, so that the gain is rather larger there.
     """
-    samples = spec.samples(len(examples))
-    size = min(spec.effective_batch_size, samples)  # no larger than the steps that are trained
-    trained = training_order(examples, samples, size, spec.seed)
-    by_length = sorted(trained, key=len)
+    sizes = length.step_sizes(spec, len(examples))
+    size = min(spec.effective_batch_size, max(sizes))  # no larger than the steps that are trained
+    by_length = sorted(_order(spec, examples, sum(sizes), grouped=False), key=len)
     steps = []
     for number in range(TIMED_STEPS):
         quantiles = [(i + (number + 0.5) / TIMED_STEPS) / size for i in range(size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def render(story: Story, tokenizer: Any) -> Prompt:
     values = {"instruction": story.instruction, "input": story.input or "", "system": story.system or ""}
     if template is not None:
         names_system = "{system}" in template
-        lead = f"{story.system}\n" if story.system and not names_system else ""
+        lead = prompt.system_format.format(system=story.system) if story.system and not names_system else ""
         return Prompt(lead + template.format(**values))
     instruction = (
         story.instruction if story.input is None else prompt.input_separator.join((story.instruction, story.input))
@@ -55,6 +56,30 @@ def ended(ids: list[int], tokenizer: Any, end: int | None = None) -> list[int]:
     """With an end token (null: the tokenizer's), if there is one and the text does not end with it already."""
     end = tokenizer.eos_token_id if end is None else end
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def apart(text: str, completion: str, tokenizer: Any, end: int | None = None) -> tuple[list[int], int]:
+    """Tokens of a prompt and of its completion, each by itself, so that the border is exact with any tokenizer.
+
+    Args:
+        text: of the prompt.
+        completion: what follows it.
+        tokenizer: of the model.
+        end: token that ends the completion; null: the tokenizer's.
+
+    Returns:
+        the ids, and the number of the first one of the completion.
+    """
+    head = token_ids(text, tokenizer)
+    tail = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    return head + ended(tail, tokenizer, end), len(head)
+
+
+def joined(text: str, completion: str, tokenizer: Any, end: int | None = None) -> tuple[list[int], int]:
+    """As `apart`, of both as one text: a token that has characters of both is the completion's."""
+    prompt, whole = token_ids(text, tokenizer), token_ids(text + completion, tokenizer)
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    return ended(whole, tokenizer, end), sum(1 for _ in equal)
 
 
 def token_ids(text: str, tokenizer: Any, own: list[int] | None = None) -> list[int]:

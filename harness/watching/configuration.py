@@ -68,7 +68,7 @@ _WITHOUT_EFFECT = {
         "test_datasets",
     ),
     *("eval_sequence_length", "min_completion_tokens", "held_out_part", "loss_chunk_size", "checkpoint_every_n_layers"),
-    *("train_samples", "num_epochs", "warmup_ratio", "warmup_steps"),
+    *("train_samples", "num_epochs", "epoch_end", "max_steps_per_epoch", "warmup_ratio", "warmup_steps"),
 }
 """Keys that mean nothing where a loop evaluates and saves by itself, or stand for others that are seen."""
 NO_DATA = "unknown"
