@@ -22,6 +22,7 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     status = figures.pop("status", "ok")
     started_at = figures.pop("started_at", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
     baseline_id = figures.pop("baseline_id", TrialSpec.model_validate(SMALL | {"seed": spec.seed}).id)
+    repeat = figures.pop("repeat", spec.seed)
     tokens = figures.pop("story_tokens", 10)
     rates = figures.pop("rates", ())
     adapter_id = figures.pop("adapter_id", None)
@@ -36,7 +37,7 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
              tokens=100, supervised_tokens=50, padded_tokens=120, peak_memory_bytes=None)
         for i, rate in enumerate(rates, start=1)
     ]  # fmt: skip
-    job = Job(grid="g", spec=spec, label=label, baseline_id=baseline_id, repeat=spec.seed,
+    job = Job(grid="g", spec=spec, label=label, baseline_id=baseline_id, repeat=repeat,
               **({"factor": None if label == "baseline" else "f"} | given))  # fmt: skip
     store.write(
         Record.of(

@@ -59,6 +59,22 @@ def test_time_and_money_until_the_loss_of_the_baseline(small: Small, tmp_path: P
     assert by_label["fast"].joules is None
 
 
+def test_speeds_of_other_hours_do_not_meet(small: Small, tmp_path: Path) -> None:
+    """The machine was half as fast in the second repeat, which alone has the other configuration."""
+    store = Store(tmp_path / "g")
+    for label, spec, speed in (
+        ("baseline", small(seed=0), 100.0),
+        ("baseline", small(seed=1), 50.0),
+        ("fast", small(seed=1, lora_r=8), 75.0),
+    ):
+        keep(store, spec, label, [2.0, 2.0], rates=[speed] * 30, tokens_per_second=speed, eval_loss=2.0,
+             peak_memory_bytes=1000)  # fmt: skip
+    _, by_label = of(tmp_path / "g")
+    baseline, fast = (by_label[label].seconds for label in ("baseline", "fast"))
+    assert baseline == pytest.approx(3000 / 75)
+    assert fast == pytest.approx(baseline / 1.5), "as it is compared; both have 75 tokens a second on average"
+
+
 def test_energy_of_a_card(small: Small, tmp_path: Path) -> None:
     _, by_label = of(recorded(tmp_path / "g", small, joules_per_token=0.5))
     assert by_label["fast"].joules == pytest.approx(15 * 200 * 0.5)

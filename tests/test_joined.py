@@ -157,6 +157,14 @@ def test_the_page_of_several_grids_tells_their_rows_apart(two_grids: list[Path])
     assert all(f'data-key="{key}"' in text for key in keys)
 
 
+def test_two_runs_of_a_grid_are_told_apart_by_their_folders(two_grids: list[Path]) -> None:
+    for folder in two_grids:
+        Store(folder).describe({"title": "Ranks"})
+    whole = joined.join(parts_of(two_grids), "Both")
+    names = [folder.name for folder in two_grids]
+    assert all(sentence.startswith(f"Ranks ({name})") for sentence, name in zip(whole.summary, names, strict=False))
+
+
 def test_each_grid_keeps_its_own_claims_and_its_memory(small: Small, two_grids: list[Path]) -> None:
     for folder, says, metric in zip(two_grids, ("rank 8 saves", "dropout is slower"), ("peak_memory_bytes",
                                     "tokens_per_second"), strict=True):  # fmt: skip

@@ -286,6 +286,27 @@ def test_a_second_run_of_the_baseline_is_noise_and_sets_the_floor(small: Small, 
     assert compared.undecided("eval_loss") == {}
 
 
+def test_without_speeds_a_second_run_of_the_baseline_shows_no_noise(small: Small, tmp_path: Path) -> None:
+    untimed = {"peak_memory_bytes": 1000, "eval_loss": 2.0}
+    keep(Store(tmp_path), small(), "baseline", [2.0], **untimed)
+    keep(Store(tmp_path), small(), "baseline again", [2.0], twin=True, factor=None, **untimed)
+    assert row(loading.load(tmp_path), "baseline again")[2:4] == ("–", "–")
+
+
+def test_a_claim_rests_on_what_was_compared(small: Small, tmp_path: Path) -> None:
+    """A pair of trials without the figure is none of its verdict."""
+    for precision, figures in (("fp32", BASE), ("bf16", BASE | {"tokens_per_second": None})):
+        for r in (4, 8):
+            label = f"{precision}, {r}"
+            keep(Store(tmp_path), small(precision=precision, lora_r=r), label, [2.0], **figures)
+    claim = Claim(
+        id="x", says="x", metric="tokens_per_second", compare={"lora_r": (4, 8)}, expect="ratio > 0.5"
+    )  # fmt: skip
+    compared = comparison.compare(loading.load(tmp_path), [claim])
+    (verdict,) = verdicts.judge(compared)
+    assert verdict.rests_on == "fp32, 4 → fp32, 8"
+
+
 def test_environments_do_not_mix(small: Small, tmp_path: Path) -> None:
     store = Store(tmp_path)
     here = current("cpu")
@@ -786,6 +807,29 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
     keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
     with pytest.raises(InputError, match="no measured configuration in common"):
         compare_runs.compare_runs(a, loading.load(tmp_path / "d"))
+
+
+def test_two_runs_are_paired_by_their_seeds(small: Small, tmp_path: Path) -> None:
+    """The second was begun at the seed of the first's second repeat, and lacks a configuration."""
+    losses = {0: [2.0, 3.1], 1: [2.4, 3.7], 2: [2.1, 3.5]}
+    for name, seeds in (("a", (0, 1)), ("b", (1, 2))):
+        for repeat, seed in enumerate(seeds):
+            for label, r in (("baseline", 4), ("lora_r=8", 8)) if name == "a" else (("baseline", 4),):
+                peak, mean = 1000 + 100 * seed, sum(losses[seed]) / 2
+                figures = BASE | {"peak_memory_bytes": peak, "eval_loss": mean, "repeat": repeat}
+                keep(Store(tmp_path / name), small(seed=seed, lora_r=r), label, losses[seed], **figures)
+    a, b = (loading.load(tmp_path / name) for name in "ab")
+    compared = compare_runs.compare_runs(a, b)
+    (pair,) = compared.pairs
+    assert (pair.first["peak_memory_bytes"], pair.second["peak_memory_bytes"]) == (1100, 1100)
+    assert (pair.first["eval_loss"], pair.second["eval_loss"]) == (pytest.approx(3.05), pytest.approx(3.05))
+    assert [pair.estimates[metric].value for metric in ("peak_memory_bytes", "eval_loss")] == [1.0, 0.0]
+    assert compared.unpaired == "in a alone: lora_r=8"
+    looked_at = dataclasses.replace(a, alpha=a.alpha / 10)
+    ways = [
+        compare_runs.compare_runs(*runs).pairs[0].estimates["eval_loss"] for runs in ((a, looked_at), (looked_at, a))
+    ]
+    assert ways[0] == ways[1], "a run that was looked at several times is, whichever comes first"
 
 
 def test_techniques_stand_together_by_what_they_act_on(small: Small, tmp_path: Path) -> None:

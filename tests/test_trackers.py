@@ -16,6 +16,7 @@ import pytest
 from rows import keep
 from test_cli import Ask, harness
 
+from harness.environment import current
 from harness.errors import InputError
 from harness.metrics import METRICS
 from harness.report import trackers
@@ -177,6 +178,17 @@ def read_wandb(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[fl
         row = {"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         losses += [row["train/loss"]] if "train/loss" in row else []
     return name, config, summary, losses
+
+
+def test_effects_are_those_of_each_environment(grid: Path, small: Small) -> None:
+    """A trial of another machine is compared with the baseline of that machine."""
+    here = {run.name: run.figures.get("effect/eval_loss") for run in trackers.runs_of(grid)}
+    other = current("cpu").model_copy(update={"cpu_name": "another"})
+    for label, r, loss in (("baseline", 4, 2.0), ("another", 16, 2.5)):
+        keep(Store(grid), small(lora_r=r), label, [loss] * 8, environment=other, eval_loss=loss)
+    both = {run.name: run.figures.get("effect/eval_loss") for run in trackers.runs_of(grid)}
+    assert both["another"] == pytest.approx(0.5)
+    assert both["lora_r=8"] == here["lora_r=8"] is not None
 
 
 def test_a_tracker_that_fails_costs_a_warning(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:

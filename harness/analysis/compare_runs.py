@@ -16,10 +16,12 @@ from harness.analysis.estimate import Estimate
 from harness.analysis.family import Effects
 from harness.analysis.measurements import Measurements
 from harness.errors import InputError
-from harness.metrics import HEADLINE
+from harness.metrics import HEADLINE, METRICS
 
 _SAME = ["spec_id", "data_fingerprint", "base_fingerprint"]
 """Columns in which trials that are compared agree."""
+_MOST_NAMED = 8
+"""Configurations of one run alone that are named."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class RunComparison:
     warning: str | None
     """Caution about speeds of two environments."""
     unpaired: str | None
-    """How many configurations are not compared, because data or base are others; null: none."""
+    """Which configurations are not compared, and why; null: none."""
 
 
 def compare_runs(
@@ -70,8 +72,7 @@ def compare_runs(
     with_speed = not differences or across_environments
     metrics = [metric for metric in HEADLINE if with_speed or metric != "tokens_per_second"]
     estimates = {metric: both.estimates(both.effects(pairs, metric), metric, both.alpha / runs) for metric in metrics}
-    ok = both.trials[both.trials["status"] == "ok"]
-    means = figures(ok, "config")
+    means = _means(both, pairs)
     return RunComparison(
         f"{second.title} against {first.title}",
         differences,
@@ -95,6 +96,15 @@ def _warning(with_speed: bool) -> str:
     return "speeds of different environments are not compared; --across-environments compares them all the same"
 
 
+def _means(both: Measurements, pairs: pandas.DataFrame) -> pandas.DataFrame:
+    """Figures by configuration, of the trials that are compared; speeds are compared over all blocks of each run."""
+    ok = both.trials[both.trials["status"] == "ok"]
+    matched = both.matched(pairs)
+    compared = figures(ok[ok.index.isin([*matched["trial"], *matched["other"]])], "config")
+    timed = [name for name in HEADLINE if METRICS[name].group == "speed"]
+    return compared.assign(**figures(ok, "config")[timed])
+
+
 def _figures(means: pandas.DataFrame, config: int) -> dict[str, float]:
     return {metric: float(means[metric].get(config, float("nan"))) for metric in HEADLINE}
 
@@ -111,7 +121,10 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
     what is not paired for its contents.
     """
     trials, configs = 1 + int(first.trials.index.max()), 1 + int(first.configs.index.max())
-    renumbered = second.trials.set_axis(second.trials.index + trials)
+    # A repeat has its seed in common with the one of the other run, whichever number it has there.
+    seeds = sorted({*first.trials["seed"], *second.trials["seed"]})
+    ours, theirs = (each.trials.assign(repeat=each.trials["seed"].map(seeds.index)) for each in (first, second))
+    renumbered = theirs.set_axis(theirs.index + trials)
     renumbered[["config", "stands_for"]] += configs
     columns = [*_SAME, "config"]
     measured, also_measured = (each[~each["twin"] & (each["status"] == "ok")] for each in (first.trials, renumbered))
@@ -127,7 +140,7 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
     both = _Joined(
         **{
             **{name: getattr(first, name) for name in Measurements.__dataclass_fields__},
-            "trials": pandas.concat([first.trials, renumbered]),
+            "trials": pandas.concat([ours, renumbered]),
             "readings": pandas.concat(
                 [
                     _numbered(first.readings, 0),
@@ -138,6 +151,7 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             "stories": _both(first.stories, second.stories, trials),
             "items": _both(first.items, second.items, trials),
             "changes": {name: _both(first.changes[name], second.changes[name], trials) for name in first.changes},
+            "alpha": min(first.alpha, second.alpha),
         }
     )
     unpaired = []
@@ -153,6 +167,13 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
     failed = tried.loc[~tried["config"].isin(pairs["config"]), "label"].unique()
     if len(failed):
         unpaired.append(f"not compared, as they did not end well in both runs: {', '.join(failed)}")
+    compared_of = {first.name: pairs["reference"], second.name: pairs["config"] - configs}
+    for run, other in ((first, second), (second, first)):
+        alone = run.trials[~run.trials["twin"] & ~run.trials["spec_id"].isin(other.trials["spec_id"])]
+        labels = alone.loc[~alone["config"].isin(compared_of[run.name]), "label"].unique().tolist()
+        if labels and not pairs.empty:
+            more = f" and {len(labels) - _MOST_NAMED} more" if len(labels) > _MOST_NAMED else ""
+            unpaired.append(f"in {run.name} alone: {', '.join(labels[:_MOST_NAMED])}{more}")
     noisy = replace(both, noise=max(floors, default=None))
     return noisy, pairs.assign(comparison=range(len(pairs))), "; ".join(unpaired) or None
 

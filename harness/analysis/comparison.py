@@ -71,6 +71,19 @@ class Comparison:
         measured = set(m.configs.index[m.configs["measured"] & ~m.configs["twin"]])
         return [config for config in order(m) if config in measured]
 
+    @cached_property
+    def speeds(self) -> pandas.Series:
+        """Tokens per second of each configuration for one that is compared with others: the baseline's mean times the
+        ratio to it in the same blocks, as speeds of other hours are those of another machine; its own mean where there
+        is no ratio.
+        """
+        own: pandas.Series = self.means["tokens_per_second"].copy()
+        of_baseline = own.get(self.measurements.baseline)
+        if of_baseline is not None and of_baseline > 0:
+            for config, estimate in self.estimates["tokens_per_second"].items():
+                own[config] = of_baseline * estimate.value
+        return own
+
     def mean(self, config: Any) -> dict[str, float]:
         """The figures of a configuration, by metric; empty where none was measured."""
         return self._rows.get(config, {})

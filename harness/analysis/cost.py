@@ -64,7 +64,7 @@ def costs(comparison: Comparison, steps: pandas.DataFrame) -> Costs | None:
         return None
     by_config = steps.groupby(["config", "step"])["loss"].mean().groupby("config")
     usable = (by_config.size() >= LEAST_STEPS) & (by_config.count() == by_config.size())
-    speeds = comparison.means["tokens_per_second"]
+    speeds = comparison.speeds
     wanted = [c for c in comparison.shown if usable.get(c, False) and speeds.get(c, numpy.nan) > 0]
     means = in_common_repeats(steps, wanted).groupby(["config", "step"])[["loss", "tokens"]].mean()
     curves = {}

@@ -60,6 +60,12 @@ class Judgement:
         family = self._families.get(metric)
         return family.of([(reference, config)]) if family is not None else None
 
+    def measured(self, name: str, metrics: Sequence[str]) -> pandas.DataFrame:
+        """The pairs of a contrast that were compared in one of these figures; all of them where none was."""
+        pairs = self.pairs[name]
+        known = [any(self.pair(metric, *pair) is not None for metric in metrics) for pair in _as_pairs(pairs)]
+        return pairs[known] if any(known) else pairs
+
     def contrast(self, metric: str, name: str) -> Estimate | None:
         """The estimate of a contrast; null where none of its pairs was measured, or it is not about this metric."""
         family = self._families.get(metric) if metric in self._about[name] else None

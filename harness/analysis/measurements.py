@@ -277,7 +277,7 @@ class Measurements:
             return timed.effects(pairs, metric, self.readings, self.rates, stands_for)
         if metric in _BY_TEXT:
             return self.text_effects(pairs, metric, self._texts(metric))
-        matched = self._matched(pairs)
+        matched = self.matched(pairs)
         matched["difference"] = self._differences(matched, metric)
         known = matched.dropna(subset=["difference"])
         # Both runs of a baseline average to one figure per repeat.
@@ -310,7 +310,7 @@ class Measurements:
             metric: whose texts they are.
             losses: trial, story, tokens (its weight) and loss, or another figure of the text.
         """
-        differences = _text_differences(self._matched(pairs), losses)
+        differences = _text_differences(self.matched(pairs), losses)
         # Of one seed, the interval of a score is over questions alone: no pilot has it of seeds.
         pilot = NO_SEED_BETWEEN if metric == "task_score" else SeedNoise(PILOT.seeds, 0.0)
         of_seeds = self.between_seeds(losses, paired=True) or pilot
@@ -319,7 +319,7 @@ class Measurements:
         effects = crossed(differences, of_seeds, timed.weights(once, ["reference", "config"]), equal)
         return Effects(effects.table.assign(basis=_BY_TEXT[metric]), effects.errors)
 
-    def _matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
+    def matched(self, pairs: pandas.DataFrame) -> pandas.DataFrame:
         """The trials of each pair, repeat by repeat; columns `trial` and `other` (the reference)."""
         ok = self.trials.loc[self.trials["status"] == "ok", ["stands_for", "repeat"]]
         ok = ok.rename_axis("trial").reset_index().rename(columns={"stands_for": "config"})

@@ -98,7 +98,7 @@ def weights(matched: pandas.DataFrame, sides: list[str], block: str = "repeat") 
     """By comparison, source (the block) and unit, the weight in its mean difference of what varies independently.
 
     Args:
-        matched: see `Measurements._matched`.
+        matched: see `Measurements.matched`.
         sides: columns of what is subtracted and of what remains, or of this alone: trials, or configurations, which
             repeat under seeds.
         block: column of the repeat, or the block, within which pairs are formed.

@@ -70,7 +70,8 @@ def _compared(claim: Claim, comparison: Comparison) -> ClaimVerdict:
         estimate, rests_on = _of_models(claim, comparison)
     else:
         name = claim_name(claim)
-        estimate, rests_on = judgement.contrast(claim.metric, name), describe_pairs(m, judgement.pairs[name])
+        estimate = judgement.contrast(claim.metric, name)
+        rests_on = describe_pairs(m, judgement.measured(name, [claim.metric]))
     if estimate is None:
         none = (words.MISSING, words.MISSING, words.MISSING)
         return ClaimVerdict(claim, "not measured here", *none, lacking=_lacking(claim, m))

@@ -59,10 +59,14 @@ def ls(
         print_document([trial_document(row) for row in rows])
         return
     label = Column("label", overflow="fold")
-    table = Table(Column("trial", no_wrap=True), label, "repeat", "status", *(METRICS[m].label for m in HEADLINE))
+    several = len({row["environment_id"] for row in rows}) > 1
+    where = ["environment"] if several else []
+    columns = [label, *where, "repeat", "status", *(METRICS[m].label for m in HEADLINE)]
+    table = Table(Column("trial", no_wrap=True), *columns)
     for row in rows:
         figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
-        table.add_row(row["spec_id"], plain(row["label"]), str(row["repeat"]), row["status"], *figures)
+        cells = [plain(row["label"]), *(row[f"{name}_id"] for name in where), str(row["repeat"]), row["status"]]
+        table.add_row(row["spec_id"], *cells, *figures)
     out.print(table)
 
 

@@ -35,10 +35,10 @@ def costs(of: Costs, m: Measurements) -> Table:
         "What reaching a loss takes",
         tuple(headings),
         tuple(rows),
-        f"Time of training at the measured speed until the training loss, the mean of {of.window} steps, is as low for "
-        "the first time as the baseline's at its end. Techniques see the same examples in the same order; the means of "
-        "all repeats are shown. A loss falls unevenly, and no intervals are known here: times that differ by less "
-        f"than a fifth mean little.{price}",
+        f"Time of training at the speed as it is compared with the baseline's, until the training loss, the mean of "
+        f"{of.window} steps, is as low for the first time as the baseline's at its end. Techniques see the same "
+        "examples in the same order; the means of all repeats are shown. A loss falls unevenly, and no intervals are "
+        f"known here: times that differ by less than a fifth mean little.{price}",
         tuple(each.config for each in ordered),
     )
 

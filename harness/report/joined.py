@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ def join(documents: Sequence[Document], title: str) -> Document:
         documents: each made for so many grids (`document.document`); where several measured the same, the first counts.
         title: of the report.
     """
+    documents = _with_titles_of_their_own(documents)
     first = documents[0]
     judged = _verdicts(documents)
     longer = [f"{each.title}: {sentence}" for each in documents for sentence in each.longer]
@@ -62,6 +64,12 @@ def join(documents: Sequence[Document], title: str) -> Document:
         stories=tuple(story for each in documents for story in each.stories),
         parts=tuple(documents),
     )
+
+
+def _with_titles_of_their_own(documents: Sequence[Document]) -> list[Document]:
+    """With the name of the folder behind a title that several have, as two runs of a grid do."""
+    counts = Counter(document.title for document in documents)
+    return [each if counts[each.title] == 1 else replace(each, title=f"{each.title} ({each.name})") for each in documents]
 
 
 def _prefix(document: Document) -> str:

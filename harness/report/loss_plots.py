@@ -54,7 +54,7 @@ def loss_curves(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None
     """Training loss over tokens, and over the seconds they take at the measured speed."""
     if not comparison.means["eval_loss"].notna().any():
         return None  # losses of random weights are not meaningful
-    speed = comparison.means["tokens_per_second"]
+    speed = comparison.speeds
     drawn = [c for c in _curves_of_interest(comparison) if speed.get(c, 0.0) > 0]
     data = _means_by_step(in_common_repeats(steps, drawn))
     data = data[numpy.isfinite(data["loss"].astype(float))]
@@ -187,7 +187,7 @@ def _until_loss(comparison: Comparison, steps: pandas.DataFrame, of: Costs) -> C
     ordered = sorted(of.rows, key=lambda each: (each.seconds is None, each.seconds or 0.0))[:MOST_BARS]
     if m.baseline not in {each.config for each in ordered}:
         ordered = [*ordered[: MOST_BARS - 1], next(each for each in of.rows if each.config == m.baseline)]
-    speed = comparison.means["tokens_per_second"]
+    speed = comparison.speeds
     curves = _means_by_step(in_common_repeats(steps, [each.config for each in of.rows]))
     rows = [_reached(each, curves[curves["config"] == each.config], float(speed[each.config]), of) for each in ordered]
     data = pandas.DataFrame(rows).merge(about_configs(comparison, [each.config for each in ordered]), on="config")
@@ -210,9 +210,9 @@ def _until_loss(comparison: Comparison, steps: pandas.DataFrame, of: Costs) -> C
     layers.append(texts.encode(x=altair.value(WIDTH + 8), y=y, text="reached:N", tooltip=tips))
     chart = altair.layer(*layers).properties(width=WIDTH, title=f"Time to a training loss of {of.target:.3f} nats")
     caption = (
-        f"At the measured speed, until the mean loss of {of.window} steps is as low for the first time as the "
-        "baseline's at its end. Orange lines: from then until it stays as low, as a loss falls unevenly. No intervals "
-        "are known here: times that differ by less than a fifth mean little. Dashed: not reached within that time."
+        f"At the speed as it is compared with the baseline's, until the mean loss of {of.window} steps is as "
+        "low for the first time as the baseline's at its end. Orange lines: from then until it stays as low, as a "
+        "loss falls unevenly. No intervals are known here: times that differ by less than a fifth mean little. Dashed: not reached within that time."
     )
     return Chart("time-to-loss", "Time to a loss", caption, chart)
 
@@ -247,14 +247,14 @@ _AFTER_HEIGHT, _AFTER_POINT = 420, 60
 
 def _loss_after_time(comparison: Comparison, steps: pandas.DataFrame) -> Chart | None:
     """The eval loss at the end against the seconds of training at the measured speed, with their intervals."""
-    means = comparison.means.loc[comparison.shown[:MOST_POINTS]].dropna(subset=["eval_loss", "tokens_per_second"])
-    means = means[means["tokens_per_second"] > 0]
+    means = comparison.means.assign(speed=comparison.speeds).loc[comparison.shown[:MOST_POINTS]]
+    means = means[means["eval_loss"].notna() & (means["speed"] > 0)]
     trained = _means_by_step(steps[steps["config"].isin(means.index)]).groupby("config")["tokens"].last()
     means = means.loc[means.index.isin(trained.index)]
     if len(means) < 2:
         return None
     data = about_configs(comparison, means.index.tolist())
-    data["x"] = (trained.reindex(means.index) / means["tokens_per_second"]).to_numpy()
+    data["x"] = (trained.reindex(means.index) / means["speed"]).to_numpy()
     data["y"] = means["eval_loss"].to_numpy()
     ends = [comparison.of("eval_loss", config) for config in means.index]
     # The interval of the difference from the baseline, round the figure itself.

@@ -137,7 +137,7 @@ def _technique(comparison: Comparison, config: int, row: Any) -> tuple[Cell, ...
         mean = comparison.mean(config).get(metric)
         estimate = comparison.of(metric, config)
         cells.append(figure_cell(metric, mean))
-        noise = row["twin"] and metric == "tokens_per_second"
+        noise = row["twin"] and metric == "tokens_per_second" and pandas.notna(mean)
         cells.append(effect_cell(estimate, "the noise between two equal runs" if noise else MISSING))
     return (*cells, Cell(str(row["repeats"]), float(row["repeats"])))
 
@@ -206,7 +206,7 @@ def _lesson_table(table: LessonTable, comparison: Comparison) -> Table:
     rows = []
     for row in table.rows:
         name = row_name(table, row)
-        cells = [Cell(row.name), Cell(describe_pairs(comparison.measurements, judgement.pairs[name]))]
+        cells = [Cell(row.name), Cell(describe_pairs(comparison.measurements, judgement.measured(name, HEADLINE)))]
         of_row = [judgement.contrast(metric, name) for metric in HEADLINE]
         for estimate, lesson_word in zip(of_row, (row.memory, row.speed, row.loss), strict=True):
             cells.append(effect_cell(estimate, NOT_MEASURED))

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,27 +78,35 @@ def runs_of(folder: Path) -> list[TrackedRun]:
     rows = store.read("trials").to_pylist()
     if not rows:
         raise InputError(f"{folder}: no trials are recorded; `harness run` fills it")
-    effects = _effects(folder)
+    effects = _effects(folder, {row["environment_id"] for row in rows})
     steps: dict[str, list[Mapping[str, Any]]] = {}
     for row in store.read("steps").to_pylist():
         steps.setdefault(row["trial_id"], []).append(row)
     return [_run(row, steps.get(row["trial_id"], []), effects) for row in rows]
 
 
-def _effects(folder: Path) -> dict[str, dict[str, float]]:
-    """Effects by the ids of the trials that they rest on; none where nothing can be compared."""
-    with contextlib.suppress(InputError):
-        results = notebook.load(folder)
-        effects: dict[str, dict[str, float]] = {}
-        for row in results.comparisons.to_dict("records"):
-            name = f"effect/{row['metric']}"
-            ends = {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
-            effects.setdefault(row["technique"], {}).update(_finite(ends))
-        m = results.document.comparison.measurements
-        ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]]
-        labels = m.labels(ok["config"])
-        return {trial: effects[label] for trial, label in zip(ok["trial_id"], labels, strict=True) if label in effects}
-    return {}
+def _effects(folder: Path, environments: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Effects by the ids of the trials that they rest on, those of each environment for itself; none where nothing can
+    be compared.
+    """
+    effects: dict[str, dict[str, float]] = {}
+    for environment in environments:
+        with contextlib.suppress(InputError):
+            effects |= _effects_in(notebook.load(folder, environment))
+    return effects
+
+
+def _effects_in(results: notebook.Results) -> dict[str, dict[str, float]]:
+    """By trial."""
+    effects: dict[str, dict[str, float]] = {}
+    for row in results.comparisons.to_dict("records"):
+        name = f"effect/{row['metric']}"
+        ends = {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
+        effects.setdefault(row["technique"], {}).update(_finite(ends))
+    m = results.document.comparison.measurements
+    ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]]
+    labels = m.labels(ok["config"])
+    return {trial: effects[label] for trial, label in zip(ok["trial_id"], labels, strict=True) if label in effects}
 
 
 def _run(
