@@ -61,7 +61,7 @@ def ls(
     label = Column("label", overflow="fold")
     several = len({row["environment_id"] for row in rows}) > 1
     where = ["environment"] if several else []
-    columns = [label, *where, "repeat", "status", *(METRICS[m].label for m in HEADLINE)]
+    columns: list[Column | str] = [label, *where, "repeat", "status", *(METRICS[m].label for m in HEADLINE)]
     table = Table(Column("trial", no_wrap=True), *columns)
     for row in rows:
         figures = ["–" if row[m] is None else METRICS[m].show(row[m]) for m in HEADLINE]
