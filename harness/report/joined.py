@@ -69,7 +69,8 @@ def join(documents: Sequence[Document], title: str) -> Document:
 def _with_titles_of_their_own(documents: Sequence[Document]) -> list[Document]:
     """With the name of the folder behind a title that several have, as two runs of a grid do."""
     counts = Counter(document.title for document in documents)
-    return [each if counts[each.title] == 1 else replace(each, title=f"{each.title} ({each.name})") for each in documents]
+    longer = (f"{each.title} ({each.name})" if counts[each.title] > 1 else each.title for each in documents)
+    return [replace(each, title=title) for each, title in zip(documents, longer, strict=True)]
 
 
 def _prefix(document: Document) -> str:

@@ -212,7 +212,8 @@ def _until_loss(comparison: Comparison, steps: pandas.DataFrame, of: Costs) -> C
     caption = (
         f"At the speed as it is compared with the baseline's, until the mean loss of {of.window} steps is as "
         "low for the first time as the baseline's at its end. Orange lines: from then until it stays as low, as a "
-        "loss falls unevenly. No intervals are known here: times that differ by less than a fifth mean little. Dashed: not reached within that time."
+        "loss falls unevenly. No intervals are known here: times that differ by less than a fifth mean little. "
+        "Dashed: not reached within that time."
     )
     return Chart("time-to-loss", "Time to a loss", caption, chart)
 
