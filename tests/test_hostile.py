@@ -280,6 +280,18 @@ def test_redact_knows_tokens_passwords_and_the_home_folder(home: Path) -> None:
     )
 
 
+def test_redact_knows_a_home_within_options_and_urls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("g++ -I{}/include -L{}/lib", "file://{}/a", "sqlite:///{}/b", "-I{}/c", "cd:{}/d", "'{}'"):
+        assert redact(text.format(home, home)) == text.format("~", "~")
+    assert redact(f"/mnt{home}/x") == f"/mnt{home}/x", "another folder"
+    monkeypatch.setenv("A_TOKEN", "abcdefgh-1")
+    monkeypatch.setenv("B_TOKEN", "abcdefgh-1-rest")
+    assert redact("abcdefgh-1-rest abcdefgh-1") == "[hidden] [hidden]"
+    assert redact("https://hub.example/a?token=x1y2&page=3") == "https://hub.example/a?token=[hidden]&page=3"
+    assert redact("ghs_0123456789abcdefghij, Authorization: Basic YTpi") == "[hidden], Authorization: Basic [hidden]"
+    assert redact("Basic configuration, a key=value") == "Basic configuration, a key=value"
+
+
 def test_the_record_of_a_failing_trial_keeps_nothing_private(
     small: Small, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from harness import environment
+from harness._util.processes import ProcessIdentity
 from harness.errors import InputError
 from harness.grids import document
 from harness.grids.grid import Grid, Trial
@@ -654,6 +655,18 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytes
     assert {row["eval_loss"] for row in rows} == {formula.figures(t.spec)[1] for t in formula_grid(18).trials}
     assert len(list((store.folder / "trials").glob("*.parquet"))) == 1, "compacted"
     assert not list((store.folder / "leases").glob("*.json"))
+
+
+def test_a_clock_that_is_set_frees_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Psutil says when a process began by the clock of now."""
+    me = ProcessIdentity.current()
+    booted = psutil.boot_time()
+    began = psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted + 60)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: began + 60)
+    assert me.is_alive()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: began + 90)
+    assert me.is_alive() is False, "another process, of the same number"
 
 
 def test_a_lease_of_another_machine_holds_until_it_is_stale(tmp_path: Path) -> None:

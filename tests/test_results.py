@@ -21,7 +21,7 @@ from harness.metrics import METRICS
 from harness.record import InferenceRecord, Job, ModelFootprint, Record, Step, StoryLoss
 from harness.results.join import Joined, join
 from harness.results.parts import DamagedPart
-from harness.results.schema import SCHEMAS, spec_of
+from harness.results.schema import SCHEMAS, Table, spec_of
 from harness.results.store import Store, looks_of
 from harness.spec.trial import TrialSpec
 
@@ -141,6 +141,23 @@ def test_a_part_without_rows_records_nothing(small: Small, tmp_path: Path) -> No
     assert len(store.read("trials")) == 0
     store.write(measured)
     assert (store.row(measured.trial_id, ["status"]) or {})["status"] == "ok"
+
+
+def test_a_record_without_steps_replaces_one_that_had_some(small: Small, tmp_path: Path) -> None:
+    """Recorded again, it ran out of memory; its former steps come back neither before nor after compaction."""
+    store = Store(tmp_path)
+    for seed in range(2):
+        store.write(record(small(seed=seed)))
+    store.compact(above=1)
+    failed = record(small(seed=0), status="oom", phase="forward", error="no", error_type="X", metrics={}, steps=(),
+                    stories=())  # fmt: skip
+    store.write(failed)
+    tables: tuple[Table, ...] = ("steps", "stories")
+    for _ in range(2):
+        for table in tables:
+            assert failed.trial_id not in store.read(table)["trial_id"].to_pylist()
+            assert len(store.read(table)) > 0
+        store.compact(above=1)
 
 
 def test_a_newer_part_is_refused_by_name(tmp_path: Path) -> None:

@@ -22,21 +22,26 @@ class ProcessIdentity(BaseModel):
     """See `host_id`."""
     pid: int
     started: float
-    """Seconds since the epoch: process ids are used again."""
+    """Seconds since the boot, which no change of the clock moves: process ids are used again."""
 
     @classmethod
     def current(cls) -> ProcessIdentity:
         """This process."""
-        return cls(host=host_id(), pid=os.getpid(), started=psutil.Process().create_time())
+        return cls(host=host_id(), pid=os.getpid(), started=_started(os.getpid()))
 
     def is_alive(self) -> bool | None:
         """Whether the process runs; null for one of another machine."""
         if self.host not in (host_id(), socket.gethostname()):
             return None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < _CLOCK_TOLERANCE
+            return abs(_started(self.pid) - self.started) < _CLOCK_TOLERANCE
         except psutil.Error:
             return False
+
+
+def _started(pid: int) -> float:
+    """Seconds since the boot, of which psutil has the sum with the moment of the boot, by the clock of now."""
+    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def host_id() -> str:

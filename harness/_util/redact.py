@@ -8,11 +8,12 @@ from pathlib import Path
 
 _HIDDEN = "[hidden]"
 
-# Access tokens (Hugging Face, GitHub, OpenAI, those of a bearer header), and passwords in URLs.
+# Access tokens (Hugging Face, GitHub, OpenAI, those of a header), passwords in URLs, and keys in their queries.
 _TOKENS = re.compile(
-    r"\b(?:hf|api_org|ghp|gho|github_pat|sk)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"
-    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
+    r"\b(?:hf|api_org|gh[a-z]|github_pat|sk)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=Authorization: Basic )[\w+/=-]+"
 )
+_IN_QUERIES = re.compile(r"([?&](?:[\w-]*token|[\w-]*key|sig|[\w-]*signature)=)[^\s&#]+", re.IGNORECASE)
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _LEAST_SECRET = 8
 """A shorter value may be an ordinary word."""
@@ -22,12 +23,12 @@ def redact(text: str) -> str:
     """Hide the home folder (as `~`), tokens of a known shape, and values of environment variables named like secrets
     (at least 8 characters long).
     """
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name):
-            for line in (value, *value.splitlines()):  # a key may have several
-                if len(line) >= _LEAST_SECRET:
-                    text = text.replace(line, _HIDDEN)
-    return redact_home(_TOKENS.sub(_HIDDEN, text))
+    secrets = [value for name, value in os.environ.items() if _SECRET_NAMES.search(name)]
+    lines = {line for value in secrets for line in (value, *value.splitlines())}  # a key may have several
+    for line in sorted(lines, key=len, reverse=True):  # the beginning of another one would leave the rest of it
+        if len(line) >= _LEAST_SECRET:
+            text = text.replace(line, _HIDDEN)
+    return redact_home(_IN_QUERIES.sub(rf"\1{_HIDDEN}", _TOKENS.sub(_HIDDEN, text)))
 
 
 def redact_home(text: str) -> str:
@@ -38,4 +39,8 @@ def redact_home(text: str) -> str:
         return text
     if home.count("/") < 1 or home == "/":
         return text
-    return re.sub(rf"(?<![\w./-]){re.escape(home)}(?=/|\W|$)", "~", text)
+    return re.sub(rf"{_NO_PATH_BEFORE}{re.escape(home)}(?=/|\W|$)", "~", text)
+
+
+_NO_PATH_BEFORE = r"""(?:(?<![\w./-])|(?<=://)|(?<=:///)|(?<=[\s"'=,(\[]-[A-Za-z])|(?<=\A-[A-Za-z]))"""
+"""Where a path begins: not within another one, but after the slashes of a URL, and after an option of one letter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,11 +79,18 @@ def read_part(part: Path, table: Table, columns: list[str] | None = None) -> pa.
     return rows
 
 
-def latest_rows(tables: list[pa.Table]) -> pa.Table:
-    """All rows in one table. Of a trial that is in several, those of the last."""
-    owner = {trial: i for i, part in enumerate(tables) for trial in set(part["trial_id"].to_pylist())}
+def latest_rows(parts: Mapping[Path, pa.Table]) -> pa.Table:
+    """All rows in one table. Of a trial that is in several parts, those of the last.
+
+    An empty part of one trial, which has its name, says that its latest record has no such rows; among the trials
+    themselves it says nothing.
+    """
+    owner: dict[str, Path] = {}
+    for path, rows in parts.items():
+        trials = set(rows["trial_id"].to_pylist())
+        owner |= dict.fromkeys(trials or ({path.stem} if path.parent.name != "trials" else ()), path)
     kept = [
-        part.filter(pa.array([owner[trial] == i for trial in part["trial_id"].to_pylist()], pa.bool_()))
-        for i, part in enumerate(tables)
+        rows.filter(pa.array([owner[trial] == path for trial in rows["trial_id"].to_pylist()], pa.bool_()))
+        for path, rows in parts.items()
     ]
     return pa.concat_tables(kept)

@@ -223,8 +223,8 @@ class Store:
         raise InputError(f"{self.folder}: its parts vanish while they are read; is another program moving them?")
 
     def _read(self, table: Table, columns: list[str] | None) -> pa.Table:
-        tables = list(self._whole_parts(table, columns).values())
-        return latest_rows(tables) if tables else SCHEMAS[table].empty_table().select(columns or SCHEMAS[table].names)
+        parts = self._whole_parts(table, columns)
+        return latest_rows(parts) if parts else SCHEMAS[table].empty_table().select(columns or SCHEMAS[table].names)
 
     def _parts(self, table: Table) -> list[Path]:
         """Compacted parts first, single ones after: a trial that is in both was run again."""
@@ -282,7 +282,7 @@ class Store:
             for table in SCHEMAS:
                 if len(self._parts(table)) > above:
                     parts = self._whole_parts(table)  # damaged ones stay as they are
-                    content = latest_rows(list(parts.values()))
+                    content = latest_rows(parts)
                     # Names sort by time: should an earlier one be left behind, the rows of the later one count.
                     name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
                     self._write(table, name, content)
