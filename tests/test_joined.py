@@ -157,7 +157,7 @@ def test_the_page_of_several_grids_tells_their_rows_apart(two_grids: list[Path])
     assert all(f'data-key="{key}"' in text for key in keys)
 
 
-def test_two_runs_of_a_grid_are_told_apart_by_their_folders(two_grids: list[Path]) -> None:
+def test_two_runs_of_a_grid_differ_by_the_names_of_their_folders(two_grids: list[Path]) -> None:
     for folder in two_grids:
         Store(folder).describe({"title": "Ranks"})
     whole = joined.join(parts_of(two_grids), "Both")

@@ -22,7 +22,7 @@ from harness.analysis.measurements import Measurements
 from harness.analysis.pilot import PILOT
 from harness.grids.claims import Claim
 from harness.metrics import HEADLINE, METRICS
-from harness.report import document, tables
+from harness.report import document, front, tables
 from harness.report.document import Document
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
@@ -433,6 +433,24 @@ def test_one_seed_says_little_of_others(small: Small, tmp_path: Path) -> None:
         keep(store, small(**changes), label, losses, eval_loss=3 + more, peak_memory_bytes=1000)
     (sure,) = [each for each in recommend.recommend(loading.load(tmp_path)).sentences if each.startswith("How sure")]
     assert float(re.findall(r"by more than ([\d.]+) nats", sure)[0]) > PILOT.seeds.sigma
+
+
+@pytest.mark.parametrize(("status", "how"), [("diverged", "diverged"), ("did_not_train", "did not train")])
+def test_what_fails_under_some_seeds_is_no_answer(status: str, how: str, small: Small, tmp_path: Path) -> None:
+    """Of the others' losses nothing is known but that they were lucky."""
+    for seed in range(3):
+        keep(Store(tmp_path), small(seed=seed), "baseline", [3.0] * 20, peak_memory_bytes=1000, eval_loss=3.0)
+        keep(Store(tmp_path), small(seed=seed, lora_r=8), "steady", [2.9] * 20, peak_memory_bytes=1100, eval_loss=2.9)
+        lucky = {"peak_memory_bytes": 1000, "eval_loss": 2.0} if seed else {"status": status}
+        keep(Store(tmp_path), small(seed=seed, lora_r=16), "lucky", [2.0] * 20 if seed else [], **lucky)
+    m = loading.load(tmp_path)
+    best = recommend.recommend(m)
+    assert best.label == "steady"
+    assert f"lucky {how} under 1 of 3 seeds" in best.sentences[0]
+    assert "lucky" not in best.choices["label"].to_list()
+    assert {choice.label for choice in recommend.by_memory(m)} == {"baseline", "steady"}
+    (card,) = [card for card in front.cards(comparison.compare(m)) if card.title == "Lowest loss"]
+    assert card.technique == "steady"
 
 
 def test_speeds_of_different_hours_are_never_recommended(small: Small, tmp_path: Path) -> None:

@@ -81,6 +81,26 @@ def needed_bytes(m: Measurements) -> dict[int, int]:
     return {int(config): int(size) for config, size in measured.items()}  # type: ignore[call-overload]  # of configurations
 
 
+_OWN_FAILURES = {"diverged": "diverged", "did_not_train": "did not train"}
+"""Ends of a trial that are its configuration's doing, whatever the memory and the machine."""
+
+
+def failed_repeats(m: Measurements) -> dict[int, str]:
+    """By configuration that ended well under some seeds and failed by itself under others, how: its figures are those
+    of the seeds that were lucky.
+    """
+    tried = m.trials[~m.trials["twin"] & ~m.trials["watched"]]
+    failed: dict[int, str] = {}
+    config: Any
+    for config, statuses in tried.groupby("config")["status"]:
+        counts = statuses.value_counts()
+        ends = [f"{words_of} under {counts[status]} of {len(statuses)} seeds"
+                for status, words_of in _OWN_FAILURES.items() if status in counts]  # fmt: skip
+        if ends and "ok" in counts:
+            failed[int(config)] = " and ".join(ends)
+    return failed
+
+
 def recommend(
     m: Measurements, *, memory: int | None = None, max_loss: float | None = None, min_speed: float | None = None
 ) -> Recommendation:
@@ -115,6 +135,7 @@ def recommend(
     front = candidates[pareto_front(_to_minimise(candidates))]
     choices = pandas.concat([within.loc[[best]], front.drop(index=best, errors="ignore").sort_values("memory")])
     counts = f"{len(within)} of {len(figures)} configurations are within the limits"
+    counts += "".join(f"; {m.labels([config])[0]} {how}" for config, how in failed_repeats(m).items())
     if len(candidates) < len(within):
         counts += f"; {len(candidates)} of them were measured again after a search had chosen, and are compared"
     (label,) = m.labels([best])
@@ -139,6 +160,9 @@ def _figures(m: Measurements) -> pandas.DataFrame:
     figures = means.assign(memory=pandas.Series(needed_bytes(m), dtype="float64")).dropna(subset=["memory"])
     if figures.empty:
         raise InputError(f"{m.name}: of no trial that ended well is the memory known; there is nothing to recommend")
+    # What fails under some seeds is taken only where everything does.
+    steady = figures.drop(index=figures.index.intersection([*failed_repeats(m)]))
+    figures = figures if steady.empty else steady
     ranks = {rank: _against_one(m, figures, metric) for rank, metric in _RANKS.items()}
     return figures.assign(**ranks)
 

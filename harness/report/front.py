@@ -213,11 +213,13 @@ def _card(comparison: Comparison, metric: str) -> Card:
         if values.empty:
             return Card(_ANSWERS[metric], "", "not measured", "", ())
         best: Any = values.idxmin() if wanted == "lower" else values.idxmax()
-        return Card(_ANSWERS[metric], m.labels([best])[0], with_unit(metric, values[best]), "", ())
+        title = _ANSWERS[metric] if METRICS[metric].exact else f"{_ANSWERS[metric]}, not compared"
+        return Card(title, m.labels([best])[0], with_unit(metric, values[best]), "", ())
     compared = comparison.estimates[metric]
     if not compared:
         return Card(_ANSWERS[metric], "", "none can be compared with the baseline", "", ())
-    better = {c: e for c, e in compared.items() if _is_better(e)}
+    failed = recommend.failed_repeats(m)
+    better = {c: e for c, e in compared.items() if _is_better(e) and c not in failed}
     if not better:
         return Card(_ANSWERS[metric], "", f"none is better than the baseline{_detectable(comparison, metric)}", "", ())
     best = min(better, key=lambda c: better[c].value * (1 if wanted == "lower" else -1))
