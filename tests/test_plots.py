@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
+import vl_convert
 from chromium import chromium
 from rows import keep
 
@@ -480,3 +482,26 @@ def test_a_rung_may_replace_the_level_of_another(first: int, second: int, small:
         keep(Store(tmp_path), small(**keys), label, [2.0], **sizes(9.0 - number))
     of = compared(tmp_path)
     assert of.measurements.labels(ladder_plot.rungs_of(of)) == [label for label, _ in kinds]
+
+
+@pytest.mark.parametrize("timed", ["all", "some", "none"])
+def test_a_configuration_without_a_speed_is_drawn(timed: str, small: Small, tmp_path: Path) -> None:
+    """Without a place among the speeds: a missing one is neither the slowest nor on the front."""
+    for number, (label, r) in enumerate((("baseline", 4), ("lora_r=8", 8), ("lora_r=16", 16))):
+        speed = 100.0 + number if timed == "all" or (timed == "some" and label != "lora_r=16") else None
+        keep(Store(tmp_path), small(lora_r=r), label, [3.0 - number] * 3, peak_memory_bytes=1000 + number,
+             eval_loss=3.0 - number, tokens_per_second=speed)  # fmt: skip
+    chart = plots.pareto(comparison.compare(loading.load(tmp_path)))
+    assert chart is not None
+    assert chart.title == ("Memory and loss" if timed == "none" else "Memory, loss and speed")
+    drawn = chart.chart.to_dict()
+    (rows,) = {json.dumps(each) for each in drawn["datasets"].values() if len(each) == 3 and "front" in each[0]}
+    kinds = {row["technique"]: row["front"] for row in json.loads(rows)}
+    assert set(kinds) == {"baseline", "lora_r=8", "lora_r=16"}
+    assert kinds["lora_r=16"] == ("no speed" if timed == "some" else "on the front")
+    (points,) = (layer for layer in drawn["layer"] if "shape" in layer["encoding"])
+    assert ("color" in points["encoding"]) == (timed != "none")
+    picture = vl_convert.vegalite_to_svg(json.dumps(drawn))
+    assert len(re.findall(r'aria-roledescription="point"', picture)) == 3
+    assert ("NaN" in picture, "lora_r=16</text>" in picture) == (False, True)
+    assert (f'fill="{plots.GREY}"' in picture.split("no speed; technique")[-1].split("/>")[0]) == (timed == "some")

@@ -90,45 +90,57 @@ _PARETO_HEIGHT, _PARETO_POINT = 400, 110
 
 def pareto(comparison: Comparison) -> Chart | None:
     """Loss (or speed, where no loss is meaningful) against memory, with speed as colour and the front labelled."""
-    shown = comparison.shown[:MOST_POINTS]
-    means = comparison.means.loc[shown]
+    means = comparison.means.assign(speed=comparison.speeds).loc[comparison.shown[:MOST_POINTS]]
     with_loss = bool(means["eval_loss"].notna().any())
-    y = "eval_loss" if with_loss else "tokens_per_second"
+    y = "eval_loss" if with_loss else "speed"
     means = means.dropna(subset=["peak_memory_bytes", y])
     if means.empty:
         return None
     unit, size = byte_unit(means["peak_memory_bytes"].max())
-    figures = means[["peak_memory_bytes"]].assign(slowness=-means["tokens_per_second"].fillna(0.0))
-    if with_loss:
-        figures["loss"] = means["eval_loss"]
+    timed = means["speed"].notna()
+    figures = means[["peak_memory_bytes"]].assign(
+        **({"loss": means["eval_loss"]} if with_loss else {}), **({"slowness": -means["speed"]} if timed.any() else {})
+    )
     front = pareto_front(figures)
     data = about_configs(comparison, means.index.tolist())
     data["x"] = (means["peak_memory_bytes"] / size).to_numpy()
     data["y"] = means[y].to_numpy()
-    data["speed"] = means["tokens_per_second"].to_numpy()
-    data["front"] = numpy.where(front, "on the front", "beaten by another")
-    titles = axis_title("peak_memory_bytes", unit), axis_title(y, "nats per token" if with_loss else "")
+    data["speed"] = means["speed"].to_numpy()
+    kinds = {"on the front": "circle", "beaten by another": "triangle", "no speed": "square"}
+    on, off, unknown = kinds
+    data["front"] = numpy.where(front, on, off)
+    if timed.any():
+        data.loc[~timed.to_numpy(), "front"] = unknown
+    drawn = [kind for kind in kinds if kind in {on, off, *data["front"]}]
+    titles = axis_title("peak_memory_bytes", unit), _Y_TITLES[with_loss]
     x_axis = PixelAxis.of(data["x"].tolist(), WIDTH, 28, log=True)
     y_axis = PixelAxis.of(data["y"].tolist(), _PARETO_HEIGHT, 22, upright=True)
-    points = altair.Chart(data).mark_point(size=_PARETO_POINT, filled=True, opacity=0.95)
+    # By default marks leave out what has no value, and so no place among the colours.
+    shown: dict[str, Any] = {"size": _PARETO_POINT, "filled": True, "opacity": 0.95, "color": BLUE, "invalid": None}
+    points = altair.Chart(data).mark_point(**shown)
     points = points.encode(
         **on_axes(x_axis, y_axis, titles),
         tooltip=TOOLTIP,
-        color=altair.Color("speed:Q", title=axis_title("tokens_per_second", ""), scale=altair.Scale(scheme="viridis")),
         shape=altair.Shape(
             "front:N",
             title=None,
-            scale=altair.Scale(domain=["on the front", "beaten by another"], range=["circle", "triangle"]),
+            scale=altair.Scale(domain=drawn, range=[kinds[kind] for kind in drawn]),
             legend=altair.Legend(orient="top"),
         ),
     )
-    names = [name if on_front else None for name, on_front in zip(data["technique"], front, strict=True)]
+    if timed.any():
+        speed = altair.Color("speed:Q", title=axis_title("tokens_per_second", ""), scale=altair.Scale(scheme="viridis"))
+        points = points.encode(color=altair.condition(f"datum.front === '{unknown}'", altair.value(GREY), speed))
+    names = [None if kind == off else name for name, kind in zip(data["technique"], data["front"], strict=True)]
     labels = names_at(data, names, x_axis, y_axis, titles, size=_PARETO_POINT)
-    chart = altair.layer(*labels, points.interactive()).properties(
-        width=WIDTH, height=_PARETO_HEIGHT, title="Memory, loss and speed" if with_loss else "Memory and speed"
-    )
+    seen = [name for name, there in (("memory", True), ("loss", with_loss), ("speed", timed.any())) if there]
+    title = " and ".join(filter(None, (", ".join(seen[:-1]), seen[-1]))).capitalize()
+    chart = altair.layer(*labels, points.interactive()).properties(width=WIDTH, height=_PARETO_HEIGHT, title=title)
     caption = "A configuration is on the front when no other one is at least as good in all of these and better in one."
-    return Chart("pareto", "Memory, speed and loss", caption, chart)
+    return Chart("pareto", title, caption, chart)
+
+
+_Y_TITLES = {True: axis_title("eval_loss", "nats per token"), False: axis_title("tokens_per_second", "")}
 
 
 _VERDICTS = ("better", "worse", "same", "not distinguishable")
