@@ -222,6 +222,14 @@ def test_random_weights_have_no_losses_to_show(ask: Ask, tmp_path: Path, visits:
     assert "loss" not in output
 
 
+def test_nothing_is_compared_where_no_trial_has_the_values_of_base(ask: Ask, tmp_path: Path) -> None:
+    product = GRID.replace("BASE", "random:tiny").replace("VISITS", "3").replace("[8]", "[4, 8]") + "design: grid\n"
+    for base, warned in (("random:tiny, lora_r: 4", False), ("random:tiny, lora_r: 16", True)):
+        (tmp_path / "g.yml").write_text(product.replace("random:tiny", base))
+        _, output, _ = ask("run", "g.yml", "--dry-run")
+        assert ("no trial has the values of base" in output, "can show" in output) == (warned, not warned)
+
+
 def test_a_size_is_chosen_for_a_dry_run(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "g.yml").write_text(GRID.replace("BASE", "smollm2-135m-instruct").replace("VISITS", "3"))
     cost = Cost(start=1.0, step=1.0, steps=2, story=0.1)

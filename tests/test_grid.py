@@ -523,6 +523,33 @@ def test_exclude_compares_values_and_not_their_spelling(tmp_path: Path) -> None:
     assert labels(load(tmp_path, text)) == {"baseline", "lora_target_modules=v_proj"}
 
 
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("precision: [bf16, int8], adapter: [lora, qlora]", "adapter=qlora replaces precision=bf16 where design grid"),
+        ("technique: {small: {lora_r: 4}, large: {lora_r: 64}}, lora_r: [8]", "lora_r=8 replaces small"),
+        (
+            "lora_target_linear: [true], lora_target_modules: [[q_proj]]",
+            "modules=q_proj replaces lora_target_linear=tru",
+        ),
+        ("warmup_steps: [0, 3], warmup_ratio: [0.1]", "warmup_ratio=0.1 replaces warmup_steps=0"),
+        ("adapter_options: [{r: 4}, {r: 8}], adapter: [loha, lokr]", "adapter=loha replaces adapter_options="),
+    ],
+)
+def test_no_level_of_a_product_is_replaced_by_another(vary: str, message: str, tmp_path: Path) -> None:
+    """Its label would name what was not trained."""
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, BASE + f"design: grid\nvary: {{{vary}}}\n")
+
+
+def test_keys_next_to_a_preset_win_in_a_product_too(tmp_path: Path) -> None:
+    loaded = load(tmp_path, BASE + "design: grid\nvary: {like: [trl, peft], train_on_inputs: [true]}\n")
+    assert {(trial.spec.autocast, trial.spec.train_on_inputs) for trial in loaded.trials} == {
+        (True, True),
+        (False, True),
+    }
+
+
 def test_exclude_makes_a_product_possible(tmp_path: Path) -> None:
     product = BASE + "design: grid\nvary: {adapter: [lora, none], precision: [bf16, nf4]}\n"
     with pytest.raises(InputError, match=r"adapter=none, precision=nf4: precision nf4 with full fine-tuning"):

@@ -159,7 +159,8 @@ def test_a_bound_on_the_peak_is_the_enforced_budget(tmp_path: Path) -> None:
     oom = search.score("oom", {"oom_reached_bytes": 2**30, "oom_requested_bytes": 2**29})
     assert oom is not None
     assert oom.values == (None,)
-    assert oom.violations == {"memory": pytest.approx(0.5)}
+    assert oom.violations == {"memory": pytest.approx(0.5), "tokens_per_second >= 50": 0}
+    assert [*oom.violations] == [*score.violations], "samplers want the same bounds of all trials, in one order"
     assert search.score("diverged", ok) is None
     assert search.score("ok", ok | {"eval_loss": None}) is None, "a missing figure is no score"
 
@@ -229,6 +230,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "lora_r: when: adapter is never loha; the parameter would not vary"),
     "condition on nothing": (
         {"space": {"lora_r": {"low": 4, "high": 8, "when": {"adapter": []}}}}, "when: adapter is never anything"),
+    "keys that exclude each other": (
+        {"space": {"warmup_steps": [0, 3], "warmup_ratio": [0.1, 0.2]}},
+        "warmup_steps and warmup_ratio exclude each other; keep one, or give each a when:"),
+    "layers in two ways": (
+        {"space": {"lora_target_linear": [True], "targets": {"q": {"lora_target_modules": ["q_proj"]}}}},
+        "targets and lora_target_linear both set lora_target_linear"),
+    "levels of one text": (
+        {"space": {"datasets": [
+            [{"path": "storyteller", "type": {"system_prompt": text}}] for text in ("Be brief.", "Be long.")]}},
+        "datasets: two levels are called storyteller; give each a label of its own"),
+    "labels of one text": (
+        {"space": {"size": {1: {"lora_r": 4}, "1": {"lora_r": 8}}}}, "size: two levels are called 1; give each"),
+    "range of another key than a number": (
+        {"space": {"precisoin": {"low": 1, "high": 2}}}, "unknown parameter 'precisoin'; use sequence_length, "),
+    "condition on several keys at once": (
+        {"space": {
+            "adapter": ["lora", "qlora", "none"],
+            "lora_r": {"levels": [4, 8], "when": {"adapter": ["lora", "qlora"]}}}},
+        "when: adapter: lora and qlora differ in adapter and precision; give one of those keys"),
+    "conditions that contradict each other": (
+        {"space": {"lora_r": {"levels": [4, 8], "when": {"bf16": True, "precision": "nf4"}}}},
+        "when: precision is never anything; the parameter would not vary"),
     "seed": ({"space": {"seed": [1, 2]}}, "seed sets seed, which is equal in all trials of a search; give it in base"),
     "budget": ({"space": {"memory_budget": {"low": 10**9, "high": 2 * 10**9}}}, "memory_budget, which is equal in"),
     "pruner of a length that is searched": (
@@ -265,6 +288,43 @@ def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
         made(tmp_path, **given)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("when", "met", "unmet"),
+    [
+        ({"learning_rate": "1e-4"}, {"learning_rate": 1e-4}, {"learning_rate": 2e-4}),
+        ({"learning_rate": ["1e-4", 1e-3]}, {"learning_rate": 1e-3}, {"learning_rate": 2e-4}),
+        ({"bf16": True}, {"precision": "bf16"}, {"precision": "fp32"}),
+        ({"adapter": "qlora"}, {"precision": "nf4"}, {"precision": "bf16"}),
+        ({"sequence_len": 64}, {"sequence_length": 64}, {"sequence_length": 96}),
+        (
+            {"lora_target_modules": [["q_proj", "v_proj"]]},
+            {"lora_target_modules": ["q_proj", "v_proj"]},
+            {"lora_target_modules": ["q_proj"]},
+        ),
+    ],
+)
+def test_a_condition_is_spelt_as_levels_are(
+    when: dict[str, Any], met: dict[str, Any], unmet: dict[str, Any], tmp_path: Path
+) -> None:
+    space = {"how": {"met": met, "unmet": unmet}, "lora_dropout": {"levels": [0.0, 0.1], "when": when}}
+    search = made(tmp_path, space=space)
+    asked = {how: search.walk(lambda p, how=how: how if p.name == "how" else 0.1)[0] for how in ("met", "unmet")}  # type: ignore[misc]  # bound on purpose
+    assert [how for how, chosen in asked.items() if "lora_dropout" in chosen] == ["met"]
+
+
+def test_a_range_is_spelt_as_levels_are(tmp_path: Path) -> None:
+    search = made(tmp_path, space={"sequence_len": {"low": 64, "high": 128, "step": 32}})
+    chosen, spec = search.walk(lambda parameter: 96)
+    assert (chosen, spec.sequence_length) == ({"sequence_length": 96}, 96)
+
+
+def test_a_recorded_search_is_read_though_two_levels_have_one_label(tmp_path: Path) -> None:
+    """Searches of before it was refused have rows, which a report shows."""
+    space = {"size": {1: {"lora_r": 4}, "1": {"lora_r": 8}}}
+    (parameter,) = search_file.parse("t", "T", BASE, {"space": space}).parameters
+    assert parameter.choices == {"1": {"lora_r": 8}}
 
 
 def test_two_parameters_may_set_a_key_that_no_trial_gives_twice(tmp_path: Path) -> None:

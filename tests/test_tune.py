@@ -35,7 +35,7 @@ from harness.report import tuning as reporting
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.sources import fingerprints
-from harness.tuning import ownership, search_results, study
+from harness.tuning import ownership, samplers, search_results, study
 from harness.tuning.samplers import open_storage
 from harness.tuning.study import Options, tune
 
@@ -247,6 +247,23 @@ def test_the_report_is_of_the_search_that_ran_last(launcher: LocalLauncher, tmp_
     assert set(m.trials.set_index("config").loc[results.points.index, "study"]) == {done[1].study}
 
 
+def test_searches_in_one_folder_have_their_trials_each(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """The second uses what the first has measured; the first is reported whole when it is gone on with."""
+    store = Store(tmp_path / "t")
+
+    def report(ranks: list[int]) -> tuple[str, set[str]]:
+        search = made(space={"lora_r": ranks}, objectives=["eval_loss"], sampler="brute-force", trials=20)
+        tune(search, store, launcher, Watch())
+        results = search_results.read(loading.load(store.folder), store.folder)
+        assert results is not None
+        return results.label(results.winner).split(" ", 1)[-1], set(results.points["label"])
+
+    first = report([4, 8, 16])
+    assert (first[0], len(first[1])) == ("lora_r=16", 3)
+    assert len(report([4, 16])[1]) == 2
+    assert report([4, 8, 16]) == first
+
+
 def test_a_search_that_was_stopped_before_a_visit_makes_it_later(
     launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +457,43 @@ def test_the_other_samplers_work_too(sampler: str, launcher: LocalLauncher, tmp_
     assert tune(made(sampler=sampler, trials=14), store, launcher, Watch()).tried == 14
 
 
+def test_gp_goes_on_after_an_out_of_memory(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """It wants the same bounds of all trials, and the loss of one that ran out of memory is not known."""
+    store = Store(tmp_path / "t")
+    space = {"lora_r": {"low": 1, "high": 64, "log": True}}
+    bounds = ["peak_memory_bytes <= 400MB", "eval_loss <= 5"]
+    search = made({"lora_r": 64}, space=space, objectives=["eval_loss"], sampler="gp", constraints=bounds, trials=14)
+    lines: list[str] = []
+    tune(search, store, launcher, Watch(), on_message=lines.append)
+    assert not [line for line in lines if "cannot be trained" in line]
+    assert {"oom", "ok"} == set(trials(store)["status"])
+    assert len(trials(store).query("~twin")) > 10, "the first ten of gp are drawn at random"
+
+
+def test_gp_goes_on_with_a_study_whose_trials_had_different_bounds() -> None:
+    """As those from before 2026-12: without a budget, no bound of a trial that ended well, one of an out-of-memory."""
+    search = made(space={"lora_r": {"low": 1, "high": 64}}, objectives=["eval_loss"], constraints=[], sampler="gp")
+    old = optuna.create_study(sampler=samplers.sampler(search))
+    distributions = {"lora_r": samplers.distribution(search.parameters[0])}
+    for rank in range(1, 61, 5):
+        constraints = {"memory": 1e-3} if rank > 40 else {}
+        params = {"lora_r": rank}
+        old.add_trial(optuna.trial.create_trial(
+            params=params, distributions=distributions, value=4 - rank / 64, constraints=constraints))  # fmt: skip
+    assert 1 <= samplers.suggest(old.ask(), search.parameters[0]) <= 64
+
+
+def test_an_error_of_a_sampler_is_none_of_the_space(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("of the sampler")
+
+    monkeypatch.setattr(study, "suggest", fail)
+    with pytest.raises(ValueError, match="of the sampler"):
+        tune(made(trials=2), Store(tmp_path / "t"), launcher, Watch())
+
+
 def test_a_storage_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the study's storage cannot be opened") as error:
         open_storage("mysql://me:secret@nowhere/x", Store(tmp_path / "t"))
@@ -493,6 +547,26 @@ def test_halving_stops_the_worse_trials(launcher: LocalLauncher, tmp_path: Path)
     summary = reporting.summarize(m, store.folder)
     assert summary is not None
     assert any("Successive halving stopped" in sentence for sentence in summary.sentences)
+
+
+def test_halving_judges_bounds_by_the_whole_training(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """A ninth of the training has a loss beyond the bound, whatever the rank, and the whole has not."""
+    store = Store(tmp_path / "t")
+    figures = {rank: formula.figures(made({"lora_r": rank}).base.model_copy(update={"train_samples": n}))[1]
+               for rank, n in ((64, 36), (60, 4))}  # fmt: skip
+    bound = (figures[64] + figures[60]) / 2
+    search = made(
+        {"lora_r": 64}, space={"lora_r": [60, 62, 64], "lora_dropout": [0.0, 0.1]}, objectives=["eval_loss"],
+        pruner="halving", trials=6, constraints=[f"eval_loss <= {bound:.3f}"], sampler="random",
+    )  # fmt: skip
+    done = tune(search, store, launcher, Watch())
+    rows = trials(store).query("~twin").set_index("train_samples")["eval_loss"]
+    assert rows[4].min() > bound > rows[36].min()
+    opened = optuna.load_study(study_name=done.study, storage=open_storage(None, store))
+    states = {t.state.name for t in opened.trials}
+    assert states <= {"COMPLETE", "PRUNED"}
+    whole = [t.user_attrs["rows"] for t in opened.trials if t.state.name == "COMPLETE"]
+    assert all(len(rungs) == 3 for rungs in whole), "no trial was given up for what a ninth of it shows"
 
 
 def test_the_winner_is_compared_in_fresh_repeats(launcher: LocalLauncher, tmp_path: Path) -> None:

@@ -56,7 +56,13 @@ def print_forecast(grid: Grid, store: Store, here: Sequence[Environment]) -> Non
     from harness.analysis import forecast
 
     plan = forecast.Plan.of(grid, _held_out(grid))
-    if plan.configurations < 2 or not (plan.visits or plan.stories):
+    if plan.configurations < 2:
+        return
+    if not any(trial.baseline for trial in grid.trials):
+        line = "no trial has the values of base, so none is compared with another: give them as a level or a trial too"
+        out.print(line, style="yellow", highlight=False, soft_wrap=True)
+        return
+    if not (plan.visits or plan.stories):
         return
     lines = forecast.describe(plan, forecast.variances_of(recorded(store, here)))
     indent = " " * len(_LEAD)

@@ -41,6 +41,7 @@ from harness.grids.levels import (
     list_levels,
     make_spec,
 )
+from harness.grids.presets import LIKE
 from harness.grids.spellings import merge
 from harness.grids.yaml_file import read_yaml
 from harness.record import NO_CONTENTS, Contents, Tuned
@@ -327,8 +328,10 @@ def _design(
     def apply(levels: Sequence[Level]) -> TrialSpec:
         where = ", ".join(level.label for level in levels)
         values, held = base, False
-        for level in levels:
+        for number, level in enumerate(levels):
             values = merge(values, level.changes)
+            if design == "grid":
+                _refuse_replacing(level, levels[:number], values)
             # A later rung of a ladder may set the accumulation itself.
             held = (held or level.hold) and ACCUMULATION not in level.changes
         values = merge(values, overrides)
@@ -358,6 +361,17 @@ def _design(
         for level in (level for levels in factors for level in levels):
             trials.append(Trial(apply([level]), level.label, level.factor, level.text))
     return trials
+
+
+def _refuse_replacing(level: Level, before: Sequence[Level], values: Mapping[str, Any]) -> None:
+    """A product's label names each of its levels; one that a later factor replaces would not be what was trained."""
+    for other in before:
+        # Of a preset, keys that are given next to it win.
+        if other.factor != LIKE and any(values.get(key) != value for key, value in other.changes.items()):
+            raise ValueError(
+                f"vary: {level.label} replaces {other.label} where design grid has both; keep one of these factors, "
+                "or make them one of labelled levels"
+            )
 
 
 def _exclude(trials: list[Trial], rules: Any) -> list[Trial]:

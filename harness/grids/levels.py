@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,41 @@ def list_levels(given: Any) -> list[Level]:
         label = ", ".join(f"{key}={as_written(value)}" for key, value in changes.items())
         levels.append(_bundle("trials", label, changes))
     return levels
+
+
+def condition_of(given: Any, where: str) -> dict[str, tuple[Any, ...]] | None:
+    """The values of spec keys under which a parameter is active (`when`), of keys as levels may spell them.
+
+    Raises:
+        ValueError: a key or a value is none; the message begins with `where`.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"{where}: when is {kind_of(given)}; it must be a mapping like {{adapter: lora}}")
+    allowed: dict[str, tuple[Any, ...]] = {}
+    for key, value in given.items():
+        for name, values in _alternatives(key, value if isinstance(value, list) else [value], f"{where}: when").items():
+            allowed[name] = tuple(each for each in values if each in allowed.get(name, values))
+    return allowed
+
+
+def _alternatives(key: Any, levels: Sequence[Any], where: str) -> dict[str, tuple[Any, ...]]:
+    """By key of a spec, the values that it has where a key, as it is spelt, has one of these levels."""
+    each = []
+    for level in levels:
+        changes = changes_of({key: level}, where)
+        spec = make_spec({"base_model": "any"} | changes, where, keys_alone=True)
+        each.append({name: getattr(spec, name) for name in changes})
+    if not each:
+        return {key: ()}
+    # Values of one key are alternatives; of several, each would go with each of the others'.
+    names = dict.fromkeys(name for changes in each for name in changes)
+    differing = [name for name in names if any(changes.get(name) != each[0].get(name) for changes in each)]
+    if len(differing) > 1 or any(changes.keys() != names.keys() for changes in each):
+        shown = " and ".join(map(as_written, levels))
+        raise ValueError(f"{where}: {key}: {shown} differ in {' and '.join(names)}; give one of those keys")
+    return {name: tuple(changes[name] for changes in each) for name in names}
 
 
 def hold_effective_batch(values: Mapping[str, Any], base: TrialSpec, where: str) -> dict[str, Any]:

@@ -25,8 +25,14 @@ Sampler = Literal["tpe", "gp", "nsga2", "random", "brute-force"]
 Scalar = bool | int | float | str | None
 BEFORE = "measured before"
 """Level of a trial that was recorded before the search."""
+_UNKNOWN = 1e-3
+"""How far beyond a bound, or within it, a trial is of which only that is known."""
 BUDGETS = ("train_samples", "max_steps")
 """Keys that set the length of a trial; the pruner shortens them."""
+
+
+class Untrainable(ValueError):
+    """Values that were chosen make no spec that can be trained."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Parameter:
     """Values of other keys with which it is active; null: always."""
     hold: bool = False
     """Derive the accumulation so that the effective batch stays the base's."""
+    equal: tuple[str, ...] = ()
+    """Labels of choices that others have too, of which the last alone is in `choices`."""
 
     @property
     def keys(self) -> set[str]:
@@ -130,7 +138,12 @@ class Score:
     values: tuple[float | None, ...]
     """By objective; null where it was not measured."""
     violations: Mapping[str, float]
-    """By constraint; above 0 is a violation."""
+    """By constraint, `memory` first, the same for all trials of a search. Above 0 is a violation; 0: not measured."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it had memory enough, which does not depend on the length of the training."""
+        return self.violations["memory"] <= 0
 
     @property
     def feasible(self) -> bool:
@@ -175,7 +188,7 @@ class Search:
             The values by parameter, and the spec that they make.
 
         Raises:
-            ValueError: the keys make a spec that cannot be trained, or do not divide the effective batch that is held.
+            Untrainable: the keys make a spec that cannot be trained, or do not divide the effective batch that is held.
         """
         chosen: dict[str, Any] = {}
         values = self._base_values
@@ -190,10 +203,13 @@ class Search:
                 held |= parameter.hold
         where = ", ".join(f"{k}={as_written(v)}" for k, v in chosen.items())
         if held and ACCUMULATION in given:
-            raise ValueError(f"{where}: hold: effective_batch_size derives the accumulation; drop one of them")
-        if held:  # of the micro-batch and the processes that were chosen together
-            values = hold_effective_batch(values, self.base, where)
-        return chosen, make_spec(values, where)
+            raise Untrainable(f"{where}: hold: effective_batch_size derives the accumulation; drop one of them")
+        try:
+            if held:  # of the micro-batch and the processes that were chosen together
+                values = hold_effective_batch(values, self.base, where)
+            return chosen, make_spec(values, where)
+        except ValueError as error:
+            raise Untrainable(str(error)) from None
 
     @cached_property
     def _base_values(self) -> dict[str, Any]:
@@ -259,7 +275,7 @@ class Search:
         """
         if status == "ok":
             need = max((figures.get(name) or 0.0) for name in FITS)
-            violations = {} if self.memory is None else {"memory": need / self.memory - 1.0}
+            violations = {"memory": -_UNKNOWN if self.memory is None else need / self.memory - 1.0}
             values = [figures.get(objective.metric) for objective in self.objectives]
             bounded = {str(c): figures.get(c.metric) for c in self.constraints}
             if any(v is None for v in (*values, *bounded.values())):
@@ -275,7 +291,8 @@ class Search:
                 return None
             known = {"peak_memory_bytes": wanted or None}
             # A fragmented card runs out of memory below its size: a violation too.
-            return Score(tuple(known.get(o.metric) for o in self.objectives), {"memory": max(beyond, 1e-3)})
+            violations = {"memory": max(beyond, _UNKNOWN)} | {str(c): 0.0 for c in self.constraints}
+            return Score(tuple(known.get(o.metric) for o in self.objectives), violations)
         return None
 
     def better(self, a: float, b: float, objective: int = 0) -> bool:

@@ -16,9 +16,9 @@ from harness._util.units import parse_bytes
 from harness.dialects.training_file import OWN
 from harness.errors import InputError
 from harness.grids.document import base_of, header, located, timing_of
-from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, levels_of, make_spec
+from harness.grids.levels import ACCUMULATION, HOLDING, SPEC_KEYS, condition_of, levels_of, make_spec
 from harness.grids.search import BUDGETS, Constraint, Objective, Parameter, Pruner, Sampler, Scalar, Search, budget_key
-from harness.grids.spellings import FLOAT_KEYS, merge
+from harness.grids.spellings import FLOAT_KEYS, merge, one_of_each
 from harness.grids.yaml_file import read_yaml
 from harness.metrics import METRICS
 from harness.record import TIMED_FIGURES
@@ -29,6 +29,12 @@ KEYS = ("space", "objectives", "constraints", "sampler", "trials", "timeout", "p
 _RANGE_KEYS = ("low", "high", "log", "step", "when")
 _MOST_COMBINATIONS = 5_000
 _MOST_TRIALS = 100_000
+_NUMBERS = tuple(
+    key
+    for key, facts in FACTS.items()
+    if facts.given and re.search(r"\b(int|float)\b", str(TrialSpec.model_fields[key].annotation))
+)
+"""Keys that can have a range."""
 _CONSTRAINT = re.compile(r"\s*(?P<metric>\w+)\s*(?P<sign><=|>=)\s*(?P<bound>.+?)\s*")
 
 
@@ -139,6 +145,11 @@ def _parameters(given: Any, base: TrialSpec) -> tuple[Parameter, ...]:
 def _refuse_contradictions(search: Search) -> None:
     """Refuse what would measure something else than it says. A search that was recorded is read all the same."""
     for number, parameter in enumerate(search.parameters):
+        for label in parameter.equal:
+            raise ValueError(
+                f"space: {parameter.name}: two levels are called {label}; give each a label of its own, as in "
+                "{one: {…}, other: {…}}"
+            )
         for key in sorted(parameter.keys & {"seed", "memory_budget", "device"}):
             raise ValueError(
                 f"space: {parameter.name} sets {key}, which is equal in all trials of a search; give it in base"
@@ -146,10 +157,11 @@ def _refuse_contradictions(search: Search) -> None:
         for key in sorted(parameter.keys & {*BUDGETS}) if search.pruner is not None else ():
             raise ValueError(f"space: {parameter.name} sets {key}, which the pruner shortens; leave one of them out")
         for other in search.parameters[:number]:
-            twice = sorted(parameter.keys & other.keys)
+            twice = sorted(one_of_each(parameter.keys) & one_of_each(other.keys))
             if twice and not parameter.excludes(other):
+                what = f"both set {twice[0]}" if twice[0] in parameter.keys & other.keys else "exclude each other"
                 raise ValueError(
-                    f"space: {parameter.name} and {other.name} both set {twice[0]}; keep one, or give each a when: "
+                    f"space: {parameter.name} and {other.name} {what}; keep one, or give each a when: "
                     "with other values of one key"
                 )
     _check_conditions(search.parameters, search.base)
@@ -193,20 +205,24 @@ def _parameter(name: str, given: Any, base: TrialSpec) -> Parameter:
         raise ValueError(f"{where}: when: goes beside levels: or low: and high:, as in {{levels: …, when: …}}")
     when = None
     if isinstance(given, dict) and "levels" in given:
-        when = _when(given.get("when"), where)
+        when = condition_of(given.get("when"), where)
         given = {key: value for key, value in given.items() if key != "when"}
     levels = levels_of(name, given, "space")
     # A key that only some choices set has the base's value in the others, so that a spec identifies its choice.
     keys = dict.fromkeys(key for level in levels for key in level.changes)
     choices: dict[Scalar, dict[str, Any]] = {}
+    equal: list[str] = []
     for level in levels:
         spec = make_spec(merge(base.model_dump(), level.changes), f"space: {level.label}", keys_alone=True)
         value = level.changes.get(name)
         # Scalars can be stored as they are; a list of layers, or what stands for several keys, is stored as its text.
         scalar = isinstance(value, bool | int | float | str | None) and one_line(as_written(value)) == level.text
         choice = value if name in level.changes and scalar else level.text
-        choices[choice] = {key: getattr(spec, key) for key in keys}
-    return Parameter(name, choices, when=when, hold=levels[0].hold)
+        changes = {key: getattr(spec, key) for key in keys}
+        if choices.get(choice, changes) != changes:
+            equal.append(level.text)
+        choices[choice] = changes
+    return Parameter(name, choices, when=when, hold=levels[0].hold, equal=tuple(equal))
 
 
 def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
@@ -214,8 +230,11 @@ def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
     for key in given:
         if key not in _RANGE_KEYS:
             raise ValueError(f"{where}: {unknown('key', key, _RANGE_KEYS)}")
-    if not (name in FACTS and FACTS[name].given):
-        raise ValueError(f"space: {unknown('parameter', name, SPEC_KEYS)}")
+    if name == "sequence_len":  # as tools' files spell it
+        name = "sequence_length"
+    if name not in _NUMBERS:
+        isnt = f"{name} is not a number; give a list of levels"
+        raise ValueError(f"space: {isnt if name in SPEC_KEYS else unknown('parameter', name, _NUMBERS)}")
     bounds = {key: _number(given.get(key), f"{where}: {key}") for key in ("low", "high")}
     log = given.get("log", False)
     if not isinstance(log, bool):
@@ -223,13 +242,11 @@ def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
     step = None if given.get("step") is None else _number(given["step"], f"{where}: step")
     whole = name not in FLOAT_KEYS
     for key, value in bounds.items():
-        spec = make_spec(
+        make_spec(
             merge(base.model_dump(), {name: int(value) if whole and value == int(value) else value}),
             f"{where}: {key}",
             keys_alone=True,
         )
-        if isinstance(getattr(spec, name), bool | str | None):
-            raise ValueError(f"{where} is not a number; give a list of levels")
     if not bounds["low"] < bounds["high"]:
         raise ValueError(f"{where}: low {bounds['low']:g} is not below high {bounds['high']:g}")
     if log and (bounds["low"] <= 0 or step is not None):
@@ -247,7 +264,7 @@ def _range(name: str, given: Mapping[str, Any], base: TrialSpec) -> Parameter:
         log=log,
         step=None if step is None else as_type(step),
         whole=whole,
-        when=_when(given.get("when"), where),
+        when=condition_of(given.get("when"), where),
     )
 
 
@@ -258,21 +275,6 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where} is {'missing' if value is None else kind_of(value)}; it must be a number")
     return float(value)
-
-
-def _when(given: Any, where: str) -> dict[str, tuple[Any, ...]] | None:
-    if given is None:
-        return None
-    if not isinstance(given, dict) or not given:
-        raise ValueError(f"{where}: when is {kind_of(given)}; it must be a mapping like {{adapter: lora}}")
-    for key in given:
-        if not (key in FACTS and FACTS[key].given):
-            raise ValueError(f"{where}: when: {unknown('key', key, tuple(FACTS))}")
-    allowed = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in given.items()}
-    for key, values in allowed.items():
-        for value in values:
-            make_spec({"base_model": "any", key: value}, f"{where}: when", keys_alone=True)
-    return allowed
 
 
 def _objectives(given: Any) -> tuple[Objective, ...]:

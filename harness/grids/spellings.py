@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from harness.grids import presets
@@ -20,6 +20,12 @@ _EXCLUSIVE: tuple[frozenset[str], ...] = (
     frozenset({"warmup_steps", "warmup_ratio"}),
 )
 """Keys of which a configuration may give only one; a level that gives one replaces the base's other."""
+
+
+def one_of_each(keys: Collection[str]) -> set[str]:
+    """The keys, and those that a configuration cannot give besides them."""
+    return set(keys).union(*(group for group in _EXCLUSIVE if group & set(keys)))
+
 
 FLOAT_KEYS: frozenset[str] = frozenset(
     name for name, field in TrialSpec.model_fields.items() if "float" in str(field.annotation)

@@ -14,6 +14,8 @@ from harness.results.store import Store
 
 AGAIN = "again"
 """Attribute of a trial that is queued because its row was lost."""
+ROWS = "rows"
+"""Attribute of a trial: the labels of its rows, by trial id."""
 
 
 def proposed_count(study: optuna.Study) -> int:
@@ -65,6 +67,25 @@ def give_back_lost(study: optuna.Study, store: Store) -> int:
         label = {"label": "baseline"} if trial.user_attrs.get("label") == "baseline" else {}
         study.enqueue_trial(dict(trial.params), user_attrs={AGAIN: True, **label})
     return len(lost)
+
+
+def claim(study: optuna.Study, store: Store, baseline_id: str) -> None:
+    """Make the rows of a study its own again, of which another one in the same folder has used some since.
+
+    Args:
+        study: whose trials are told apart by the row's number and label.
+        store: of the rows.
+        baseline_id: id of the search's base.
+    """
+    places: dict[str, dict[str, Any]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        about = trial.user_attrs
+        latest = {about["trial_id"]: about["label"]} if "trial_id" in about else {}  # all that older studies have
+        for trial_id, label in about.get(ROWS, latest).items():
+            place = {"study": study.study_name, "study_trial": trial.number, "label": label, "baseline_id": baseline_id}
+            places.setdefault(trial_id, place)
+    taken = [row for row in store.read("trials", ["trial_id", "study"]).to_pylist() if row["study"] != study.study_name]
+    store.rename({row["trial_id"]: places[row["trial_id"]] for row in taken if row["trial_id"] in places})
 
 
 def give_back(study: optuna.Study, number: int, params: Mapping[str, Any], label: str | None = None) -> None:

@@ -111,6 +111,25 @@ class _BruteForce(optuna.samplers.BruteForceSampler):
             self.exhausted = True
 
 
+class _GP(optuna.samplers.GPSampler):
+    """Wants the same constraints of all trials; those of studies from before 2026-12 depend on how a trial ended."""
+
+    def _sample_relative_impl(
+        self, study: optuna.Study, completed_trials: list[FrozenTrial], *others: Any
+    ) -> dict[str, Any]:
+        names = dict.fromkeys(name for trial in completed_trials for name in trial.constraints)
+        alike = [
+            optuna.trial.create_trial(
+                params=trial.params,
+                distributions=trial.distributions,
+                values=trial.values,
+                constraints={name: trial.constraints.get(name, 0.0) for name in names},
+            )
+            for trial in completed_trials
+        ]
+        return super()._sample_relative_impl(study, alike, *others)
+
+
 def sampler(search: Search) -> optuna.samplers.BaseSampler:
     """The search's sampler, seeded.
 
@@ -132,9 +151,7 @@ def sampler(search: Search) -> optuna.samplers.BaseSampler:
             )
         if search.sampler == "gp":
             # Parameters under a condition are drawn at random, as docs/search.md says; Optuna would warn of each.
-            return optuna.samplers.GPSampler(
-                seed=search.seed, deterministic_objective=False, warn_independent_sampling=False
-            )
+            return _GP(seed=search.seed, deterministic_objective=False, warn_independent_sampling=False)
         if search.sampler == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=search.seed, population_size=min(50, max(4, search.trials // 4)))
         return optuna.samplers.RandomSampler(seed=search.seed)

@@ -24,7 +24,7 @@ from harness._util.units import counted, show_bytes
 from harness.environment import Placement, resolve_device
 from harness.errors import InputError, TrialsFailed
 from harness.grids.grid import Grid, Trial
-from harness.grids.search import Score, Search
+from harness.grids.search import Score, Search, Untrainable
 from harness.launch.launcher import Launcher
 from harness.metrics import METRICS
 from harness.predict.prediction import NO_PREDICTIONS, Predictions
@@ -44,6 +44,8 @@ from harness.spec.trial import TrialSpec
 from harness.tuning.finalists import confirmation
 from harness.tuning.ownership import (
     AGAIN,
+    ROWS,
+    claim,
     give_back,
     give_back_abandoned,
     give_back_lost,
@@ -179,8 +181,10 @@ class _StudyProcess:
             if "begun" not in self.study.user_attrs:
                 self._begin()
                 self.study.set_user_attr("begun", True)
-            elif options.sources:
-                on_message("this study has begun: --from is read at the beginning of one, and nothing is added to it")
+            else:
+                claim(self.study, store, search.base.id)
+                if options.sources:
+                    on_message("this study has begun: --from is read at the beginning of one; nothing is added to it")
         about = {**search.given, "study": self.study.study_name}
         self.described = Grid(
             search.name, search.title, "list", self.read, tune=about, training_file=search.training_file
@@ -263,9 +267,9 @@ class _StudyProcess:
 
     def _check_feasible(self, least: int) -> None:
         """Raise where at least this number of trials has finished and none is within the bounds."""
-        finished = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        finished = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
         scored = [t for t in finished if t.state is not TrialState.FAIL]
-        if len(finished) < least or any(all(v <= 0 for v in t.constraints.values()) for t in scored):
+        if len(finished) < least or self._has_feasible():
             return
         if not scored:
             ends = ", ".join(sorted({t.user_attrs.get("status", "stopped") for t in finished}))
@@ -282,6 +286,11 @@ class _StudyProcess:
             "raise the bound, or widen the space towards less"
         )
 
+    def _has_feasible(self) -> bool:
+        """Whether a whole training is within the bounds."""
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return any(all(v <= 0 for v in t.constraints.values()) for t in complete)
+
     def _run_proposal(self, trial: optuna.Trial, number: int, context: ExecutionContext) -> None:
         """Run a proposal and report its score; if that fails, queue the proposal again."""
         try:
@@ -289,7 +298,7 @@ class _StudyProcess:
             try:
                 with self.lock:
                     chosen, spec = self.search.walk(lambda parameter: suggest(trial, parameter))
-            except ValueError as error:  # the space is too large to be checked in advance
+            except Untrainable as error:  # the space is too large to be checked in advance
                 self.on_message(f"#{trial.number} cannot be trained: {error}")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return
@@ -310,16 +319,18 @@ class _StudyProcess:
         for rung in self.search.rungs:
             at_rung = self.search.at_rung(spec, rung)
             whole = rung == self.search.rungs[-1]
-            row = self._measure(trial, label if whole else f"{label} (rung {rung})", at_rung, number, context)
+            row_label = label if whole else f"{label} (rung {rung})"
+            row = self._measure(trial, row_label, at_rung, number, context)
             trial.set_user_attr("status", "disturbed" if row.get("disturbed") else row["status"])
             trial.set_user_attr("trial_id", row["trial_id"])
+            trial.set_user_attr(ROWS, trial.user_attrs.get(ROWS, {}) | {row["trial_id"]: row_label})
             score = self.search.score(row["status"], {name: row.get(name) for name in METRICS})
-            if score is None or not score.feasible or whole:
+            if score is None or not score.fits or whole:  # other bounds are of the whole training
                 break
             value = score.values[0]
             if value is not None:
                 trial.report(value, rung)
-                if trial.should_prune():
+                if trial.should_prune() and self._has_feasible():  # by the objective alone, whatever the bounds
                     self.study.tell(trial, state=TrialState.PRUNED)
                     return
         self._report_to_study(trial, score, label)

@@ -18,6 +18,7 @@ from harness.results.join import copy_trial
 from harness.results.schema import spec_of
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
+from harness.tuning.ownership import ROWS
 from harness.tuning.samplers import distribution, fallback_value
 
 _OTHER = "with other content of their data or base model"
@@ -76,21 +77,24 @@ class WarmStart:
         label = "baseline" if is_base else one_line(f"#{number} {row['label']}, measured before")
         by_name = {parameter.name: parameter for parameter in self.search.parameters}
         values = [fallback_value(self.study, self.search, k) if v is None else v for k, v in enumerate(score.values)]
+        copied_id = trial_id(spec, self.environment, Contents.of_row(row))
+        within = self.search.memory is None or max(row[name] or 0 for name in FITS) <= self.search.memory
+        is_copied = row["status"] == "ok" and within
+        about = {"source": source.folder.name, "label": label, "status": row["status"]}
         self.study.add_trial(
             optuna.trial.create_trial(
                 params=dict(params),
                 distributions={name: distribution(by_name[name]) for name in params},
                 values=values,
                 constraints=dict(score.violations),
-                user_attrs={"source": source.folder.name, "label": label, "status": row["status"]},
+                user_attrs=about | ({ROWS: {copied_id: label}} if is_copied else {}),
             )
         )
-        within = self.search.memory is None or max(row[name] or 0 for name in FITS) <= self.search.memory
-        if row["status"] == "ok" and within:
+        if is_copied:
             place = {
                 "grid": self.search.name, "label": label, "factor": None, "level": BEFORE,
                 "baseline_id": self.search.base.id, "study": self.study.study_name, "study_trial": number,
                 "memory_budget": self.search.memory, "device": self.search.base.device, "spec_id": spec.id,
-                "folder": spec.folder, "trial_id": trial_id(spec, self.environment, Contents.of_row(row)),
+                "folder": spec.folder, "trial_id": copied_id,
             }  # fmt: skip
             copy_trial(self.store, source, row["trial_id"], {**row, **place})
