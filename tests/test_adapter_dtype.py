@@ -58,6 +58,13 @@ def test_a_kept_adapter_has_that_format(small: Small, tmp_path: Path, monkeypatc
     assert {each.dtype for each in kept.values()} == {torch.bfloat16}
 
 
+def test_matrices_that_are_not_trained_have_it_too(small: Small, tmp_path: Path) -> None:
+    """One product of two formats is refused by torch."""
+    keys = {"precision": "bf16", "adapter_dtype": "bf16", "init_lora_weights": "mica"}
+    record = run(small(base_model=tiny_model(tmp_path), **keys))
+    assert record.status == "ok", record.error
+
+
 def test_what_it_does_not_go_with(small: Small) -> None:
     for keys in ({"precision": "fp16"}, {"precision": "fp16-mixed"}, {"precision": "nf4", "compute_dtype": "fp16"}):
         with pytest.raises(ValueError, match="adapter_dtype bf16 with fp16 arithmetic: use adapter_dtype: fp32"):

@@ -181,11 +181,15 @@ def test_a_full_disk_no_memory_and_a_kill_leave_nothing(
         merge.merge(source, out)
     assert not list(out.parent.iterdir())
 
-    # A merge that was killed together with its runner: the next one clears up.
-    (out.parent / ".m.1.aside").mkdir()
+    # A merge that was killed together with its runner: the next one clears up, and leaves those that run.
+    killed, running, other = (out.parent / f".{name}.aside" for name in ("m.0a1b2c3d", "m.1a1b2c3d", "m-2.0a1b2c3d"))
+    for aside in (killed, running, other):
+        aside.mkdir()
+    os.utime(killed, (0, 0))
+    os.utime(other, (0, 0))
     monkeypatch.undo()
     merge.merge(source, out)
-    assert [entry.name for entry in out.parent.iterdir()] == ["m"]
+    assert {*out.parent.iterdir()} == {out, running, other}
 
 
 def _on_a_full_disk(*arguments: Any) -> Any:
@@ -213,7 +217,6 @@ def _without_memory(*arguments: Any) -> Any:
 
 
 def _killed(text: str, adapter: str, folder: str, *others: Any) -> Any:
-    Path(folder).mkdir()
     (Path(folder) / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 

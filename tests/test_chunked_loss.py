@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny_model
 from trials import run
 
@@ -14,7 +15,7 @@ from harness.errors import InputError
 from harness.predict import peak
 from harness.record import Record
 from harness.spec.trial import TrialSpec
-from harness.training import model
+from harness.training import loss, model
 
 Small = Callable[..., TrialSpec]
 Both = Callable[..., tuple[Record, Record]]
@@ -94,6 +95,23 @@ def test_what_it_holds_is_predicted(keys: dict[str, Any], small: Small, tmp_path
     assert predicted.peak_evaluate_bytes is not None
     assert whole.peak_evaluate_bytes is not None
     assert predicted.peak_evaluate_bytes < 0.5 * whole.peak_evaluate_bytes
+
+
+def test_it_is_that_of_an_adapter_within_attention(small: Small) -> None:
+    options = {"adapter": "adaption_prompt", "adapter_options": {"adapter_len": 4, "adapter_layers": 2}}
+    full, chunked = (run(small(**options, loss=how)) for how in ("full", "chunked"))
+    assert chunked.status == "ok", chunked.error
+    for a, b in zip(full.steps, chunked.steps, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-3)
+
+
+def test_a_forward_pass_that_is_not_the_models_is_one_line(small: Small) -> None:
+    network = model.load(small(adapter="none"), torch.device("cpu"))
+    tokens = torch.arange(8)[None]
+    inputs = {"input_ids": tokens, "labels": tokens}
+    with pytest.raises(InputError, match="keeps a forward pass of its own; use loss: full"):
+        loss.forward(lambda **given: type(network).forward(network, **given), network, inputs, small(loss="chunked"))
 
 
 def test_a_model_that_takes_no_part_is_refused(small: Small, tmp_path: Path) -> None:

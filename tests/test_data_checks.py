@@ -417,6 +417,17 @@ def test_biases_train_at_what_the_refusal_offers(small: Small, tmp_path: Path, p
     assert run(spec).status == "ok"
 
 
+def test_biases_that_a_model_does_not_have_are_warned_of(small: Small, tmp_path: Path) -> None:
+    """SmolLM2 and Llama have none: that training is the baseline's, whatever its row is called."""
+    (line,) = inspected(small(lora_bias="all")).warnings
+    assert line == "lora_bias all: random:tiny has no biases; it trains as with lora_bias: none"
+    base = tiny_model(tmp_path / "model", "qwen2")  # in its attention alone
+    with_some = small(base_model=base, lora_bias="lora_only", lora_target_linear=False, lora_target_modules=["q_proj"])
+    assert not inspected(with_some).warnings
+    (line,) = inspected(with_some.model_copy(update={"lora_target_modules": ("up_proj",)})).warnings
+    assert "has no biases in layers that get an adapter; it trains as with lora_bias: none" in line
+
+
 def test_a_run_is_refused_with_exit_code_2_before_it_starts(ask: Any, tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", "gpt2", config={"n_positions": 64})
     datasets = json.dumps(data_of(tmp_path, long_enough(8, 80)))

@@ -119,6 +119,7 @@ def test_lora_and_precision_are_read_where_models_are_built() -> None:
     # What can be changed of a spec to make it fit is a list of such keys. Layers of peft have attributes of such names.
     of_training = {f"training.{name}" for name in ("model", "adapter_methods", "adapter_targets", "adapter_inputs")}
     of_training |= {"training.optimizers", "training.initialisations"}  # LoRA-FA scales by rank and alpha
+    of_training |= {"training.lora_variants"}
     assert readers <= {
         "spec.trial",
         "spec.capabilities",

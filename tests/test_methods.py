@@ -13,8 +13,10 @@ import pytest
 import torch
 from peft import PeftType
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.ia3 import IA3Layer
 from pydantic import ValidationError
 from test_cli import Ask
+from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trials import run
 
@@ -134,6 +136,31 @@ def test_the_table_is_of_every_method_and_of_the_installed_release() -> None:
         ({"adapter": "adalora", "adapter_options": {"r": 9}}, "use init_r and target_r"),
         ({"adapter": "prompt_tuning"}, "needs num_virtual_tokens, as in adapter_options: {num_virtual_tokens: 20}"),
         ({"adapter": "c3a"}, "block size"),
+        (
+            {"adapter": "cpt", "adapter_options": {"opt_weighted_loss_type": "decay"}},
+            "losses of all methods are of the same tokens",
+        ),
+        (
+            {"adapter": "ia3", "adapter_options": {"feedforward_modules": ["dwn_proj"]}},
+            "dwn_proj is none of the layers",
+        ),
+        (
+            {
+                "adapter": "ia3",
+                "lora_target_modules": ["q_proj"],
+                "adapter_options": {"feedforward_modules": ["up_proj"]},
+            },
+            "up_proj is none of the layers that get an adapter, which are q_proj",
+        ),
+        ({"adapter_options": {"layers_to_transform": [0, 9]}}, "no linear layer is in layer 9; layers count from 0"),
+        (
+            {"init_lora_weights": "eva", "adapter_options": {"rank_pattern": {"q_proj": 2}}},
+            "eva with rank_pattern: it gives each layer lora_r",
+        ),
+        (
+            {"init_lora_weights": "corda", "adapter_options": {"rank_pattern": {"q_proj": 2}}},
+            "corda with rank_pattern: it gives each layer lora_r",
+        ),
         ({"adapter": "loha", "lora_target_modules": ["q_prj"]}, "did you mean q_proj?"),
         ({"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 2}, "sample_packing": True}, "packing"),
     ],
@@ -286,6 +313,42 @@ def test_weights_of_an_adapter_are_none_of_the_base(small: Small) -> None:
     spec = small(adapter="loha", precision="bf16", adapter_options={"r": 64})
     assert formats.fraction_in(model.load(spec, CPU), "bf16") == 1.0
     assert not inspection.inspect([("trial", spec)]).warnings
+
+
+# ------------------------------------------------------------------------------------ IA3
+
+
+def scaled(network: Any) -> dict[str, list[str]]:
+    """Ends of the names of layers whose inputs IA3 scales, and of those whose outputs it scales."""
+    layers = [(name, each) for name, each in network.named_modules() if isinstance(each, IA3Layer)]
+    return {
+        side: sorted({".".join(name.split(".")[-2:]) for name, each in layers if each.is_feedforward is inputs})
+        for side, inputs in (("inputs", True), ("outputs", False))
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "inputs", "outputs"),
+    [
+        ("llama", ["mlp.down_proj"], ["mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"]),
+        ("gpt2", ["mlp.c_proj"], ["attn.c_attn", "attn.c_proj", "mlp.c_fc"]),
+        ("bloom", ["mlp.dense_4h_to_h"], ["mlp.dense_h_to_4h", "self_attention.dense"]),
+        ("phi3", [], ["mlp.down_proj", "mlp.gate_up_proj"]),  # peft has no entry for it
+    ],
+)
+def test_ia3_scales_the_side_that_peft_says(
+    architecture: str, inputs: list[str], outputs: list[str], small: Small, tmp_path: Path
+) -> None:
+    spec = small(base_model=tiny_model(tmp_path, architecture), adapter="ia3", precision="fp32")
+    layers = scaled(model.load(spec, CPU))
+    assert layers["inputs"] == inputs
+    assert {*outputs} <= {*layers["outputs"]}
+
+
+@pytest.mark.parametrize("named", ["mlp.down_proj", "down_proj", "model.layers.0.mlp.down_proj"])
+def test_ia3_scales_the_inputs_of_the_layers_that_are_named(named: str, small: Small) -> None:
+    spec = small(adapter="ia3", adapter_options={"feedforward_modules": [named, "up_proj"]})
+    assert scaled(model.load(spec, CPU))["inputs"] == ["mlp.down_proj", "mlp.up_proj"]
 
 
 # ------------------------------------------------------------------------------------ AdaLoRA

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from trials import run
 
 from harness.environment import current
 from harness.errors import InputError
+from harness.grids import grid
 from harness.predict import peak
 from harness.record import Job
-from harness.spec.keys import SCHEDULE_FREE_OPTIMIZERS
+from harness.results import schema
+from harness.spec.keys import SCHEDULE_FREE_OPTIMIZERS, TORCHAO_OPTIMIZERS, Optimizer
 from harness.spec.trial import TrialSpec
 from harness.training import batches, checkpoints, inspection, model, optimizers, order, trial
 from harness.training.live_tensors import parts
@@ -29,8 +33,8 @@ ALONE = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
 """What an update within the backward pass needs."""
 
 
-def trained(spec: TrialSpec) -> tuple[Any, Trainer, list[list[batches.Batch]]]:
-    """A model after its steps, its trainer and the steps."""
+def prepared(spec: TrialSpec) -> tuple[Any, list[list[batches.Batch]]]:
+    """A model before its steps, and the steps."""
     torch.manual_seed(spec.seed)
     tokenizer = checkpoints.load_tokenizer(spec)
     examples = batches.load(spec, tokenizer).train
@@ -39,6 +43,12 @@ def trained(spec: TrialSpec) -> tuple[Any, Trainer, list[list[batches.Batch]]]:
         list(batches.micro_batches(step, spec, tokenizer.pad_token_id, CPU))
         for step in order.optimizer_steps(spec, examples)
     ]
+    return network, steps
+
+
+def trained(spec: TrialSpec) -> tuple[Any, Trainer, list[list[batches.Batch]]]:
+    """A model after its steps, its trainer and the steps."""
+    network, steps = prepared(spec)
     trainer = Trainer(network, spec, CPU, len(steps))
     for step in steps:
         trainer.step(step)
@@ -129,6 +139,90 @@ def test_averages_are_evaluated_and_kept(optimizer: str, small: Small, tmp_path:
         if weight.requires_grad:
             torch.testing.assert_close(kept[name.replace(".default", "")], weight.detach())
     assert any(not torch.equal(at_gradients[n], p) for n, p in network.named_parameters() if n in at_gradients)
+
+
+@pytest.mark.parametrize("optimizer", sorted(SCHEDULE_FREE_OPTIMIZERS))
+def test_schedule_free_optimizers_train_as_their_library_says(optimizer: str, small: Small) -> None:
+    """At a constant rate after a warm-up of their own, under the default schedule too."""
+    import schedulefree
+
+    spec = small(optimizer=optimizer, warmup_steps=3, learning_rate=1e-2, gradient_accumulation_steps=1)
+    assert spec.lr_scheduler == "linear"
+    network, steps = prepared(spec)
+    trainer = Trainer(network, spec, CPU, len(steps))
+    ours = [trainer.step(step) for step in steps]
+
+    network, _ = prepared(spec)
+    weights = model.trainable(network)
+    kind, options = {
+        "schedule_free_adamw": (schedulefree.AdamWScheduleFree, {"warmup_steps": 3}),
+        "schedule_free_radam": (schedulefree.RAdamScheduleFree, {}),
+        "schedule_free_sgd": (schedulefree.SGDScheduleFree, {"warmup_steps": 3}),
+    }[optimizer]
+    library = kind(weights, lr=1e-2, **options)
+    library.train()
+    assert len(steps) == 8
+    for (batch,), result in zip(steps, ours, strict=True):
+        loss = network(**batch.inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, spec.max_grad_norm)
+        library.step()
+        library.zero_grad()
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert result.learning_rate == library.param_groups[0]["scheduled_lr"]
+    rates = [result.learning_rate for result in ours]
+    if optimizer != "schedule_free_radam":  # whose warm-up follows from its betas
+        assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 6])
+
+
+def test_rows_say_the_schedule_that_was_trained(small: Small, tmp_path: Path) -> None:
+    """A grid of optimizers has one base: its schedule is not that of optimizers that have none."""
+    file = tmp_path / "g.yml"
+    base = SMALL | {"lr_scheduler": "linear"}
+    file.write_text(json.dumps({"name": "g", "base": base, "vary": {"optimizer": ["schedule_free_adamw"]}}))
+    by_label = {trial.label: trial.spec for trial in grid.load(file).trials if not trial.twin}
+    plain, free = by_label["baseline"], by_label["optimizer=schedule_free_adamw"]
+    assert free.id == free.model_copy(update={"lr_scheduler": "constant"}).id
+    assert plain.id != plain.model_copy(update={"lr_scheduler": "constant"}).id
+    row = schema.trial_row(run(free))
+    assert (row["status"], row["optimizer"], row["lr_scheduler"]) == ("ok", "schedule_free_adamw", "constant")
+    assert schema.spec_of(row).id == row["spec_id"] == free.id
+
+
+def test_a_warm_up_of_an_optimizers_own_may_be_one_step(small: Small) -> None:
+    """It begins above zero; a schedule's begins at zero, and would train nothing."""
+    one = {"warmup_steps": 1, "max_steps": 1, "train_samples": None}
+    order.check_schedules(small(optimizer="schedule_free_adamw", **one), 8)
+    with pytest.raises(InputError, match="its learning rate is 0"):
+        order.check_schedules(small(**one), 8)
+
+
+def test_a_warm_up_that_nothing_has_makes_no_other_trial(small: Small) -> None:
+    for without in ({"lr_scheduler": "constant"}, {"optimizer": "schedule_free_radam"}):
+        ids = {small(**without, **keys).id for keys in ({}, {"warmup_steps": 4}, {"warmup_ratio": 0.1})}
+        assert len(ids) == 1, without
+    assert small(warmup_steps=0).id == small().id
+    for having in ({}, {"lr_scheduler": "constant_with_warmup"}, {"optimizer": "schedule_free_sgd"}):
+        ids = {small(**having, **keys).id for keys in ({}, {"warmup_steps": 4}, {"warmup_ratio": 0.1})}
+        assert len(ids) == 3, having
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_keys_that_an_optimizer_does_not_take_make_no_other_trial(adapter: str, small: Small) -> None:
+    of_adapter = {"lora": {"lora_fa"}, "none": {*get_args(Optimizer)} - {"lora_fa"}}[adapter]
+    network = model.skeleton(small(adapter=adapter))
+
+    def options(spec: TrialSpec) -> list[dict[str, Any]]:
+        groups = optimizers.make(network, spec, 0).param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    for optimizer in sorted(of_adapter):
+        if optimizer in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
+            continue
+        plain = small(adapter=adapter, optimizer=optimizer)
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            other = small(adapter=adapter, optimizer=optimizer, **{key: 0.5})
+            assert (other.id != plain.id) == (options(other) != options(plain)), (optimizer, key)
 
 
 def test_what_is_not_installed_is_one_line(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

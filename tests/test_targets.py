@@ -183,6 +183,28 @@ def test_adapters_are_where_the_targets_say(name: str, targets: Any, adapted: se
     assert {each.partition(".lora_")[0].removeprefix("base_model.model.") for each in names} == adapted
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"lora_target_modules": ["all-linear", "lm_head"]},
+        {"precision": "int4", "quantizer": "hqq"},
+        {"adapter": "loha"},
+    ],
+    ids=str,
+)
+def test_layers_are_chosen_by_their_indices_among_all_linear_ones(keys: dict[str, Any], models: Path) -> None:
+    from harness.training import model
+
+    if keys.get("quantizer") == "hqq":
+        pytest.importorskip("hqq")
+    network = model.skeleton(spec(models, "plain", **keys, adapter_options={"layers_to_transform": [1]}))
+    names = {each for each, p in network.named_parameters() if p.requires_grad}
+    layers = {each.partition(".layers.")[2].partition(".")[0] for each in names}
+    assert layers == ({"1", ""} if "lora_target_modules" in keys else {"1"})  # the head is in none, and named
+    assert sum(".q_proj." in each for each in names) == sum(".down_proj." in each for each in names) > 0
+
+
 # ------------------------------------------------------------------------------------ what text reaches
 
 
@@ -300,7 +322,7 @@ def _merge_tied(*arguments: Any) -> Any:
     from harness.training import saved_adapters
 
     saved_adapters._untie = lambda base: None
-    spec_, adapter, folder, figures, allow, _ = arguments
+    spec_, adapter, folder, figures, allow, *_ = arguments
     merged = merged_model.merge(
         TrialSpec.model_validate_json(spec_), Path(adapter), Path(folder), figures, allow_difference=allow
     )

@@ -401,6 +401,9 @@ def test_adapters_of_other_names_attached_later(attached_by: str, tmp_path: Path
     assert metrics["trainable_parameters"] == trained
     assert metrics["memory_adapters_bytes"] == metrics["memory_gradients_bytes"] == 4 * trained
     assert (watched.record.spec.lora_r, metrics["adapter_bytes"]) == (4, 4 * trained)
+    base = sum(parameter.numel() for parameter in tiny().parameters())
+    assert metrics["total_parameters"] == base + trained
+    assert metrics["adapter_share"] == pytest.approx(trained / base)
 
 
 def test_labels_that_are_not_of_tokens(tmp_path: Path) -> None:
@@ -561,6 +564,19 @@ def test_a_trainer_that_stopped_leaves_the_next_one_alone(tmp_path: Path) -> Non
     (row,) = rows(tmp_path / "t")
     seen = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.3, "lr_scheduler": "linear"}
     assert {key: row[key] for key in seen} == pytest.approx(seen)
+
+
+@pytest.mark.parametrize(("given", "known"), [("linear", None), ("constant", "constant")])
+def test_a_schedule_over_an_optimizer_without_one_is_not_known(given: str, known: str | None, tmp_path: Path) -> None:
+    """transformers applies both, and a grid cannot."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=2, optim="schedule_free_sgd",
+        lr_scheduler_type=given, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    callbacks = [library.WatchCallback("free", results=tmp_path / "t")]
+    Trainer(tiny(), arguments, train_dataset=_Rows(), callbacks=callbacks).train()
+    (row,) = rows(tmp_path / "t")
+    assert (row["optimizer"], row["lr_scheduler"]) == ("schedule_free_sgd", known)
 
 
 TWO = """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
+
+_OLD_SECONDS = 3600.0
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -53,6 +57,22 @@ def folder_aside(parent: Path, name: str | Callable[[Path], str], *, exist_ok: b
             os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path, name: str) -> None:
+    """Remove what processes that were killed have left of a folder from `folder_aside`, and nothing that one fills."""
+    aside = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.aside")
+    for entry in parent.iterdir() if parent.is_dir() else ():
+        if aside.fullmatch(entry.name) and is_old(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def is_old(entry: Path) -> bool:
+    """Whether no process can be writing it any more: its names last changed more than an hour ago."""
+    try:
+        return time.time() - entry.stat().st_mtime > _OLD_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _flush_names(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from harness._util.messages import one_line
+from harness._util.redact import redact_home
 from harness._util.units import show_bytes
 from harness.adapters.session import MODELS, AdapterSession, largest_difference
+from harness.adapters.trained import kind
 from harness.errors import InputError
 from harness.grids.yaml_file import spec_to_yaml
 from harness.metrics import METRICS
@@ -44,6 +47,8 @@ class Merged(BaseModel):
     """Nats per completion token of each held-out story: `base`, `unmerged`, `merged`; empty for random weights."""
     tokens: tuple[int, ...]
     """Completion tokens of each held-out story."""
+    notes: tuple[str, ...] = ()
+    """What its user should know, a line each."""
 
 
 def merge(
@@ -54,6 +59,8 @@ def merge(
     *,
     allow_difference: bool = False,
     trust_remote_code: bool = False,
+    known: Sequence[str] = (),
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Merged:
     """Merge an adapter into its base and write weights, config, tokenizer and a card.
 
@@ -67,12 +74,17 @@ def merge(
         figures: of the trial, for the card.
         allow_difference: write a model that is off by more than rounding too.
         trust_remote_code: let a model from the hub run its own code.
+        known: what its user knows already, for the card.
+        on_note: called with what else the user should know.
 
     Raises:
         InputError: the adapter does not fit its base, or the merged model is off by more than rounding.
         OSError: something cannot be read or written.
     """
     session = AdapterSession(spec, adapter, trust_remote_code=trust_remote_code)
+    own = _notes(session)
+    for note in own:
+        on_note(note)
     losses: dict[str, tuple[float, ...]] = {}
     tokens: tuple[int, ...] = ()
     logits: dict[Model, torch.Tensor] = {}
@@ -84,7 +96,7 @@ def merge(
         losses[name], tokens = tuple(loss for _, loss, _ in of_stories), tuple(count for _, _, count in of_stories)
         if name != "base":
             logits[name] = session.logits(network, at)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
     session.tokenizer.save_pretrained(folder)
     dtype = str(network.dtype).removeprefix("torch.")
@@ -100,13 +112,14 @@ def merge(
         rounding=rounding,
         losses=losses if all(losses.values()) else {},
         tokens=tokens,
+        notes=tuple(redact_home(note) for note in (*known, *own)),
     )
     if not (allow_difference or merged.merge_error <= _ROUNDINGS * merged.rounding):  # not a number: off too
         raise InputError(
             f"merged, logits are off by up to {merged.merge_error:.3g}, and rounding to {merged.dtype} explains "
             f"{merged.rounding:.3g}: nothing was written; --allow-difference writes the model all the same"
         )
-    (folder / "README.md").write_text(_card(spec, merged, figures), encoding="utf-8")
+    (folder / "README.md").write_text(_card(spec, kind(adapter), merged, figures), encoding="utf-8")
     (folder / "merge.json").write_text(merged.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return merged
 
@@ -123,7 +136,17 @@ def _with_another_rounding(session: AdapterSession, network: Any, at: TrialSpec)
     return session.logits(network, at)
 
 
-def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:
+def _notes(session: AdapterSession) -> list[str]:
+    """What the user of a merged model should know of its measurement and its tokenizer."""
+    lines = []
+    if session.passed_over is not None:
+        lines.append(f"the model gets the tokenizer of its base, not that of the adapter: {session.passed_over}")
+    if session.pretrained and session.lacks_stories is not None:
+        lines.append(f"no losses are measured, and logits are compared on other text: {session.lacks_stories}")
+    return [one_line(note) for note in lines]
+
+
+def _card(spec: TrialSpec, method: str, merged: Merged, figures: Mapping[str, float]) -> str:
     """A model card: where it comes from, how it was trained, what was measured."""
     front = {"base_model": spec.base_model, "library_name": "transformers", "pipeline_tag": "text-generation"}
     rows = [f"| {METRICS[name].name} | {METRICS[name].show(value)} |" for name, value in figures.items()]
@@ -134,9 +157,10 @@ def _card(spec: TrialSpec, merged: Merged, figures: Mapping[str, float]) -> str:
         f"| weights | {show_bytes(merged.weights_bytes)}, {merged.dtype} |",
     ]
     table = "\n".join(rows)
+    notes = "\n".join(["", *(f"- {note}" for note in merged.notes), ""]) if merged.notes else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {spec.base_model}, merged\n\n"
-        f"An adapter ({spec.adapter}) merged into its base model by harness.\n\n"
+        f"An adapter ({method}) merged into its base model by harness.\n{notes}\n"
         f"| measured | |\n|---|---|\n{table}\n\n## Configuration\n\n"
         f"```yaml\n{spec_to_yaml(spec)}```\n"
     )

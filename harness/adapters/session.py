@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +17,17 @@ from harness.record import Model
 from harness.sources import models, stories
 from harness.sources.stories import Chat, Passage, Row, Story
 from harness.spec.trial import TrialSpec
-from harness.training import batches, chat, checkpoints, evaluation, half_matmul, limits, model, saved_adapters
+from harness.training import (
+    adapter_methods,
+    batches,
+    chat,
+    checkpoints,
+    evaluation,
+    half_matmul,
+    limits,
+    model,
+    saved_adapters,
+)
 from harness.training.batches import Example
 
 MODELS: tuple[Model, ...] = get_args(Model)
@@ -58,14 +69,42 @@ class AdapterSession:
         self.spec = spec
         self.device = torch.device(environment.resolve_device(spec.device))
         self.pretrained = models.pretrained(spec.base_model)
-        self.tokenizer = checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
         self._adapter = adapter
         self._trust_remote_code = trust_remote_code
+        self.passed_over: str | None = None
+        """Why the tokenizer in the adapter's folder is not used; null: it is, or there is none."""
+        self.tokenizer = self._own_tokenizer() or checkpoints.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+
+    def _own_tokenizer(self) -> Any:
+        """The tokenizer that the adapter was kept with, where its tokens have embeddings; else null."""
+        if not self.pretrained or not (self._adapter / "tokenizer_config.json").is_file():
+            return None
+        own, code = None, self._trust_remote_code
+        try:
+            own = checkpoints.load_tokenizer(self.spec, trust_remote_code=code, folder=self._adapter)
+        except InputError as error:
+            self.passed_over = str(error)
+            return None
+        of_base = checkpoints.vocabulary(self.spec, trust_remote_code=code)
+        rows = saved_adapters.vocabulary(self._adapter) or of_base
+        largest = max(own.get_vocab().values())
+        if largest < rows:
+            return own
+        self.passed_over = f"it has the token {largest}, and the model has embeddings for {rows}"
+        return None
 
     @functools.cached_property
     def held_out(self) -> tuple[Example, ...]:
         """The held-out stories that the trial was evaluated on."""
         return self._stories.held_out
+
+    @functools.cached_property
+    def lacks_stories(self) -> str | None:
+        """Why there are no stories to measure losses on; null: there are."""
+        try:
+            return None if self.held_out else "the trial held out no stories"
+        except InputError as error:
+            return str(error)
 
     @functools.cached_property
     def _stories(self) -> batches.Data:
@@ -121,10 +160,16 @@ class AdapterSession:
             InputError: the adapter does not fit its base.
         """
         gc.collect()  # the previous model is freed first: memory is sized for one
-        at = model.unquantised(self.spec) if name == "merged" or unquantised else self.spec
-        network = model.base(at, self.device, trust_remote_code=self._trust_remote_code)
+        code = self._trust_remote_code
+        if name == "merged" or unquantised:
+            network, at = model.unquantised_base(self.spec, self.device, trust_remote_code=code)
+        else:
+            network, at = model.base(self.spec, self.device, trust_remote_code=code), self.spec
+        saved_adapters.fit_vocabulary(network, self._adapter)
         if name != "base":
             network = saved_adapters.load(network, self._adapter)
+        if name == "unmerged":
+            adapter_methods.set_dtype(network, at)
         if name == "merged":
             network = saved_adapters.merged(network)
         network.config.use_cache = True
@@ -135,16 +180,27 @@ class AdapterSession:
         return checkpoints.pad_id(self.tokenizer, limits.of_model(network).embeddings)
 
     def losses(self, network: Any, at: TrialSpec) -> list[tuple[str, float, int]]:
-        """Held-out stories as `evaluation.story_losses` gives them; none where the weights are random."""
-        if not self.pretrained:
+        """Held-out stories as `evaluation.story_losses` gives them; none where the weights are random, or there are no
+        stories.
+        """
+        if not self.pretrained or self.lacks_stories:
             return []
         return evaluation.story_losses(network, self.held_out, at, self.pad_id(network), self.device)
 
+    @functools.cached_property
+    def _compared(self) -> Sequence[Example]:
+        """Held-out stories, else others, else some of the general text that is bundled."""
+        try:
+            return (self.held_out or self._stories.train)[:_COMPARED]
+        except InputError:
+            passages = batches.general(self.tokenizer, _COMPARED)
+            return [passage.cut(batches.evaluated_length(self.spec)) for passage in passages]
+
     @torch.no_grad()
     def logits(self, network: Any, at: TrialSpec) -> torch.Tensor:
-        """Logits at the completions of some stories, held-out ones if any: fp32 of shape (positions, vocabulary)."""
+        """Logits at the completions of some texts: fp32 of shape (positions, vocabulary)."""
         logits, pad_id = [], self.pad_id(network)
-        for example in (self.held_out or self._stories.train)[:_COMPARED]:
+        for example in self._compared:
             batch = batches.collate([example], pad_id, self.device)
             labels = batch.inputs.pop("labels")[0]
             with model.autocast(at, self.device):

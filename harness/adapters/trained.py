@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from harness._util.messages import one_line
 from harness.errors import InputError
 from harness.grids import grid
 from harness.record import NO_CONTENTS, Contents
@@ -113,6 +116,45 @@ def data_changed(adapter: TrainedAdapter) -> bool:
     return before is not None and before != fingerprints.data(adapter.spec)
 
 
+def notes(adapter: TrainedAdapter) -> list[str]:
+    """What to know before an adapter is merged: it names another base, or the data have changed; a line each."""
+    lines = []
+    named = _configuration(adapter.folder).get("base_model_name_or_path")
+    if named and _last_part(str(named)) != _last_part(adapter.spec.base_model):
+        lines.append(
+            f"the adapter names the base that it was trained on {one_line(str(named), 200)}, and is merged into "
+            f"{adapter.spec.base_model}"
+        )
+    with contextlib.suppress(InputError):  # data that are gone cannot be compared, and no losses are measured on them
+        if data_changed(adapter):
+            paths = adapter.spec.dataset_paths
+            lines.append(f"{paths} changed since this trial ran: the losses are of its present held-out stories")
+    return lines
+
+
+def _last_part(base_model: str) -> str:
+    """The name of a model without where it is, which differs between machines and tools."""
+    return re.split(r"[/\\:]", base_model.rstrip("/\\"))[-1].lower()
+
+
+def kind(folder: Path) -> str:
+    """The kind of adapter that a folder holds, by its configuration: `lora`, say.
+
+    Raises:
+        InputError: there is no configuration of peft.
+    """
+    return str(_configuration(folder)["peft_type"]).lower()
+
+
+def _configuration(folder: Path) -> Mapping[str, Any]:
+    try:
+        read: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_bytes())
+        read["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}/adapter_config.json: not a configuration of peft") from None
+    return read
+
+
 def _contents(adapter: TrainedAdapter) -> Contents:
     return Contents.of_row(adapter.row) if isinstance(adapter, RecordedAdapter) else NO_CONTENTS
 
@@ -146,10 +188,10 @@ def check_adapter(folder: Path, *, to_merge: bool = True) -> None:
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name} there; give a folder that a trial with save_adapter: true has kept")
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder}/adapter_config.json: not a configuration of peft") from None
-    if to_merge and (reason := capabilities.why_not_merged(str(kind).lower())):
-        raise InputError(f"{folder}: an adapter of kind {kind}: {reason}")
+            hint = "give a folder that a trial with save_adapter: true has kept"
+            if (folder / "adapter_model.bin").is_file():
+                hint = "adapter_model.bin may run code when it is read; load it with peft, and save it as safetensors"
+            raise InputError(f"{folder}: no {name} there; {hint}")
+    method = kind(folder)
+    if to_merge and (reason := capabilities.why_not_merged(method)):
+        raise InputError(f"{folder}: an adapter of kind {method.upper()}: {reason}")

@@ -55,11 +55,11 @@ def merge(
     else:
         raise InputError("give either a trial, or --config and --adapter")
     folder = output or Path("merged") / source.name
-    if trained.data_changed(source):
-        paths = plain(source.spec.dataset_paths)
-        out.print(f"[yellow]{paths} changed since this trial ran: the losses are of its present held-out stories[/]")
     with out.status("merging"):
-        merged = merge_adapter(source, folder, allow_difference=allow_difference, trust_remote_code=trust_remote_code)
+        merged = merge_adapter(
+            source, folder, allow_difference=allow_difference, trust_remote_code=trust_remote_code,
+            on_note=lambda note: out.print(f"[yellow]{plain(note)}[/]", highlight=False, soft_wrap=True),
+        )  # fmt: skip
     if merged["losses"]:
         table = Table("model", "loss (nats per token)", title="What merging changes")
         for name, loss in mean_losses(merged["losses"], merged["tokens"]).items():

@@ -110,7 +110,7 @@ def absent_value(table: Table, column: str) -> Any:
 
 def trial_row(record: Record) -> dict[str, Any]:
     """A record as a row of the trials table."""
-    spec = record.spec.model_dump(mode="json")
+    spec = record.spec.model_dump(mode="json") | {"lr_scheduler": record.spec.schedule}
     spec |= {name: json.dumps(spec[name], sort_keys=True) for name in _JSON if spec[name] is not None}
     spec |= dict.fromkeys(record.unseen)
     return {

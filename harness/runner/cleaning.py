@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness._util.files import is_old
 from harness.results.store import Store
 from harness.runner.leases import Leases
 from harness.sources import fingerprints, models
-
-_OLD_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,10 @@ def leftovers(store: Store) -> list[Leftover]:
     rows = store.read("trials", ["trial_id", "adapter_id", "log"]).to_pylist()
     logs = {Path(row["log"]).name for row in rows if row["log"]}
     adapters = {row["adapter_id"] for row in rows}
-    unfinished = [entry for entry in store.folder.rglob(".*.aside") if _is_old(entry)]
-    # Rows that cannot be read may name any of them.
+    unfinished = [entry for entry in store.folder.rglob(".*.aside") if is_old(entry)]
+    # A search and a merge lease no trial: what is recent may be theirs. Rows that cannot be read may name any of them.
     readable = not store.damage() and not (store.folder / "set-aside").is_dir()
-    kept = [e for e in (store.folder / "adapters").glob("*") if readable and not e.name.startswith(".") and _is_old(e)]
+    kept = [e for e in (store.folder / "adapters").glob("*") if readable and not e.name.startswith(".") and is_old(e)]
     printed = (store.folder / "logs").glob("*.log")
     return [
         *_leftovers(unfinished, "half written"),
@@ -47,14 +45,6 @@ def leftovers(store: Store) -> list[Leftover]:
         *_leftovers((log for log in printed if log.name not in logs), "log that no record names"),
         *_leftovers((entry for entry in kept if entry.name not in adapters), "adapter of no recorded trial"),
     ]
-
-
-def _is_old(entry: Path) -> bool:
-    """Whether no process can be writing it any more: a search and a merge lease no trial."""
-    try:
-        return time.time() - entry.stat().st_mtime > _OLD_SECONDS
-    except FileNotFoundError:
-        return False
 
 
 def cached() -> list[Leftover]:

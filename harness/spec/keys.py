@@ -42,7 +42,9 @@ Optimizer = Literal[
 SCHEDULE_FREE_OPTIMIZERS: frozenset[str] = frozenset(
     {"schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"}
 )
-"""Those that train at a constant rate, and whose weights to evaluate are averages."""
+"""Those that train at a constant rate, whatever the schedule, and whose weights to evaluate are averages."""
+WARMING_UP_OPTIMIZERS: frozenset[str] = frozenset({"schedule_free_adamw", "schedule_free_sgd"})
+"""Those that warm up themselves over as many steps as they are told. RAdam's warm-up follows from its betas."""
 LOW_RANK_OPTIMIZERS: frozenset[str] = frozenset({"galore_adamw", "apollo_adamw"})
 """Those whose state is of projections of the gradients of matrices."""
 
@@ -51,6 +53,16 @@ TORCHAO_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch_8bit", "adamw_torch
 
 SHARDED_OPTIMIZERS: frozenset[str] = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 """Those of torch, which update a shard as they do a whole weight."""
+
+WITHOUT_BETAS: frozenset[str] = frozenset(
+    {
+        *("sgd", "adagrad", "adafactor", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+        "schedule_free_sgd",
+    }
+)
+"""Those that are not told Adam's decay rates of moments, nor its epsilon: some have others of their own."""
+WITHOUT_EPSILON: frozenset[str] = WITHOUT_BETAS | {"lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"}
+"""Those that are not told Adam's epsilon."""
 
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"

@@ -223,9 +223,10 @@ class Parameters(Frozen):
     learning_rate: Annotated[float, Field(strict=True, gt=0), _TRAINING_NO_MEMORY, Part.TRAINING] = 2e-4
     """Peak learning rate."""
     lr_scheduler: Annotated[Scheduler, _TRAINING_NO_MEMORY, Part.TRAINING] = "linear"
-    """Learning rate schedule."""
+    """Learning rate schedule; schedule-free optimizers train at a constant rate whatever it is, and rows say so."""
     warmup_ratio: Annotated[UnitInterval, _TRAINING_NO_MEMORY, Part.TRAINING] = 0.0
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises. `lr_scheduler: constant` has no such steps;
+    `constant_with_warmup` has."""
     warmup_steps: Annotated[Annotated[StrictInt, Field(ge=0, le=MOST)] | None, _later_rate(None), Part.TRAINING] = None
     """The same as a number of steps."""
     adam_beta1: Annotated[UnitInterval, _later_rate(0.9), Part.TRAINING] = 0.9
@@ -235,7 +236,8 @@ class Parameters(Frozen):
     adam_epsilon: Annotated[Annotated[float, Field(strict=True, ge=0)], _later_rate(1e-8), Part.TRAINING] = 1e-8
     """What keeps Adam's division finite."""
     weight_decay: Annotated[float, Field(strict=True, ge=0), _TRAINING, Part.TRAINING] = 0.0
-    """Decoupled weight decay; not on biases and norms."""
+    """Weight decay, not on biases and norms: apart from the gradients (decoupled), but for Adagrad and RMSprop, which
+    have it in their gradients (L2), as torch and bitsandbytes do."""
     max_grad_norm: Annotated[float, Field(strict=True, ge=0), _TRAINING, Part.TRAINING] = 1.0
     """Gradient clipping; 0: none."""
     neftune_noise_alpha: Annotated[Noise | None, Facts(untrained=False, absent=None), Part.DATA] = None

@@ -21,7 +21,11 @@ from harness.spec.keys import (
     LOW_RANK_OPTIMIZERS,
     OF_UNQUANTISED,
     QUANTISED,
+    SCHEDULE_FREE_OPTIMIZERS,
     SHARDED_OPTIMIZERS,
+    WARMING_UP_OPTIMIZERS,
+    WITHOUT_BETAS,
+    WITHOUT_EPSILON,
     check_format,
 )
 from harness.spec.parameters import Parameters
@@ -118,7 +122,7 @@ class TrialSpec(Parameters):
                 "max_steps_per_epoch with epoch_end continue, whose steps run from one epoch into the next; use "
                 "epoch_end: step or carry, or max_steps"
             )
-        if self.lr_scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+        if self.schedule == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
             raise ValueError(
                 f"lr_scheduler polynomial falls to {_POLYNOMIAL_END:g}, and learning_rate is {self.learning_rate:g}; "
                 "use a higher one, or lr_scheduler: linear"
@@ -232,6 +236,17 @@ class TrialSpec(Parameters):
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
     @property
+    def schedule(self) -> str:
+        """The schedule of the learning rate that it is trained by: constant where the optimizer takes its place."""
+        return "constant" if self.optimizer in SCHEDULE_FREE_OPTIMIZERS else self.lr_scheduler
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether its schedule or its optimizer has a warm-up, of one step or more."""
+        has_one = self.schedule != "constant" or self.optimizer in WARMING_UP_OPTIMIZERS
+        return has_one and bool(self.warmup_steps or self.warmup_ratio)
+
+    @property
     def compiles(self) -> bool:
         """Whether torch's compiler makes some of the code of its steps: layers, or attention."""
         return self.torch_compile or self.attention == "flex_attention"
@@ -307,6 +322,14 @@ class TrialSpec(Parameters):
             values["num_epochs"] = self.num_epochs or 1.0
             if values["num_epochs"] == 1 and self.epoch_end == "step" and self.max_steps_per_epoch is None:
                 del values["epoch_end"]  # the end of a single pass is the end of the training
+        values["lr_scheduler"] = self.schedule
+        if not self.warms_up:
+            values["warmup_ratio"] = 0.0
+            values.pop("warmup_steps", None)
+        if self.optimizer in WITHOUT_BETAS:
+            values = {name: value for name, value in values.items() if not name.startswith("adam_beta")}
+        if self.optimizer in WITHOUT_EPSILON:
+            values.pop("adam_epsilon", None)
         if not self.val_set_size:
             values.pop("min_completion_tokens", None)
             values.pop("held_out_part", None)

@@ -4,10 +4,10 @@ worker (entry point of a process), trial (its phases in order), inspection (what
 (of a model) and device_limits, processes and distributed (several processes), step (the training step) with optimizers,
 muon and recomputation, order (which examples a step has), schedule and timed_steps (of a timing visit), compilation (of
 layers), waiting (for a processor), model with adapter_methods (of peft), adapter_targets (where they are),
-initialisations (by data), quantisers, adapter_inputs and packing, reach (what text reaches) and formats (of weights),
-loss with without_logits, chunked_loss and fused_loss, checkpoints, saved_adapters, prompts, chat (of several turns)
-with chat_templates, batches, evaluation, evaluator (before and after training) with tasks; memory with live_tensors and
-out_of_memory, clock, card_watch, flops, half_matmul.
+lora_variants, initialisations (by data), quantisers, adapter_inputs and packing, reach (what text reaches), formats and
+sizes (of weights), loss with without_logits, chunked_loss and fused_loss, checkpoints, saved_adapters, prompts, chat
+(of several turns) with chat_templates, batches, evaluation, evaluator (before and after training) with tasks; memory
+with live_tensors and out_of_memory, clock, card_watch, flops, half_matmul.
 """
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "prompts",
     "quantisers",
     "saved_adapters",
+    "sizes",
     "step",
     "trial",
     "waiting",

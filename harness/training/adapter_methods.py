@@ -19,7 +19,7 @@ from harness._util.messages import first_line, one_line
 from harness.errors import InputError
 from harness.spec.keys import INITIALISED_LATER, LORA
 from harness.spec.trial import TrialSpec
-from harness.training import adapter_inputs, adapter_targets, initialisations
+from harness.training import adapter_inputs, adapter_targets, initialisations, lora_variants
 
 _GRID_KEYS = {
     "target_modules": adapter_targets.KEY,
@@ -42,8 +42,23 @@ _SET_HERE = frozenset(
      "inference_mode", "exclude_modules", "total_step"}
 )  # fmt: skip
 """Options that follow from the trial."""
-_BY_OTHER_NAMES = {"adalora": {"r": "init_r and target_r"}}
-"""Options that a method inherits and does not read, with those that it does, by method."""
+_OF_GPTQ = "peft has it over GPTQ's checkpoints alone, which are none of the formats of precision"
+_NOT_READ = {
+    "adalora": {"r": "adalora does not read it; use init_r and target_r"},
+    "cpt": dict.fromkeys(
+        ("opt_weighted_loss_type", "opt_loss_decay_factor"),
+        "losses of all methods are of the same tokens, at one weight; leave it out",
+    ),
+    LORA: {
+        **dict.fromkeys(("use_qalora", "qalora_group_size"), f"{_OF_GPTQ}; leave it out"),
+        **dict.fromkeys(
+            ("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+            "initialisations by data have settings of their own (docs/grids.md); use init_lora_weights alone",
+        ),
+        "arrow_config": "it chooses between adapters that were trained before; leave it out",
+    },
+}
+"""Options that would have no effect, with why, by method."""
 _OWN_LAYERS = frozenset({"adaption_prompt", "ln_tuning", "trainable_tokens"})
 """Methods that choose their layers themselves, none of which is linear, unless they are named."""
 _SCHEDULE = {"adalora": "total_step"}
@@ -107,6 +122,8 @@ def attach(network: Any, spec: TrialSpec, unreached: Collection[str]) -> Any:
     adapted.adapter_tensors = adapted.own_tensors | {name for name, tensor in named if tensor.requires_grad}
     if spec.adapter == LORA:
         _set_up_lora(adapted, spec)
+    elif spec.adapter == "adaption_prompt":  # peft (0.21) calls the forward pass that the model had when it was made
+        adapted.base_model.forward = adapted.get_base_model().__call__
     adapted.seconds_to_attach = time.perf_counter() - started
     return adapted
 
@@ -127,20 +144,30 @@ def _to_meta(adapted: Any) -> None:
 
 
 def _set_up_lora(adapted: Any, spec: TrialSpec) -> None:
+    lora_variants.check(adapted, spec)
     if spec.init_lora_weights in INITIALISED_LATER:
         initialisations.check(adapted, spec.init_lora_weights)
     if spec.init_lora_weights.startswith(_OUT_OF_WEIGHTS):
-        _refuse_tied(adapted, spec)
+        _refuse_tied(adapted, f"init_lora_weights {spec.init_lora_weights}")
+    elif adapted.peft_config["default"].kasa_config is not None:
+        _refuse_tied(adapted, "kasa_config")
     if spec.loraplus_lr_ratio is not None:
         _refuse_embeddings(adapted)
+    set_dtype(adapted, spec)
     for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and ".lora_" in name:
-            if spec.adapter_dtype == "bf16":
-                parameter.data = parameter.data.to(torch.bfloat16)
-            if spec.optimizer == "lora_fa" and (".lora_A." in name or ".lora_embedding_A" in name):
-                parameter.requires_grad_(False)
+        if spec.optimizer == "lora_fa" and (".lora_A." in name or ".lora_embedding_A" in name):
+            parameter.requires_grad_(False)
     if spec.recompute_adapter_inputs:
         adapter_inputs.recompute(adapted)
+
+
+def set_dtype(adapted: Any, spec: TrialSpec) -> None:
+    """Give LoRA's matrices the type that a spec trains them in: peft makes them fp32 over 16-bit weights."""
+    if spec.adapter != LORA or spec.adapter_dtype != "bf16":
+        return
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _refuse_embeddings(adapted: Any) -> None:
@@ -154,7 +181,7 @@ def _refuse_embeddings(adapted: Any) -> None:
         )
 
 
-def _refuse_tied(adapted: Any, spec: TrialSpec) -> None:
+def _refuse_tied(adapted: Any, asked: str) -> None:
     """Refuse to take a part out of a weight that another module has too, and no adapter in its place.
 
     Raises:
@@ -165,7 +192,7 @@ def _refuse_tied(adapted: Any, spec: TrialSpec) -> None:
     for name, layer in initialisations.layers(adapted).items():
         if any(holders[id(weight)] > 1 for weight in layer.get_base_layer().parameters(recurse=False)):
             raise InputError(
-                f"init_lora_weights {spec.init_lora_weights}: it takes a part out of the weight of {name}, which "
+                f"{asked}: it takes a part out of the weight of {name}, which "
                 f"another layer has too; leave {name.rpartition('.')[2]} out of {adapter_targets.KEY}"
             )
 
@@ -188,10 +215,10 @@ def _config(network: Any, spec: TrialSpec, unreached: Collection[str]) -> tuple[
         options["modules_to_save"] = adapter_targets.whole(network, spec)
     matches: Mapping[str, Sequence[str]] = {}
     if "target_modules" in fields and not (spec.adapter in _OWN_LAYERS and spec.lora_target_modules is None):
-        options["target_modules"] = adapter_targets.targets(network, spec, _by_architecture(spec.adapter))
+        options["target_modules"] = adapter_targets.targets(network, spec, _by_architecture(spec.adapter), options)
         matches = adapter_targets.matches(network, options["target_modules"])
     if spec.adapter == "ia3":
-        options |= _layers_of_ia3(network, matches, options)
+        options |= adapter_targets.of_ia3(network, matches, options.get("feedforward_modules"))
     try:
         config = kind(**options)
     except (ValueError, TypeError, ImportError) as error:
@@ -244,9 +271,9 @@ def _options(kind: Any, spec: TrialSpec) -> dict[str, Any]:
             raise InputError(f"adapter_options.{name}: it has a key of its own; use {keys[name]}")
         if name in _SET_HERE:
             raise InputError(f"adapter_options.{name}: it follows from the trial; leave it out")
-        if instead := _BY_OTHER_NAMES.get(spec.adapter, {}).get(name):
-            raise InputError(f"adapter_options.{name}: {spec.adapter} does not read it; use {instead}")
-        known = [each for each in hints if each not in keys and each not in _SET_HERE]
+        if why := _NOT_READ.get(spec.adapter, {}).get(name):
+            raise InputError(f"adapter_options.{name}: {why}")
+        known = [each for each in hints if each not in _unavailable(spec.adapter)]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -268,6 +295,11 @@ def _keys(method: str) -> dict[str, str]:
     return {**_GRID_KEYS, **(_OF_LORA if method == LORA else {})}
 
 
+def _unavailable(method: str) -> frozenset[str]:
+    """Options of peft that `adapter_options` does not take for a method."""
+    return _SET_HERE.union(_keys(method), _NOT_READ.get(method, ()))
+
+
 def options_of(method: str) -> list[tuple[str, str, str]]:
     """Name, default and meaning of each option that `adapter_options` takes for a method, in peft's words.
 
@@ -278,7 +310,7 @@ def options_of(method: str) -> list[tuple[str, str, str]]:
     return [
         (field.name, _default(field), " ".join(str(field.metadata.get("help", "")).split()))
         for field in fields
-        if field.name not in _keys(method) and field.name not in _SET_HERE
+        if field.name not in _unavailable(method)
     ]
 
 
@@ -304,24 +336,6 @@ def _of_lora(network: Any, spec: TrialSpec) -> dict[str, Any]:
         "use_rslora": spec.use_rslora,
         "use_dora": spec.use_dora,
         "init_lora_weights": True if spec.init_lora_weights in as_default else spec.init_lora_weights,
-    }
-
-
-def _layers_of_ia3(
-    network: Any, matches: Mapping[str, Sequence[str]], options: Mapping[str, Any]
-) -> dict[str, list[str]]:
-    """Whole names of the layers that IA3 scales, and of those whose inputs it scales, which it must be given together.
-
-    Inputs are scaled of the layers that peft says for the kind of model, the second of each MLP.
-    """
-    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as BY_ARCHITECTURE
-
-    head = network.get_output_embeddings()
-    names = [name for each in matches.values() for name in each if network.get_submodule(name) is not head]
-    chosen = options.get("feedforward_modules") or BY_ARCHITECTURE.get(network.config.model_type, [])
-    return {
-        "target_modules": names,
-        "feedforward_modules": [name for name in names if name.rpartition(".")[2] in chosen],
     }
 
 
@@ -379,7 +393,7 @@ def after_update(network: Any, step: int) -> None:
 
 
 def penalty(network: Any) -> torch.Tensor | None:
-    """What a method adds to the loss; null: nothing.
+    """What a method adds to the loss, after a forward pass; null: nothing.
 
     AdaLoRA's is the mean distance of its matrices from orthogonal ones, at its weight (arXiv:2303.10512, section 3.1).
     """
@@ -392,4 +406,4 @@ def penalty(network: Any) -> torch.Tensor | None:
             ]
             gaps = [rows @ rows.T - torch.eye(len(rows), device=rows.device) for rows in matrices]
             return float(weight) * torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
-    return None
+    return lora_variants.own_term(network)

@@ -6,40 +6,73 @@ import copy
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from harness._util.messages import first_line, one_line
 from harness.errors import InputError
-from harness.spec.keys import ALL_LINEAR, is_pattern
+from harness.spec.keys import ALL_LINEAR, LORA, is_pattern
 from harness.spec.trial import TrialSpec
 from harness.training import quantisers
 
 KEY = "lora_target_modules"
 """The key that names them."""
+_INDICES = "layers_to_transform"
+"""The option of peft that chooses among them by their indices."""
 
 
-def targets(network: Any, spec: TrialSpec, by_architecture: Mapping[str, Sequence[str] | str]) -> str | list[str]:
+def targets(
+    network: Any,
+    spec: TrialSpec,
+    by_architecture: Mapping[str, Sequence[str] | str],
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> str | list[str]:
     """As peft takes them: a text is a regular expression of whole names, or `all-linear`.
 
     Args:
         network: the base model.
         spec: which layers.
         by_architecture: the method's default layers by kinds of models.
+        options: of the method, which may choose among the layers by their indices.
 
     Raises:
-        InputError: they are the defaults, and the method has none for this kind of model.
+        InputError: they are the defaults, and the method has none for this kind of model; or there is no such index.
     """
-    if spec.lora_target_modules is not None:
+    if spec.lora_target_modules is not None and spec.lora_target_modules[0] != ALL_LINEAR:
         names = list(spec.lora_target_modules)
-        if names[0] == ALL_LINEAR:
-            return [*linear_names(network), *names[1:]]
         return names[0] if is_pattern(names[0]) else names
-    if not spec.lora_target_linear:
+    if spec.lora_target_modules is None and not spec.lora_target_linear:
         return _defaults(network, by_architecture)
-    # peft (0.21) does not count HQQ's layers among all linear ones.
-    return linear_names(network) if any(map(quantisers.of_hqq, network.modules())) else ALL_LINEAR
+    others = (spec.lora_target_modules or ())[1:]
+    # peft (0.21) does not count HQQ's layers among all linear ones, and chooses none of them by their indices.
+    if others or options.get(_INDICES) is not None or any(map(quantisers.of_hqq, network.modules())):
+        return [*_with_indices(linear_names(network), options), *others]
+    return ALL_LINEAR
+
+
+def _with_indices(names: Sequence[str], options: Mapping[str, Any]) -> Sequence[str]:
+    """Those of whole names that have one of the indices that an option chooses; peft would take them all."""
+    given = options.get(_INDICES)
+    if given is None or given == []:
+        return names
+    chosen: list[str] = []
+    for index in [given] if isinstance(given, int) else given:
+        layer = SimpleNamespace(layers_to_transform=index, layers_pattern=options.get("layers_pattern"))
+        of_layer = [name for name in names if _is_in(layer, name)]
+        if not of_layer:
+            raise InputError(f"adapter_options.{_INDICES}: no linear layer is in layer {index}; layers count from 0")
+        chosen += of_layer
+    return chosen
+
+
+def _is_in(layer: SimpleNamespace, name: str) -> bool:
+    """Whether a module is in a layer, by peft's rule for names that end in a target."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    layer.target_modules = [name.rpartition(".")[2]]
+    return name not in layer.target_modules and bool(check_target_module_exists(layer, name))
 
 
 def linear_names(network: Any) -> list[str]:
@@ -116,6 +149,35 @@ def matches(network: Any, targets: str | Sequence[str]) -> dict[str, list[str]]:
     if isinstance(targets, str):
         return {targets: [name for name in names if re.fullmatch(targets, name)]}
     return {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+
+
+def of_ia3(network: Any, targets: Mapping[str, Sequence[str]], feedforward: Any) -> dict[str, list[str]]:
+    """Whole names of the layers that IA3 scales, and of those whose inputs it scales, which it must be given together.
+
+    Args:
+        network: the base model.
+        targets: names of modules that each target matches.
+        feedforward: whose inputs are scaled, as targets are named; null: those that peft says for the kind of model,
+            the second layer of each MLP. Of a kind that it does not know, there are none.
+
+    Raises:
+        InputError: one is named that no target matches.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as BY_ARCHITECTURE
+
+    head = network.get_output_embeddings()
+    names = [name for each in targets.values() for name in each if network.get_submodule(name) is not head]
+    of_each = matches(network, feedforward or BY_ARCHITECTURE.get(network.config.model_type, []))
+    for name, matched in of_each.items():
+        if feedforward and not {*matched} & {*names}:
+            raise InputError(
+                one_line(
+                    f"adapter_options.feedforward_modules: {name} is none of the layers that get an adapter, which are "
+                    f"{', '.join(dict.fromkeys(each.rpartition('.')[2] for each in names))}"
+                )
+            )
+    chosen = {name for matched in of_each.values() for name in matched}
+    return {"target_modules": names, "feedforward_modules": [name for name in names if name in chosen]}
 
 
 def refuse_missing(network: Any, matches: Mapping[str, Sequence[str]], config: Any) -> None:
@@ -210,6 +272,17 @@ def excluded(network: Any, matches: Mapping[str, Sequence[str]], unreached: Coll
             )
         excluded |= beyond
     return sorted(excluded) or None
+
+
+def no_biases(network: Any, spec: TrialSpec) -> str | None:
+    """What to say where biases are to be trained, and the model with its adapters has none; else null."""
+    if spec.adapter != LORA or spec.lora_bias == "none":
+        return None
+    trained = (name for name, parameter in network.named_parameters() if parameter.requires_grad)
+    if any("bias" in name and ".lora_" not in name for name in trained):
+        return None
+    where = "" if spec.lora_bias == "all" else " in layers that get an adapter"
+    return f"lora_bias {spec.lora_bias}: {spec.base_model} has no biases{where}; it trains as with lora_bias: none"
 
 
 def _is_beyond(module: torch.nn.Module, name: str, unreached: Collection[str]) -> bool:

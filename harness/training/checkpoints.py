@@ -26,8 +26,8 @@ class NoTokenizer(InputError):
     """A base model has no tokenizer that can be loaded."""
 
 
-def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
-    """The base model's tokenizer with the chat template and the special tokens of the spec.
+def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False, folder: Path | None = None) -> Any:
+    """The base model's tokenizer, or that of a folder, with the chat template and the special tokens of the spec.
 
     For random weights it is `byte_tokenizer`, which has no chat template, and few special tokens: its losses are null,
     and its examples are longer than any other's, if anything.
@@ -40,7 +40,7 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     own = spec.chat_template in (None, OWN_TEMPLATE)
     template = None if own else chat_templates.resolve(str(spec.chat_template))
     trained = models.pretrained(spec.base_model)
-    tokenizer = _own_tokenizer(spec, trust_remote_code) if trained else byte_tokenizer()
+    tokenizer = _own_tokenizer(spec, trust_remote_code, folder) if trained else byte_tokenizer()
     _set_special_tokens(tokenizer, spec, refuse_unknown=trained)
     if template is not None and trained:
         chat_templates.install(template, tokenizer)
@@ -52,17 +52,26 @@ def load_tokenizer(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _own_tokenizer(spec: TrialSpec, trust_remote_code: bool) -> Any:
+def _own_tokenizer(spec: TrialSpec, trust_remote_code: bool, folder: Path | None) -> Any:
     from transformers import AutoTokenizer
 
-    folder = checkpoint_folder(spec.base_model, spec.folder)
+    place = checkpoint_folder(spec.base_model, spec.folder) if folder is None else str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _no_tokenizer(spec, one_line(first_line(error)).rstrip(":")) from None
     if not _has_vocabulary(tokenizer):
         raise _no_tokenizer(spec, f"what there is knows {len(tokenizer)} tokens, and no words or letters among them")
     return tokenizer
+
+
+def vocabulary(spec: TrialSpec, *, trust_remote_code: bool = False) -> int:
+    """Number of tokens that a base model has embeddings for, by its configuration; 0: it does not say."""
+    from transformers import AutoConfig
+
+    folder = checkpoint_folder(spec.base_model, spec.folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return int(getattr(config.get_text_config(), "vocab_size", 0))
 
 
 def _has_vocabulary(tokenizer: Any) -> bool:

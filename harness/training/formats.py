@@ -43,10 +43,10 @@ def _weights(network: Any) -> Iterator[tuple[Any, torch.Tensor, str, int]]:
         for key, parameter in module.named_parameters(recurse=False):
             if f"{path}.{key}" not in of_adapters and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield module, parameter, *_format(module, key, parameter)
+                yield module, parameter, *format_of(module, key, parameter)
 
 
-def _format(module: Any, key: str, parameter: torch.Tensor) -> tuple[str, int]:
+def format_of(module: Any, key: str, parameter: torch.Tensor) -> tuple[str, int]:
     """Format of a module's parameter, and how many numbers it stands for."""
     if key == "weight" and quantisers.of_bitsandbytes(module):
         return getattr(parameter, "quant_type", "int8"), module.in_features * module.out_features

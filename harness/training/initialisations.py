@@ -34,10 +34,14 @@ def check(network: Any, how: str) -> None:
         how: its name: eva, corda or loftq.
 
     Raises:
-        InputError: a layer is not linear, or has fewer directions than the rank.
+        InputError: a layer is not linear, or has fewer directions than the rank; or layers have ranks of their own.
     """
     from peft.tuners.lora import LoraLayer
 
+    if how != "loftq" and network.peft_config[_NAME].rank_pattern:  # peft (0.21) has the passes give all lora_r
+        raise InputError(
+            f"init_lora_weights {how} with rank_pattern: it gives each layer lora_r; leave rank_pattern out"
+        )
     for name, layer in network.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue

@@ -16,6 +16,7 @@ from harness.metrics import MOSTLY_IN_FORMAT
 from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
 from harness.training import (
+    adapter_targets,
     batches,
     checkpoints,
     device_limits,
@@ -182,7 +183,11 @@ def _look_at_model(spec: TrialSpec, trust_remote_code: bool) -> _Model:
         raise
     except Exception:  # a model's own code may need values; the trial itself shows whether it runs
         return _Model(limits.Limits(None, None, None))
-    warnings = (model.not_trained(network, spec), _skipped_layers(network, spec))
+    warnings = (
+        model.not_trained(network, spec),
+        _skipped_layers(network, spec),
+        adapter_targets.no_biases(network, spec),
+    )
     return _Model(limits.of_model(network), tuple(filter(None, warnings)))
 
 

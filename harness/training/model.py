@@ -29,6 +29,7 @@ from harness.training import (
     recomputation,
     without_logits,
 )
+from harness.training import sizes as model_sizes
 from harness.training.checkpoints import checkpoint_folder
 
 _WEIGHTS: dict[str, torch.dtype] = {
@@ -76,7 +77,7 @@ def load(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
 
 
 def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = False) -> Any:
-    """The base model of a spec at its precision.
+    """The base model of a spec at its precision, with its weights as they are trained over.
 
     Raises:
         InputError: the model is not available, or its weights are stored in another format than the spec's.
@@ -100,7 +101,27 @@ def base(spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = Fal
     )
     _set_up_4bit(model, spec)
     _set_up_8bit(model)
+    if spec.upcasts:
+        _upcast_unquantized(model)
     return model
+
+
+def unquantised_base(
+    spec: TrialSpec, device: torch.device, *, trust_remote_code: bool = False
+) -> tuple[Any, TrialSpec]:
+    """The base that adapters are merged into, and its spec: weights of 8 or 4 bit are in 16 bit.
+
+    Those of a checkpoint that is stored in 8 or 4 bit are unpacked; of others, those that it was stored with are read.
+
+    Raises:
+        InputError: as `base`.
+        OSError: as `base`.
+    """
+    at = unquantised(spec)
+    if at == spec or not _stored_format(spec, _config(spec, trust_remote_code)):
+        return base(at, device, trust_remote_code=trust_remote_code), at
+    model = base(spec.model_copy(update={"upcast_unquantized": False}), device, trust_remote_code=trust_remote_code)
+    return quantisers.unpacked(model, _weights_dtype(at)), at
 
 
 def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
@@ -130,6 +151,8 @@ def skeleton(spec: TrialSpec, *, trust_remote_code: bool = False) -> Any:
         quantisation = _quantisation(spec)["quantization_config"]
         quantisers.quantise_on_meta(model, quantisation, skipped=stored.get("llm_int8_skip_modules"))
         _set_up_4bit(model, spec)
+    if spec.upcasts:
+        _upcast_unquantized(model)
     # DoRA begins with the norms of dequantised copies of weights (peft 0.21), which those of bitsandbytes (0.50) are in
     # shape already, and it cannot copy them.
     dequantised = mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _dequantised)
@@ -254,8 +277,6 @@ def _prepared(model: Any, spec: TrialSpec) -> Any:
         recomputation.enable(model, spec)
     if spec.gradient_checkpointing and spec.reentrant_checkpointing and spec.adapter != FULL:
         model.enable_input_require_grads()  # frozen embeddings do not provide inputs with gradients
-    if spec.upcasts:
-        _upcast_unquantized(model)
     unreached = reach.unreached(model)
     if spec.adapter != FULL:
         model = adapter_methods.attach(model, spec, unreached)
@@ -407,20 +428,5 @@ def not_trained(model: Any, spec: TrialSpec) -> str | None:
 
 def sizes(model: Any, spec: TrialSpec) -> dict[str, float | int | None]:
     """`trainable_parameters` and `total_parameters`, and of adapters their `_bytes`, `_share` and `_seconds`."""
-    if spec.adapter == FULL:
-        return {
-            "trainable_parameters": model.num_parameters(only_trainable=True),
-            "total_parameters": model.num_parameters(),
-        }
-    from peft import get_peft_model_state_dict
-
-    trained, total = model.get_nb_trainable_parameters()
-    saved = get_peft_model_state_dict(model).values()
-    adapter_parameters = sum(t.numel() for t in saved)
-    return {
-        "trainable_parameters": trained,
-        "total_parameters": total,
-        "adapter_bytes": sum(t.numel() * t.element_size() for t in saved),
-        "adapter_share": adapter_parameters / (total - adapter_parameters),
-        "adapter_seconds": model.seconds_to_attach,
-    }
+    seconds = {} if spec.adapter == FULL else {"adapter_seconds": model.seconds_to_attach}
+    return {**model_sizes.of(model), **seconds}

@@ -62,7 +62,7 @@ def check_schedules(spec: TrialSpec, examples: int) -> None:
             "smaller ones, or more steps"
         )
     warm_up = warm_up_steps(spec, steps)
-    if not warm_up or spec.lr_scheduler == "constant":
+    if not warm_up or spec.schedule == "constant":  # an optimizer's own warm-up begins above 0
         return
     key = "warmup_ratio" if spec.warmup_steps is None else "warmup_steps"
     given = f"{key} {getattr(spec, key):g} of {steps} optimizer step{'s' * (steps > 1)}"

@@ -102,6 +102,18 @@ def quantise_on_meta(model: Any, quantization: Any, *, skipped: list[str] | None
     model.hf_quantizer = quantizer  # peft (0.21) looks for torchao's there
 
 
+def unpacked(model: Any, dtype: torch.dtype) -> Any:
+    """A model of a checkpoint that bitsandbytes had quantised, with its weights in 16 bit: it can be saved as such."""
+    model = model.dequantize(dtype)
+    # Private attribute of transformers (5.23): how it has read the weights, of which saving wants the reverse in vain.
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or ()
+        if not any("bitsandbytes" in type(step).__module__ for step in getattr(conversion, "operations", ()))
+    ]
+    return model
+
+
 def of_bitsandbytes(module: torch.nn.Module) -> bool:
     """Whether a layer is one of bitsandbytes'."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt

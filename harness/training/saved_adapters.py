@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from harness._util.redact import redact_home
 from harness.errors import InputError
 from harness.spec.trial import TrialSpec
 from harness.training import distributed
+
+_WHOLE_WEIGHT = re.compile(
+    r"base_model\.model\.(.*\.)?(?P<layer>embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|embeddings)"
+    r"(\.token_adapter)?(\.base_layer|\.modules_to_save|\.original_module)?\.weight"
+)
+"""Names under which peft saves whole embeddings and heads, by what models call these."""
 
 
 def save(model: Any, spec: TrialSpec, folder: Path | None) -> str | None:
@@ -48,8 +55,9 @@ def full_weights(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     weights = model.state_dict()
-    saved = {id(weight) for weight in get_peft_model_state_dict(model, state_dict=weights).values()}
-    return {name: distributed.full_tensor(weight) for name, weight in weights.items() if id(weight) in saved}
+    saved = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    kept = {id(weight) for weight in saved.values()}
+    return {name: distributed.full_tensor(weight) for name, weight in weights.items() if id(weight) in kept}
 
 
 def write(model: Any, spec: TrialSpec, folder: Path, *, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -66,11 +74,63 @@ def write(model: Any, spec: TrialSpec, folder: Path, *, weights: dict[str, torch
         for name, value in vars(config).items():
             if isinstance(value, set):  # whose order differs between processes
                 setattr(config, name, sorted(value))
-    model.save_pretrained(folder, state_dict=weights)
+    # Where embeddings have an adapter, peft would add the base's own.
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     card = folder / "README.md"  # peft writes the path there
     # Private attribute of transformers (5.23), from which peft (0.21) takes the path.
     text = card.read_text(encoding="utf-8").replace(str(model.config._name_or_path), spec.base_model)
     card.write_text(redact_home(text), encoding="utf-8")
+
+
+def vocabulary(folder: Path) -> int:
+    """Number of tokens of the embeddings that an adapter brings; 0: it brings none."""
+    return max(_embeddings(folder).values(), default=0)
+
+
+def fit_vocabulary(base: Any, folder: Path) -> None:
+    """Give a base as many embeddings as an adapter brings, which was trained with more tokens, or with fewer.
+
+    Raises:
+        InputError: it does not bring all of them.
+    """
+    brought, there = _embeddings(folder), base.get_input_embeddings().weight.shape[0]
+    if {*brought.values()} <= {there}:
+        return
+    # peft saves both the embeddings and the head where their number has changed; of weights that are tied, only one
+    # that an adapter is over. One alone is a trained copy, and the other has tokens that are not known.
+    layers = {match["layer"] for match in map(_WHOLE_WEIGHT.fullmatch, brought) if match}
+    whole = len(layers) > 1 or (_is_tied(base) and any(".base_layer." in key for key in brought))
+    if len({*brought.values()}) > 1 or not whole:
+        raise InputError(
+            f"adapter {folder} was trained with {vocabulary(folder)} tokens, the base has {there}, and the adapter "
+            "does not bring the embeddings and the head of all of them; give the base that it was trained with, or "
+            "save the adapter with save_embedding_layers=True"
+        )
+    torch.manual_seed(0)  # what the adapter does not replace of a base alone is the same each time
+    base.resize_token_embeddings(vocabulary(folder), mean_resizing=False)
+
+
+def _embeddings(folder: Path) -> dict[str, int]:
+    """Number of tokens of each whole embedding, or head, that an adapter brings, by its name there."""
+    # Packed weights have one column.
+    return {
+        key: shape[0]
+        for key, shape in _shapes(folder).items()
+        if _WHOLE_WEIGHT.fullmatch(key) and len(shape) == 2 and shape[1] > 1
+    }
+
+
+def _is_tied(base: Any) -> bool:
+    head = base.get_output_embeddings()
+    return head is None or head.weight is base.get_input_embeddings().weight
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's tensors on disk, by their names."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def load(base: Any, folder: Path) -> Any:
@@ -79,8 +139,7 @@ def load(base: Any, folder: Path) -> Any:
     Raises:
         InputError: the adapter was made for another model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft import PeftModel
 
     misfit = f"adapter {folder} does not fit the base {type(base).__name__}"
     try:
@@ -88,13 +147,20 @@ def load(base: Any, folder: Path) -> Any:
     except (RuntimeError, ValueError) as error:
         detail = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
         raise InputError(f"{misfit}: {detail or first_line(error)}") from None
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        actual = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    if actual != expected:
-        different = sorted(actual.keys() ^ expected.keys())
-        raise InputError(f"{misfit}: {different[0] if different else 'its shapes'} is in one of them alone")
+    expected, actual = _expected(model, embeddings=False), _shapes(folder)
+    if actual != expected:  # embeddings may be saved that no adapter needs
+        different = (expected.items() - actual.items()) | (actual.items() - _expected(model, embeddings=True).items())
+        for name, shape in sorted(different):
+            raise InputError(f"{misfit}: {name} of shape {shape} is in one of them alone")
     return model
+
+
+def _expected(model: Any, *, embeddings: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of what peft saves of a model with adapters, with its whole embeddings or without, by their names."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    return {key: tuple(value.shape) for key, value in saved.items()}
 
 
 def merged(network: Any) -> Any:
@@ -111,7 +177,9 @@ def merged(network: Any) -> Any:
     _untie(network.get_base_model())
     try:
         return network.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(error, NotImplementedError | ValueError) and "Impossible to merge" not in str(error):
+            raise  # it is not about the method, but of torch, as where memory is lacking
         raise InputError(f"peft does not merge it into these weights ({first_line(error)})") from None
 
 

@@ -37,6 +37,7 @@ class StepResult:
     grad_norm: float | None
     """Before clipping; null where the loss scaler has no scale at which it is finite, and there was no update."""
     learning_rate: float
+    """That of the update, after warm-up by the schedule or by the optimizer."""
 
 
 class Trainer:
@@ -190,7 +191,7 @@ class Trainer:
         Raises:
             Diverged: the gradient is not finite.
         """
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.optimizer.param_groups[0]["lr"]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if isinstance(self.optimizer, optimizers.UpdatesInBackward):
@@ -208,6 +209,8 @@ class Trainer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        # That of an optimizer that warms up itself is known once it has stepped.
+        rate = float(self.optimizer.param_groups[0].get("scheduled_lr", rate))
         if norm is not None:
             self.scheduler.step()
             self._updates += 1
@@ -225,7 +228,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, spec: TrialSpec, steps: int) ->
     from transformers import get_scheduler
 
     return get_scheduler(
-        spec.lr_scheduler,
+        spec.schedule,
         optimizer,
         num_warmup_steps=order.warm_up_steps(spec, steps),
         num_training_steps=steps,

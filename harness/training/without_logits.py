@@ -52,12 +52,17 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, losses: Losses, name: s
         losses: what is taken.
         name: of the loss, for errors.
 
+    Raises:
+        InputError: the model's code computes its logits all at once, or its forward pass was not called.
+
     Replaces the model's `forward`, and its decoder while logits are computed: transformers (5.23) has no function from
     the decoder's output to logits, which would let both go.
     """
-    forward = causal.forward
+    forward, called = causal.forward, False
 
     def without_logits(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        called = True
         with _outputs_of(causal.base_model, causal.get_decoder()) as made:
             outputs = forward(*arguments, **options, logits_to_keep=1)  # with the auxiliary loss, if there is one
         if not made:
@@ -81,6 +86,10 @@ def losses_for_logits(causal: Any, labels: torch.Tensor, losses: Losses, name: s
 
     with mock.patch.object(causal, "forward", without_logits):
         yield
+    if not called:
+        raise InputError(
+            f"loss {name}: what calls {type(causal).__name__} keeps a forward pass of its own; use loss: full"
+        )
 
 
 def _all_at_once(causal: Any, loss: str) -> str:

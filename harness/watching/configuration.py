@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -14,7 +13,7 @@ from harness._util.messages import explain
 from harness.errors import InputError
 from harness.spec.keys import Optimizer
 from harness.spec.trial import FACTS, TrialSpec
-from harness.training import distributed, formats
+from harness.training import distributed, formats, sizes
 from harness.watching.loop import Loop
 
 _OF_LORA = {
@@ -101,6 +100,8 @@ def seen(loop: Loop, arguments: Mapping[str, Any]) -> tuple[TrialSpec, tuple[str
         for key, value in part.items():
             values = _with(values, key, value)
     spec = TrialSpec.model_validate(values)
+    if spec.schedule != spec.lr_scheduler:  # a schedule over an optimizer without one, which no grid has
+        values.pop("lr_scheduler", None)
     unseen = {key for key, facts in FACTS.items() if facts.measured and facts.given} - values.keys() - _WITHOUT_EFFECT
     if spec.adapter == "none":
         unseen = {key for key in unseen if not key.startswith(_OF_ADAPTERS)}
@@ -141,7 +142,7 @@ def _precision(loop: Loop) -> str | None:
 
 
 def _of_adapter(model: Any) -> dict[str, Any]:
-    configs = [*_adapters(model).values()]
+    configs = [*sizes.adapters(model).values()]
     if not configs:
         return {"adapter": "none"}
     name = str(getattr(configs[0].peft_type, "value", configs[0].peft_type)).lower()
@@ -212,36 +213,3 @@ def _may_be(optimizer: torch.optim.Optimizer, name: str) -> bool:
     return not type(optimizer).__module__.startswith("torch.") and all(
         name not in names for (package, _), names in _OPTIMIZERS.items() if package != "bitsandbytes"
     )
-
-
-def sizes(model: Any) -> dict[str, float | int | None]:
-    """Trained and all parameters, and what an adapter takes."""
-    counted = getattr(model, "num_parameters", None)  # transformers', which knows of 4-bit weights
-    figures: dict[str, float | int | None] = {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": counted() if counted is not None else sum(p.numel() for p in model.parameters()),
-    }
-    if adapters := _adapters(model):
-        from peft import get_peft_model_state_dict
-
-        if hasattr(model, "get_nb_trainable_parameters"):  # peft's, which know of 4-bit weights too
-            figures["trainable_parameters"], figures["total_parameters"] = model.get_nb_trainable_parameters()
-        saved = [t for name in adapters for t in get_peft_model_state_dict(model, adapter_name=name).values()]
-        parameters = sum(each.numel() for each in saved)
-        total = figures["total_parameters"] or 0
-        figures |= {
-            "adapter_bytes": sum(each.numel() * each.element_size() for each in saved),
-            "adapter_share": parameters / (total - parameters),
-        }
-    return figures
-
-
-def _adapters(model: Any) -> dict[str, Any]:
-    """The configurations of the active adapters by name, of peft's models, and of transformers' `add_adapter`."""
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    names = [*configs]
-    if names:
-        with contextlib.suppress(ValueError):  # transformers', of a model within peft's
-            active = model.active_adapters
-            names = active() if callable(active) else active
-    return {name: configs[name] for name in names}

@@ -24,7 +24,7 @@ from harness.results.store import Store
 from harness.results.timing import row_figures
 from harness.sources import fingerprints
 from harness.spec.trial import TrialSpec
-from harness.training import distributed, formats
+from harness.training import distributed, formats, sizes
 from harness.training.out_of_memory import out_of_memory
 from harness.training.processes import combine
 from harness.training.step import Diverged
@@ -175,7 +175,7 @@ def _figures(loop: Loop) -> dict[str, float | int | None]:
     tokens = sum(step.tokens for step in tracked)
     return {
         **dict.fromkeys(METRICS),
-        **configuration.sizes(loop.model),
+        **sizes.of(loop.model),
         "peak_memory_bytes": loop.peak_memory_bytes or None,
         **loop.breakdown,
         "peak_reserved_bytes": loop.reserved,
