@@ -8,7 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from harness.grids.claims import CONDITIONS, MODEL, Claim, Expectation, lesson
+from harness.grids.json_schema import grid_schema
 from harness.metrics import FIGURES
+from harness.report.claim_cards import expects
 
 GOOD = {
     "id": "checkpointing",
@@ -58,6 +60,7 @@ def test_levels_are_numbers_where_those_of_a_grid_are() -> None:
         ({"where": {"precision": ["bf16", "nf5"]}}, "unknown precision 'nf5'; did you mean nf4"),
         ({"free": ["learningrate"]}, "did you mean learning_rate"),
         ({"metric": "peak_memory"}, "did you mean"),
+        ({"metric": ""}, "metric is missing; give one: Metric that decides it"),
         ({"hold": ["model"]}, "unknown key 'model'"),
         ({"compare": {"model": ["unmerged", "merged"]}}, "the inference benchmark has no peak_memory_bytes"),
         ({"metric": "model_bytes"}, "compare {model: .unmerged, merged.} alone"),
@@ -71,6 +74,14 @@ def test_what_cannot_be_judged_is_refused(changes: dict[str, object], says: str)
     Claim.model_validate(GOOD)
     with pytest.raises(ValidationError, match=says):
         Claim.model_validate(GOOD | changes)
+
+
+def test_how_a_trial_ends_is_of_no_metric() -> None:
+    fails = {"id": "fails", "says": "Rank 8 trains", "where": {"lora_r": 8}, "expect": "status ok"}
+    assert expects(Claim.model_validate(fails)) == "status ok"
+    assert "metric" not in grid_schema()["$defs"]["Claim"]["required"]
+    with pytest.raises(ValidationError, match="metric is missing"):
+        Claim.model_validate(fails | {"expect": "value < 3"})
 
 
 def test_the_lessons_claims_are_whole() -> None:

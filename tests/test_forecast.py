@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy
 import pandas
 import pytest
 from conftest import SMALL
+from rows import keep
 
 from harness.analysis import crossed, forecast, loading, sizing, stats, timed
 from harness.analysis.forecast import Known, Plan
@@ -20,6 +22,8 @@ from harness.analysis.stats import Noise
 from harness.cli.beforehand import seconds_of
 from harness.errors import InputError
 from harness.grids import grid
+from harness.results.store import Store
+from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parents[1]
 VARIANCES = Variances(reading=Noise(0.03, 40), story=0.06, seeds=Noise(0.008, 40), seeds_alone=Noise(0.016, 40))
@@ -180,13 +184,28 @@ def test_the_work_of_a_grid_counts_every_trial(tmp_path: Path) -> None:
 
 def test_costs_of_recorded_trials_add_up(tmp_path: Path) -> None:
     m = loading.load(ROOT / "results/techniques")
-    costs = sizing.recorded_costs(m)
+    costs = sizing.recorded_costs(m, sizing.trained_seconds(Store(ROOT / "results/techniques")))
     ok = m.trials[m.trials["step_seconds_median"].notna()]
     assert len(costs) == ok.loc[~ok["twin"], "config"].nunique()
     baseline = costs[sizing.cost_key(m.spec(int(m.baseline or 0)))]
     stories = int(ok["evaluated_stories"].iloc[0])
     total = baseline.start + baseline.steps * baseline.step + stories * baseline.story
     assert total == pytest.approx(ok.loc[ok["config"] == m.baseline, "trial_seconds"].median(), rel=0.5)
+
+
+def test_trials_that_were_never_timed_cost_what_they_took(small: Callable[..., TrialSpec], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    took = {"load_seconds": 5.0, "optimizer_steps": 4, "evaluated_stories": 10}
+    keep(store, small(), "baseline", [3.0] * 10, step_seconds_median=1.0, trial_seconds=19.0, rates=[50] * 4, **took)
+    # Later repeats are never timed, and steps of a trial are slower under its memory tracker.
+    later = {"started_at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC)}
+    keep(store, small(seed=1), "baseline", [3.0] * 10, trial_seconds=23.0, rates=[50] * 4, **took, **later)
+    keep(store, small(lora_r=8), "lora_r=8", [3.0] * 10, trial_seconds=115.0, rates=[4, 5, 5, 6], **took)
+    m = loading.load(tmp_path)
+    costs = sizing.recorded_costs(m, sizing.trained_seconds(store))
+    timed, untimed = (costs[sizing.cost_key(spec)] for spec in (small(), small(lora_r=8)))
+    assert (timed.step, timed.story) == (1.0, 1.0)
+    assert (untimed.step, untimed.steps, untimed.story) == (20.0, 4, 3.0)
 
 
 # ------------------------------------------------------------------------------------ on the command line
@@ -228,6 +247,9 @@ def test_nothing_is_compared_where_no_trial_has_the_values_of_base(ask: Ask, tmp
         (tmp_path / "g.yml").write_text(product.replace("random:tiny", base))
         _, output, _ = ask("run", "g.yml", "--dry-run")
         assert ("no trial has the values of base" in output, "can show" in output) == (warned, not warned)
+    code, _, errors = ask("run", "g.yml", "--dry-run", "--size", "30min")
+    assert code == 2
+    assert "no trial has the values of base" in errors
 
 
 def test_a_size_is_chosen_for_a_dry_run(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

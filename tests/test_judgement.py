@@ -453,6 +453,27 @@ def test_what_fails_under_some_seeds_is_no_answer(status: str, how: str, small: 
     assert card.technique == "steady"
 
 
+def test_where_all_fail_under_some_seeds_the_answer_says_so(small: Small, tmp_path: Path) -> None:
+    for seed in range(2):
+        ends = {"peak_memory_bytes": 1000, "eval_loss": 3.0} if seed else {"status": "diverged"}
+        keep(Store(tmp_path), small(seed=seed), "baseline", [3.0] * 20 if seed else [], **ends)
+    m = loading.load(tmp_path)
+    assert [choice.label for choice in recommend.by_memory(m)] == ["baseline (diverged under 1 of 2 seeds)"]
+    assert "baseline diverged under 1 of 2 seeds" in recommend.recommend(m).sentences[0]
+
+
+def test_without_a_baseline_what_fails_under_some_seeds_is_no_answer_either(small: Small, tmp_path: Path) -> None:
+    for seed in range(2):
+        steady = {"baseline_id": None, "peak_memory_bytes": 1100, "eval_loss": 2.9}
+        keep(Store(tmp_path), small(seed=seed, lora_r=8), "steady", [2.9] * 20, **steady)
+        ends = {"peak_memory_bytes": 1000, "eval_loss": 2.0} if seed else {"status": "diverged"}
+        keep(Store(tmp_path), small(seed=seed, lora_r=16), "lucky", [2.0] * 20 * seed, baseline_id=None, **ends)
+    cards = front.cards(comparison.compare(loading.load(tmp_path)))
+    assert {card.title: card.technique for card in cards} == {
+        "Least memory": "steady", "Lowest loss, not compared": "steady"
+    }  # fmt: skip
+
+
 def test_speeds_of_different_hours_are_never_recommended(small: Small, tmp_path: Path) -> None:
     """A search's trials from before there were visits ran hours apart."""
     store = Store(tmp_path)

@@ -505,3 +505,16 @@ def test_a_configuration_without_a_speed_is_drawn(timed: str, small: Small, tmp_
     assert len(re.findall(r'aria-roledescription="point"', picture)) == 3
     assert ("NaN" in picture, "lora_r=16</text>" in picture) == (False, True)
     assert (f'fill="{plots.GREY}"' in picture.split("no speed; technique")[-1].split("/>")[0]) == (timed == "some")
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_levels_without_a_speed_have_no_panel_of_speeds(timed: bool, small: Small, tmp_path: Path) -> None:
+    for size in (1, 2, 4):
+        keys = {"micro_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        speed = 100.0 * size if timed else None
+        keep(Store(tmp_path), small(**keys), f"micro_batch_size={size}", [3.0], peak_memory_bytes=1000 * size,
+             tokens_per_second=speed)  # fmt: skip
+    chart = plots.levels(comparison.compare(loading.load(tmp_path)))
+    assert chart is not None
+    picture = vl_convert.vegalite_to_svg(json.dumps(chart.chart.to_dict()))
+    assert ("NaN" in picture, "Tokens/s" in picture) == (False, timed)

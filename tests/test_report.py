@@ -503,6 +503,8 @@ def test_claims_about_figures_and_ends(small: Small, tmp_path: Path) -> None:
     ends = {"where": {"memory_budget": 2**30}}
     assert verdict(m, **ends, expect="status oom").word == "supported"
     assert verdict(m, **ends, expect="status ok").word == "contradicted"
+    assert verdict(m, **ends, metric="forgetting", expect="status oom").word == "supported", "whatever its metric"
+    assert verdict(m, **ends, metric="", expect="status oom").word == "supported"
     assert verdict(m, where={"memory_budget": 5}, expect="status oom").word == "not measured here"
 
 
@@ -666,7 +668,7 @@ def _recompute(report: document.Document, at_least: int) -> None:
 
 
 @pytest.mark.parametrize("case", ["one trial", "all failed", "only ooms", "no baseline", "baseline failed"])
-def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, case: str) -> None:
+def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, ask: Ask, case: str) -> None:
     store = Store(tmp_path / "g")
     if case == "one trial":
         keep(store, small(), "baseline", [2.0], **BASE)
@@ -686,10 +688,20 @@ def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, case: str
     assert not re.search(r"\bnan\b", text)
     if case in ("no baseline", "baseline failed"):
         assert any("nothing is compared" in caveat for caveat in report.caveats)
+        assert "nothing is compared" in text.split("| Answer |")[0], "before what looks like an answer"
+        assert "nothing is compared" in page.html(report).split('id="in-words"')[0].split('id="answers"')[1]
+        printed = [ask("report", str(tmp_path / "g"), "--format", "md", *more)[1] for more in ([], ["--full"])]
+        assert [" ".join(each.split()).count("nothing is compared") for each in printed] == [1, 1]
     if case == "only ooms":
         assert "oom in forward" in text
     if case != "one trial":
         assert "ended as" in text
+
+
+@pytest.mark.parametrize(("stories", "counted"), [(1, "1 held-out story (10 tokens)"), (2, "2 held-out stories (20")])
+def test_one_story_is_no_stories(stories: int, counted: str, small: Small, tmp_path: Path) -> None:
+    keep(Store(tmp_path), small(), "baseline", [2.0] * stories, **BASE)
+    assert counted in front.about(loading.load(tmp_path))
 
 
 def test_a_front_is_what_nothing_beats() -> None:

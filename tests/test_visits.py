@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import pandas
 import pytest
 import trials
 from conftest import Quiet
+from rich.console import Console
 from test_launch import Watch
 
 from harness.analysis import comparison, loading
 from harness.analysis.timed import effects, logarithms
 from harness.cli import run
-from harness.cli.progress import Pace
+from harness.cli.progress import Pace, PlainDisplay
 from harness.grids import grid as grids
 from harness.grids.document import NO_TIMING, Timing
 from harness.launch.local import LocalLauncher
@@ -409,6 +411,17 @@ def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
     text = " ".join(document.document(m, tmp_path / "r").caveats)
     assert "gradient_checkpointing=true" in text
     assert "enter no comparison" in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [((1, 0, 0), "1 trial to run"), ((1, 2, 3), "1 trial to run, 2 recorded already; 3 visits to time it"),
+     ((2, 0, 1), "2 trials to run; 1 visit to time them")],
+)  # fmt: skip
+def test_one_is_no_several(counts: tuple[int, int, int], line: str) -> None:
+    display = PlainDisplay(Console(file=io.StringIO()))
+    display.begin(*counts)
+    assert display.console.file.getvalue() == line + "\n"  # type: ignore[attr-defined]  # it is the text above
 
 
 def test_the_time_left_knows_that_visits_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Choice:
     """Bytes from which it is the choice, until those of the next."""
     config: int
     label: str
+    """With how it failed under some seeds, where each configuration did."""
     figures: str
     """In a sentence: needs 269.08 MiB, trains 152 tokens/s, ends at 3.8945 nats."""
 
@@ -61,11 +62,13 @@ def by_memory(m: Measurements) -> list[Choice]:
     except InputError:
         return []
     choices: list[Choice] = []
+    failed = failed_repeats(m)
     for memory in sorted({*figures["memory"].astype(int)}):
         candidates = _confirmed(m, figures[figures["memory"] <= memory])
         best = _choose(m, candidates)
         if not choices or choices[-1].config != best:
             (label,) = m.labels([best])
+            label += f" ({failed[best]})" if best in failed else ""
             choices.append(Choice(memory, best, label, _described(candidates, best, None)))
     return choices
 

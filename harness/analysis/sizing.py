@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
+import pandas
+import pyarrow.compute as pc
 
 from harness.analysis import forecast, pilot, words
 from harness.analysis.forecast import Plan
@@ -15,6 +17,7 @@ from harness.analysis.pilot import Variances
 from harness.grids.grid import Trial
 from harness.predict.prediction import Predictions
 from harness.predict.roofline import predicted_seconds
+from harness.results.store import Store
 from harness.spec import length
 from harness.spec.keys import FULL
 from harness.spec.trial import TrialSpec
@@ -130,15 +133,30 @@ def cost_key(spec: TrialSpec) -> str:
     return spec.model_copy(update={"seed": 0, "val_set_size": 0.0}).id
 
 
-def recorded_costs(m: Measurements) -> dict[str, Cost]:
-    """Costs of the recorded trials that ended well and were timed, by `cost_key`; the latest of each.
+def trained_seconds(store: Store) -> pandas.Series:
+    """By trial id, the median seconds of the steps that it trained, as it took them itself: no visit's."""
+    steps = store.read("steps", columns=["trial_id", "block", "seconds"])
+    trained = steps.filter(pc.field("block").is_null()).to_pandas()
+    medians: pandas.Series = trained.groupby("trial_id")["seconds"].median()
+    return medians
+
+
+def recorded_costs(m: Measurements, trained: pandas.Series) -> dict[str, Cost]:
+    """Costs of the recorded trials that ended well, by `cost_key`: of each the latest that was timed, else the latest,
+    by the steps that it trained.
 
     What loading and steps leave of a trial's time is taken for its stories, evaluated once.
+
+    Args:
+        m: of the recorded trials.
+        trained: `trained_seconds` of their store.
     """
     costs: dict[str, Cost] = {}
-    ended = m.trials[(m.trials["status"] == "ok") & m.trials["step_seconds_median"].notna()]
-    for row in ended.sort_values("started_at").to_dict("records"):
-        load, step, steps = (float(row[name]) for name in ("load_seconds", "step_seconds_median", "optimizer_steps"))
+    timed = m.trials["step_seconds_median"]
+    of_trial = m.trials.assign(timed=timed.notna(), step=timed.fillna(m.trials["trial_id"].map(trained)))
+    ended = of_trial[(of_trial["status"] == "ok") & of_trial["step"].notna()]
+    for row in ended.sort_values(["timed", "started_at"]).to_dict("records"):
+        load, step, steps = (float(row[name]) for name in ("load_seconds", "step", "optimizer_steps"))
         rest = max(float(row["trial_seconds"]) - load - steps * step, 0.0)
         stories = row["evaluated_stories"]
         known = isinstance(stories, int | float) and stories > 0

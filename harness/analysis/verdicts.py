@@ -156,9 +156,8 @@ def _levels(claim: Claim, comparison: Comparison) -> ClaimVerdict:
     """The verdict on a claim about a figure or a status: every configuration of the condition counts."""
     m = comparison.measurements
     configs = m.selected(claim.where)
-    judged = _statuses if claim.expectation.quantity == "status" else _values
-    if claim.metric == "forgetting" and claim.per is None:
-        judged = _forgetting
+    of_figure = _forgetting if claim.metric == "forgetting" and claim.per is None else _values
+    judged = _statuses if claim.expectation.quantity == "status" else of_figure
     each, size, low, high = judged(claim, comparison, configs)
     if not each:
         return ClaimVerdict(claim, "not measured here", words.MISSING, words.MISSING, words.MISSING)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.spec.trial import TrialSpec
 
 _LEAD = "can show: "
+_NO_BASELINE = "no trial has the values of base, so none is compared with another: give them as a level or a trial too"
 _UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -59,8 +60,7 @@ def print_forecast(grid: Grid, store: Store, here: Sequence[Environment]) -> Non
     if plan.configurations < 2:
         return
     if not any(trial.baseline for trial in grid.trials):
-        line = "no trial has the values of base, so none is compared with another: give them as a level or a trial too"
-        out.print(line, style="yellow", highlight=False, soft_wrap=True)
+        out.print(_NO_BASELINE, style="yellow", highlight=False, soft_wrap=True)
         return
     if not (plan.visits or plan.stories):
         return
@@ -148,8 +148,10 @@ def sized(
     plan = forecast.Plan.of(grid, _held_out(grid))
     if plan.configurations < 2 or not (plan.visits or plan.stories):
         raise InputError(f"--size: {grid.name} compares neither speeds nor losses, so its size decides nothing")
+    if not any(trial.baseline for trial in grid.trials):
+        raise InputError(f"--size: {grid.name}: {_NO_BASELINE}")
     measurements = recorded(store, here)
-    work = _work(grid, measurements, sizing)
+    work = _work(grid, store, measurements, sizing)
     variances = forecast.variances_of(measurements).variances
     size, fits = sizes.choose(sizing.budget, plan, variances, work, _choices(grid, sizing))
     if not fits:
@@ -166,13 +168,13 @@ def _at(size: Size, grid_of: Callable[[int | None, int | None], Grid]) -> Grid:
     return replace(grid, timing=replace(grid.timing, visits=size.visits))
 
 
-def _work(grid: Grid, measurements: Measurements | None, sizing: Sizing) -> Work:
+def _work(grid: Grid, store: Store, measurements: Measurements | None, sizing: Sizing) -> Work:
     """What the grid takes: by recorded trials, else by predicted steps."""
     from harness.analysis import sizing as sizes
     from harness.runner import visits
 
     specs = [trial.spec for trial in grid.trials if trial.repeat == 0]
-    costs = {} if measurements is None else sizes.recorded_costs(measurements)
+    costs = {} if measurements is None else sizes.recorded_costs(measurements, sizes.trained_seconds(store))
     unknown = [spec for spec in specs if sizes.cost_key(spec) not in costs]
     if unknown and sizing.predict:
         predictions = predict_trials(unknown, sizing.trust_remote_code, with_rates=True)

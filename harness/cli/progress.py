@@ -24,6 +24,7 @@ from rich.text import Text
 
 from harness._util.messages import one_line
 from harness._util.terminal import plain, printable
+from harness._util.units import counted
 from harness.metrics import HEADLINE, METRICS
 from harness.record import Job, Record
 from harness.results.timing import row_figures
@@ -185,7 +186,7 @@ class LiveDisplay:
         self._pace = Pace(total, visits, visit_seconds)
         self._progress.reset(self._bar, total=total + visits)
         if skipped:
-            self.console.print(f"[dim]{skipped} trials are recorded already[/]")
+            self.console.print(f"[dim]{counted(skipped, 'trial')} recorded already[/]")
 
     def trial(self, number: int, job: Job) -> None:
         """Name the running trial."""
@@ -223,7 +224,8 @@ class LiveDisplay:
 
     def waiting(self, count: int) -> None:
         """Show how many trials other runners are running."""
-        self._progress.update(self._now, description=f"waiting for {count} trials of another runner", visible=True)
+        of_others = f"waiting for {counted(count, 'trial')} of another runner"
+        self._progress.update(self._now, description=of_others, visible=True)
 
     def child_display(self) -> LiveDisplay:
         """Another running trial in the same display."""
@@ -255,7 +257,8 @@ class PlainDisplay:
         """Say how much there is to do."""
         self._pace = Pace(total, visits, visit_seconds)
         recorded = f", {skipped} recorded already" if skipped else ""
-        self._print(f"{total} trials to run{recorded}" + (f"; {visits} visits to time them" if visits else ""))
+        timed = f"; {counted(visits, 'visit')} to time {'it' if total == 1 else 'them'}" if visits else ""
+        self._print(f"{counted(total, 'trial')} to run{recorded}{timed}")
 
     def trial(self, number: int, job: Job) -> None:
         """Nothing: the line comes with the figures."""
@@ -280,7 +283,7 @@ class PlainDisplay:
         """Print, once, how many trials other runners are running."""
         if not self._is_waiting:
             self._is_waiting = True
-            self._print(f"waiting for {count} trials of another runner")
+            self._print(f"waiting for {counted(count, 'trial')} of another runner")
 
     def child_display(self) -> PlainDisplay:
         """Itself: lines come as trials end."""

@@ -115,7 +115,7 @@ def _print_answers(content: Document, *, full: bool) -> None:
     out.print(f"[bold]{plain(content.title)}[/]")
     out.print(plain(content.front.about), style="dim", highlight=False)
     lines = (
-        content.summary
+        [*content.uncompared, *content.summary]
         if full
         else [
             *content.ends,

@@ -161,8 +161,8 @@ class Claim(Contrast):
     """The claim in words."""
     section: Line = "of this grid"
     """Where it is made."""
-    metric: StrictStr
-    """Metric that decides it."""
+    metric: StrictStr = ""
+    """Metric that decides it; with `expect: status …` none is needed."""
     per: StrictStr | None = None
     """Metric by which the first is divided; with `where` only."""
     expect: Line
@@ -171,7 +171,7 @@ class Claim(Contrast):
     @field_validator("metric", "per")
     @classmethod
     def _known_metric(cls, name: str | None) -> str | None:
-        if name is not None and name not in FIGURES:
+        if name and name not in FIGURES:
             near = difflib.get_close_matches(name, list(FIGURES), n=1)
             hint = f"; did you mean {near[0]}?" if near else "; `harness keys` lists them"
             raise ValueError(f"unknown metric {name!r}{hint}")
@@ -184,10 +184,12 @@ class Claim(Contrast):
             wanted = "ratio or difference" if self.compare else "value or status"
             given = "compare" if self.compare else "where alone"
             raise ValueError(f"expect {self.expect!r} with {given}; it takes {wanted}")
+        if not self.metric and expected.quantity != "status":
+            description = type(self).model_fields["metric"].description
+            raise ValueError(f"metric is missing; give one: {description}")
         if MODEL in self.compare or MODEL in self.where or self.is_about_inference:
             self._check_inference()
-        scale = FIGURES[self.metric].scale
-        if self.compare and expected.quantity != scale:
+        if self.compare and expected.quantity != (scale := FIGURES[self.metric].scale):
             raise ValueError(f"{self.metric} is compared by {scale}, not by {expected.quantity}")
         if not self.compare and not self.where:
             raise ValueError("it names no condition; give compare or where")

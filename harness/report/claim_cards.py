@@ -47,7 +47,8 @@ class ClaimCard:
 
 def expects(claim: Claim) -> str:
     """The expectation of a claim, with its figure."""
-    return f"{claim.metric}{' / ' + claim.per if claim.per else ''}: {claim.expect}"
+    figure = " / ".join(filter(None, (claim.metric, claim.per)))
+    return f"{figure}: {claim.expect}" if figure else claim.expect
 
 
 def by_section(judged: Sequence[ClaimVerdict]) -> dict[str, list[ClaimCard]]:

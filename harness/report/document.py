@@ -82,7 +82,14 @@ class Document:
             return [f"{part.title}: {line}" for part in self.parts for line in part.ends]
         all_well = (self.comparison.measurements.trials["status"] == "ok").all()
         how = [] if all_well else [summary.ends(self.comparison)]
-        return how + summary.of_nothing_compared(self.comparison)
+        return how + self.uncompared
+
+    @property
+    def uncompared(self) -> list[str]:
+        """Why nothing is compared; empty where something is."""
+        if self.parts:
+            return [f"{part.title}: {line}" for part in self.parts for line in part.uncompared]
+        return summary.of_nothing_compared(self.comparison)
 
 
 def document(measurements: Measurements, folder: Path, *, grids: int = 1) -> Document:

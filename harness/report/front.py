@@ -151,7 +151,9 @@ def about(m: Measurements) -> str:
     if len(m.stories):
         by_trial = m.stories.groupby("trial")
         tokens = int(by_trial["tokens"].sum().max())
-        parts.append(f"{_range(by_trial['story'].nunique())} held-out stories ({tokens:,} tokens)")
+        counts = by_trial["story"].nunique()
+        noun = "story" if counts.max() == 1 else "stories"
+        parts.append(f"{_range(counts)} held-out {noun} ({tokens:,} tokens)")
     return " · ".join(parts)
 
 
@@ -208,8 +210,9 @@ def cards(comparison: Comparison, grid: str = "") -> tuple[Card, ...]:
 
 def _card(comparison: Comparison, metric: str) -> Card:
     m, wanted = comparison.measurements, METRICS[metric].better
+    failed = recommend.failed_repeats(m)
     if not any(comparison.estimates.values()):
-        values = comparison.means.loc[comparison.shown, metric].dropna()
+        values = comparison.means.loc[[c for c in comparison.shown if c not in failed], metric].dropna()
         if values.empty:
             return Card(_ANSWERS[metric], "", "not measured", "", ())
         best: Any = values.idxmin() if wanted == "lower" else values.idxmax()
@@ -218,7 +221,6 @@ def _card(comparison: Comparison, metric: str) -> Card:
     compared = comparison.estimates[metric]
     if not compared:
         return Card(_ANSWERS[metric], "", "none can be compared with the baseline", "", ())
-    failed = recommend.failed_repeats(m)
     better = {c: e for c, e in compared.items() if _is_better(e) and c not in failed}
     if not better:
         return Card(_ANSWERS[metric], "", f"none is better than the baseline{_detectable(comparison, metric)}", "", ())

@@ -278,6 +278,7 @@ def _level_panels(comparison: Comparison, configs: pandas.DataFrame, key: str, t
             ("memory", "peak_memory_bytes", unit, BLUE),
             ("speed", "tokens_per_second", "", RED),
         )
+        if data[column].notna().any()  # an axis of nothing but nulls has no extent
     ]
     return altair.vconcat(*panels)
 

@@ -77,6 +77,8 @@ def front(results: SearchResults) -> Chart | None:
         return None
     y, x = (o.metric for o in results.search.objectives[:2])
     data = _points(results).dropna(subset=[x, y])
+    if data.empty:
+        return None
     data["x"], x_title, size = _scaled(x, data[x])
     data["y"], y_title, _ = _scaled(y, data[y])
     base = altair.Chart(data).encode(

@@ -154,6 +154,7 @@ def headline(document: Document, folder: str = "", pictures: str | None = "svg")
     parts = [f"# {_md(document.title)}", _md(document.front.about)]
     effects = [chart for chart in document.charts if chart.id.startswith("effects")]
     parts += [_md_chart(chart, pictures, folder) for chart in effects] if pictures else []
+    parts += [_md(line) for line in document.uncompared]
     answers = [
         (card.title, card.technique or card.figure, card.figure if card.technique else "", card.effect,
          "; ".join(card.trades))
