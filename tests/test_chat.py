@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_data_checks import refusal
 from tiny_models import CHAT, IGNORES_SYSTEM, REFUSES_ALL, REFUSES_SYSTEM, WITH_BEGINNING, byte_tokenizer, tiny_model
 from trials import run
@@ -23,7 +24,7 @@ from harness.sources import models, splits, stories
 from harness.sources.stories import Chat, Passage, Row, Rows, Story
 from harness.spec.datasets import PromptSpec
 from harness.spec.trial import TrialSpec
-from harness.training import batches, chat, chat_templates, checkpoints, inspection
+from harness.training import batches, chat, chat_templates, checkpoints, inspection, model
 from harness.training.batches import IGNORED, Example
 
 Small = Callable[..., TrialSpec]
@@ -635,7 +636,8 @@ def test_chats_are_trained_on_evaluated_and_asked(
     assert record.status == "ok"
     assert record.metrics["training_stories"] == 10
     assert record.metrics["eval_loss"] < record.metrics["eval_loss_before"]
-    session = AdapterSession(spec, tmp_path)
+    model.load(spec, torch.device("cpu")).save_pretrained(tmp_path / "adapter")
+    session = AdapterSession(spec, tmp_path / "adapter")
     first = session.held_out[0]
     asked = session.question(first)
     number = re.findall(r"\d+", session.texts[first.story_id].messages[0]["content"])[0]

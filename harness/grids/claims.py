@@ -180,13 +180,13 @@ class Claim(Contrast):
     @model_validator(mode="after")
     def _agrees(self) -> Claim:
         expected = self.expectation
+        if not self.metric and expected.quantity != "status":
+            description = type(self).model_fields["metric"].description
+            raise ValueError(f"metric is missing; give one: {description}")
         if bool(self.compare) == (expected.quantity in ("value", "status")):
             wanted = "ratio or difference" if self.compare else "value or status"
             given = "compare" if self.compare else "where alone"
             raise ValueError(f"expect {self.expect!r} with {given}; it takes {wanted}")
-        if not self.metric and expected.quantity != "status":
-            description = type(self).model_fields["metric"].description
-            raise ValueError(f"metric is missing; give one: {description}")
         if MODEL in self.compare or MODEL in self.where or self.is_about_inference:
             self._check_inference()
         if self.compare and expected.quantity != (scale := FIGURES[self.metric].scale):
