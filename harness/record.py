@@ -62,6 +62,8 @@ class Contents:
         return names + [spec.base_model] * (self.base != before.base)
 
 
+WATCHED = " (watched)"
+"""What the label of a watched loop ends with, after the name that it was given."""
 NO_CONTENTS = Contents()
 """Of trials from before contents were fingerprinted."""
 
@@ -263,7 +265,8 @@ class Job(Row):
     base_fingerprint: Annotated[str | None, Facts(absent=None)] = None
     """Of its base model."""
     watched: Annotated[bool, Facts(absent=False)] = False
-    """Whether it is somebody's own training loop that was watched, see `harness.watch`."""
+    """Whether it is somebody's own training loop that was watched, see `harness.watch`; its label ends with
+    `WATCHED`."""
     unseen: tuple[str, ...] = ()
     """Keys of a watched loop's spec that nobody gave and that could not be seen: null in its row."""
 

@@ -26,6 +26,8 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     tokens = figures.pop("story_tokens", 10)
     rates = figures.pop("rates", ())
     adapter_id = figures.pop("adapter_id", None)
+    tasks = figures.pop("tasks", ())
+    blocks = figures.pop("blocks", (None,))  # of timing visits, each of which takes the steps; null: they are trained
     failure = {} if status == "ok" else {"phase": "forward", "error": "no", "error_type": "X"}
     counts = tokens if isinstance(tokens, list) else [tokens] * len(losses)
     stories = [
@@ -34,7 +36,8 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     ]
     steps = [
         Step(step=i, tracked=False, seconds=100 / rate, loss=3.0 - i / 10, grad_norm=1.0, learning_rate=1e-4, samples=2,
-             tokens=100, supervised_tokens=50, padded_tokens=120, peak_memory_bytes=None)
+             tokens=100, supervised_tokens=50, padded_tokens=120, peak_memory_bytes=None, block=block)
+        for block in blocks
         for i, rate in enumerate(rates, start=1)
     ]  # fmt: skip
     job = Job(grid="g", spec=spec, label=label, baseline_id=baseline_id, repeat=repeat,
@@ -42,6 +45,6 @@ def keep(store: Store, spec: TrialSpec, label: str, losses: list[float], **figur
     store.write(
         Record.of(
             job, environment=environment, status=status, **failure, started_at=started_at,
-            metrics=figures, stories=tuple(stories), steps=tuple(steps), adapter_id=adapter_id,
+            metrics=figures, stories=tuple(stories), steps=tuple(steps), tasks=tasks, adapter_id=adapter_id,
         )
     )  # fmt: skip

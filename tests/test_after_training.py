@@ -357,7 +357,7 @@ def test_models_are_judged_where_their_weights_are_held_alike(tmp_path: Path) ->
         keep(store, spec, label, [2.0], adapter_id="new", eval_loss=2.0)
         row = store.read("trials").filter(pc.field("label") == label).to_pylist()[0]
         store.write_inference(row | {"adapter_id": "old" if label == "trained again" else "new"}, inference)
-    loaded = loading.load(tmp_path, baseline_ids=None)
+    loaded = loading.load(tmp_path)
     judged = {v.claim.id: v for v in verdicts.judge(comparison.compare(loaded))}
     assert judged["merging-weights"].word == "supported"
     assert judged["merging-weights"].pairs == "2 repeats, exact"

@@ -3,6 +3,7 @@ else in this one, through its own entry point: starting 30 would take as long as
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -176,6 +177,16 @@ def test_a_dry_run_says_what_a_run_would_stop_at(tmp_path: Path, ask: Ask) -> No
     code, printed, errors = ask("run", "g.yml", "--dry-run")
     assert (code, "3 trials, 3 to run" in printed) == (0, True)
     assert errors.startswith("a run here would stop: dataset nowhere.jsonl: no such file")
+    (tmp_path / "g.yml").write_text("base: {base_model: random:tiny}\nvary: {lora_target_modules: [[query]]}\n")
+    code, printed, errors = ask("run", "g.yml", "--dry-run", "--json")
+    assert (code, errors.count("3 trials, 3 to run")) == (0, 1)
+    assert "LlamaForCausalLM has no module query" in json.loads(printed)["stops_at"]
+    (tmp_path / "g.yml").write_text(
+        "base: {base_model: random:tiny, sequence_length: 200, val_set_size: 0}\nvary: {lora_r: [4]}\n"
+    )
+    code, printed, errors = ask("run", "g.yml", "--dry-run")
+    assert (code, errors) == (0, "")
+    assert "cut to 200 tokens" in printed, "what a run says of its data is said beforehand"
 
 
 def test_a_level_that_is_the_baseline_is_named(tmp_path: Path, ask: Ask) -> None:

@@ -327,7 +327,22 @@ def test_fsdp(keys: dict[str, Any], sharding: str) -> None:
     assert spec_of(of_trl(num_processes=2, **keys)).sharding == sharding
 
 
+@pytest.mark.parametrize("key", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fsdp_checkpoints_by_its_own_key(key: str, processes: int) -> None:
+    keys = {"fsdp": True, "fsdp_config": {key: True}, "num_processes": processes}
+    files = [of_trl(**keys, gradient_checkpointing=False), lf(**keys, disable_gradient_checkpointing=True)]
+    for reader in files:
+        made = spec_of(reader)
+        assert (made.gradient_checkpointing, made.reentrant_checkpointing) == (True, False)
+        assert "FSDP's own" in reader.notes["fsdp_config"]
+    off = keys | {"fsdp": False}
+    assert not spec_of(of_trl(**off, gradient_checkpointing=False)).gradient_checkpointing
+
+
 def test_fsdp_with_offload_is_refused() -> None:
+    assert "fsdp" in of_trl(fsdp=True, fsdp_config={"offload_params": True}).unsupported
+    assert "fsdp" not in of_trl(fsdp=True, fsdp_config={"cpu_offload": "false"}).unsupported
     assert "fsdp" in of_trl(fsdp="full_shard offload").unsupported
     assert "fsdp" in of_trl(fsdp=True, fsdp_config={"cpu_offload": True}).unsupported
 
@@ -477,12 +492,12 @@ def test_datasets_of_a_training_file() -> None:
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def fields_of(module: str, name: str) -> set[str]:
+def fields_of(module: str, name: str, of: str = "transformers") -> set[str]:
     """Fields of a dataclass, from its source: importing it would import torch."""
-    package = importlib.util.find_spec("transformers")
+    package = importlib.util.find_spec(of)
     assert package is not None
     assert package.origin is not None
-    tree = ast.parse((Path(package.origin).parent / f"{module}.py").read_text())
+    tree = ast.parse((Path(package.origin).parent / f"{module.replace('.', '/')}.py").read_text())
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
     return {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
@@ -492,6 +507,29 @@ def test_the_table_has_every_training_argument_of_transformers() -> None:
     fields |= fields_of("training_args_seq2seq", "Seq2SeqTrainingArguments")
     assert len(fields) > 100
     assert fields <= hf_arguments.TABLE.keys()
+
+
+def test_the_table_has_every_argument_of_trl() -> None:
+    fields = fields_of("trainer.sft_config", "SFTConfig", "trl") | fields_of(
+        "trainer.model_config", "ModelConfig", "trl"
+    )
+    for name in ("ScriptArguments", "DatasetMixtureConfig"):
+        fields |= fields_of("scripts.utils", name, "trl")
+    assert len(fields) > 30
+    assert {name for name in fields if not name.startswith("_")} <= trl.DIALECT.table.keys()
+
+
+def test_a_mixture_of_the_alignment_handbook_is_refused_with_what_would_do() -> None:
+    document = {
+        "model_name_or_path": "a/b",
+        "use_peft": True,
+        "dataset_mixer": {"a/c": 1.0},
+        "dataset_splits": ["train"],
+    }
+    reader = read_as(trl.DIALECT, document | {"preprocessing_num_workers": 12})
+    assert reader.reasons == [
+        "dataset_mixer: {'a/c': 1.0}, dataset_splits: train (use datasets: [{path: ..., name: ..., split: ...}])"
+    ]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
@@ -506,13 +544,13 @@ def test_keys_of_a_spec_in_tables_are_those_of_a_spec(dialect: Dialect) -> None:
         ({}, {"precision": "bf16-mixed", "autocast": None, "upcast_unquantized": False}),
         ({"dtype": "bfloat16"}, {"precision": "bf16", "autocast": True, "upcast_unquantized": False}),
         ({"dtype": "bfloat16", "bf16": False}, {"autocast": None}),
-        ({"dtype": "bfloat16", "use_peft": True}, {"autocast": None}),
+        ({"dtype": "bfloat16", "use_peft": True}, {"autocast": True}),
         ({"dtype": "bfloat16", "use_peft": True, "bf16": False}, {"autocast": False}),
         ({"use_peft": True, "load_in_4bit": True}, {"upcast_unquantized": True, "compute_dtype": None}),
         ({"use_peft": True, "load_in_8bit": True, "dtype": "float32"}, {"upcast_unquantized": True}),
         (
             {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"},
-            {"upcast_unquantized": False, "autocast": None},
+            {"upcast_unquantized": False, "autocast": True},
         ),
         (
             {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16", "bf16": False},
@@ -539,7 +577,12 @@ def test_how_trl_makes_its_step(keys: dict[str, Any], expected: dict[str, Any]) 
 def test_trls_adapters_over_quantised_bases_are_16_bit() -> None:
     document = {"model_name_or_path": "a/b", "dataset_name": "a/c", "use_peft": True, "load_in_4bit": True}
     assert "adapters are fp32 here, bf16 in TRL" in read_as(trl.DIALECT, document).notes["load_in_4bit"]
-    assert "in chunks" in read_as(trl.DIALECT, document | {"loss_type": "chunked_nll"}).notes["loss_type"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"loss_type": "nll"}, {"loss_type": "chunked_nll"}], ids=str)
+def test_trl_never_makes_all_logits(keys: dict[str, Any]) -> None:
+    assert spec_of(of_trl(**keys)).loss == "chunked"
+    assert spec_of(of_trl(loss="full", **keys)).loss == "full", "unless the file asks for it with harness's own key"
 
 
 @pytest.mark.parametrize(

@@ -301,11 +301,11 @@ def test_edited_data_are_other_trials_until_they_are_put_back(tmp_path: Path, as
     write(data, edited(ROWS))
     output = run()
     assert "1 trials are recorded with other content of d.jsonl (changed since); they are kept apart and" in output
-    assert "left out: 1 trials with other content of d.jsonl" in " ".join(output.split())
+    assert "left out: 1 trial with other content of d.jsonl" in " ".join(output.split())
     assert contents().isdisjoint(first)
     assert "recorded with other" not in run("--repeats", "2"), "the second repeat is not recorded with any"
     m = loading.load(tmp_path / "results" / "g")
-    assert (len(m.trials), m.left_out) == (2, ("1 trials with other content of d.jsonl",))
+    assert (len(m.trials), m.left_out) == (2, ("1 trial with other content of d.jsonl",))
     write(data, list(reversed(ROWS)))
     assert "recorded already" in run()
     assert contents() == first, "the report is of what the latest run read"

@@ -22,6 +22,7 @@ from harness.analysis.stats import Noise
 from harness.cli.beforehand import seconds_of
 from harness.errors import InputError
 from harness.grids import grid
+from harness.record import ItemScore
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
 
@@ -208,6 +209,23 @@ def test_trials_that_were_never_timed_cost_what_they_took(small: Callable[..., T
     assert (untimed.step, untimed.steps, untimed.story) == (20.0, 4, 3.0)
 
 
+def test_general_passages_and_questions_cost_the_same_at_any_number_of_stories(
+    small: Callable[..., TrialSpec], tmp_path: Path
+) -> None:
+    """Of 25 s, 20 were for evaluation: of 10 stories, 20 passages and 10 questions, half a second each."""
+    store = Store(tmp_path)
+    took = {"load_seconds": 1.0, "optimizer_steps": 4, "step_seconds_median": 1.0, "trial_seconds": 25.0}
+    scores = tuple(ItemScore(task="t", item=i, when="after", metric="acc", score=1.0) for i in range(10))
+    general = {"measure_forgetting": True, "general_samples": 20}
+    forgets, asked = small(**general), small(**general, evaluate_tasks=["story-questions"])
+    keep(store, forgets, "baseline", [3.0] * 10, evaluated_stories=10, **took | {"trial_seconds": 20.0})
+    keep(store, asked, "asked", [3.0] * 10, evaluated_stories=10, tasks=scores, **took)
+    keep(store, small(val_set_size=0), "no story", [], **took)
+    costs = sizing.recorded_costs(loading.load(tmp_path), sizing.trained_seconds(store))
+    of = {spec: costs[sizing.cost_key(spec)] for spec in (forgets, asked, small(val_set_size=0))}
+    assert [(cost.start, cost.story, cost.general) for cost in of.values()] == [(2, 0.5, 10), (2, 0.5, 15), (2, 0, 20)]
+
+
 # ------------------------------------------------------------------------------------ on the command line
 
 GRID = """
@@ -228,7 +246,7 @@ def test_a_dry_run_says_what_could_be_shown(ask: Ask, tmp_path: Path, monkeypatc
     assert "(3 visits)" in output
     assert "(32 stories, 1 seed)" in output
     assert "pilot measurements of SmolLM2-135M" in output
-    lines = output.splitlines()
+    lines = output[output.index("can show") :].splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert all(line.startswith("          ") for line in lines[1:4]), "under what it belongs to, and no word left over"
 

@@ -186,7 +186,7 @@ def report(*words: object) -> Any:
 def test_several_grids_are_reported_by_one_command(two_grids: list[Path], tmp_path: Path) -> None:
     result = report(*two_grids, "--title", "Both of them", "-o", tmp_path / "out", "--format", "md,csv")
     assert result.exit_code == 0, result.output
-    assert {file.suffix for file in (tmp_path / "out").rglob("*.*")} == {".md", ".csv"}
+    assert {file.suffix for file in (tmp_path / "out").rglob("*.*")} == {".md", ".csv", ".json"}
     assert (tmp_path / "out/report.md").read_text().startswith("# Both of them\n")
     with (tmp_path / "out/comparisons.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from tiny_models import CHAT, EMBEDDINGS, byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import harness
-from harness.adapters import benchmark, merge, trained
+from harness.adapters import benchmark, generation, merge, trained
+from harness.adapters.session import AdapterSession
+from harness.environment import current
 from harness.errors import InputError
 from harness.grids.grid import Grid, Trial
 from harness.launch.inline import InlineLauncher
 from harness.results.store import Store
 from harness.runner.grid_run import run_grid
 from harness.spec.trial import TrialSpec
+from harness.training import model
 
 TRIALS: dict[str, dict[str, Any]] = {
     "upcast": {"precision": "nf4", "upcast_unquantized": True},
@@ -112,9 +115,9 @@ def test_evaluated_models_are_those_of_the_trial(label: str, results: Path) -> N
     assert size["unmerged"] - size["base"] == source.row["adapter_bytes"]
     of_trials = Store(results / "g").read("stories").to_pandas()
     mine = of_trials[(of_trials["trial_id"] == source.row["trial_id"]) & (of_trials["kind"] == "held-out")]
-    for model, when in (("base", "before"), ("unmerged", "after")):
+    for name, when in (("base", "before"), ("unmerged", "after")):
         known = mine[mine["when"] == when].set_index("story_id")["loss"].to_dict()
-        answers = {a.story_id: a.loss for a in inference.answers if a.model == model}
+        answers = {a.story_id: a.loss for a in inference.answers if a.model == name}
         # Products in int8 are rounded otherwise under the tracker of a trial.
         assert answers == pytest.approx(known, abs=1e-6 if source.spec.precision != "int8" else 1e-3)
 
@@ -129,6 +132,55 @@ def test_a_checkpoint_that_is_stored_in_few_bits_is_unpacked_to_be_merged(
         network = AutoModelForCausalLM.from_pretrained(tmp_path / label, dtype="auto")
         assert {each.dtype for each in network.parameters()} == {torch.bfloat16}
         assert "quantization_config" not in json.loads((tmp_path / label / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_what_is_generated_is_what_was_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over a base whose own settings sample, and end early."""
+    base = tiny_model(tmp_path / "base")
+    settings = {"do_sample": True, "temperature": 1.5, "max_length": 20}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    options = {"num_virtual_tokens": 4} if "tuning" in method else {}
+    keys = {"base_model": base, "adapter": method, "adapter_options": options, "val_set_size": 4}
+    spec = TrialSpec.model_validate(SMALL | keys)
+    model.load(spec, torch.device("cpu")).save_pretrained(tmp_path / "adapter")
+    session = AdapterSession(spec, tmp_path / "adapter")
+    monkeypatch.setattr(AdapterSession, "end_ids", [])  # no token ends a text
+    prompt = session.question(session.held_out[0]).prompt
+    for name in ("base", "unmerged"):
+        network, _ = session.make(name)
+        first, second = (_generated(session, network, prompt, seed=seed) for seed in (0, 1))
+        assert first == second == _likeliest(network, prompt)
+        assert first != _generated(session, network, prompt, temperature=2.0)
+
+
+def test_a_prompt_that_was_learnt_is_not_evaluated_for_it_is_not_merged(tmp_path: Path) -> None:
+    keys = {"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 4}}
+    spec = TrialSpec.model_validate(SMALL | keys)
+    model.load(spec, torch.device("cpu")).save_pretrained(tmp_path)
+    row = {"environment_id": current("cpu").id}
+    adapter = trained.RecordedAdapter(spec, tmp_path, "prompts", {}, row, tmp_path)
+    with pytest.raises(InputError, match=r"^prompts: evaluate compares .* there is none: .*`harness generate` works"):
+        benchmark.measure(adapter, rounds=1, generated_stories=0, most_tokens=1, on_progress=lambda at: None)
+
+
+def _generated(session: AdapterSession, network: Any, prompt: Sequence[int], **options: Any) -> list[int]:
+    texts: list[torch.Tensor] = []
+    generate = network.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "generate", lambda **given: texts.append(generate(**given)))
+        generation.generate_story(session, network, prompt, lambda piece: None, most_tokens=30, **options)
+    return [int(token) for token in texts[0][0, len(prompt) :]]
+
+
+@torch.no_grad()
+def _likeliest(network: Any, prompt: Sequence[int]) -> list[int]:
+    """The 30 tokens after a prompt that a model finds most likely, each by a forward pass of its own."""
+    text = list(prompt)
+    for _ in range(30):
+        ids = torch.tensor([text])
+        text.append(int(network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()))
+    return text[len(prompt) :]
 
 
 # ------------------------------------------------------------------------------------ adapters of plain peft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -17,8 +18,11 @@ from chromium import chromium
 from rows import keep
 
 from harness.analysis import comparison, loading
+from harness.analysis.estimate import Estimate
+from harness.analysis.measurements import Measurements
 from harness.environment import Environment, current
 from harness.report import document, labels, ladder_plot, plots
+from harness.report.chart import Extent
 from harness.report.labels import Box, PixelAxis
 from harness.results.store import Store
 from harness.spec.trial import TrialSpec
@@ -303,7 +307,45 @@ def test_an_effect_of_a_ten_thousandth_looks_like_none(small: Small, tmp_path: P
     (dots,) = [layer for layer in panel["layer"] if layer["mark"]["type"] == "point"]
     x = dots["encoding"]["x"]
     assert {0.99, 1.0, 1.01} <= {*x["axis"]["values"]}
-    assert x["scale"]["domain"]["unionWith"] == pytest.approx([1 / 1.01, 1.01]), "what is negligible"
+    assert x["scale"]["domain"] == pytest.approx([1 / 1.01, 1.01]), "what is negligible"
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_one_wide_interval_presses_nothing_together(log: bool) -> None:
+    """Its line goes on at the frame; the others are seen whole."""
+
+    def extent(*wide: float) -> Extent:
+        rows = [(0.1, 0.05, 0.15), (0.2, 0.1, 0.3), (0.3, 0.2, 0.4), (0.2, *wide), (0.3, None, None)]
+        data = pandas.DataFrame(rows, columns=["at", "low", "high"]).astype(float)
+        return Extent.of(
+            data.map(math.exp) if log else data, ("at", "low", "high"), holds=(1.0,) if log else (0.0,), log=log
+        )
+
+    def on_line(*values: float) -> Any:
+        return pytest.approx([math.exp(value) for value in values] if log else values)
+
+    usual = extent(0.05, 0.35)
+    assert ([usual.least, usual.most], usual.cuts) == (on_line(0.0, 0.4), False)
+    cut = extent(-3.0, 4.0)
+    assert ([cut.least, cut.most], cut.cuts) == (on_line(-0.3, 0.6), True)
+
+
+def test_what_is_learnt_and_forgotten_is_readable_next_to_a_wide_interval(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for r in (4, 8, 9, 10):
+        keep(Store(tmp_path), small(lora_r=r), "baseline" if r == 4 else f"lora_r={r}", [2.0], **sizes(r))
+    ends = [(-0.4, -0.45, -0.35), (-0.3, -0.35, -0.25), (-0.5, -0.55, -0.45), (-0.242, -2.975, 2.492)]
+    changes = {config: Estimate("eval_loss", *each, 8, "stories", 0.5, "better") for config, each in enumerate(ends)}
+    monkeypatch.setattr(Measurements, "learnt", lambda m, metric, configs: changes)
+    drawn = plots.forgetting(compared(tmp_path))
+    assert drawn is not None
+    assert "Intervals that go on at the frame" in drawn.caption
+    spec = drawn.spec()
+    assert all(rule["mark"]["clip"] for rule in layers(spec, "rule") if "tooltip" in rule["encoding"])
+    (points,) = layers(spec, "point")
+    low, high = points["encoding"]["x"]["scale"]["domain"]
+    assert 0.3 * (high - low) < 0.5 - 0.242, "the points take a part of the picture"
 
 
 def trained(small: Small, folder: Path, steps: int) -> tuple[comparison.Comparison, pandas.DataFrame]:

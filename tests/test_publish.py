@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pandas
@@ -14,6 +16,8 @@ import pytest
 import yaml
 from test_cli import ROOT, Ask, harness
 
+from harness.analysis import loading
+from harness.report import document, publishing
 from harness.results.store import Store
 
 FORGETTING = ROOT / "results/forgetting"
@@ -58,6 +62,24 @@ def test_the_card_says_what_it_is(published: Path) -> None:
     assert "full fine-tuning" in text
     assert json.loads(text.split("```json\n")[1].split("```")[0])["device_type"] == "cpu"
     assert (published / "report/report.html").is_file()
+
+
+def test_a_licence_is_named_only_where_it_was_given() -> None:
+    """Whose rows they are, decides."""
+    content = document.document(loading.load(FORGETTING), FORGETTING)
+    about = yaml.safe_load(publishing.card(content, {"trials": 1}).split("---\n")[1])
+    assert "license" not in about
+
+
+def test_plots_that_there_no_longer_are_go_from_the_hub(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Mock()
+    hub.return_value.create_repo.return_value = "https://hub/me/rows"
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    code, _, errors = ask("publish", str(FORGETTING), "--to", "me/rows", "--public")
+    assert code == 0, errors
+    patterns = hub.return_value.upload_folder.call_args.kwargs["delete_patterns"]
+    for former in ("data/answers.parquet", "report/plots/loss.svg", "report/tables/costs.csv"):
+        assert any(fnmatch.fnmatch(former, pattern) for pattern in patterns), former
 
 
 @pytest.mark.parametrize(("token", "reason"), [("", "hf auth login"), ("hf_none", "the hub does not take it (")])

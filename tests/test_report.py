@@ -6,6 +6,8 @@ import contextlib
 import csv
 import dataclasses
 import datetime as dt
+import io
+import json
 import math
 import random
 import re
@@ -18,21 +20,27 @@ import pandas
 import pytest
 import vl_convert
 import yaml
-from conftest import Answer
+from conftest import SMALL, Answer
+from rich.console import Console
 from rows import keep
 
 from harness.analysis import compare_runs, comparison, cost, loading, longer, pareto, recommend, verdicts, words
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
 from harness.analysis.sizing import show_time
+from harness.cli.progress import PlainDisplay
 from harness.environment import current
 from harness.errors import InputError
+from harness.grids import grid as grids
 from harness.grids.claims import Claim, Contrast
+from harness.launch.inline import InlineLauncher
 from harness.metrics import HEADLINE
-from harness.record import Job, Record
+from harness.record import Job, Record, trial_id
 from harness.report import details, document, front, page, plots, summary, tables, writers
 from harness.report.claim_cards import by_section
 from harness.results.store import Store
+from harness.results.versions import Version
+from harness.runner import grid_run
 from harness.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +204,20 @@ def test_whole_numbers_stay_whole_next_to_what_was_not_seen_of_a_loop(small: Sma
     )
 
 
+def test_a_loop_that_was_disturbed_is_to_be_watched_again(small: Small, tmp_path: Path) -> None:
+    """What a run times again is its trials: it has nothing of somebody's program."""
+    for label, watched in (("baseline", False), ("mine (watched)", True)):
+        job = Job(grid="g", spec=small(), label=label, baseline_id=small().id, watched=watched)
+        begun = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+        Store(tmp_path).write(
+            Record.of(job, environment=current("cpu"), status="ok", started_at=begun, metrics={}, disturbed=True)
+        )
+    m = loading.load(tmp_path)
+    trials, loops = (line for line in summary.caveats(comparison.compare(m), m.alpha) if "for others" in line)
+    assert trials.endswith("baseline. harness run times them again.")
+    assert loops.endswith("which have no speed: mine (watched). Watch them again while it is idle.")
+
+
 def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Path) -> None:
     folder, out = tmp_path / "results" / "g", tmp_path / "out"
     generator = random.Random(6)
@@ -236,6 +258,28 @@ def test_a_report_says_what_a_longer_run_would_decide(small: Small, tmp_path: Pa
         "nothing was visited: it is not known how long that takes"
     )
     assert all(line in (out / "report.md").read_text() for line in (speeds, losses))
+
+
+def test_other_stories_make_trials_that_are_timed_anew(small: Small, tmp_path: Path) -> None:
+    # Eight stories and as many general passages: each took 1.125 s.
+    took = {"trial_seconds": 30.0, "load_seconds": 2.0, "optimizer_steps": 10, "evaluated_stories": 8}
+    # Each of both visits takes a second to start, two to load, one to warm up, and three steps of a second.
+    timed = {"step_seconds_median": 1.0, "timed_visits": 2, "timed_steps": 6, "rates": [100] * 3, "blocks": (1, 2)}
+    general = {"measure_forgetting": True, "general_samples": 8}
+    baseline_id = small(**general).id
+    once = (("baseline", 4), ("r=8", 8), ("baseline again", 4))
+    for seed, label, r in [(0, *each) for each in once] + [(1, *each) for each in once[:2]]:
+        figures = BASE | took | {"twin": "again" in label, "baseline_id": baseline_id, "tokens_per_second": None}
+        visited = {} if seed else timed
+        keep(Store(tmp_path), small(seed=seed, lora_r=r, **general), label, [2.0] * 8, **figures | visited)
+    m = loading.load(tmp_path)
+    visits = 3 * 2 * 7
+    assert longer._stories(m, [], 8, 24)[1] == 5 * (31 + 1.125 * 16) + visits
+    # Three times as many of both: the baseline's second run and the visits are of the first repeat alone.
+    undecided = Estimate("eval_loss", 0.1, -0.1, 0.3, 8, "stories", None, "not distinguishable", seeds=2)
+    what, seconds = longer._times(m, [undecided], 1, 3)
+    assert what.startswith("24 held-out stories")
+    assert seconds == (3 * 4 + 1) * (31 + 1.125 * 16) + visits
 
 
 def test_the_time_of_further_visits_is_that_of_the_recorded_ones() -> None:
@@ -397,16 +441,90 @@ def test_old_versions_of_a_grid_do_not_mix(small: Small, tmp_path: Path) -> None
     m = loading.load(tmp_path)
     assert (row(m, "baseline")[0], row(m, "lora_r=8")[0]) == ("10 B", "20 B")
     assert m.left_out == ("2 trials of other versions of the grid",)
-    assert row(loading.load(tmp_path, baseline_ids={former}), "lora_r=8")[:2] == ("80 B", "×1.60 more")
+    of_former = Version(baselines=(former,), specs={"baseline": (former, now)}, whole=False)
+    assert row(loading.load(tmp_path, version=of_former), "lora_r=8")[:2] == ("80 B", "×1.60 more")
     # A trial that the edited grid still has takes its new place.
     (trial,) = [r["trial_id"] for r in store.read("trials").to_pylist() if r["spec_id"] == now]
     store.rename({trial: {"label": "shorter", "factor": "f", "baseline_id": former}})
-    assert row(loading.load(tmp_path, baseline_ids={former}), "shorter")[:2] == ("10 B", "×0.20 very high savings")
+    assert row(loading.load(tmp_path, version=of_former), "shorter")[:2] == ("10 B", "×0.20 very high savings")
     # A level that was edited under its name leaves its former trials behind.
     edited = LATER + dt.timedelta(minutes=1)
     keep(store, small(lora_r=8, learning_rate=1e-3), "lora_r=8", [], peak_memory_bytes=30, started_at=edited)
     keep(store, small(), "baseline", [], peak_memory_bytes=10, started_at=edited)
     assert row(loading.load(tmp_path), "lora_r=8")[0] == "30 B"
+
+
+@dataclasses.dataclass
+class Edited:
+    """A grid whose file is edited between its runs, each on a day of its own."""
+
+    folder: Path
+    day: int = 0
+
+    def run(self, ranks: dict[str, int], *only: str, repeats: int = 1, learning_rate: float = 1e-4) -> Measurements:
+        """Record what is not recorded yet; what a report shows then."""
+        self.day += 1
+        file = self.folder / "g.yml"
+        vary = {"method": {label: {"lora_r": rank} for label, rank in ranks.items()}}
+        base = SMALL | {"learning_rate": learning_rate}
+        file.write_text(yaml.safe_dump({"name": "g", "base": base, "vary": vary, "repeats": repeats}))
+        grid, store = grids.load(file), Store(self.folder / "g")
+        grid = grid.only(only) if only else grid
+        done = store.completed()
+        for t in grid.trials:
+            if trial_id(t.spec, current("cpu"), twin=t.twin) not in done:
+                at = dt.datetime(2026, 1, self.day, tzinfo=dt.UTC)
+                given = {"baseline_id": t.baseline_id, "repeat": t.repeat, "started_at": at}
+                keep(store, t.spec, t.label, [], twin=t.twin, peak_memory_bytes=t.spec.lora_r or 0, **given)
+        assert not grid_run.run_grid(grid, store, InlineLauncher(), PlainDisplay(Console(file=io.StringIO()))).records
+        return loading.load(store.folder)
+
+
+def shown(m: Measurements) -> dict[str, tuple[int, float, int]]:
+    """Rank, learning rate and repeats by label, without the baseline's second run."""
+    rows = m.configs[~m.configs["twin"]]
+    return {row.label: (row.lora_r, row.learning_rate, row.repeats) for row in rows.itertuples()}
+
+
+def test_a_grid_that_is_edited_and_edited_back_is_reported_as_it_is(tmp_path: Path) -> None:
+    """What was run before records nothing when it is run again: no moment in the rows tells that it is the latest."""
+    grid = Edited(tmp_path)
+    first = grid.run({"big": 8})
+    assert shown(first) == {"baseline": (4, 1e-4, 1), "big": (8, 1e-4, 1)}
+    m = grid.run({"big": 16})
+    assert shown(m) == {"baseline": (4, 1e-4, 1), "big": (16, 1e-4, 1)}
+    assert m.left_out == ("1 trial of other versions of the grid",)
+    assert shown(grid.run({"big": 8})) == shown(first)
+    assert shown(grid.run({"big": 8}, learning_rate=1e-3)) == {"baseline": (4, 1e-3, 1), "big": (8, 1e-3, 1)}
+    m = grid.run({"big": 8})
+    assert shown(m) == shown(first)
+    assert m.left_out == ("4 trials of other versions of the grid",)
+    assert recommend.recommend(m).label == "baseline"
+
+
+def test_levels_that_the_grid_no_longer_has_are_left_out(tmp_path: Path) -> None:
+    grid = Edited(tmp_path)
+    grid.run({"big": 8, "small": 2})
+    m = grid.run({"big": 8}, repeats=2)
+    assert shown(m) == {"baseline": (4, 1e-4, 2), "big": (8, 1e-4, 2)}
+    assert m.left_out == ("1 trial of levels that the grid no longer has",)
+    assert shown(grid.run({"big": 8})) == shown(m), "repeats are no levels"
+    m = grid.run({"big": 8, "small": 2})
+    assert shown(m) == {"baseline": (4, 1e-4, 2), "big": (8, 1e-4, 2), "small": (2, 1e-4, 1)}
+    only = grid.run({"big": 16, "small": 2}, "big")
+    assert shown(only)["small"] == (2, 1e-4, 1), "--only hides no other level"
+    assert shown(only)["big"] == (16, 1e-4, 1)
+
+
+def test_what_was_run_last_is_readable_whatever_is_in_its_file(tmp_path: Path) -> None:
+    keep(Store(tmp_path), TrialSpec.model_validate(SMALL), "baseline", [], peak_memory_bytes=9)
+    here = current("cpu").id
+    for odd in (3, [], {here: 3}, {here: {"baselines": 3, "specs": {}}}, {"other": {"baselines": [], "specs": {}}}):
+        (tmp_path / "grid.json").write_text(json.dumps({"versions": odd}))
+        m = loading.load(tmp_path)
+        assert (len(m.configs), m.left_out) == (1, ())
+    (tmp_path / "grid.json").write_text(json.dumps({"versions": {here: {"baselines": ["a"], "specs": {"b": ["a"]}}}}))
+    assert loading.load(tmp_path).left_out == ("the grid as it is now, of which nothing is recorded",)
 
 
 # ------------------------------------------------------------------------------------ contrasts and claims
@@ -710,6 +828,30 @@ def test_a_front_is_what_nothing_beats() -> None:
 
 
 # ------------------------------------------------------------------------------------ recommend, compare
+
+
+def test_plots_and_tables_of_former_rows_go(small: Small, tmp_path: Path) -> None:
+    folder, out = tmp_path / "results" / "g", tmp_path / "out"
+    measured(small, folder)
+    before = full_report(folder, out)
+    for mine in ("plots/mine.png", "tables/mine.csv"):
+        (out / mine).touch()
+    (out / "files.json").write_text((out / "files.json").read_text().replace("[", '["../results/g/grid.json",', 1))
+    (folder / "grid.json").touch()
+    fewer = dataclasses.replace(before, charts=before.charts[1:], tables=before.tables[1:])
+    chart, table = before.charts[0].id, before.tables[0].id
+
+    def there() -> set[str]:
+        return {path.name for kind in ("plots", "tables") for path in (out / kind).iterdir()}
+
+    writers.write(fewer, out, formats=("html", "svg"))
+    assert f"{chart}.svg" not in there()
+    assert {f"{chart}.png", f"{table}.csv"} <= there(), "formats that are not written stay"
+    writers.write(fewer, out)
+    names = {f"{each.id}.{kind}" for each in fewer.charts for kind in ("svg", "png")}
+    names |= {f"{each.id}.{kind}" for each in fewer.tables for kind in ("csv", "tex")}
+    assert there() == names | {"mine.png", "mine.csv"}, "a user's own files stay"
+    assert (folder / "grid.json").exists(), "nothing outside is removed, whatever the list says"
 
 
 def test_recommendation_keeps_the_limits_and_says_the_price(small: Small, tmp_path: Path) -> None:

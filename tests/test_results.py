@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import resource
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from harness.results.join import Joined, join
 from harness.results.parts import DamagedPart
 from harness.results.schema import SCHEMAS, Table, spec_of
 from harness.results.store import Store, looks_of
+from harness.results.versions import Version, versions_of
 from harness.spec.trial import TrialSpec
 
 Small = Callable[..., TrialSpec]
@@ -92,6 +95,25 @@ def test_a_part_that_is_being_written_is_not_read(small: Small, tmp_path: Path) 
     (tmp_path / "trials" / ".half.123.aside").write_bytes(b"PAR1 and then nothing")
     assert len(pandas.read_parquet(tmp_path / "trials")) == 1
     assert len(store.read("trials")) == 1
+
+
+def test_a_record_that_does_not_fit_on_the_disk_replaces_nothing(small: Small, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(record(small()))
+    before = {table: store.read(table) for table in SCHEMAS}
+    texts = tuple(StoryLoss(story_id=uuid.uuid4().hex, when="after", loss=i / 7, tokens=i + 1) for i in range(9000))
+    later = record(small(), metrics={"peak_memory_bytes": 2000}, stories=texts)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # bytes: enough for the steps, not for the texts
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/stories/{later.trial_id}\.parquet'"):
+            store.write(later)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {table: store.read(table) for table in SCHEMAS} == before
+    assert not list(tmp_path.rglob("*.aside"))
+    store.write(later)
+    assert (len(store.read("steps")), len(store.read("stories"))) == (1, 9000)
 
 
 def spoil(folder: Path) -> list[str]:
@@ -210,6 +232,24 @@ def test_two_folders_become_one_without_doubling(small: Small, tmp_path: Path) -
     assert join(here, there) == Joined(added=0, replaced=0, kept=4)
     here.compact(above=1)
     assert here.read("trials").sort_by("trial_id").equals(everything)
+
+
+def test_joined_folders_have_the_levels_of_both(small: Small, tmp_path: Path) -> None:
+    here, there, unknown = (Store(tmp_path / name) for name in ("here", "there", "unknown"))
+    environment_id = current("cpu").id
+    for store, labels in ((here, ("a", "b")), (there, ("a", "c"))):
+        store.write(record(small(seed=len(labels))))
+        ids = {label: (f"{label} {store.folder.name}",) for label in labels}
+        store.describe({"title": "T"}, {environment_id}, Version(baselines=("0",), specs=ids))
+    join(here, there)
+    both = Version(baselines=("0",), specs={"a": ("a here", "a there"), "b": ("b here",), "c": ("c there",)})
+    assert versions_of(here.description()) == {environment_id: both}
+    unknown.write(record(small(seed=9)))
+    unknown.describe({"title": "of an earlier harness, which kept none"})
+    join(here, unknown)
+    assert here.description() == {"title": "T"}
+    join(Store(tmp_path / "new"), there)
+    assert Store(tmp_path / "new").description() == there.description()
 
 
 def test_joining_keeps_what_is_whole_and_ended_well(small: Small, tmp_path: Path) -> None:

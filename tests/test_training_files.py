@@ -177,7 +177,7 @@ def test_axolotl_decays_nothing_with_loraplus(tmp_path: Path) -> None:
         ("", True),
         ("bf16: full\n", None),
         ("bf16: false\nfp16: false\n", None),
-        ("adapter: lora\n", None),
+        ("adapter: lora\n", True),
         ("adapter: lora\nbf16: full\n", False),
         ("adapter: qlora\nload_in_4bit: true\nbf16: full\n", False),
         ("adapter: lora\nfp16: true\nbf16: false\n", None),
@@ -189,6 +189,125 @@ def test_axolotls_trainer_is_under_autocast_unless_the_weights_alone_are_16_bit(
     keys: str, autocast: bool | None, tmp_path: Path
 ) -> None:
     assert spec(tmp_path, AXOLOTLS + keys).autocast is autocast
+
+
+def test_full_fine_tuning_over_a_file_with_adapters_is_under_autocast_too(tmp_path: Path) -> None:
+    (tmp_path / "lora.yml").write_text(AXOLOTLS + "adapter: lora\nlora_target_linear: true\n")
+    levels = load(tmp_path, "base: lora.yml\nvary: {adapter: [none]}\n")
+    full = next(trial.spec for trial in levels.trials if trial.spec.adapter == "none")
+    assert full.autocast is spec(tmp_path, AXOLOTLS).autocast is True
+    alike = spec(tmp_path, AXOLOTLS + "adapter: lora\nlora_target_linear: true\n")
+    assert alike.id == alike.model_copy(update={"autocast": None}).id, "what is the default anyway makes no other trial"
+
+
+@pytest.mark.parametrize(
+    ("keys", "warm_up"),
+    [
+        ("warmup_steps: 1\n", (2, 0.0)),
+        ("warmup_steps: 3\n", (3, 0.0)),
+        ("max_steps: 40\n", (2, 0.0)),
+        ("max_steps: 20\n", (0, 0.0)),
+        ("max_steps: 19\nwarmup_ratio: 0.1\n", (2, 0.0)),
+        ("max_steps: 39\nwarmup_ratio: 0.1\n", (3, 0.0)),
+        ("num_epochs: 2\nwarmup_ratio: 0.1\n", (None, 0.1)),
+    ],
+)
+def test_axolotl_warms_up_in_whole_steps_and_makes_two_of_one(
+    keys: str, warm_up: tuple[int | None, float], tmp_path: Path
+) -> None:
+    made = spec(tmp_path, AXOLOTLS + keys)
+    assert (made.warmup_steps, made.warmup_ratio) == warm_up
+
+
+@pytest.mark.parametrize(
+    ("keys", "sharding"),
+    [
+        ("fsdp: [no_shard]\n", "none"),
+        ("fsdp_config: {sharding_strategy: NO_SHARD}\n", "none"),
+        ("fsdp_config: {sharding_strategy: 2}\n", "shard_grad_op"),
+        ("fsdp_config: {reshard_after_forward: 'false'}\n", "shard_grad_op"),
+        ("fsdp_config: {fsdp_offload_params: false, cpu_offload_pin_memory: true}\n", "full_shard"),
+        ("deepspeed: my/stage3.json\n", "full_shard"),
+        ("deepspeed: {zero_optimization: {stage: 3, offload_param: {device: none}}}\n", "full_shard"),
+    ],
+)
+def test_axolotls_sharding(keys: str, sharding: str, tmp_path: Path) -> None:
+    assert spec(tmp_path, AXOLOTLS + "num_processes: 2\n" + keys).sharding == sharding
+
+
+def test_fsdp_of_axolotl_checkpoints_by_its_own_key(tmp_path: Path) -> None:
+    made = spec(tmp_path, AXOLOTLS + "fsdp_version: 2\nfsdp_config: {activation_checkpointing: true}\n")
+    assert (made.gradient_checkpointing, made.reentrant_checkpointing) == (True, False)
+    both = "gradient_checkpointing: true\nfsdp_config: {activation_checkpointing: false}\n"
+    assert spec(tmp_path, AXOLOTLS + both).reentrant_checkpointing
+
+
+_OF_TOOLS = {
+    "Axolotl": AXOLOTLS,
+    "TRL": "model_name_or_path: random:tiny\ndataset_name: storyteller\n",
+    "LLaMA-Factory": "model_name_or_path: random:tiny\nstage: sft\ndo_train: true\ndataset: a\ntemplate: qwen\n",
+}
+
+
+@pytest.mark.parametrize("text", _OF_TOOLS.values(), ids=list(_OF_TOOLS))
+def test_settings_of_deepspeed_and_fsdp_are_read_from_the_files_that_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "training").mkdir()
+    for name, zero in {
+        "ds_config": {"stage": 2, "offload_optimizer": {"device": "none"}},
+        "zero2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }.items():
+        (tmp_path / f"configs/{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+    (tmp_path / "training/fsdp.json").write_text('{"reshard_after_forward": false}')
+    text += "num_processes: 2\n"
+    assert spec(tmp_path / "training", text + "deepspeed: configs/ds_config.json\n").sharding == "shard_grad_op"
+    assert spec(tmp_path / "training", text + "fsdp: true\nfsdp_config: fsdp.json\n").sharding == "shard_grad_op"
+    with pytest.raises(InputError, match=r"'offload_optimizer': \{'device': 'cpu'\}\} \(use one without offload"):
+        load(tmp_path / "training", text + "deepspeed: configs/zero2.json\n")
+    (tmp_path / "configs/ds_config.json").write_text("[")
+    with pytest.raises(InputError, match=r"ds_config\.json cannot be read as JSON"):
+        load(tmp_path / "training", text + "deepspeed: configs/ds_config.json\n")
+    assert spec(tmp_path / "training", text + "deepspeed: elsewhere/zero3.json\n").sharding == "full_shard", (
+        "by its name"
+    )
+
+
+def test_keys_that_ask_for_nothing_are_off(tmp_path: Path) -> None:
+    degrees = (
+        "tensor_parallel_size context_parallel_size sequence_parallel_degree dp_replicate_size pipeline_parallel_size"
+    )
+    zeros = "label_smoothing_factor early_stopping_patience lisa_n_layers cosine_constant_lr_ratio"
+    values = dict.fromkeys(degrees.split(), 1) | dict.fromkeys(zeros.split(), 0)
+    details = {"use_eaft": False, "eaft_alpha": 1.0, "ring_attn_func": "batch_ring", "heads_k_stride": 1}
+    file = load(tmp_path, AXOLOTLS + yaml.safe_dump(values | details)).training_file
+    assert file is not None
+    assert file.no_effect.keys() >= (values | details).keys()
+    for key in values:
+        (tmp_path / "a.yml").write_text(AXOLOTLS + f"{key}: 2\n")
+        assert f"{key}: 2 (leave it out" in refusal(tmp_path / "a.yml")
+
+
+def test_ranks_of_single_layers(tmp_path: Path) -> None:
+    keys = "adapter: lora\nlora_target_linear: true\nlora_rank_pattern: {q_proj: 4}\nlora_alpha_pattern: {q_proj: 8}\n"
+    assert dict(spec(tmp_path, AXOLOTLS + keys).adapter_options or ()) == {
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"q_proj": 8},
+    }
+    assert spec(tmp_path, AXOLOTLS + "lora_rank_pattern: {q_proj: 4}\n").adapter == "none"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: Qwen/Qwen2.5-7B-Instruct\ntrain_type: lora\ndataset: [a]\nlearning_rate: 1e-4\n",
+        "base_model_name_or_path: a/b\npeft_type: LORA\nr: 16\nlora_alpha: 32\n",
+    ],
+    ids=["ms-swift", "an adapter's settings"],
+)
+def test_files_of_tools_that_are_not_read_are_called_that(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(text)
+    assert "training file of Axolotl (base_model), LLaMA-Factory or TRL" in refusal(tmp_path / "a.yml")
+    assert "did you mean" not in refusal(tmp_path / "a.yml")
 
 
 def test_axolotls_padding_and_embeddings(tmp_path: Path) -> None:
@@ -296,7 +415,16 @@ def test_harness_keys_stand_in_axolotls_files_too(tmp_path: Path) -> None:
         ("sage_attention: true\n", "sage_attention: true (use sdpa"),
         ("bf16: true\nfp16: true\n", "fp16: true (contradicts bf16: true"),
         ("gradient_checkpointing: offload\n", "gradient_checkpointing: offload (use true"),
-        ("deepspeed: zero3_cpuoffload.json\n", "deepspeed: zero3_cpuoffload.json (name a file of ZeRO"),
+        ("deepspeed: zero3_cpuoffload.json\n", "deepspeed: zero3_cpuoffload.json (use one without offload"),
+        ("deepspeed: mine.json\n", "deepspeed: mine.json (no such file, and its name has no stage"),
+        (
+            "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}\n",
+            "deepspeed: {'offload_optimizer': {'device': 'cpu'}} (use one without offload",
+        ),
+        ("fsdp: [hybrid_shard, auto_wrap]\n", "fsdp: hybrid_shard+auto_wrap (use full_shard"),
+        ("fsdp_config: {sharding_strategy: HYBRID_SHARD}\n", "(use full_shard: hybrid sharding"),
+        ("fsdp_config: settings.json\n", "fsdp_config: settings.json (no such file; give its settings"),
+        ("fsdp_config: {offload_params: true}\n", "fsdp_config: {'offload_params': True} (use one without offload"),
         ("datasets: [{path: a.jsonl, type: oasst}]\n", "datasets[0].type: oasst (use alpaca"),
         ("datasets: [{path: a.jsonl, type: alpaca, train_on_eos: all}]\n", "datasets[0].train_on_eos"),
         ("special_tokens: {additional_special_tokens: [a]}\n", "special_tokens.additional_special_tokens"),

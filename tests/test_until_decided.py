@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 from conftest import SMALL
 from rows import keep
@@ -18,6 +19,7 @@ from test_launch import Watch, formula_grid
 from harness.analysis import comparison, loading, sequential, stats
 from harness.analysis.estimate import Estimate
 from harness.analysis.sequential import until_decided
+from harness.cli.run import _print_undecided
 from harness.environment import current
 from harness.grids import grid
 from harness.grids.grid import Grid
@@ -27,6 +29,7 @@ from harness.results.store import Store, looks_of
 from harness.runner.grid_run import run_grid
 
 SPEED, LOSS = "tokens_per_second", "eval_loss"
+LABELS = ("lora_r=8", "lora_r=64")
 
 
 def estimate(metric: str, unit: Any) -> Estimate:
@@ -41,13 +44,15 @@ def looks(monkeypatch: pytest.MonkeyPatch, outcomes: list[Mapping[str, Mapping[s
     class Compared:
         """Its configurations are named by their labels."""
 
-        measurements = SimpleNamespace(labels=list)
+        measurements = SimpleNamespace(labels=list, trials=pandas.DataFrame({LOSS: [2.0]}))
 
         def __init__(self, _: object) -> None:
             self.now = next(remaining)
 
-        def undecided(self, metric: str) -> dict[str, Estimate]:
-            return {label: estimate(metric, unit) for label, unit in self.now.get(metric, {}).items()}
+        @property
+        def estimates(self) -> dict[str, dict[str, Estimate]]:
+            decided = {m: dict.fromkeys(LABELS, replace(estimate(m, None), verdict="worse")) for m in (SPEED, LOSS)}
+            return {m: of | {x: estimate(m, u) for x, u in self.now.get(m, {}).items()} for m, of in decided.items()}
 
     monkeypatch.setattr(loading, "load", lambda *_, **__: None)
     monkeypatch.setattr(sequential, "compare", Compared)
@@ -105,7 +110,7 @@ def test_undecided_losses_get_seeds_where_seeds_decide(
     visits, trials = runs.versions[1]
     assert trials == {0: BASELINE | {"lora_r=64"}, 1: {"baseline", "lora_r=64"}}
     assert visits == 2
-    assert left[LOSS]["lora_r=8"].unit == "stories"
+    assert [each and each.unit for each in left[LOSS].values()] == ["stories"]
 
 
 def test_visits_train_nothing_where_others_were_repeated(
@@ -121,6 +126,38 @@ def test_it_stops_when_interrupted(grid_of: Callable[[int], Grid], tmp_path: Pat
     runs = Runs(interrupted=True)
     assert until_decided(grid_of, 1, 9, runs, tmp_path) is None
     assert len(runs.versions) == 1
+
+
+def test_what_is_not_run_is_not_chased(
+    grid_of: Callable[[int], Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `--only`, or once a level has left the file: its rows stay in the folder."""
+    looks(monkeypatch, [{SPEED: {"lora_r=8": "visits"}, LOSS: {"lora_r=8": "seeds"}}])
+    runs = Runs()
+    left = until_decided(lambda repeats: grid_of(repeats).only(["lora_r=64"]), 1, 9, runs, tmp_path)
+    assert [trials for _, trials in runs.versions] == [{0: BASELINE | {"lora_r=64"}}], "which is decided"
+    assert left == {SPEED: {}, LOSS: {}}
+
+
+@pytest.mark.parametrize(("visits", "of_speed"), [(2, "speed not compared: lora_r=64, lora_r=8\n"), (0, "")])
+def test_what_was_not_compared_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], visits: int, of_speed: str
+) -> None:
+    base = ", ".join(f"{key}: {value}" for key, value in SMALL.items())
+    file = tmp_path / "g.yml"
+    file.write_text(f"name: g\nbase: {{{base}}}\nvary: {{lora_r: [8, 64]}}\nvisits: {visits}\n")
+
+    def run(now: Grid) -> bool:
+        """The machine is too busy for visits, rank 64 does not fit, and rank 8 is clearly worse."""
+        for t in now.trials:
+            ended = {"status": "oom"} if t.label == "lora_r=64" else {LOSS: 3.0}
+            losses = [] if t.label == "lora_r=64" else [3 + (t.label == "lora_r=8") + i / 100 for i in range(8)]
+            keep(Store(tmp_path / "g"), t.spec, t.label, losses, twin=t.twin, baseline_id=t.baseline_id, **ended)
+        return True
+
+    left = until_decided(lambda repeats: grid.load(file, repeats=repeats), 2, 3, run, tmp_path / "g")
+    _print_undecided(left, 3)
+    assert capsys.readouterr().out == of_speed + "loss not compared: lora_r=64\n"
 
 
 def test_rows_decide_what_is_repeated(tmp_path: Path) -> None:

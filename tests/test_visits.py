@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from harness.cli.progress import Pace, PlainDisplay
 from harness.grids import grid as grids
 from harness.grids.document import NO_TIMING, Timing
 from harness.launch.local import LocalLauncher
+from harness.predict.prediction import NO_PREDICTIONS
 from harness.record import Job, Record, Step, Visit
 from harness.report import document
 from harness.results.store import Store
@@ -411,6 +414,192 @@ def test_a_trial_that_is_never_quiet_is_named_and_not_compared(
     text = " ".join(document.document(m, tmp_path / "r").caveats)
     assert "gradient_checkpointing=true" in text
     assert "enter no comparison" in text
+
+
+# ------------------------------------------------------------------------------------ in one block with the baseline
+
+RANKS = GRID.replace("gradient_checkpointing: [true]", "lora_r: [8, 16]")
+Instant = Callable[[Callable[[Job], bool]], list[tuple[int, str]]]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> Instant:
+    """Trials and visits that take no time, of which a function says whether they are disturbed; what was visited, in
+    which block.
+    """
+
+    def install(is_disturbed: Callable[[Job], bool]) -> list[tuple[int, str]]:
+        visited: list[tuple[int, str]] = []
+
+        def attempt(job: Job, context: Any) -> Record:
+            if job.visit is None:
+                return made(job, context.launcher)
+            visited.append((job.visit.block, job.label))
+            return made(job, context.launcher, disturbed=is_disturbed(job))
+
+        monkeypatch.setattr(execution, "_last_attempt", attempt)
+        return visited
+
+    return install
+
+
+def made(job: Job, launcher: LocalLauncher, *, disturbed: bool = False) -> Record:
+    """What came of it: a second for each of three steps."""
+    block = None if job.visit is None else job.visit.block
+    steps = tuple(timed(n, 1.0, 100, block=block, disturbed=disturbed) for n in (1, 2, 3))
+    (here,), now = launcher.environments("cpu"), dt.datetime.now(dt.UTC)
+    metrics = {"optimizer_steps": 3} if block is None else {}
+    return Record.of(
+        job, environment=here, status="ok", started_at=now, metrics=metrics, steps=steps, disturbed=disturbed
+    )
+
+
+def shared_blocks(folder: Path) -> dict[str, int]:
+    """Of each level of a report, the blocks in which its speed is compared with the baseline's."""
+    m = loading.load(folder / "r")
+    estimates = comparison.compare(m).estimates["tokens_per_second"]
+    return {m.labels([config])[0]: estimate.n for config, estimate in estimates.items()}
+
+
+def caveats(folder: Path) -> str:
+    return " ".join(document.document(loading.load(folder / "r"), folder / "r").caveats)
+
+
+def is_of_baseline(job: Job) -> bool:
+    return job.label.startswith("baseline")
+
+
+def test_blocks_without_an_undisturbed_baseline_are_made_again(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    blocks: set[int] = set()
+
+    def busy_at_first(job: Job) -> bool:
+        assert job.visit
+        blocks.add(job.visit.block)
+        return len(blocks) <= 2 and is_of_baseline(job)
+
+    visited = instant(busy_at_first)
+    summary = go(loaded(tmp_path, RANKS), tmp_path, launcher)
+    assert summary.untimed == ()
+    assert shared_blocks(tmp_path) == {"lora_r=8": 2, "lora_r=16": 2}
+    visited.clear()
+    go(loaded(tmp_path, RANKS), tmp_path, launcher)
+    assert not visited
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_a_level_timed_before_an_interrupt_is_compared_after_it(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant, capsys: pytest.CaptureFixture[str], wanted: int
+) -> None:
+    def until_a_level(job: Job) -> bool:
+        if not is_of_baseline(job):
+            signal.raise_signal(signal.SIGINT)
+        return is_of_baseline(job)
+
+    instant(until_a_level)
+    grid = loaded(tmp_path, RANKS.replace("visits: 2", f"visits: {wanted}"))
+    summary = go(grid, tmp_path, launcher)
+    assert summary.interrupted
+    assert summary.visits_left == 4 * wanted
+    assert f"{4 * wanted} timing visits left" in what_is_left(grid, tmp_path, launcher, capsys)
+    visited = instant(lambda job: False)
+    assert go(grid, tmp_path, launcher).untimed == ()
+    assert shared_blocks(tmp_path) == {"lora_r=8": wanted, "lora_r=16": wanted}
+    assert len(visited) == 4 * wanted
+
+
+def test_levels_are_timed_with_a_baseline_that_was_run_again(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instant(lambda job: False)
+    grid = loaded(tmp_path, RANKS)
+    go(grid, tmp_path, launcher)
+    run_grid(grid.only({"lora_r=8"}), Store(tmp_path / "r"), launcher, Watch(), rerun=frozenset({"ok"}))
+    assert shared_blocks(tmp_path) == {"lora_r=8": 2}, "lora_r=16 was not in that run"
+    assert "in no block of visits with the baseline, so their speeds are not compared: lora_r=16." in caveats(tmp_path)
+    left = what_is_left(grid, tmp_path, launcher, capsys)
+    assert "6 timing visits left" in left, "of lora_r=16, and of the baseline twice in each of its blocks"
+    go(grid, tmp_path, launcher)
+    assert shared_blocks(tmp_path) == {"lora_r=8": 2, "lora_r=16": 2}
+    assert "in no block" not in caveats(tmp_path)
+
+
+def test_levels_are_timed_again_where_the_baseline_lost_its_steps(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    instant(lambda job: False)
+    grid, store, display = loaded(tmp_path, RANKS), Store(tmp_path / "r"), Watch()
+    go(grid, tmp_path, launcher)
+    for row in store.read("trials").to_pylist():
+        if row["label"].startswith("baseline"):
+            (store.folder / "steps" / f"{row['trial_id']}.parquet").unlink()
+    go(grid, tmp_path, launcher, display)
+    assert (display.total, display.visits) == (2, 8), "announced beforehand"
+    assert shared_blocks(tmp_path) == {"lora_r=8": 2, "lora_r=16": 2}
+
+
+def test_levels_are_timed_with_the_baseline_of_an_edited_base(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    visited = instant(lambda job: False)
+    go(loaded(tmp_path, RANKS.replace("[8, 16]", "[8]")), tmp_path, launcher)
+    go(loaded(tmp_path, RANKS), tmp_path, launcher)
+    visited.clear()
+    go(loaded(tmp_path, RANKS.replace("lora_r: 4}", "lora_r: 8}").replace("[8, 16]", "[4, 16]")), tmp_path, launcher)
+    assert shared_blocks(tmp_path) == {"lora_r=4": 2, "lora_r=16": 2}
+    assert "lora_r=4" not in [label for _, label in visited], "it was timed with lora_r=8 before"
+
+
+def test_no_more_blocks_are_made_where_the_baseline_is_never_quiet(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    visited = instant(is_of_baseline)
+    summary = go(loaded(tmp_path, RANKS), tmp_path, launcher)
+    assert {*summary.untimed} == {"baseline", "baseline again", "lora_r=8", "lora_r=16"}
+    assert len({block for block, _ in visited}) <= 1 + 2 + grid_run.MOST_FURTHER_BLOCKS
+
+
+def test_one_of_several_workers_visits_a_trial_in_a_block(tmp_path: Path, instant: Instant) -> None:
+    visited = instant(lambda job: False)
+    with LocalLauncher(workers=2) as two_workers:
+        summary = go(loaded(tmp_path, RANKS), tmp_path, two_workers)
+    assert len(visited) == len(set(visited)) == 8
+    assert summary.untimed == ()
+    assert Store(tmp_path / "r").damage() == {}
+
+
+def test_each_visit_counts_where_there_is_no_baseline(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    visited = instant(lambda job: False)
+    grid = loaded(tmp_path, f"{RANKS}exclude: [{{lora_r: 4}}]\n")
+    assert {trial.label for trial in grid.trials} == {"lora_r=8", "lora_r=16"}
+    assert go(grid, tmp_path, launcher).untimed == ()
+    assert sorted(label for _, label in visited) == ["lora_r=16"] * 2 + ["lora_r=8"] * 2
+
+
+def test_what_another_runner_timed_meanwhile_is_left_out(
+    tmp_path: Path, launcher: LocalLauncher, instant: Instant
+) -> None:
+    """It has no baseline in its block yet, as each runner times the baseline itself."""
+    grid, store = loaded(tmp_path, RANKS.replace("visits: 2", "visits: 1")), Store(tmp_path / "r")
+    others = {trial.label: trial for trial in grid.trials if not (trial.baseline or trial.twin)}
+    done: list[str] = []
+
+    def another_times_the_other(job: Job) -> bool:
+        if not is_of_baseline(job) and not done:
+            (other,) = others.keys() - {job.label}
+            done.append(other)
+            visit = Job(grid="g", spec=others[other].spec, label=other, visit=Visit(block=1, seconds=1.0))
+            visits.keep(made(visit, launcher), store, NO_PREDICTIONS, 1)
+        return False
+
+    visited = instant(another_times_the_other)
+    go(grid, tmp_path, launcher)
+    first = min(block for block, _ in visited)
+    assert done[0] not in [label for block, label in visited if block == first]
+    assert shared_blocks(tmp_path) == {"lora_r=8": 1, "lora_r=16": 1}
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,19 @@ def test_repeats_of_one_training_are_rows_of_their_own(tmp_path: Path) -> None:
     assert sorted(row["repeat"] for row in rows(tmp_path / "w")) == [0, 1]
 
 
+def test_a_loop_has_the_name_that_it_was_given(ask: Ask, tmp_path: Path) -> None:
+    with library.watch(model := tiny(), "mine", results=tmp_path / "results/loops"):
+        loop(model, [64] * 3)
+    code, shown, _ = ask("show", "mine")
+    assert code == 0
+    assert "loops / mine (watched)" in shown
+    assert "mine (watched)" in ask("show", "mine (watched)")[1]
+    assert "mine (watched)" in ask("ls", "results/loops")[1], "a folder, as `report` takes it"
+    code, _, errors = ask("recommend", "results/loops")
+    assert code == 2
+    assert "only watched loops ended well, which are not recommended" in errors
+
+
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     """It ends as diverged; a micro-batch where nothing is supervised, whose mean is not a number, counts for none."""
     model = tiny()

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,18 +22,41 @@ def write_whole(file: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the earlier file is kept.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    write_all_whole({file: content})
+
+
+def write_all_whole(contents: Mapping[Path, bytes]) -> None:
+    """Write files as `write_whole` does, but rename them when all are on the disk: where it is full, none is replaced.
+
+    Args:
+        contents: by file, in the order in which they are renamed.
+
+    Raises:
+        OSError: one cannot be written, which it names; the earlier files are kept.
+    """
     # A leading dot and another ending: readers of the folder skip it.
-    aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
+    asides = {file: file.with_name(f".{file.name}.{os.getpid()}.aside") for file in contents}
+    try:
+        for file, content in contents.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write_flushed(asides[file], content, meant_for=file)
+        for file, aside in asides.items():
+            os.replace(aside, file)
+        for folder in {file.parent for file in contents}:
+            _flush_names(folder)
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+
+
+def _write_flushed(aside: Path, content: bytes, *, meant_for: Path) -> None:
     try:
         with aside.open("wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(aside, file)
-        _flush_names(file.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    except OSError as error:  # of a full disk Python (3.11) does not say which file it was
+        raise OSError(error.errno, error.strerror, str(meant_for)) from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from harness.adapters.trained import (
     RecordedAdapter,
     TrainedAdapter,
     check_adapter,
+    kind,
     refuse_changed_base,
     refuse_changed_data,
 )
@@ -18,6 +19,7 @@ from harness.errors import InputError
 from harness.launch.isolated import run_isolated
 from harness.record import InferenceRecord, Model
 from harness.results.store import Store
+from harness.spec import capabilities
 from harness.spec.trial import TrialSpec
 
 
@@ -41,8 +43,8 @@ def measure(
         trust_remote_code: let a model from the hub run its own code.
 
     Raises:
-        InputError: the folder holds no adapter, it does not fit its base, it was trained in another environment, its
-            base or its data have changed since, or there are no held-out stories.
+        InputError: the folder holds no adapter, it cannot be merged or does not fit its base, it was trained in another
+            environment, its base or its data have changed since, or there are no held-out stories.
         OSError: the folder cannot be written.
     """
     here = environment.current(environment.resolve_device(adapter.spec.device)).id
@@ -51,7 +53,12 @@ def measure(
             f"{adapter.name}: trained in environment {adapter.row['environment_id']}, and this is {here}; figures of "
             "two environments are not compared. Run the trial here first; merge and generate work with it all the same"
         )
-    check_adapter(adapter.folder)
+    check_adapter(adapter.folder, to_merge=False)
+    if reason := capabilities.why_not_merged(kind(adapter.folder)):
+        raise InputError(
+            f"{adapter.name}: evaluate compares it with a merged model, and there is none: {reason}. "
+            "`harness generate` works with it, and `harness show` gives the trial's own losses"
+        )
     refuse_changed_base(adapter)
     refuse_changed_data(adapter)
     options = {"rounds": rounds, "generated_stories": generated_stories, "most_tokens": most_tokens}

@@ -70,12 +70,15 @@ def generate_story(
     tokenizer = session.tokenizer
     # Not the model's own settings: they may penalise repetition, or sample.
     settings = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    network.generation_config = GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=most_tokens,
         eos_token_id=session.end_ids or None,
         pad_token_id=session.pad_id(network),
         **settings,
     )
+    # peft (0.21) hands it on to what is in the base model, which for methods of prompts is not what generates.
+    for each in {network, network.get_base_model() if hasattr(network, "get_base_model") else network}:
+        each.generation_config = config
     inputs = torch.tensor([list(prompt)], device=session.device)
     torch.manual_seed(seed)
     network.generate(

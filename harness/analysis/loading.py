@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from harness._util.messages import explain, one_line
 from harness._util.terminal import printable
+from harness._util.units import counted
 from harness.analysis import stats
 from harness.analysis.measurements import SPEC_KEYS, Measurements
 from harness.dialects.training_file import TrainingFile
@@ -26,12 +27,13 @@ from harness.record import TIMED_FIGURES, Tuned
 from harness.results.schema import INFERENCE_TABLES, Table
 from harness.results.store import Store, looks_of
 from harness.results.timing import STEP_COLUMNS, counting_steps, reference_seconds, speeds
+from harness.results.versions import Version, versions_of
 
 
 def load(
     folder: Path,
     environment: str | None = None,
-    baseline_ids: Collection[str | None] | None = None,
+    version: Version | None = None,
     here: Sequence[Environment] = (),
 ) -> Measurements:
     """The rows of a results folder within one environment and one version of its grid.
@@ -39,7 +41,8 @@ def load(
     Args:
         folder: `results/<grid>`.
         environment: id of the environment; null: one of `here`, or the only one recorded.
-        baseline_ids: baselines of the grid's version; null: the newest of each repeat.
+        version: of the grid; null: that of its latest run in the environment, of rows from before it was kept that of
+            the newest.
         here: environments that this runner's trials may be recorded under; empty: those of this machine.
 
     Raises:
@@ -61,16 +64,24 @@ def load(
     trials = rows.drop_columns(["environment"]).to_pandas()
     left_out = []
     if len(trials) < len(table):
-        left_out.append(f"{len(table) - len(trials)} trials of other environments")
+        left_out.append(f"{counted(len(table) - len(trials), 'trial')} of other environments")
     about = store.description()
     same, others = _of_one_content(trials, about)
     left_out += others
     if same["watched"].all():
         same = _with_baselines(same)
-    kept = _newest_version(same, baseline_ids)
-    kept, configs, codes = _configurations(kept.reset_index(drop=True))
-    if len(kept) < len(same):
-        left_out.append(f"{len(same) - len(kept)} trials of other versions of the grid")
+    version = version or versions_of(about).get(chosen)
+    if version is not None and not _is_listed(same, version).any():
+        left_out.append("the grid as it is now, of which nothing is recorded")
+        version = None
+    of_version = _of_version(same, version)
+    there = of_version[~_is_gone(of_version, version)]
+    kept, configs, codes = _configurations(there.reset_index(drop=True), version)
+    gone = len(of_version) - len(there)
+    if edited := len(same) - gone - len(kept):
+        left_out.append(f"{counted(edited, 'trial')} of other versions of the grid")
+    if gone:
+        left_out.append(f"{counted(gone, 'trial')} of levels that the grid no longer has")
     losses = _losses(store, kept["trial_id"])
     visited = _visited_steps(store, kept["trial_id"])
     return Measurements(
@@ -166,8 +177,8 @@ def _of_one_content(trials: pandas.DataFrame, about: Mapping[str, Any]) -> tuple
         same &= as_wanted
     unknown = int((~same & trials["data_fingerprint"].isna()).sum())
     others = int((~same).sum()) - unknown
-    left_out = [f"{others} trials with other content of {' and '.join(names)}"] if others else []
-    left_out += [f"{unknown} trials from before contents were fingerprinted"] if unknown else []
+    left_out = [f"{counted(others, 'trial')} with other content of {' and '.join(names)}"] if others else []
+    left_out += [f"{counted(unknown, 'trial')} from before contents were fingerprinted"] if unknown else []
     return trials[same], left_out
 
 
@@ -193,30 +204,53 @@ def _with_baselines(watched: pandas.DataFrame) -> pandas.DataFrame:
     return watched.assign(baseline_id=watched["repeat"].map(of_repeat).fillna(of_label["spec_id"].iloc[0]))
 
 
-def _newest_version(trials: pandas.DataFrame, baseline_ids: Collection[str | None] | None) -> pandas.DataFrame:
-    """The trials of the grid's newest version: an edited grid has another baseline."""
-    if baseline_ids is None:
-        baseline_ids = _newest_baselines(trials.sort_values("started_at"))
-    known = {i for i in baseline_ids if isinstance(i, str)}
-    mask = trials["baseline_id"].isin(known)
-    if len(known) < len(baseline_ids):
-        mask |= trials["baseline_id"].isna()
-    return trials[mask]
+def _is_listed(trials: pandas.DataFrame, version: Version | None) -> pandas.Series:
+    """Whether a version of the grid has each trial; all of them are in it where none is known."""
+    if version is None:
+        return pandas.Series(True, trials.index)
+    specs = {spec for of_label in version.specs.values() for spec in of_label}
+    return trials["spec_id"].isin(specs) & _is_one_of(trials["baseline_id"], version.baselines)
 
 
-def _newest_baselines(by_time: pandas.DataFrame) -> set[str | None]:
-    """Ids of the newest baseline of each repeat, without those of repeats that only an earlier version had."""
-    of_repeats = by_time.groupby("repeat")["baseline_id"].last(skipna=False)
-    newest = by_time["baseline_id"].iloc[-1]
-    is_one = by_time["spec_id"].isin(of_repeats) & ~by_time["twin"].fillna(False).astype(bool)
+def _is_one_of(column: pandas.Series, ids: Collection[str | None]) -> pandas.Series:
+    known = {i for i in ids if isinstance(i, str)}
+    return column.isin(known) | (column.isna() & (len(known) < len(ids)))
+
+
+def _of_version(trials: pandas.DataFrame, version: Version | None) -> pandas.DataFrame:
+    """The trials that are compared with the baselines of a version, of the newest one where none is known: an edited
+    grid has another baseline.
+    """
+    by_time = trials.sort_values("started_at")
+    return trials[_is_one_of(trials["baseline_id"], _baselines(by_time, by_time[_is_listed(by_time, version)]))]
+
+
+def _baselines(by_time: pandas.DataFrame, listed: pandas.DataFrame) -> set[str | None]:
+    """Ids of the newest baseline of each repeat: of the listed trials, and of repeats that none of them is of where it
+    is the same configuration. Repeats that only another version had have none.
+    """
+    newest = listed["baseline_id"].iloc[-1]
+    is_one = by_time["spec_id"].isin(by_time["baseline_id"]) & ~by_time["twin"].fillna(False).astype(bool)
     keys = by_time[is_one].drop_duplicates("spec_id").set_index("spec_id")[list(SPEC_KEYS)].map(str)
     if newest not in keys.index:
-        return {*of_repeats}
+        return {*listed.groupby("repeat")["baseline_id"].last(skipna=False)}
     others = keys.index[(keys != keys.loc[newest]).any(axis=1)]
-    return {*of_repeats} - {*others}
+    ranked = pandas.concat([each[["repeat", "baseline_id"]] for each in (by_time, listed)])
+    alike = ranked[~ranked["baseline_id"].isin(others)]
+    return {*alike.groupby("repeat")["baseline_id"].last(skipna=False)}
 
 
-def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:
+def _is_gone(trials: pandas.DataFrame, version: Version | None) -> pandas.Series:
+    """Whether each trial is of a level that the grid no longer has. Watched loops are of no level."""
+    if version is None or not version.whole:
+        return pandas.Series(False, trials.index)
+    is_watched = trials["watched"].fillna(False).astype(bool)
+    return ~(trials["label"].isin(version.specs) | _is_listed(trials, version) | is_watched)
+
+
+def _configurations(
+    trials: pandas.DataFrame, version: Version | None
+) -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:
     """The trials with the number of their configuration, the configurations, and their conditions as integers."""
     trials = trials.assign(
         # Lists in a column cannot be compared; their JSON can.
@@ -257,11 +291,17 @@ def _configurations(trials: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.
     trials["stands_for"] = (
         trials["config"].mask(trials["twin"], of_baseline[0]) if len(of_baseline) else trials["config"]
     )
-    # A label whose spec was edited keeps its newest configuration only.
-    newest = configs.sort_values("started_at").drop_duplicates(["label", "twin"], keep="last").index
-    trials = trials[trials["config"].isin(newest)]
+    chosen = _of_labels(configs.assign(listed=_is_listed(trials, version).groupby(trials["config"]).any()), version)
+    trials = trials[trials["config"].isin(chosen)]
     first_rows = codes.groupby(trials["config"]).first()
-    return trials, configs.loc[sorted(newest)], first_rows
+    return trials, configs.loc[sorted(chosen)], first_rows
+
+
+def _of_labels(configs: pandas.DataFrame, version: Version | None) -> pandas.Index:
+    """One configuration of each label whose spec was edited: the one that the version has, of several the newest."""
+    newest = configs.sort_values(["listed", "started_at"]).drop_duplicates(["label", "twin"], keep="last")
+    is_other = newest["label"].isin(version.specs if version is not None else ()) & ~newest["listed"]
+    return newest.index[~is_other]
 
 
 def _row_numbers(key: pandas.DataFrame) -> Any:

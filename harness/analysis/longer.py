@@ -12,7 +12,7 @@ from harness.analysis import pilot
 from harness.analysis.comparison import Comparison
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
-from harness.analysis.sizing import show_time
+from harness.analysis.sizing import of_evaluation, show_time
 from harness.analysis.timed import in_turn
 from harness.analysis.undecided import Unit
 
@@ -52,12 +52,15 @@ def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
 
 
 def _visits(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
-    return f"{amount:,} visits instead of {now} (visits)", (amount - now) * _block_seconds(m)
+    block = _of_visits(m)["seconds"]
+    seconds = float(block.sum(skipna=False)) if len(block) else math.nan
+    return f"{amount:,} visits instead of {now} (visits)", (amount - now) * seconds
 
 
-def _block_seconds(m: Measurements) -> float:
-    """Seconds of a block of visits like those that were made: each loads a model, warms up, and takes its steps; with
-    those of the baseline in turn, that too.
+def _of_visits(m: Measurements) -> pandas.DataFrame:
+    """By timed trial, the `seconds` of a visit like those that were made, and how many `visits` these were.
+
+    Each loads a model, warms up, and takes its steps; with those of the baseline in turn, that too.
     """
     ok = _trials(m)
     of_baseline = m.readings["trial"].isin(ok.index[ok["config"] == m.baseline])
@@ -69,12 +72,12 @@ def _block_seconds(m: Measurements) -> float:
     if in_turn(m.readings):
         baseline = timed["config"] == m.baseline
         seconds += start[baseline].mean() + steps * timed.loc[baseline, "step_seconds_median"].mean()
-    return float(seconds.sum(skipna=False)) if len(seconds) else math.nan
+    return pandas.DataFrame({"seconds": seconds, "visits": timed["timed_visits"]})
 
 
 def _stories(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
     what = f"{amount:,} held-out stories instead of {now} (val_set_size){_more_than_there_are(m, amount)}"
-    return what, _again(m, stories=amount)
+    return what, _again(m, stories=amount, times=1)
 
 
 def stories_in_all(m: Measurements) -> float:
@@ -92,7 +95,7 @@ def _times(m: Measurements, these: Collection[Estimate], _: int, amount: int) ->
     stories, seeds = amount * max(each.n for each in these), amount * max(each.seeds or 1 for each in these)
     more = _more_than_there_are(m, stories)
     what = f"{stories:,} held-out stories (val_set_size){more} and {seeds:,} repeats (repeats)"
-    return what, amount * _again(m, stories=stories)
+    return what, _again(m, stories=stories, times=amount)
 
 
 def _more_than_there_are(m: Measurements, stories: int) -> str:
@@ -111,16 +114,20 @@ _LONGER: dict[Unit, Callable[[Measurements, Collection[Estimate], int, int], tup
 is undecided for lack of it, how much of it there is, and how much there would be."""
 
 
-def _again(m: Measurements, *, stories: int) -> float:
-    """Seconds of all trials with another number of held-out stories: what they train on changes, so all run again.
+def _again(m: Measurements, *, stories: int, times: int) -> float:
+    """Seconds of a grid with another number of held-out stories, and so many times the repeats.
 
-    What loading and steps leave of a trial's time is taken for its stories.
+    What its trials train on changes, so that all run again, and with them their visits. Both the visits and the
+    baseline's second run are of the first repeat alone.
     """
     trials = _trials(m)
-    steps = trials["load_seconds"] + trials["optimizer_steps"] * trials["step_seconds_median"]
-    evaluation = (trials["trial_seconds"] - steps).clip(lower=0)
-    seconds = trials["seconds"] + evaluation * (stories / trials["evaluated_stories"] - 1)
-    return float(seconds.sum(skipna=False))
+    timed = m.trials["step_seconds_median"]
+    step = timed.fillna(timed.groupby(m.trials["config"]).transform("median"))  # later repeats are not timed
+    a_story = of_evaluation(m, step)["text"].reindex(trials.index)
+    seconds = trials["seconds"] + a_story * (stories - trials["evaluated_stories"])
+    visits = _of_visits(m)
+    all_trials = seconds * trials["twin"].map({True: 1, False: times})
+    return float(all_trials.sum(skipna=False) + (visits["seconds"] * visits["visits"]).sum(skipna=False))
 
 
 def _trials(m: Measurements) -> pandas.DataFrame:

@@ -156,9 +156,11 @@ def recommend(
 
 
 def _figures(m: Measurements) -> pandas.DataFrame:
-    ok = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"] & ~m.trials["watched"]]
+    ended_well = m.trials[(m.trials["status"] == "ok") & ~m.trials["twin"]]
+    ok = ended_well[~ended_well["watched"]]
     if ok.empty:
-        raise InputError(f"{m.name}: no trial ended well; there is nothing to recommend")
+        ends = "no trial ended well" if ended_well.empty else "only watched loops ended well, which are not recommended"
+        raise InputError(f"{m.name}: {ends}; there is nothing to recommend")
     means = ok.groupby("config")[["tokens_per_second", "eval_loss"]].mean()
     figures = means.assign(memory=pandas.Series(needed_bytes(m), dtype="float64")).dropna(subset=["memory"])
     if figures.empty:

@@ -12,8 +12,8 @@ from harness.analysis.estimate import Estimate
 from harness.environment import Environment
 from harness.grids.grid import Grid
 
-Undecided = Mapping[str, Mapping[str, Estimate]]
-"""Estimates that are not distinguishable, by metric and label."""
+Undecided = Mapping[str, Mapping[str, Estimate | None]]
+"""Estimates that are not distinguishable, by metric and label; null: of a figure that is measured there is none."""
 
 
 def until_decided(
@@ -39,7 +39,7 @@ def until_decided(
         here: environments that its trials may be recorded under, see `loading.load`.
 
     Returns:
-        What the last look left undecided; null where it was stopped before that look.
+        What the last look left undecided of the grid's configurations; null where it was stopped before that look.
     """
     repeats, visits = least, grid_of(least).timing.visits
     looks = 1 + max(most - repeats, most - visits if visits else 0)
@@ -49,8 +49,8 @@ def until_decided(
     while versions:
         if not all(run(version) for version in versions):
             return None
-        measurements = loading.load(folder, baseline_ids={t.baseline_id for t in grid.trials}, here=here)
-        undecided = _undecided(compare(measurements))
+        measurements = loading.load(folder, here=here)
+        undecided = _undecided(first, compare(measurements))
         versions = []
         of_speed = _labels(undecided, lambda e: e.basis == "visits")
         if of_speed and 0 < visits < most:
@@ -65,15 +65,29 @@ def until_decided(
     return undecided
 
 
-def _undecided(comparison: Comparison) -> Undecided:
-    """Speeds and losses that are not distinguishable from the baseline's."""
-    labels = comparison.measurements.labels
-    return {
-        metric: {labels([config])[0]: estimate for config, estimate in comparison.undecided(metric).items()}
-        for metric in ("tokens_per_second", "eval_loss")
-    }
+def _undecided(grid: Grid, comparison: Comparison) -> Undecided:
+    """Speeds and losses of a grid's configurations that are not distinguishable from the baseline's, or not compared.
+
+    The folder may have others, of levels that were not asked for or are no longer in the file: none of them is run.
+    """
+    m = comparison.measurements
+    labels = {trial.label for trial in grid.trials if not (trial.baseline or trial.twin)}
+    is_measured = {"tokens_per_second": grid.timing.visits > 0, "eval_loss": bool(m.trials["eval_loss"].notna().any())}
+    undecided = {}
+    for metric, measured in is_measured.items():
+        estimates = comparison.estimates[metric]
+        known = dict(zip(m.labels(estimates), estimates.values(), strict=True))
+        open_ = {label for label, each in known.items() if each.verdict == "not distinguishable"}
+        missing = labels - known.keys() if measured else set()
+        undecided[metric] = {label: known.get(label) for label in sorted(labels & open_ | missing)}
+    return undecided
 
 
 def _labels(undecided: Undecided, chosen: Callable[[Estimate], bool]) -> set[str]:
     """Labels of the configurations with a chosen estimate."""
-    return {label for estimates in undecided.values() for label, estimate in estimates.items() if chosen(estimate)}
+    return {
+        label
+        for estimates in undecided.values()
+        for label, estimate in estimates.items()
+        if estimate is not None and chosen(estimate)
+    }

@@ -41,7 +41,7 @@ class Cost:
     story: float
     """One held-out story, evaluated once."""
     general: float = 0.0
-    """Evaluation of the general passages."""
+    """What is evaluated whatever the number of stories, once: general passages, questions of tasks."""
 
     def of_visit(self, seconds: float, reference: Cost | None = None) -> float:
         """A visit: a warm-up step, and whole rounds of its steps for at least so many seconds.
@@ -71,7 +71,7 @@ class Work:
     each_visit: float
     """Seconds of a block of visits."""
     once: float = 0.0
-    """Seconds of the general passages before training, once for each untrained model."""
+    """Seconds of `Cost.general` before training, once for each untrained model."""
     each_baseline: float = 0.0
     """Seconds of a repeat of the baseline alone, and of its stories."""
     each_baseline_story: float = 0.0
@@ -141,11 +141,27 @@ def trained_seconds(store: Store) -> pandas.Series:
     return medians
 
 
+def of_evaluation(m: Measurements, step: pandas.Series) -> pandas.DataFrame:
+    """By trial, seconds of what is evaluated: of all of it (`whole`), and of one of its texts (`text`; nan: none).
+
+    What loading and steps leave of a trial's time is taken for its texts, evaluated once: held-out stories, general
+    passages and questions, each as long as another.
+
+    Args:
+        m: of the recorded trials.
+        step: seconds of an optimizer step, by trial.
+    """
+    trials = m.trials
+    whole = (trials["trial_seconds"] - trials["load_seconds"] - trials["optimizer_steps"] * step).clip(lower=0)
+    passages = trials["general_samples"].where(trials["measure_forgetting"].eq(True), 0)
+    questions = m.items.groupby("trial").size().reindex(trials.index, fill_value=0)
+    texts = trials["evaluated_stories"].fillna(0) + passages.fillna(0) + questions
+    return pandas.DataFrame({"whole": whole, "text": whole / texts.where(texts > 0)})
+
+
 def recorded_costs(m: Measurements, trained: pandas.Series) -> dict[str, Cost]:
     """Costs of the recorded trials that ended well, by `cost_key`: of each the latest that was timed, else the latest,
-    by the steps that it trained.
-
-    What loading and steps leave of a trial's time is taken for its stories, evaluated once.
+    by the steps that it trained. Evaluation is `of_evaluation`.
 
     Args:
         m: of the recorded trials.
@@ -153,15 +169,15 @@ def recorded_costs(m: Measurements, trained: pandas.Series) -> dict[str, Cost]:
     """
     costs: dict[str, Cost] = {}
     timed = m.trials["step_seconds_median"]
-    of_trial = m.trials.assign(timed=timed.notna(), step=timed.fillna(m.trials["trial_id"].map(trained)))
+    step = timed.fillna(m.trials["trial_id"].map(trained))
+    evaluation = of_evaluation(m, step)
+    story = evaluation["text"].where(m.trials["evaluated_stories"] > 0).fillna(0.0)
+    general = evaluation["whole"] - story * m.trials["evaluated_stories"].fillna(0)
+    of_trial = m.trials.assign(timed=timed.notna(), step=step, story=story, general=general)
     ended = of_trial[(of_trial["status"] == "ok") & of_trial["step"].notna()]
     for row in ended.sort_values(["timed", "started_at"]).to_dict("records"):
-        load, step, steps = (float(row[name]) for name in ("load_seconds", "step", "optimizer_steps"))
-        rest = max(float(row["trial_seconds"]) - load - steps * step, 0.0)
-        stories = row["evaluated_stories"]
-        known = isinstance(stories, int | float) and stories > 0
-        start = pilot.START_SECONDS + load + (0.0 if known else rest)
-        costs[cost_key(m.spec(int(row["config"])))] = Cost(start, step, steps, rest / stories if known else 0.0)
+        load, *rest = (float(row[name]) for name in ("load_seconds", "step", "optimizer_steps", "story", "general"))
+        costs[cost_key(m.spec(int(row["config"])))] = Cost(pilot.START_SECONDS + load, *rest)
     return costs
 
 

@@ -92,6 +92,7 @@ def evaluate(
     from harness.analysis.comparison import compare
     from harness.cli.progress import bar
     from harness.report import inference_tables, writers
+    from harness.results.versions import Version
 
     adapter = trained.find_adapter(results, trial)
     with bar(out, "loading") as on_progress:
@@ -104,7 +105,9 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
     row = adapter.row
-    measurements = loading.load(adapter.results, row["environment_id"], {row["baseline_id"]})
+    # The grid may have been edited since.
+    version = Version(baselines=(row["baseline_id"],), specs={row["label"]: (row["spec_id"],)}, whole=False)
+    measurements = loading.load(adapter.results, row["environment_id"], version)
     compared = compare(measurements.unselected)  # as the report does
     for table in (inference_tables.models(measurements, compared), inference_tables.generated_stories(measurements)):
         if table.rows:

@@ -1,4 +1,4 @@
-"""What a run will be able to show, and the size that shows most in a given time; printed before anything starts."""
+"""What a run would do and be able to show, and the size that shows most in a given time; printed before it starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness._util.terminal import plain
+from harness._util.units import counted
 from harness.cli.console import out
 from harness.cli.predictions import predict_trials
 from harness.errors import InputError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.environment import Environment
     from harness.grids.grid import Grid
     from harness.launch.launcher import Launcher
+    from harness.record import Status
     from harness.results.store import Store
     from harness.sources.splits import Counts
     from harness.spec.trial import TrialSpec
@@ -106,6 +108,49 @@ def _counts(spec: TrialSpec) -> Counts:
     from harness.sources import splits, stories
 
     return splits.counts(stories.read_all(spec))
+
+
+def print_trials(
+    grid: Grid,
+    store: Store,
+    launcher: Launcher,
+    statuses: frozenset[Status],
+    limit: int | None,
+    stop: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """The trials of a grid, and which of them are recorded.
+
+    Args:
+        grid: of them.
+        store: of its results.
+        launcher: whose environment they would run in.
+        statuses: recorded trials that would run again.
+        limit: number of trials that would run now; null: all.
+        stop: what a run here would stop at; null: nothing.
+        as_json: as a document too.
+    """
+    from rich.table import Table
+
+    from harness.cli.documents import planned_document, print_document
+    from harness.runner import grid_run
+
+    pending = grid_run.pending(grid, store, launcher, statuses)
+    for line in grid_run.kept_apart(pending, store, launcher):
+        out.print(plain(line), highlight=False, soft_wrap=True)
+    now = f", {limit} of them now" if limit is not None and limit < len(pending) else ""
+    table = Table(title=f"{plain(grid.title)}: {counted(len(grid.trials), 'trial')}, {len(pending)} to run{now}")
+    for heading in ("#", "trial", "repeat", "spec id", "recorded"):
+        table.add_column(heading)
+    for number, trial in enumerate(grid.trials, start=1):
+        recorded = "" if trial in pending else "yes"
+        table.add_row(str(number), plain(trial.label), str(trial.repeat), trial.spec.id, recorded)
+    out.print(table)
+    if as_json:
+        trials = [planned_document(trial, recorded=trial not in pending) for trial in grid.trials]
+        left = len(pending)
+        print_document({"grid": grid.name, "folder": store.folder, "left": left, "stops_at": stop, "trials": trials})
 
 
 # ------------------------------------------------------------------------------------ --size

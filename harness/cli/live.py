@@ -364,8 +364,5 @@ def shown(console: Console, live: LivePage | None, grid: Grid, store: Store, lau
         if live is None:
             yield in_terminal
             return
-        baselines = {trial.baseline_id for trial in grid.trials}
         here = environments_of(grid, launcher)
-        yield live.follow(
-            in_terminal, store.folder, lambda: loading.load(store.folder, baseline_ids=baselines, here=here)
-        )
+        yield live.follow(in_terminal, store.folder, lambda: loading.load(store.folder, here=here))

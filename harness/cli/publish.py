@@ -26,8 +26,9 @@ def publish(
         str, typer.Option(metavar="WHERE", help="A folder, or owner/dataset on the Hugging Face hub.")
     ] = "published",
     licence: Annotated[
-        str, typer.Option("--license", metavar="ID", help="Licence of the rows, as the hub names it.")
-    ] = "apache-2.0",
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence of the rows, as the hub names it; default none."),
+    ] = None,
     for_all: Annotated[bool, typer.Option("--public", help="On the hub, for all; else for its owner alone.")] = False,
     environment: EnvironmentId = None,
 ) -> None:
@@ -71,7 +72,8 @@ def publish(
                 repo_type="dataset",
                 folder_path=target,
                 commit_message="Measured rows",
-                delete_patterns=["data/*.parquet"],  # tables that there no longer are
+                # Tables and plots that there no longer are.
+                delete_patterns=["data/*.parquet", "report/tables/*", "report/plots/*"],
             )
     out.print(f"{len(written)} files published: {plain(address)}", highlight=False, soft_wrap=True)
 

@@ -20,7 +20,9 @@ _SHOWN = 6
 
 
 def ls(
-    grid: Annotated[str | None, typer.Argument(help="Name of a grid; without it, the grids are listed.")] = None,
+    grid: Annotated[
+        str | None, typer.Argument(help="Name of a grid, or results/<grid>; without it, the grids are listed.")
+    ] = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
@@ -52,9 +54,10 @@ def ls(
         out.print(table)
         return
     by_name = {folder.name: folder for folder in folders}
-    if grid not in by_name:
+    of_grid = by_name.get(grid, Path(grid))
+    if not (of_grid / "trials").is_dir():
         raise InputError(f"no grid {grid!r} in {results}; there is {', '.join(by_name) or 'nothing'}")
-    rows = _rows(by_name[grid])
+    rows = _rows(of_grid)
     if as_json:
         print_document([trial_document(row) for row in rows])
         return

@@ -23,7 +23,6 @@ from harness.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.analysis.sequential import Undecided
     from harness.grids.grid import Grid
-    from harness.launch.launcher import Launcher
     from harness.record import Status, Tuned
     from harness.results.store import Store
     from harness.runner.grid_run import Summary
@@ -198,14 +197,24 @@ def run(
         sizing = beforehand.Sizing(budget, trust_remote_code, predict, most_trials)
         loaded = beforehand.sized(grid_of, store, here, sizing)
     snapshot = Snapshot()
+
+    def refuse_bad_input(version: Grid) -> None:
+        preflight.preflight(version if until_decided is None else grid_of(until_decided), remote=where.remote)
+        known = version.with_contents(snapshot.of)
+        inspect_trials(grid_run.pending(known, store, planned, statuses), trust_remote_code, remote=where.remote)
+
     if dry_run:
         print_training_file(loaded.training_file, grid)
         beforehand.print_merged(loaded)
-        beforehand.print_forecast(loaded, store, here)
-        try:
+        with contextlib.suppress(InputError):  # said below; what is recorded is told by it
             loaded = loaded.with_contents(snapshot.of)
+        stop = None
+        try:
+            refuse_bad_input(loaded)
         except InputError as error:  # it may be there where the grid will run
-            err.print(f"[yellow]a run here would stop:[/] {plain(str(error))}", soft_wrap=True, highlight=False)
+            stop = str(error)
+            err.print(f"[yellow]a run here would stop:[/] {plain(stop)}", soft_wrap=True, highlight=False)
+        beforehand.print_forecast(loaded, store, here)
         if loaded.rates:
             trainings = learning_rates.grid_of_rates(loaded)
             with contextlib.suppress(InputError):
@@ -214,11 +223,10 @@ def run(
             recorded, before = planned_rates(loaded, trainings, rates_store, planned, statuses, limit)
             limit = limit and max(0, limit - before)
             loaded = loaded if recorded is None else learning_rates.with_rates(loaded, recorded)
-        _print_trials(loaded, store, planned, statuses, limit, as_json=as_json)
+        beforehand.print_trials(loaded, store, planned, statuses, limit, stop, as_json=as_json)
         return
-    preflight.preflight(loaded if until_decided is None else grid_of(until_decided), remote=where.remote)
+    refuse_bad_input(loaded)
     loaded = loaded.with_contents(snapshot.of)
-    inspect_trials(grid_run.pending(loaded, store, planned, statuses), trust_remote_code, remote=where.remote)
     store.set_aside()
     print_training_file(loaded.training_file, grid)
 
@@ -315,8 +323,7 @@ def run(
             _print_undecided(undecided, until_decided)
         left = grid_run.pending(executed, store, launcher)
         if store.completed():
-            baselines = {trial.baseline_id for trial in loaded.trials}
-            measurements = loading.load(store.folder, baseline_ids=baselines, here=environments)
+            measurements = loading.load(store.folder, here=environments)
             compared = comparison.compare(measurements)
             out.print(writers.terminal(compared))
             for line in [] if left or stopped else longer.sentences(compared):  # what is left may decide them
@@ -343,16 +350,24 @@ def _refuse_with_size(repeats: int | None, until_decided: int | None, where: Lau
 
 
 def _print_undecided(undecided: Undecided | None, most: int) -> None:
-    """Which configurations are not decided, and the stories that would decide a loss, which no repeat does."""
+    """Which configurations are not decided, which were not compared at all, and the stories that would decide a loss,
+    which no repeat does.
+    """
     from harness.analysis import words
 
     if undecided is None:
         out.print("stopped before all was decided; the same command goes on", highlight=False)
         return
-    labels = ", ".join(sorted({label for estimates in undecided.values() for label in estimates})) or "none"
-    out.print(f"not decided within {most} visits and repeats: {plain(labels)}", highlight=False)
+    open_ = {label for estimates in undecided.values() for label, estimate in estimates.items() if estimate is not None}
+    missing = {metric: [label for label, each in of.items() if each is None] for metric, of in undecided.items()}
+    if open_ or not any(missing.values()):
+        labels = ", ".join(sorted(open_)) or "none"
+        out.print(f"not decided within {most} visits and repeats: {plain(labels)}", highlight=False)
+    for metric, name in (("tokens_per_second", "speed"), ("eval_loss", "loss")):
+        if missing.get(metric):
+            out.print(f"{name} not compared: {plain(', '.join(missing[metric]))}", highlight=False)
     for label, estimate in undecided.get("eval_loss", {}).items():
-        if estimate.unit == "stories":
+        if estimate is not None and estimate.unit == "stories":
             out.print(f"loss of {plain(label)}: about {words.what_decides(estimate)}", highlight=False)
 
 
@@ -364,30 +379,6 @@ def _statuses(given: list[str]) -> frozenset[Status]:
         if status not in (*known, "all"):
             raise InputError(f"unknown --rerun status {status!r}; use {', '.join(known)} or all")
     return frozenset(status for status in known if "all" in given or status in given)
-
-
-def _print_trials(
-    grid: Grid, store: Store, launcher: Launcher, statuses: frozenset[Status], limit: int | None, *, as_json: bool
-) -> None:
-    from rich.table import Table
-
-    from harness.cli.documents import planned_document, print_document
-    from harness.runner import grid_run
-
-    pending = grid_run.pending(grid, store, launcher, statuses)
-    for line in grid_run.kept_apart(pending, store, launcher):
-        out.print(plain(line), highlight=False, soft_wrap=True)
-    now = f", {limit} of them now" if limit is not None and limit < len(pending) else ""
-    table = Table(title=f"{plain(grid.title)}: {counted(len(grid.trials), 'trial')}, {len(pending)} to run{now}")
-    for heading in ("#", "trial", "repeat", "spec id", "recorded"):
-        table.add_column(heading)
-    for number, trial in enumerate(grid.trials, start=1):
-        recorded = "" if trial in pending else "yes"
-        table.add_row(str(number), plain(trial.label), str(trial.repeat), trial.spec.id, recorded)
-    out.print(table)
-    if as_json:
-        trials = [planned_document(trial, recorded=trial not in pending) for trial in grid.trials]
-        print_document({"grid": grid.name, "folder": store.folder, "left": len(pending), "trials": trials})
 
 
 def _print_summary(summary: Summary, store: Store) -> None:
@@ -417,7 +408,7 @@ def _print_untimed(summary: Summary, store: Store) -> None:
         for label, visit in summary.failed_visits.items()
     }
     labels = ", ".join(f"{each} ({failed[each]})" if each in failed else each for each in summary.untimed)
-    reason = "the machine worked for others during visits, or these failed or were not reached"
+    reason = "the machine worked for others during their visits or the baseline's, or these failed or were not reached"
     if len(failed) == len(summary.untimed):
         reason = "their visits failed"
     out.print(

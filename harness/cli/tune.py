@@ -170,7 +170,7 @@ def _print_outcome(
     left = [counted(n, what) for n, what in ((outcome.left, "trial"), (outcome.visits_left, "timing visit")) if n]
     if left:
         out.print(f"{' and '.join(left)} left; go on with the same command", highlight=False)
-    measurements = loading.load(store.folder, baseline_ids=None, here=environments)
+    measurements = loading.load(store.folder, here=environments)
     summary = reporting.summarize(measurements, store.folder)
     if summary is None:
         raise TrialsFailed(f"{name}: no trial of the study ended well; look at harness ls {name}")

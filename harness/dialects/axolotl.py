@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from harness._util.messages import as_written
 from harness.dialects import axolotl_data
 from harness.dialects.axolotl_keys import CLASSES, FAMILIES, TABLE
-from harness.dialects.common import NOT_MEASURED, read_compile, set_optimizer, set_scheduler, shard
+from harness.dialects.common import NOT_MEASURED, read_compile, set_optimizer, set_scheduler
 from harness.dialects.rules import Dialect, Reader, Together
+from harness.dialects.sharding import fsdp_checkpoints, read_deepspeed, read_fsdp
 from harness.spec.keys import ALL_LINEAR
 
 _WARM_UP = 0.03
+"""Share of the steps without a key for it, of 100 steps at most; Axolotl rounds down."""
 
+
+_PATTERNS = {"lora_rank_pattern": "rank_pattern", "lora_alpha_pattern": "alpha_pattern"}
+"""Keys of single layers, and the options of peft that they are."""
 
 _OF_PEFT = {
     "peft_use_dora": "use_dora",
@@ -34,7 +39,8 @@ def _combine(reader: Reader) -> None:
     _read_checkpointing(reader)
     _read_attention(reader)
     _read_loss(reader)
-    _read_sharding(reader)
+    read_fsdp(reader, implied=True)
+    read_deepspeed(reader, "deepspeed")
     _read_plugins(reader)
     set_optimizer(reader, "optimizer")
     set_scheduler(reader, "lr_scheduler")
@@ -87,10 +93,9 @@ def _read_precision(reader: Reader) -> None:
 def _read_autocast(reader: Reader, arithmetic: str, names: Sequence[str]) -> None:
     """Axolotl's trainer runs under autocast, but for `bf16: full` and `float16`, which are about the weights alone."""
     by_trainer = bool(reader.get("fp16")) if arithmetic == "fp16" else reader.get("bf16") != "full"
-    if reader.get("adapter") is None:
-        if arithmetic == "bf16" and by_trainer:
-            reader.set("autocast", True, *names)
-    elif not by_trainer and arithmetic != "fp32":
+    if arithmetic == "bf16" and by_trainer:  # with adapters as without: levels of a grid may have either
+        reader.set("autocast", True, *names)
+    elif reader.get("adapter") is not None and not by_trainer and arithmetic != "fp32":
         reader.set("autocast", False, *names)
 
 
@@ -142,6 +147,9 @@ def _read_adapter(reader: Reader) -> None:
     for name in ("lora_modules_to_save", "lora_target_parameters"):
         if name in reader.given:
             reader.set(name, reader.get(name), name)
+    options = {option: reader.get(name) for name, option in _PATTERNS.items() if name in reader.given}
+    if options:
+        reader.set("adapter_options", options | reader.get("adapter_options", {}), *_PATTERNS)
     _read_targets(reader)
     _read_peft(reader)
 
@@ -180,9 +188,7 @@ def _read_peft(reader: Reader) -> None:
 
 
 def _read_length(reader: Reader) -> None:
-    """`max_steps` ends the training, which in Axolotl is no longer than `num_epochs` either. Without a key for it the
-    warm-up is 3 % of the steps, 100 at most; Axolotl rounds down.
-    """
+    """`max_steps` ends the training, which in Axolotl is no longer than `num_epochs` either."""
     steps = reader.get("max_steps")
     limited = steps is not None and not (isinstance(steps, int) and steps < 0)
     if limited:
@@ -194,13 +200,25 @@ def _read_length(reader: Reader) -> None:
     else:
         reader.ignore("no limit", "max_steps")
         reader.set("num_epochs", reader.get("num_epochs", 1.0), "num_epochs")
-    if reader.get("warmup_steps") is not None:
-        reader.set("warmup_steps", reader.get("warmup_steps"), "warmup_steps")
+    _read_warm_up(reader, steps if limited and isinstance(steps, int) else None)
+
+
+def _read_warm_up(reader: Reader, steps: int | None) -> None:
+    """Of one step Axolotl makes two. Where the steps are only known from the data, the share of them is kept."""
+    wanted, ratio = reader.get("warmup_steps"), reader.get("warmup_ratio")
+    if wanted is not None:
         reader.note("warmup_steps says it", "warmup_ratio")
-    elif "warmup_ratio" not in reader.given and limited and isinstance(steps, int):
-        reader.set("warmup_steps", min(int(_WARM_UP * steps), 100))
+    elif steps is not None and ratio is None:
+        wanted = min(int(_WARM_UP * steps), 100)
+    elif steps is not None and isinstance(ratio, int | float) and 0 <= ratio <= 1:
+        wanted = int(ratio * steps)
+        reader.note(f"warmup_steps: {wanted}", "warmup_ratio")
+    if wanted is None:
+        reader.set("warmup_ratio", _WARM_UP if ratio is None else ratio, "warmup_ratio")
+    elif wanted == 1:
+        reader.set("warmup_steps", 2, "warmup_steps", "warmup_ratio", note="Axolotl makes two of one")
     else:
-        reader.set("warmup_ratio", reader.get("warmup_ratio", _WARM_UP), "warmup_ratio")
+        reader.set("warmup_steps", wanted, "warmup_steps")
 
 
 def _read_batch(reader: Reader) -> None:
@@ -228,8 +246,10 @@ def _read_checkpointing(reader: Reader) -> None:
     given = reader.get("gradient_checkpointing_kwargs", {"use_reentrant": True})
     options = dict(given) if isinstance(given, Mapping) else {}
     reentrant = options.pop("use_reentrant", False)
+    if not wanted and fsdp_checkpoints(reader, implied=True):
+        reader.set("gradient_checkpointing", True, "fsdp_config", note="FSDP's own")
     if not wanted:
-        reader.ignore("no checkpointing", "gradient_checkpointing_kwargs")
+        reader.ignore("no checkpointing by the trainer", "gradient_checkpointing_kwargs")
         return
     reader.set("reentrant_checkpointing", bool(reentrant), "gradient_checkpointing_kwargs")
     for name, value in options.items():
@@ -270,38 +290,6 @@ def _read_loss(reader: Reader) -> None:
             reader.set("loss", loss, name)
         else:
             reader.ignore("off", name)
-
-
-def _read_sharding(reader: Reader) -> None:
-    config = reader.get("fsdp_config", {})
-    options = {str(k).removeprefix("fsdp_"): v for k, v in config.items()} if isinstance(config, Mapping) else {}
-    names = ("fsdp", "fsdp_config", "fsdp_version")
-    if "fsdp" in reader.given or options:
-        if options.get("offload_params") or options.get("cpu_offload") or "offload" in str(reader.get("fsdp", "")):
-            reader.refuse("fsdp_config.offload_params", "leave it out: weights stay on the card", True)
-        by_gradient = options.get("reshard_after_forward") in (False, "SHARD_GRAD_OP", 2)
-        by_gradient |= options.get("sharding_strategy") in ("SHARD_GRAD_OP", 2)
-        by_gradient |= "shard_grad_op" in str(reader.get("fsdp", ""))
-        shard(reader, "shard_grad_op" if by_gradient else "full_shard", *names)
-    reader.ignore("no sharding", *(name for name in names if name not in reader.mapped))
-    _read_deepspeed(reader)
-
-
-def _read_deepspeed(reader: Reader) -> None:
-    given = reader.get("deepspeed")
-    if given is None:
-        return
-    text = str(given).lower()
-    stages = {"zero3": "full_shard", "zero2": "shard_grad_op", "zero1": "optimizer", "zero0": "none"}
-    if isinstance(given, Mapping):
-        zero = given.get("zero_optimization") or {}
-        zero = zero if isinstance(zero, Mapping) else {}
-        text = f"zero{zero.get('stage', 0)}" + "_offload" * bool(zero.get("offload_param"))
-    stage = next((wanted for name, wanted in stages.items() if name in text or name.replace("zero", "z") in text), None)
-    if stage is None or "offload" in text:
-        reader.refuse("deepspeed", "name a file of ZeRO 1, 2 or 3 without offloading, or leave it out")
-    else:
-        shard(reader, stage, "deepspeed")
 
 
 def _read_plugins(reader: Reader) -> None:

@@ -10,6 +10,8 @@ from harness.dialects.rules import NoEffect, OtherTask, Rule, To, Together, Unli
 _PREFERENCES = "preference training or reinforcement learning"
 _IMAGES = "training on images or sound"
 CLASSES = "a reward model or a classifier"
+_ZERO = (0, 0.0)
+"""Values by which a number asks for nothing."""
 
 
 def _all(rule: Rule, names: str) -> dict[str, Rule]:
@@ -35,7 +37,7 @@ TABLE: dict[str, Rule] = {
     **_all(Together(), "chat_template_jinja default_system_message special_tokens plugins"),
     **_all(Together(), "bf16 fp16 bfloat16 float16 float32 load_in_8bit load_in_4bit bnb_config_kwargs adapter"),
     **_all(Together(), "lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear"),
-    **_all(Together(), "lora_target_parameters lora_modules_to_save"),
+    **_all(Together(), "lora_target_parameters lora_modules_to_save lora_rank_pattern lora_alpha_pattern"),
     **_all(Together(), "peft_use_dora peft_use_rslora peft peft_init_lora_weights loraplus_lr_ratio"),
     **_all(Together(), "max_steps num_epochs warmup_steps warmup_ratio optimizer lr_scheduler"),
     **_all(Together(), "micro_batch_size gradient_accumulation_steps batch_size gradient_checkpointing"),
@@ -67,7 +69,7 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("saving"), "save_steps saves_per_epoch save_strategy save_total_limit save_only_model"),
     **_all(NoEffect("saving"), "save_safetensors save_first_step resume_from_checkpoint auto_resume_from_checkpoints"),
     **_all(NoEffect("saving"), "fsdp_final_state_dict_type dynamic_checkpoint merge_lora merge_method lora_on_cpu"),
-    **_all(NoEffect("saving"), "save_compressed lora_out_dir hub_private_repo"),
+    **_all(NoEffect("saving"), "save_compressed lora_out_dir hub_private_repo export"),
     **_all(NoEffect("the hub"), "hub_model_id hub_strategy hub_revision push_dataset_to_hub hf_use_auth_token"),
     **_all(NoEffect("tracking"), "use_wandb wandb_name wandb_run_id wandb_mode wandb_project wandb_entity"),
     **_all(NoEffect("tracking"), "wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri"),
@@ -99,7 +101,8 @@ TABLE: dict[str, Rule] = {
     **_all(NoEffect("loading the data"), "shuffle_before_merging_datasets"),
     **_all(NoEffect("launching"), "strict world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb device_map"),
     **_all(NoEffect("launching"), "ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config use_ray"),
-    **_all(NoEffect("launching"), "ray_run_name ray_num_workers resources_per_worker axolotl_config_path gc_steps"),
+    **_all(NoEffect("launching"), "ray_run_name ray_num_workers resources_per_worker axolotl_config_path"),
+    **_all(NoEffect("when Python frees memory of its own"), "gc_steps gc_collect_steps"),
     **_all(
         NoEffect("launching"),
         "low_cpu_mem_usage cloud inference base_model_ignore_patterns gradio_title gradio_share gradio_server_name",
@@ -127,8 +130,13 @@ TABLE: dict[str, Rule] = {
         "liger_rms_norm_gated unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o "
         "unsloth_rms_norm unsloth_rope flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv "
         "flash_attn_fuse_mlp flash_optimum use_kernels use_scattermoe use_sonicmoe "
-        "mlp_kernel experts_implementation quantize_moe_experts llama4_linearized_experts kernelize",
+        "mlp_kernel experts_implementation quantize_moe_experts llama4_linearized_experts kernelize "
+        "torch_empty_cache_steps sdpa_varlen flash_attn_d512 fp32_norms",
     ),
+    "large_head_attention": Unsupported(NOT_MEASURED, ("sdpa",)),
+    "fp32_norm_classes": NoEffect("details of fp32_norms"),
+    "torch_compile_options": Unsupported("leave it out: layers are compiled with inductor's own options"),
+    "nf4_backend": Unsupported("use bitsandbytes", ("bitsandbytes",)),
     **_all(
         Unsupported("leave it out: these kernels are Axolotl's own"),
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel lora_norm_kernel "
@@ -144,7 +152,7 @@ TABLE: dict[str, Rule] = {
         "curriculum_sampling dataset_shard_num dataset_shard_idx",
     ),
     **_all(
-        Unsupported("leave it out: each pass over the data is trained to its end here"),
+        Unsupported("leave it out: each pass over the data is trained to its end here", _ZERO),
         "early_stopping_patience load_best_model_at_end auto_find_batch_size",
     ),
     **_all(
@@ -153,7 +161,7 @@ TABLE: dict[str, Rule] = {
     ),
     "loraplus_lr_embedding": NoEffect("a rate of adapters on embeddings, which LoRA+ is refused with"),
     **_all(
-        Unsupported("leave it out: a schedule is named by lr_scheduler alone here"),
+        Unsupported("leave it out: a schedule is named by lr_scheduler alone here", _ZERO),
         "lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio lr_div_factor "
         "log_sweep_min_lr log_sweep_max_lr jagged_restart_steps jagged_restart_warmup_steps "
         "jagged_restart_anneal_steps",
@@ -165,8 +173,8 @@ TABLE: dict[str, Rule] = {
         "dion_rank_fraction dion_rank_multiple_of galore_rank",
     ),
     **_all(
-        Unsupported("leave it out: all weights are trained, or adapters"),
-        "unfrozen_parameters lisa_n_layers lisa_step_interval lisa_layers_attribute relora relora_steps "
+        Unsupported("leave it out: all weights are trained, or adapters", _ZERO),
+        "unfrozen_parameters lisa_n_layers relora relora_steps "
         "relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload "
         "spectrum_top_fraction spectrum_model_name freeze_mm_modules fix_untrained_tokens reinit_weights",
     ),
@@ -187,11 +195,14 @@ TABLE: dict[str, Rule] = {
         "gptq gptq_disable_exllama qat quantization fp8 fp8_enable_fsdp_float8_all_gather nvfp4 mxfp4 use_onebitllms",
     ),
     **_all(
-        Unsupported("leave it out: there are data parallelism and sharding here"),
-        "sequence_parallel_degree context_parallel_size tensor_parallel_size heads_k_stride ring_attn_func "
-        "expert_parallel_size dp_replicate_size pipeline_parallel_size",
-        # A degree of 1 is none.
+        Unsupported("leave it out: there are data parallelism and sharding here", (0, 1)),
+        "sequence_parallel_degree context_parallel_size tensor_parallel_size expert_parallel_size dp_replicate_size "
+        "pipeline_parallel_size",
     ),
+    **_all(NoEffect("details of context_parallel_size"), "heads_k_stride ring_attn_func"),
+    **_all(NoEffect("details of lisa_n_layers"), "lisa_step_interval lisa_layers_attribute"),
+    **_all(NoEffect("details of use_eaft"), "eaft_alpha eaft_k"),
+    **_all(NoEffect("details of use_pose"), "pose_split_on_token_ids pose_max_context_len pose_num_chunks"),
     "dataset_exact_deduplication": Unsupported("leave it out, and give the data without rows that occur twice"),
     "dataloader_drop_last": Unsupported("leave it out: the last rows of a pass are trained on too"),
     "dp_shard_size": NoEffect("launching"),
@@ -201,9 +212,9 @@ TABLE: dict[str, Rule] = {
         "max_memory gpu_memory_limit",
     ),
     **_all(
-        Unsupported("leave it out: the loss is the cross entropy of all supervised tokens here"),
-        "use_eaft eaft_alpha eaft_k use_dynamic_finetuning use_pose pose_split_on_token_ids pose_max_context_len "
-        "pose_num_chunks pretraining_sample_concatenation min_sample_len label_smoothing_factor trainer_cls",
+        Unsupported("leave it out: the loss is the cross entropy of all supervised tokens here", _ZERO),
+        "use_eaft use_dynamic_finetuning use_pose pretraining_sample_concatenation min_sample_len "
+        "label_smoothing_factor trainer_cls",
     ),
     "eot_tokens": NoEffect("the end of a turn is as the chat template has it"),
     "chat_template_kwargs": Unsupported("leave it out: a chat template gets the messages and tools alone"),
@@ -230,7 +241,7 @@ FAMILIES: dict[str, Rule] = {
     **_all(
         Unsupported(NOT_MEASURED),
         "liger_ use_liger_ moe_ expert_ nonexpert_ use_dsv4_ use_glm_ dsv4_ glm_ gemma4_ nvfp4_ scattermoe_ sonicmoe_ "
-        "grokfast_ dense_mixer cce_ cut_cross_entropy_ torchao_ tiled_mlp_ spectrum_",
+        "grokfast_ dense_mixer cce_ cut_cross_entropy_ torchao_ tiled_mlp_ spectrum_ mixlora_",
     ),
     **_all(OtherTask("distillation"), "kd_ gkd_"),
     **_all(OtherTask(_PREFERENCES), "nemo_gym_ ebft_ grpo_"),

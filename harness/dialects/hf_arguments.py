@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ from harness.dialects.common import (
     read_compile,
     set_optimizer,
     set_scheduler,
-    shard,
 )
 from harness.dialects.rules import NoEffect, Reader, Rule, To, Together, Unlike, Unsupported
+from harness.dialects.sharding import fsdp_checkpoints, read_deepspeed, read_fsdp
 
 _EVALUATION = "evaluation, which is before and after training here"
 _LAUNCHING = "launching processes and what passes between them"
@@ -147,7 +146,7 @@ def read_arguments(reader: Reader) -> None:
     _read_data_seed(reader)
     read_compile(reader, implied=True)
     read_deepspeed(reader, "deepspeed")
-    _read_fsdp(reader)
+    read_fsdp(reader)
 
 
 def is_positive(value: Any) -> bool:
@@ -196,7 +195,7 @@ def _read_data_seed(reader: Reader) -> None:
 
 
 def read_checkpointing(reader: Reader, *, default: bool, reentrant: bool) -> None:
-    """Take over gradient checkpointing, which transformers 5 calls activation checkpointing.
+    """Take over gradient checkpointing, which transformers 5 calls activation checkpointing, or that of FSDP.
 
     Args:
         reader: of the file.
@@ -212,6 +211,8 @@ def read_checkpointing(reader: Reader, *, default: bool, reentrant: bool) -> Non
                 reader.refuse(name, "use true or false")
                 on = default
     reader.set("gradient_checkpointing", on, "gradient_checkpointing", "activation_checkpointing")
+    if not on and fsdp_checkpoints(reader):
+        reader.set("gradient_checkpointing", True, "fsdp_config", note="FSDP's own")
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         given = reader.get(name, {})
         if not isinstance(given, Mapping):
@@ -224,69 +225,3 @@ def read_checkpointing(reader: Reader, *, default: bool, reentrant: bool) -> Non
         reader.note(f"reentrant_checkpointing: {str(reentrant).lower()}", name)
     if on is True and reentrant is True:
         derive(reader, "reentrant_checkpointing", True)
-
-
-_STAGE = re.compile(r"(?:zero|stage|z)[_-]?([0-3])(?![0-9])")
-_BY_STAGE = {0: "none", 1: "optimizer", 2: "shard_grad_op", 3: "full_shard"}
-_NO_OFFLOAD = "use one without offload: nothing is kept in the memory of the CPU here"
-
-
-def read_deepspeed(reader: Reader, name: str) -> None:
-    """Take over the stage of ZeRO that a file of DeepSpeed's is named after, or that its contents have.
-
-    Args:
-        reader: of the file.
-        name: of the key, which may be absent from the file.
-    """
-    given = reader.get(name)
-    if isinstance(given, Mapping):
-        zero = given.get("zero_optimization") or {}
-        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
-        offload = isinstance(zero, Mapping) and any(_is_offload(key, value) for key, value in zero.items())
-    elif isinstance(given, str):
-        match = _STAGE.search(given.lower())
-        stage = int(match[1]) if match else None
-        offload = "offload" in given.lower()
-        if any(word in given.lower() for word in ("fp8", "autotp")):
-            reader.refuse(name, "use one without fp8 and tensor parallelism")
-            return
-    elif given is None or given is False:
-        return
-    else:
-        stage, offload = None, False
-    if offload:
-        reader.refuse(name, _NO_OFFLOAD)
-    elif stage in _BY_STAGE:
-        shard(reader, _BY_STAGE[stage], name)
-    else:
-        reader.refuse(name, "its name has no stage like zero2 or z3; leave it out, and use sharding: full_shard")
-
-
-def _is_offload(key: Any, value: Any) -> bool:
-    device = value.get("device", "none") if isinstance(value, Mapping) else value
-    return "offload" in str(key) and device not in (None, False, "none")
-
-
-def _read_fsdp(reader: Reader) -> None:
-    given, config = reader.get("fsdp"), reader.get("fsdp_config", {})
-    if given is None or given is False:
-        reader.ignore("details of fsdp, which is off", "fsdp", "fsdp_config")
-        return
-    settings = config if isinstance(config, Mapping) else {}
-    words = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
-    strategy = str(settings.get("fsdp_sharding_strategy", settings.get("sharding_strategy", ""))).lower()
-    words = [str(word).lower() for word in words] + [strategy]
-    keys = ("offload_params", "cpu_offload", "fsdp_offload_params", "fsdp_cpu_offload")
-    if "offload" in words or any(settings.get(key) for key in keys):
-        reader.refuse("fsdp", _NO_OFFLOAD)
-    elif any(word.startswith("hybrid_shard") for word in words):
-        reader.refuse("fsdp", "use full_shard: hybrid sharding is not there")
-    elif "no_shard" in words:
-        shard(reader, "none", "fsdp")
-    else:
-        kept = settings.get("reshard_after_forward", settings.get("fsdp_reshard_after_forward"))
-        by_step = "shard_grad_op" in words or str(kept).lower() == "false"
-        shard(reader, "shard_grad_op" if by_step else "full_shard", "fsdp")
-    if settings.get("activation_checkpointing") or settings.get("fsdp_activation_checkpointing"):
-        reader.set("gradient_checkpointing", True)
-    reader.ignore("details of fsdp", "fsdp_config")

@@ -9,6 +9,7 @@ from typing import Any
 from harness.dialects import hf_arguments
 from harness.dialects.common import MOST_POSITIONS, NOT_MEASURED, derive, each, shard
 from harness.dialects.rules import Dialect, NoEffect, OtherTask, Reader, Rule, To, Together, Unsupported
+from harness.dialects.sharding import read_deepspeed
 from harness.spec.datasets import BARE, DatasetSpec, PromptSpec
 
 _ORDER = "the order of the rows, which is random, by `seed`"
@@ -22,6 +23,7 @@ _TABLE: dict[str, Rule] = {
     "base_model_revision": Unsupported("download that revision, and name its folder", ("main",)),
     "model_code_revision": Unsupported("download that revision, and name its folder", ("main",)),
     "trust_remote_code": NoEffect("asked for on the command line: `--trust-remote-code`"),
+    "router_aux_loss_coef": Unsupported("leave it out: the coefficient is that of the model's config.json"),
     **each(Together(), "dtype torch_dtype attn_implementation use_flash_attention_2 model_init_kwargs"),
     **each(Together(), "use_peft lora_target_modules load_in_8bit load_in_4bit bnb_4bit_quant_type"),
     **each(Together(), "use_bnb_nested_quant gradient_checkpointing_use_reentrant"),
@@ -38,6 +40,10 @@ _TABLE: dict[str, Rule] = {
     **each(Together(), "dataset_name dataset_config dataset_train_split dataset_test_split datasets test_split_size"),
     **each(Together(), "dataset_text_field completion_only_loss assistant_only_loss eval_strategy evaluation_strategy"),
     **each(Together(), "eos_token pad_token chat_template_path"),
+    **each(
+        Unsupported("use datasets: [{path: ..., name: ..., split: ...}]"),
+        "dataset_mixer dataset_mixture dataset_splits dataset_configs",
+    ),
     "max_length": To("sequence_length"),
     "max_seq_length": To("sequence_length"),
     "dataset_kwargs": Unsupported("leave it out: rows are tokenised here"),
@@ -53,7 +59,7 @@ _TABLE: dict[str, Rule] = {
     "shuffle_dataset": NoEffect(_ORDER),
     **each(
         NoEffect("reading of rows"),
-        "dataset_num_proc dataset_batch_size dataset_streaming streaming ignore_bias_buffers",
+        "dataset_num_proc dataset_batch_size dataset_streaming streaming ignore_bias_buffers preprocessing_num_workers",
     ),
     # Launching
     "accelerate_config": Together(),
@@ -203,8 +209,8 @@ def _read_precision(reader: Reader) -> None:
         _read_quantisation(reader, arithmetic or weights)
         if weights == "fp32" and arithmetic:  # of what is not quantised: without a preparation, it is as it was loaded
             derive(reader, "upcast_unquantized", True, name)
-        if arithmetic is None and weights != "fp32":
-            derive(reader, "autocast", False, *_HALF_FLAGS)
+        if arithmetic == "bf16" or (arithmetic is None and weights != "fp32"):
+            derive(reader, "autocast", arithmetic == "bf16", *_HALF_FLAGS)
         reader.note("adapters are fp32 here, bf16 in TRL", "load_in_8bit", "load_in_4bit")
         reader.note("arithmetic over quantised weights", *flags, name)
         return
@@ -223,9 +229,11 @@ def _read_precision(reader: Reader) -> None:
 
 
 def _read_autocast(reader: Reader, arithmetic: str | None) -> None:
-    """The trainer runs under autocast where it is asked for 16-bit arithmetic, whatever the weights are."""
+    """The trainer runs under autocast where it is asked for 16-bit arithmetic, whatever the weights are, and with
+    adapters as without: levels of a grid may have either.
+    """
     full, half = reader.values["adapter"] == "none", reader.values["precision"] in ("bf16", "fp16")
-    if full and half and arithmetic == "bf16":
+    if half and arithmetic == "bf16":
         derive(reader, "autocast", True, "bf16")
     elif not full and half and arithmetic is None:
         derive(reader, "autocast", False, *_HALF_FLAGS)
@@ -251,7 +259,7 @@ def _read_launch(reader: Reader) -> None:
         return
     name = str(given).lower()
     if "zero" in name:
-        hf_arguments.read_deepspeed(reader, "accelerate_config")
+        read_deepspeed(reader, "accelerate_config")
     elif "offload" in name:
         reader.refuse("accelerate_config", "use one without offload")
     elif "fsdp" in name:
@@ -286,7 +294,7 @@ def _read_datasets(reader: Reader) -> None:
         entry = {"path": reader.get("dataset_name")} | {key: value for key, value in parts.items() if value is not None}
         reader.set("datasets", [entry], "dataset_name")
         reader.note("name and split of the dataset", "dataset_config", "dataset_train_split")
-    else:
+    elif not reader.unsupported.keys() & {"dataset_mixer", "dataset_mixture"}:
         reader.refuse("dataset_name", "name one")
     column = reader.get("dataset_text_field", "text")
     reader.note("column of texts, where rows are texts", "dataset_text_field")
@@ -342,11 +350,11 @@ def _read_held_out(reader: Reader) -> None:
 
 
 def _read_loss(reader: Reader) -> None:
-    """Texts and chats carry loss on every token, prompts with a completion on the completion alone."""
-    if reader.get("loss_type", "nll") == "nll":
-        reader.ignore("the loss that there is", "loss_type")
-    elif reader.get("loss_type") == "chunked_nll":
-        reader.note("of all logits at once; TRL takes it in chunks, which needs less memory", "loss_type")
+    """Texts and chats carry loss on every token, prompts with a completion on the completion alone. SFTTrainer takes
+    the logits of some tokens at a time, for any model, with either name.
+    """
+    if reader.get("loss_type", "nll") in ("nll", "chunked_nll"):
+        derive(reader, "loss", "chunked", "loss_type")
     elif reader.get("loss_type") == "dft":
         reader.refuse("loss_type", "use nll")
     else:

@@ -44,6 +44,8 @@ class Timing:
     """Least undisturbed seconds of each visit."""
 
 
+_FIRST = 4
+"""Keys of a file that a message names."""
 _MOST_OF_REASONS = 20_000
 """Characters of a message that names all that is not supported in a training file."""
 
@@ -150,8 +152,10 @@ def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
     """Name and title of a grid file. Its top-level keys are validated.
 
     Raises:
-        ValueError: a key is unknown, the name is not a valid folder name, or the title is not text.
+        ValueError: a key is unknown, the name is not a valid folder name, or the title is not text; or the file is none
+            of a grid.
     """
+    _refuse_file_of_another_kind(document)
     for key in document:
         if key not in GRID_KEYS:
             raise ValueError(unknown("key", key, GRID_KEYS + tuple(SPEC_KEYS), hint=_belongs_in_base(key)))
@@ -162,6 +166,16 @@ def header(document: Mapping[str, Any], path: Path) -> tuple[str, str]:
     if not isinstance(title, str):
         raise ValueError(f"title is {kind_of(title)}; it must be text")
     return name, one_line(title)
+
+
+def _refuse_file_of_another_kind(document: Mapping[str, Any]) -> None:
+    strangers = [str(key) for key in document if key not in SPEC_KEYS]
+    if len(strangers) > 1 and not document.keys() & {*GRID_KEYS}:  # a single one is a slip, like `bases`
+        raise ValueError(
+            f"neither a grid, whose keys are base, vary and others, nor a training file of Axolotl (base_model), "
+            f"LLaMA-Factory or TRL (model_name_or_path) or torchtune (_component_): its keys are "
+            f"{', '.join(strangers[:_FIRST])}{', …' * (len(strangers) > _FIRST)}"
+        )
 
 
 def grid_name(path: Path) -> str:
@@ -216,10 +230,28 @@ def means(
         InputError: in one line with all its reasons, why it cannot be taken over.
     """
     try:
+        document = _with_settings(document, path)
         meant = interpret(document, SPEC_KEYS, inline=inline, without_unsupported=without_unsupported)
         return _with_listed_datasets(meant, document, path)
     except ValueError as error:
         raise InputError(one_line(f"{path.name}: {error}", _MOST_OF_REASONS)) from None
+
+
+_SETTINGS = ("deepspeed", "fsdp_config")
+"""Keys of other tools that may name a JSON file instead of giving what stands in it."""
+
+
+def _with_settings(document: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The document with the contents of such files, where they are there."""
+    named = {key: os.path.expanduser(document[key]) for key in _SETTINGS if isinstance(document.get(key), str)}
+    files = {key: folder / name for key, name in named.items() if (folder := _folder_of(name, path)) is not None}
+    return {**document, **{key: _json_mapping(file) for key, file in files.items()}}
+
+
+def _folder_of(name: str, path: Path) -> Path | None:
+    """The folder of a training file, or the nearest above it, with a file of this name: tools are run there."""
+    folders = (path.parent, *path.absolute().parents)
+    return next((folder for folder in folders if os.path.isfile(folder / name)), None)
 
 
 def _with_listed_datasets(meant: TrainingFile, document: Mapping[str, Any], path: Path) -> TrainingFile:
@@ -229,12 +261,12 @@ def _with_listed_datasets(meant: TrainingFile, document: Mapping[str, Any], path
     listed = llama_factory_data.info_path(document) if meant.tool == llama_factory_data.TOOL else None
     if listed is None or "datasets" in document:
         return meant
-    for folder in (path.parent, *path.absolute().parents):
-        if (info := folder / listed).is_file():
-            datasets = llama_factory_data.datasets_from(document, _json_mapping(info))
-            moved = [each | {"path": _from(path.parent, folder, each["path"])} for each in datasets]
-            return replace(meant, values={**meant.values, "datasets": moved})
-    return meant
+    folder = _folder_of(listed, path)
+    if folder is None:
+        return meant
+    datasets = llama_factory_data.datasets_from(document, _json_mapping(folder / listed))
+    moved = [each | {"path": _from(path.parent, folder, each["path"])} for each in datasets]
+    return replace(meant, values={**meant.values, "datasets": moved})
 
 
 def _json_mapping(file: Path) -> Mapping[str, Any]:
@@ -243,7 +275,7 @@ def _json_mapping(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {kind_of(content)}; it must be a mapping of datasets")
+        raise ValueError(f"{file} holds {kind_of(content)}; it must be a mapping")
     return content
 
 

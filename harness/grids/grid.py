@@ -106,6 +106,8 @@ class Grid:
     """What the training file that its base comes from means; null: the base is harness's own."""
     merged: Mapping[str, str] = field(default_factory=dict)
     """Labels of levels that are one configuration with another, and the label that it has."""
+    whole: bool = True
+    """Whether all trials of the file are among these."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -169,7 +171,7 @@ class Grid:
     def only(self, labels: Collection[str]) -> Grid:
         """The grid with these trials only, and the baseline that they are compared with."""
         kept = tuple(t for t in self.trials if t.baseline or t.twin or t.label in labels)
-        return replace(self, trials=kept)
+        return replace(self, trials=kept, whole=False)
 
 
 def load(

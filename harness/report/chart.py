@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import altair
+import numpy
 import pandas
 
 from harness.analysis.comparison import Comparison, differences
@@ -78,6 +80,48 @@ TECHNIQUES = altair.Axis(labelLimit=260, ticks=False)
 def scale_of(axis: PixelAxis) -> altair.Scale:
     """The same axis for Vega-Lite, which then draws each value at the pixel that `axis` says."""
     return altair.Scale(type="log" if axis.log else "linear", domain=[axis.low, axis.high], nice=False)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What an axis shows: all estimates, and of their intervals what lies near them, as a few wide ones would press
+    everything else together. Marks of intervals are clipped at the frame.
+    """
+
+    least: float
+    most: float
+    cuts: bool
+    """Whether an interval goes on beyond it."""
+
+    @classmethod
+    def of(
+        cls, data: pandas.DataFrame, columns: Sequence[str], *, holds: Sequence[float] = (), log: bool = False
+    ) -> Extent:
+        """An extent that goes beyond the estimates by the range of them, or by two usual half widths, at most.
+
+        Args:
+            data: a row for each estimate, one at least.
+            columns: of the estimates, of the low and of the high ends; nulls are not known.
+            holds: values that are shown in any case.
+            log: whether they are ratios, and the axis logarithmic.
+        """
+        table = data[list(columns)].astype(float)
+        table = table.clip(lower=1e-9).map(math.log) if log else table
+        table = table[numpy.isfinite(table[columns[0]])].replace([math.inf, -math.inf], math.nan)
+        values = table[columns[0]]
+        points = [*(math.log(value) if log else value for value in holds), *values.tolist()]
+        least, most = min(points), max(points)
+        half_widths = pandas.concat([(table[end] - values).abs() for end in columns[1:]]).dropna()
+        reach = max(most - least, _USUAL * float(half_widths.median()) if len(half_widths) else 0.0)
+        lowest, highest = min(least, *table.min()), max(most, *table.max())
+        low, high = max(lowest, least - reach), min(highest, most + reach)
+        cuts = low > lowest or high < highest
+        return cls(math.exp(low), math.exp(high), cuts) if log else cls(low, high, cuts)
+
+
+_USUAL = 2.0
+"""Half widths of the median interval that an axis has room for beyond the estimates."""
+CUT = " Intervals that go on at the frame are wider than the picture; tables and comparisons.csv have them whole."
 
 
 def extents(axis: PixelAxis, at: float, low: Any, high: Any) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from harness.analysis.comparison import Comparison
 from harness.analysis.cost import LEAST_STEPS, Cost, Costs, costs, in_common_repeats
 from harness.report.chart import (
     BLUE,
+    CUT,
     GREEN,
     GREY,
     MOST_BARS,
@@ -27,6 +28,7 @@ from harness.report.chart import (
     TOOLTIP,
     WIDTH,
     Chart,
+    Extent,
     about_configs,
     axis_title,
     extents,
@@ -265,14 +267,16 @@ def _loss_after_time(comparison: Comparison, steps: pandas.DataFrame) -> Chart |
             for each, own in zip(ends, data["y"], strict=True)
         ]
     data[["y_low", "y_high"]] = data[["y_low", "y_high"]].astype(float)
-    known = [value for column in ("y", "y_low", "y_high") for value in data[column].tolist() if math.isfinite(value)]
+    extent = Extent.of(data, ("y", "y_low", "y_high"))
     titles = "Seconds of training at the measured speed", axis_title("eval_loss", "nats per token")
     x_axis = PixelAxis.of(data["x"].tolist(), WIDTH, 24, log=True)
-    y_axis = PixelAxis.of(known, _AFTER_HEIGHT, 20, upright=True)
+    y_axis = PixelAxis.of([extent.least, extent.most], _AFTER_HEIGHT, 20, upright=True)
     base = altair.Chart(data).encode(tooltip=TOOLTIP)
     layers = []
     if data["y_low"].notna().any():
-        rules = base.mark_rule(color=SKY).encode(**on_axes(x_axis, y_axis, titles, ("x", "y_low")), y2="y_high:Q")
+        rules = base.mark_rule(color=SKY, clip=extent.cuts).encode(
+            **on_axes(x_axis, y_axis, titles, ("x", "y_low")), y2="y_high:Q"
+        )
         layers.append(rules)
     points = base.mark_point(size=_AFTER_POINT, filled=True, color=BLUE, opacity=1)
     layers.append(points.encode(**on_axes(x_axis, y_axis, titles)))
@@ -289,4 +293,5 @@ def _loss_after_time(comparison: Comparison, steps: pandas.DataFrame) -> Chart |
         "loss, which hold all at once at 95 %. The time until a loss is shown where the baseline and another one have "
         f"{LEAST_STEPS} steps."
     )
+    caption += CUT * extent.cuts
     return Chart("time-to-loss", "Loss and time of training", caption, chart)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import altair
@@ -17,6 +16,7 @@ from harness.analysis.words import effect, effect_and_word, negligible_range
 from harness.metrics import HEADLINE, METRICS, Metric
 from harness.report.chart import (
     BLUE,
+    CUT,
     GREEN,
     GREY,
     MOST_BARS,
@@ -28,6 +28,7 @@ from harness.report.chart import (
     TOOLTIP,
     WIDTH,
     Chart,
+    Extent,
     about_configs,
     axis_title,
     extents,
@@ -155,6 +156,7 @@ def effects(comparison: Comparison) -> Chart | None:
     described = about_configs(comparison, others)
     named, headings = _under_headings(comparison, described)
     panels: list[Any] = []
+    cut = False
     for metric in HEADLINE:
         rows = []
         for config in others:
@@ -166,14 +168,18 @@ def effects(comparison: Comparison) -> Chart | None:
                 )  # fmt: skip
         if rows:
             data = pandas.DataFrame(rows).merge(described, on="config")
-            panels.append(_effect_panel(data, METRICS[metric], named, headings, first=not panels))
+            # At least as wide as what is negligible: an effect of a ten thousandth shall look like none.
+            shown, is_ratio = negligible_range(metric), METRICS[metric].scale == "ratio"
+            extent = Extent.of(data, ("value", "low", "high"), holds=shown, log=is_ratio)
+            panels.append(_effect_panel(data, METRICS[metric], extent, named, headings, first=not panels))
+            cut = cut or extent.cuts
     if not panels:
         return None
     chart = altair.hconcat(*panels, title="Effect of each technique against the baseline").resolve_scale(color="shared")
     return Chart(
         "effects",
         "Effects with their intervals",
-        "Dots are estimates, lines intervals that hold all at once at 95 %.",
+        "Dots are estimates, lines intervals that hold all at once at 95 %." + CUT * cut,
         chart,
     )
 
@@ -190,16 +196,16 @@ def _under_headings(comparison: Comparison, described: pandas.DataFrame) -> tupl
     return named, [heading for heading in groups if heading]
 
 
-def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], headings: list[str], *, first: bool) -> Any:
+def _effect_panel(
+    data: pandas.DataFrame, metric: Metric, extent: Extent, named: list[str], headings: list[str], *, first: bool
+) -> Any:
     ratio = metric.scale == "ratio"
     title = axis_title(metric.name, "×" if ratio else metric.unit)
     no_effect = 1.0 if ratio else 0.0
     weight = {"condition": {"test": f"indexof({json.dumps(headings)}, datum.value) >= 0", "value": "bold"},
               "value": "normal"}  # fmt: skip
     axis = altair.Axis(labelLimit=260, labelFontWeight=weight) if first else altair.Axis(labels=False, ticks=False)
-    # At least as wide as what is negligible: an effect of a ten thousandth shall look like none.
-    least, most = negligible_range(metric.name)
-    ends = altair.DomainUnionWith([least, most])
+    ends = [extent.least, extent.most]
     logarithmic = altair.Scale(type="log", nice=False, padding=10, domain=ends)
     x_scale = logarithmic if ratio else altair.Scale(zero=False, domain=ends)
     colours = altair.Scale(domain=list(_VERDICTS), range=[BLUE, RED, GREEN, GREY])
@@ -212,9 +218,9 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
         tooltip=[altair.Tooltip("text:N", title="effect"), *TOOLTIP],
     )
     line = altair.Chart(pandas.DataFrame({"at": [no_effect]})).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="at:Q")
-    ticks = _ratio_ticks(data, least, most) if ratio else None
+    ticks = _ratio_ticks(*ends) if ratio else None
     x_axis = altair.Axis(values=ticks, format="~g") if ticks else altair.Axis()
-    bars = base.mark_rule(strokeWidth=2).encode(
+    bars = base.mark_rule(strokeWidth=2, clip=extent.cuts).encode(
         x=altair.X("low:Q", title=title, scale=x_scale, axis=x_axis), x2=altair.X2("high:Q")
     )
     dots = base.mark_point(size=70, filled=True, opacity=1).encode(
@@ -226,9 +232,7 @@ def _effect_panel(data: pandas.DataFrame, metric: Metric, named: list[str], head
     return layers.properties(width=240)
 
 
-def _ratio_ticks(data: pandas.DataFrame, least: float, most: float) -> list[float]:
-    low = min(data[["value", "low"]].min().min(), least)
-    high = max(data[["value", "high"]].max().max(), most)
+def _ratio_ticks(low: float, high: float) -> list[float]:
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0]
     hundredths = next((step for below, step in _NARROW_TICKS if high / low < below), None)
     if hundredths:
@@ -304,11 +308,13 @@ def forgetting(comparison: Comparison) -> Chart | None:
     tips = [altair.Tooltip("learnt_text:N", title="held-out stories"), altair.Tooltip("forgot_text:N", title="general"),
             *TOOLTIP]  # fmt: skip
     titles = "Change on held-out stories (nats)", "Change on general text: forgetting (nats)"
-    x_axis = PixelAxis.of(_values(data, "x"), WIDTH, 24)
-    y_axis = PixelAxis.of([0.0, *_values(data, "y")], _FORGETTING_HEIGHT, 20, upright=True)
+    of_x = Extent.of(data, ("x", "x_low", "x_high"))
+    of_y = Extent.of(data, ("y", "y_low", "y_high"), holds=(0.0,))
+    x_axis = PixelAxis.of([of_x.least, of_x.most], WIDTH, 24)
+    y_axis = PixelAxis.of([of_y.least, of_y.most], _FORGETTING_HEIGHT, 20, upright=True)
     base = altair.Chart(data).encode(tooltip=tips)
     no_change = altair.Chart(pandas.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 3], color=GREY)
-    rules = base.mark_rule(color=SKY)
+    rules = base.mark_rule(color=SKY, clip=of_x.cuts or of_y.cuts)
     layers = [no_change.encode(y=on_axes(x_axis, y_axis, titles, ("at", "at"))["y"])]
     if data["x_low"].notna().any():  # an axis of nothing but nulls has no extent
         layers.append(rules.encode(**on_axes(x_axis, y_axis, titles, ("x_low", "y")), x2="x_high:Q"))
@@ -327,13 +333,8 @@ def forgetting(comparison: Comparison) -> Chart | None:
     caption = (
         "Further left is learnt better, further up forgotten more; lines are intervals that hold all at once at 95 %."
     )
+    caption += CUT * (of_x.cuts or of_y.cuts)
     return Chart("forgetting", "Learnt and forgotten", caption, chart)
-
-
-def _values(data: pandas.DataFrame, axis: str) -> list[float]:
-    """The values and the known ends of their intervals."""
-    columns = data[[axis, f"{axis}_low", f"{axis}_high"]].astype(float)
-    return [value for column in columns for value in columns[column].tolist() if math.isfinite(value)]
 
 
 def _intervals(row: pandas.Series, x: PixelAxis, y: PixelAxis) -> tuple[Segment, Segment]:

@@ -31,7 +31,7 @@ _ABOUT = {
 
 
 def write(
-    document: Document, store: Store, folder: Path, *, licence: str, environment: str | None = None
+    document: Document, store: Store, folder: Path, *, licence: str | None = None, environment: str | None = None
 ) -> list[Path]:
     """Write `README.md` (the card), `data/<table>.parquet`, `grid.json` and the report into a folder.
 
@@ -39,7 +39,7 @@ def write(
         document: the report of the results.
         store: of the results.
         folder: created if missing; files of the same names are replaced.
-        licence: its identifier on the hub, like apache-2.0.
+        licence: its identifier on the hub, like apache-2.0; null: the card names none, as nobody gave one.
         environment: id of the environment whose rows are written; null: those of all.
 
     Returns:
@@ -72,17 +72,17 @@ def write(
     return written
 
 
-def card(document: Document, rows: Mapping[str, int], licence: str) -> str:
+def card(document: Document, rows: Mapping[str, int], licence: str | None = None) -> str:
     """The dataset card: what was measured, on what, and how the rows are loaded.
 
     Args:
         document: the report.
         rows: their number, by table.
-        licence: its identifier on the hub.
+        licence: its identifier on the hub; null: none is named.
     """
     about: dict[str, Any] = {
         "pretty_name": document.title,
-        "license": licence,
+        **({} if licence is None else {"license": licence}),
         "tags": ["fine-tuning", "benchmark", "memory", "harness"],
         "configs": [{"config_name": name, "data_files": f"data/{name}.parquet"} for name in rows],
     }

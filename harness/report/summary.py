@@ -202,14 +202,39 @@ def _format_caveats(m: Measurements) -> list[str]:
     return lines
 
 
+def _timed_alone(m: Measurements) -> pandas.DataFrame:
+    """Trials of a grid without a visit in any block that the baseline was timed in, though it ended well."""
+    if m.baseline is None or not m.configs.loc[m.baseline, "measured"]:
+        return m.trials[:0]
+    visits = m.readings[m.readings["visit"]]
+    of_baseline = visits["trial"].map(m.trials["stands_for"]) == m.baseline
+    together = visits["block"].isin(visits.loc[of_baseline, "block"])
+    alone = {*visits["trial"]} - {*visits.loc[together, "trial"]}
+    # Those of a search are compared where it is confirmed; watched loops have no blocks in common.
+    return m.trials[m.trials.index.isin(alone) & m.trials["study"].isna() & ~m.trials["watched"]]
+
+
 def _timing_caveats(m: Measurements) -> list[str]:
     """What disturbed the timing, and what held more memory than the training."""
     lines = []
-    disturbed = m.trials[m.trials["disturbed"].fillna(False).astype(bool)]
+    all_disturbed = m.trials[m.trials["disturbed"].fillna(False).astype(bool)]
+    watched = all_disturbed["watched"]
+    disturbed = all_disturbed[~watched]
     if len(disturbed):
         lines.append(
             f"The machine worked for others while these were timed, so their speeds enter no comparison: "
-            f"{_names(disturbed)}. `harness run` times them again."
+            f"{_names(disturbed)}. harness run times them again."
+        )
+    if watched.any():
+        lines.append(
+            f"The machine worked for others in every timed step of these loops, which have no speed: "
+            f"{_names(all_disturbed[watched])}. Watch them again while it is idle."
+        )
+    alone = _timed_alone(m)
+    if len(alone):
+        lines.append(
+            f"These were timed in no block of visits with the baseline, so their speeds are not compared: "
+            f"{_names(alone)}. harness run times them again."
         )
     steps = int(m.trials["disturbed_steps"].fillna(0).sum())
     if steps:

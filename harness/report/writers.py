@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,8 @@ def write(
     *,
     formats: Collection[str] = FORMATS,
 ) -> list[Path]:
-    """Write a report into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/.
+    """Write a report into `folder`: report.html, report.md, comparisons.csv, claims.csv, tables/, plots/; and
+    files.json, a list of the last two, by which the next report removes those that it does not have.
 
     Args:
         document: the report.
@@ -84,7 +87,35 @@ def write(
         write_whole(folder / "recommended.yml", document.recommended.yaml.encode())
         written.append(folder / "recommended.yml")
     keep("report.html", lambda: page.html(document))
+    _remove_former(folder, {file.relative_to(folder).as_posix() for file in written}, formats)
     return written
+
+
+_LIST = "files.json"
+_LISTED = re.compile(r"(plots|tables)/[^/\\]+\.(svg|png|csv|tex)")
+
+
+def _remove_former(folder: Path, written: Collection[str], formats: Collection[str]) -> None:
+    """Remove plots and tables that an earlier report wrote and this one has not: they are of other rows, and look as if
+    they were of these. A list says which these are, so that a user's own files stay; so do formats not written now.
+    """
+    former = _listed(folder / _LIST)
+    now = {name for name in written if _LISTED.fullmatch(name)}
+    gone = {name for name in former - now if name.rpartition(".")[2] in formats}
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
+    kept = (former | now) - gone
+    if kept != former:
+        write_whole(folder / _LIST, json.dumps(sorted(kept), indent=1).encode())
+
+
+def _listed(file: Path) -> set[str]:
+    """The plots and tables that a list names; a file of others may hold anything."""
+    try:
+        names = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return {name for name in names if _LISTED.fullmatch(str(name))} if isinstance(names, list) else set()
 
 
 def rich_table(table: Table) -> RichTable:

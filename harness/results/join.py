@@ -15,6 +15,7 @@ from harness._util.files import folder_aside, write_whole
 from harness.results.schema import INFERENCE_TABLES, SCHEMAS, TRIAL_TABLES, Table
 from harness.results.store import Store
 from harness.results.validation import PART_NAME
+from harness.results.versions import Version, described, versions_of
 
 _Rows = dict[str, list[dict[str, Any]]]
 """Rows of a table by trial id."""
@@ -44,6 +45,7 @@ def join(target: Store, source: Store, on_progress: Callable[[int, int], None] =
         InputError: a trial id of the source is not one that harness gives.
         OSError: the target cannot be written.
     """
+    versions = _versions(target, source)
     lost_here, lost_there = target.incomplete(), source.incomplete()
     mine = {row["trial_id"]: row for row in target.read("trials").to_pylist() if row["trial_id"] not in lost_here}
     theirs = [row for row in source.read("trials").to_pylist() if row["trial_id"] not in lost_there]
@@ -56,8 +58,9 @@ def join(target: Store, source: Store, on_progress: Callable[[int, int], None] =
         on_progress(number, len(better))
     _join_inference(target, rows)
     if source.description():
-        # The target's own, and in both how often the rows were looked at.
-        target.describe(source.description() | target.description() | {"looks": source.description().get("looks")})
+        # The target's own, and of both how often the rows were looked at and the trials that their grids have.
+        of_both = {"looks": source.description().get("looks"), "versions": described(versions)}
+        target.describe(source.description() | target.description() | of_both)
     added = sum(row["trial_id"] not in mine for row in better)
     return Joined(added, len(better) - added, len(theirs) - len(better))
 
@@ -79,6 +82,17 @@ def copy_trial(target: Store, source: Store, trial_id: str, row: Mapping[str, An
         own = source.read(table).filter(pc.field("trial_id") == trial_id).to_pylist()
         rows[table] = [each | {"trial_id": row["trial_id"]} for each in own]
     target.replace_rows(row["trial_id"], rows | {"trials": [dict(row)]})
+
+
+def _versions(target: Store, source: Store) -> dict[str, Version]:
+    """The version of each environment; none where one of the folders has rows of it, and does not say of which."""
+    joined: dict[str, Version | None] = {}
+    for store in (target, source):
+        known = versions_of(store.description())
+        for each in set(store.read("trials", ["trial_id", "environment_id"])["environment_id"].to_pylist()):
+            mine, before = known.get(each), joined.get(each, known.get(each))
+            joined[each] = None if mine is None or before is None else before.joined(mine)
+    return {each: version for each, version in joined.items() if version is not None}
 
 
 def _join_inference(target: Store, rows: Mapping[Table, _Rows]) -> None:

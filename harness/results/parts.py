@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness._util.files import write_whole
+from harness._util.files import write_all_whole
 from harness._util.messages import one_line
 from harness.errors import InputError
 from harness.results.schema import SCHEMA_VERSION, SCHEMAS, Table, absent_value
@@ -20,15 +20,21 @@ class DamagedPart(UserWarning):
     """A part of the results is damaged or foreign; its rows are left out."""
 
 
-def write_part(part: Path, content: pa.Table) -> None:
-    """Write a part, which is whole or absent.
+def write_parts(parts: Mapping[Path, pa.Table]) -> None:
+    """Write parts, each of which is whole or absent; all or, where one cannot be written, none of them.
+
+    Args:
+        parts: by file, in the order in which they come into place.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: one cannot be written.
     """
-    buffer = pa.BufferOutputStream()
-    pq.write_table(content, buffer, compression="zstd")
-    write_whole(part, buffer.getvalue().to_pybytes())
+    contents = {}
+    for part, content in parts.items():
+        buffer = pa.BufferOutputStream()
+        pq.write_table(content, buffer, compression="zstd")
+        contents[part] = buffer.getvalue().to_pybytes()
+    write_all_whole(contents)
 
 
 def read_part(part: Path, table: Table, columns: list[str] | None = None) -> pa.Table:

@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 
 from harness._util.files import locked, write_whole
 from harness.errors import InputError
-from harness.record import InferenceRecord, Record, Step
-from harness.results.parts import DamagedPart, latest_rows, read_part, write_part
+from harness.record import WATCHED, InferenceRecord, Record, Step
+from harness.results.parts import DamagedPart, latest_rows, read_part, write_parts
 from harness.results.schema import INFERENCE_TABLES, SCHEMAS, Table, trial_row
 from harness.results.validation import PART_NAME, Damaged
+from harness.results.versions import Version, described, versions_of
 
 _EVERY = ""
 """Stands for all environments where something is known of each."""
@@ -78,11 +79,7 @@ class Store:
             before = [Step(**{k: v for k, v in row.items() if k != "trial_id"}) for row in of_steps]
             steps = (*before, *record.steps)
             row = rows[0] | dict(figures(rows[0], steps))
-            for table, content in (
-                ("steps", [{"trial_id": name, **step.model_dump()} for step in steps]),
-                ("trials", [row]),
-            ):
-                self._write(table, name, pa.Table.from_pylist(content, schema=SCHEMAS[table]))  # type: ignore[index, arg-type]  # literals
+            self._write(name, {"steps": [{"trial_id": name, **step.model_dump()} for step in steps], "trials": [row]})
             return row
 
     def _rows_of(self, table: Table, trial_id: str) -> list[dict[str, Any]]:
@@ -116,27 +113,37 @@ class Store:
 
         Args:
             trial_id: the trial.
-            rows: by table, in the order in which they are written: `TRIAL_TABLES` or `INFERENCE_TABLES`.
+            rows: by table, in the order in which they come into place: `TRIAL_TABLES` or `INFERENCE_TABLES`.
 
         Raises:
             InputError: it is not a trial id.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written; the earlier rows are kept.
         """
         with locked(self.folder):
-            for table, content in rows.items():
-                self._write(table, trial_id, pa.Table.from_pylist(list(content), schema=SCHEMAS[table]))
+            self._write(trial_id, rows)
 
-    def _write(self, table: Table, name: str, content: pa.Table) -> None:
+    def _write(self, name: str, rows: Mapping[Table, Sequence[Mapping[str, Any]]]) -> None:
+        contents = {table: pa.Table.from_pylist(list(of), schema=SCHEMAS[table]) for table, of in rows.items()}
+        self._write_parts(name, contents)
+
+    def _write_parts(self, name: str, contents: Mapping[Table, pa.Table]) -> None:
+        """Write a part of each table, all or none."""
         if not PART_NAME.fullmatch(name):  # rows of others may hold anything
             raise InputError(f"{self.folder}: {name!r} is not a trial id")
-        write_part(self.folder / table / f"{name}.parquet", content)
+        write_parts({self.folder / table / f"{name}.parquet": content for table, content in contents.items()})
 
-    def describe(self, about: Mapping[str, Any], environment_ids: Collection[str] = (_EVERY,)) -> None:
+    def describe(
+        self,
+        about: Mapping[str, Any],
+        environment_ids: Collection[str] = (_EVERY,),
+        version: Version | None = None,
+    ) -> None:
         """Keep the grid's title and claims with its rows, for the report. Rows that were looked at stay so.
 
         Args:
             about: `Grid.about`, or another store's description.
             environment_ids: whose rows are looked at as often as the grid says.
+            version: the trials that the grid has in these environments; null: those that `about` has.
 
         Raises:
             OSError: the folder cannot be written.
@@ -145,7 +152,11 @@ class Store:
         looks = _looks(before)
         for environment_id, number in _looks(about, environment_ids).items():
             looks[environment_id] = max(number, looks.get(environment_id, 1))
-        about = {key: value for key, value in about.items() if key != "looks"} | ({"looks": looks} if looks else {})
+        versions = versions_of(about if version is None else before)
+        if version is not None:
+            versions |= {each: version.after(versions.get(each)) for each in environment_ids}
+        kept = {"looks": looks, "versions": described(versions)}
+        about = {key: value for key, value in about.items() if key not in kept} | {k: v for k, v in kept.items() if v}
         if about != before:
             write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
 
@@ -199,8 +210,7 @@ class Store:
             for row in self.read("trials").to_pylist():
                 wanted = names.get(row["trial_id"])
                 if wanted and any(row[key] != value for key, value in wanted.items()):
-                    renamed = pa.Table.from_pylist([row | wanted], schema=SCHEMAS["trials"])
-                    self._write("trials", row["trial_id"], renamed)
+                    self._write(row["trial_id"], {"trials": [row | wanted]})
 
     def recent_row(self, trial_id: str) -> dict[str, Any] | None:
         """The row of a trial that was recorded since the last compaction; null where it was not."""
@@ -285,7 +295,7 @@ class Store:
                     content = latest_rows(parts)
                     # Names sort by time: should an earlier one be left behind, the rows of the later one count.
                     name = f"all-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-                    self._write(table, name, content)
+                    self._write_parts(name, {table: content})
                     for part in parts:
                         part.unlink(missing_ok=True)
 
@@ -296,10 +306,13 @@ def grid_folders(root: Path) -> list[Path]:
 
 
 def find(root: Path, trial: str) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """Rows whose trial id or spec id begins with `trial`, or whose label is `trial`, in any grid under `root`."""
+    """Rows whose trial id or spec id begins with `trial`, or whose label is `trial`, in any grid under `root`; of a
+    watched loop its name without `WATCHED` does too.
+    """
     for folder in grid_folders(root):
         for row in Store(folder).read("trials").to_pylist():
-            if row["trial_id"].startswith(trial) or row["label"] == trial:
+            label = row["label"].removesuffix(WATCHED) if row["watched"] else row["label"]
+            if row["trial_id"].startswith(trial) or trial in (row["label"], label):
                 yield folder, row
 
 

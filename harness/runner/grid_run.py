@@ -16,7 +16,7 @@ from harness.record import NO_CONTENTS, Contents, Record, Status
 from harness.results.store import Store
 from harness.runner.display import Display
 from harness.runner.execution import Policy
-from harness.runner.identity import lease_id, place_in_grid, possible_ids
+from harness.runner.identity import lease_id, place_in_grid, possible_ids, version_of
 from harness.runner.interrupts import interrupts
 from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, timed_trials, to_come, with_references
 from harness.runner.workers import GridWorkers
@@ -71,8 +71,7 @@ def unfinished(grid: Grid, store: Store, launcher: Launcher) -> tuple[int, int]:
     """How many trials of a grid are not recorded, and how many timing visits are to come."""
     timed = timed_trials(grid) if grid.timing.visits else []
     untrained = pending(grid, store, launcher)
-    due = lacking(timed, grid.timing, store, launcher)
-    return len(untrained), to_come(due | {t: grid.timing.visits for t in untrained if t in timed}, timed)
+    return len(untrained), to_come(lacking(timed, grid.timing, store, launcher, untrained), timed)
 
 
 def kept_apart(trials: Iterable[Trial], store: Store, launcher: Launcher) -> list[str]:
@@ -144,11 +143,12 @@ def run_grid(
         }
     )
     devices = {resolve_device(trial.spec.device) for trial in grid.trials}
-    store.describe(grid.about, {each.id for device in devices for each in launcher.environments(device)})
+    here = {each.id for device in devices for each in launcher.environments(device)}
+    store.describe(grid.about, here, version_of(grid))
     chosen = trials[:limit]
     timed = timed_trials(grid) if grid.timing.visits and len(chosen) == len(trials) else []
     timing = grid.timing
-    due = lacking(timed, timing, store, launcher) | {trial: timing.visits for trial in timed if trial in chosen}
+    due = lacking(timed, timing, store, launcher, chosen)
     display.begin(len(chosen), len(grid.trials) - len(trials), to_come(due, timed), timing.seconds)
     visits = 0
     workers = GridWorkers(grid, store, launcher, policy, predictions, started)

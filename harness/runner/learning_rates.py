@@ -21,7 +21,8 @@ def grid_of_rates(grid: Grid) -> Grid:
         for rate in _rates(grid, trial)
     ]
     name = f"{grid.name}-rates"
-    return Grid(name, f"{grid.title}: learning rates", "list", tuple(interleave(trials, name)), timing=NO_TIMING)
+    title = f"{grid.title}: learning rates"
+    return Grid(name, title, "list", tuple(interleave(trials, name)), timing=NO_TIMING, whole=grid.whole)
 
 
 def tuned(grid: Grid, trainings: Grid, store: Store, launcher: Launcher) -> Tuned:

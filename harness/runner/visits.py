@@ -14,41 +14,79 @@ from harness.metrics import METRICS
 from harness.predict.prediction import Predictions, capacity_of
 from harness.record import TIMED_FIGURES, Record, Step
 from harness.results.store import Store
-from harness.results.timing import row_figures
-from harness.runner.identity import possible_ids
+from harness.results.timing import counting_steps, row_figures
+from harness.runner.identity import ids_by_environment, possible_ids
 from harness.spec.trial import TrialSpec
 
-_EVER_MORE = Timing(visits=2**31)
 MOST_FURTHER_BLOCKS = 3
 """Blocks that a run adds at its end for trials whose visits were disturbed."""
 _OF_CARD = ("joules_per_token", "card_clock_share", "card_temperature", "throttled_share")
 
 
-def lacking(trials: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher) -> dict[Trial, int]:
-    """The trials that ended well and have fewer visits that count than a grid wants, with how many they lack."""
-    rows = store.read("trials", columns=["trial_id", *_COUNTED]).to_pylist()
-    known = {row["trial_id"]: row for row in rows}
-    counts = {t: _lacks([known.get(each) for each in possible_ids(t, launcher)], timing) for t in trials}
-    return {trial: count for trial, count in counts.items() if count > 0}
+def lacking(
+    timed: Sequence[Trial], timing: Timing, store: Store, launcher: Launcher, anew: Collection[Trial] = ()
+) -> dict[Trial, int]:
+    """The trials that ended well and have fewer visits that count than a grid wants, with how many they lack.
+
+    Speeds are compared within blocks (`analysis.timed.effects`): a visit counts if the baseline or its second run was
+    timed in its block too. Where neither of them ended well, each does.
+
+    Args:
+        timed: all trials whose speed is measured.
+        timing: what the grid wants.
+        store: where they are recorded.
+        launcher: runs them.
+        anew: those about to be trained, which loses the visits that they have.
+    """
+    blocks = _timed_blocks(timed, store, launcher, anew)
+    with_reference: dict[str, frozenset[int]] = {}
+    for trial in blocks:
+        if trial.baseline or trial.twin:
+            for environment_id, of_reference in blocks[trial].items():
+                with_reference[environment_id] = with_reference.get(environment_id, frozenset()) | of_reference
+    counts = {
+        trial: max(len(own & with_reference.get(environment_id, own)) for environment_id, own in places.items())
+        for trial, places in blocks.items()
+    }
+    return {trial: timing.visits - count for trial, count in counts.items() if count < timing.visits}
 
 
-def lacks(trial: Trial, timing: Timing, store: Store, launcher: Launcher) -> bool:
-    """`lacking` of one trial, for which not all rows are read."""
-    return _lacks([store.row(each, _COUNTED) for each in possible_ids(trial, launcher)], timing) > 0
+def _timed_blocks(
+    timed: Sequence[Trial], store: Store, launcher: Launcher, anew: Collection[Trial]
+) -> dict[Trial, dict[str, frozenset[int]]]:
+    """By trial that ended well, and by environment, the blocks in which it had enough undisturbed steps."""
+    ended_well = _ended_well(store)
+    steps = store.read("steps", columns=["trial_id", "block", "disturbed", "seconds"])
+    keys = ["trial_id", "block"]
+    counting = counting_steps(steps.filter(pc.field("block").is_valid()).to_pandas(), keys)
+    of_ids = counting.groupby("trial_id")["block"].agg(frozenset)
+    blocks = {}
+    for trial in timed:
+        ids = ids_by_environment(trial, launcher)
+        known = {where: of_ids.get(each, frozenset()) for where, each in ids.items() if each in ended_well}
+        blocks[trial] = dict.fromkeys(ids, frozenset[int]()) if trial in anew else known
+    return {trial: places for trial, places in blocks.items() if places}
 
 
-_COUNTED = ["status", "timed_visits"]
+def _ended_well(store: Store) -> set[str]:
+    rows = store.read("trials", columns=["trial_id", "status"]).to_pylist()
+    return {row["trial_id"] for row in rows if row["status"] == "ok"}
 
 
-def _lacks(rows: Sequence[Mapping[str, Any] | None], timing: Timing) -> int:
-    counts = [row["timed_visits"] or 0 for row in rows if row is not None and row["status"] == "ok"]
-    return max(0, timing.visits - max(counts)) if counts else 0
+def undisturbed(trial: Trial, store: Store, launcher: Launcher) -> int:
+    """How many visits of a trial had enough undisturbed steps, be it with the baseline or alone."""
+    rows = [store.row(each, ["timed_visits"]) for each in possible_ids(trial, launcher)]
+    return max((row["timed_visits"] or 0 for row in rows if row is not None), default=0)
 
 
-def with_references(due: Collection[Trial], timed: Sequence[Trial], store: Store, launcher: Launcher) -> list[Trial]:
-    """The trials that are due, and the baseline with its second run: the others are compared with it within a block."""
-    ended_well = lacking(timed, _EVER_MORE, store, launcher)
-    return [*due, *(t for t in ended_well if (t.baseline or t.twin) and t not in due)]
+def with_references(
+    due: Mapping[Trial, int], timed: Sequence[Trial], store: Store, launcher: Launcher
+) -> dict[Trial, int]:
+    """What is due, and the baseline with its second run: the others are compared with it within a block."""
+    ended_well = _ended_well(store)
+    references = [trial for trial in timed if trial.baseline or trial.twin]
+    ready = [trial for trial in references if not ended_well.isdisjoint(possible_ids(trial, launcher))]
+    return {**dict.fromkeys(ready, 0), **due}
 
 
 def to_come(due: Mapping[Trial, int], timed: Sequence[Trial]) -> int:
@@ -83,8 +121,8 @@ def references(grid: Grid, store: Store, launcher: Launcher) -> dict[str, TrialS
     """
     if not in_turn(grid):
         return {}
-    ended_well = lacking(timed_trials(grid), _EVER_MORE, store, launcher)
-    ids = {each for trial in ended_well for each in possible_ids(trial, launcher)}
+    timed, ended_well = timed_trials(grid), _ended_well(store)
+    ids = ended_well & {each for trial in timed for each in possible_ids(trial, launcher)}
     rows = store.read("trials", columns=["trial_id", "peak_process_bytes"]).to_pylist()
     most = max((row["peak_process_bytes"] or 0 for row in rows if row["trial_id"] in ids), default=0)
     if 2 * most > min(map(capacity_of, launcher.environments("cpu"))):
@@ -93,7 +131,8 @@ def references(grid: Grid, store: Store, launcher: Launcher) -> dict[str, TrialS
     alone = steps.filter(pc.field("block").is_valid() & pc.field("reference_seconds").is_null())
     if not ids.isdisjoint(alone["trial_id"].unique().to_pylist()):
         return {}
-    return {trial.spec.id: trial.spec for trial in ended_well if trial.baseline}
+    baselines = [trial for trial in timed if trial.baseline and not ids.isdisjoint(possible_ids(trial, launcher))]
+    return {trial.spec.id: trial.spec for trial in baselines}
 
 
 def keep(record: Record, store: Store, predictions: Predictions, wanted: int) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from harness.environment import DeviceType, Placement, resolve_device
@@ -108,8 +108,16 @@ class GridWorkers:
 
         self._run(trials, None, recorded, one, (display, interrupt, is_over))
 
-    def time(self, trials: Sequence[Trial], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]) -> int:
+    def time(
+        self, due: Mapping[Trial, int], display: Display, interrupt: Interrupt, is_over: Callable[[], bool]
+    ) -> int:
         """One block of timing visits, in random order: one of each trial.
+
+        Args:
+            due: the trials, with how many visits each lacks.
+            display: shows progress.
+            interrupt: whether Ctrl-C was pressed.
+            is_over: lets none begin any more.
 
         Returns:
             How many of them count.
@@ -121,12 +129,18 @@ class GridWorkers:
         timing = self._grid.timing
         # In microseconds: runners that share a folder begin theirs within a second of one another.
         self._block = max(self._block + 1, time.time_ns() // 1000)
-        order = random.Random(f"{self._grid.name}/{self._block}").sample(list(trials), len(trials))
+        order = random.Random(f"{self._grid.name}/{self._block}").sample(list(due), len(due))
+        enough = {t: lacks + visits.undisturbed(t, self._store, self._launcher) for t, lacks in due.items()}
+
+        visited = set[Trial]()
 
         def has_enough(trial: Trial) -> bool:
-            # The baseline is in every block: the others are compared with it within the block.
+            if trial in visited:  # by another worker of this runner
+                return True
+            # The baseline is in every block, also where other runners time it meanwhile in theirs: the others are
+            # compared with it within the block.
             is_reference = trial.baseline or trial.twin
-            return not is_reference and not visits.lacks(trial, timing, self._store, self._launcher)
+            return not is_reference and visits.undisturbed(trial, self._store, self._launcher) >= enough[trial]
 
         counting: list[Record] = []
 
@@ -140,6 +154,7 @@ class GridWorkers:
         baselines = visits.references(self._grid, self._store, self._launcher)
 
         def visit_of(trial: Trial) -> Visit:
+            visited.add(trial)
             reference = baselines.get(trial.baseline_id or "")
             return Visit(block=self._block, seconds=timing.seconds, reference=reference)
 

@@ -19,7 +19,7 @@ from harness._util.messages import first_line
 from harness._util.redact import redact
 from harness.errors import InputError
 from harness.metrics import METRICS, SCORES
-from harness.record import NO_CONTENTS, Contents, Job, Record, Step
+from harness.record import NO_CONTENTS, WATCHED, Contents, Job, Record, Step
 from harness.results.store import Store
 from harness.results.timing import row_figures
 from harness.sources import fingerprints
@@ -131,7 +131,7 @@ class Watch:
         if end["status"] != "ok":
             metrics = {name: value for name, value in metrics.items() if name not in SCORES}
         contents = NO_CONTENTS if self._spec is None else _contents(self._spec)
-        label = f"{self.name} (watched)"
+        label = f"{self.name}{WATCHED}"
         baseline = self._baseline(spec)
         job = Job(
             grid=self._folder.name, spec=spec, label=label, repeat=self._repeat, baseline_id=baseline, watched=True,
