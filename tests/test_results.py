@@ -244,8 +244,13 @@ def test_joined_folders_have_the_levels_of_both(small: Small, tmp_path: Path) ->
     join(here, there)
     both = Version(baselines=("0",), specs={"a": ("a here", "a there"), "b": ("b here",), "c": ("c there",)})
     assert versions_of(here.description()) == {environment_id: both}
-    unknown.write(record(small(seed=9)))
-    unknown.describe({"title": "of an earlier harness, which kept none"})
+    watched = Store(tmp_path / "watched")
+    loop = Job(grid="g", spec=small(seed=8), label="mine (watched)", watched=True)
+    watched.write(Record.of(loop, environment=current("cpu"), status="ok", started_at=dt.datetime.now(dt.UTC)))
+    watched.describe({"title": "trainings that were watched"})
+    join(here, watched)
+    assert versions_of(here.description()) == {environment_id: both}, "a loop is of no version"
+    unknown.write(record(small(seed=9)))  # by an earlier harness, which kept none; its grid.json is lost
     join(here, unknown)
     assert here.description() == {"title": "T"}
     join(Store(tmp_path / "new"), there)

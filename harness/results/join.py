@@ -57,7 +57,7 @@ def join(target: Store, source: Store, on_progress: Callable[[int, int], None] =
         target.replace_rows(row["trial_id"], {table: rows[table].get(row["trial_id"], []) for table in TRIAL_TABLES})
         on_progress(number, len(better))
     _join_inference(target, rows)
-    if source.description():
+    if source.description() or target.description():
         # The target's own, and of both how often the rows were looked at and the trials that their grids have.
         of_both = {"looks": source.description().get("looks"), "versions": described(versions)}
         target.describe(source.description() | target.description() | of_both)
@@ -85,11 +85,14 @@ def copy_trial(target: Store, source: Store, trial_id: str, row: Mapping[str, An
 
 
 def _versions(target: Store, source: Store) -> dict[str, Version]:
-    """The version of each environment; none where one of the folders has rows of it, and does not say of which."""
+    """The version of each environment; none where one of the folders has rows of it, and does not say of which. Watched
+    loops are of none.
+    """
     joined: dict[str, Version | None] = {}
     for store in (target, source):
         known = versions_of(store.description())
-        for each in set(store.read("trials", ["trial_id", "environment_id"])["environment_id"].to_pylist()):
+        rows = store.read("trials", ["trial_id", "environment_id", "watched"]).to_pylist()
+        for each in {row["environment_id"] for row in rows if not row["watched"]}:
             mine, before = known.get(each), joined.get(each, known.get(each))
             joined[each] = None if mine is None or before is None else before.joined(mine)
     return {each: version for each, version in joined.items() if version is not None}

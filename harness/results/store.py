@@ -148,17 +148,20 @@ class Store:
         Raises:
             OSError: the folder cannot be written.
         """
-        before = self.description()
-        looks = _looks(before)
-        for environment_id, number in _looks(about, environment_ids).items():
-            looks[environment_id] = max(number, looks.get(environment_id, 1))
-        versions = versions_of(about if version is None else before)
-        if version is not None:
-            versions |= {each: version.after(versions.get(each)) for each in environment_ids}
-        kept = {"looks": looks, "versions": described(versions)}
-        about = {key: value for key, value in about.items() if key not in kept} | {k: v for k, v in kept.items() if v}
-        if about != before:
-            write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
+        with locked(self.folder):
+            before = self.description()
+            looks = _looks(before)
+            for environment_id, number in _looks(about, environment_ids).items():
+                looks[environment_id] = max(number, looks.get(environment_id, 1))
+            versions = versions_of(about if version is None else before)
+            if version is not None:
+                versions |= {each: version.after(versions.get(each)) for each in environment_ids}
+            kept = {"looks": looks, "versions": described(versions)}
+            about = {key: value for key, value in about.items() if key not in kept} | {
+                k: v for k, v in kept.items() if v
+            }
+            if about != before:
+                write_whole(self.folder / "grid.json", json.dumps(about, indent=1).encode())
 
     def description(self) -> dict[str, Any]:
         """What `describe` kept; empty where it kept nothing."""
