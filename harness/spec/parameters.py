@@ -143,7 +143,8 @@ class Parameters(Frozen):
     lora_modules_to_save: Annotated[tuple[StrictStr, ...] | None, Facts(absent=None), Part.ADAPTERS] = None
     """Layers that are trained as a whole next to the adapters, like `[embed_tokens, lm_head]`."""
     adapter_dtype: Annotated[Literal["fp32", "bf16"], Facts(absent="fp32"), Part.ADAPTERS] = "fp32"
-    """Format of the adapters; bf16 ones compute without autocast and without fp32 copies of their inputs."""
+    """Format of the adapters; bf16 ones compute without fp32 copies of their inputs, and without autocast unless it is
+    asked for."""
     recompute_adapter_inputs: Annotated[StrictBool, Facts(untrained=False, absent=False), Part.ACTIVATIONS] = False
     """Keep an adapter's input as the layer has it, and make its dropped or converted copy anew in the backward pass."""
     use_rslora: Annotated[StrictBool, _TRAINING_NO_MEMORY, Part.ADAPTERS] = False
