@@ -607,10 +607,11 @@ def test_order_is_interleaved_and_the_same_every_time(tmp_path: Path) -> None:
     assert all(sorted(block) == sorted(written) for block in blocks[1:])
     assert len({*blocks, written}) == 5  # no repeat runs in the file's order, nor as another does
     # Of every machine and version: resumed runs go on in the order in which they began.
-    assert blocks[0][:3] == PINNED_ORDER
+    assert blocks[0][:4] == PINNED_ORDER
+    assert {block[0] for block in blocks} == {"baseline"}, "what ends after it can be compared at once"
 
 
-PINNED_ORDER = ("lora_r=7", "lora_r=2", "lora_r=8")
+PINNED_ORDER = ("baseline", "lora_r=7", "lora_r=2", "lora_r=8")
 
 # ------------------------------------------------------------------------------------ ids
 

@@ -236,6 +236,41 @@ def test_a_failed_baseline_leaves_the_others_timed(tmp_path: Path, launcher: Loc
     assert steps["reference_seconds"].isna().all()
 
 
+@pytest.mark.parametrize(
+    ("repeats", "wanted", "groups"),
+    [
+        (1, 3, [((0,), 0)]),
+        (2, 3, [((0,), 2), ((1,), 0)]),
+        (3, 3, [((0,), 1), ((1,), 1), ((2,), 0)]),
+        (5, 3, [((0,), 1), ((1,), 1), ((2, 3), 1), ((4,), 0)]),
+        (2, 0, [((0, 1), 0)]),
+    ],
+)
+def test_blocks_of_visits_are_spread_over_the_repeats(
+    repeats: int, wanted: int, groups: list[tuple[tuple[int, ...], int]]
+) -> None:
+    assert [(tuple(among), blocks) for among, blocks in visits.stages(repeats, wanted)] == groups
+
+
+@pytest.mark.long
+def test_a_run_that_is_cut_off_has_speeds_rather_than_losses_of_a_second_repeat(
+    tmp_path: Path, launcher: LocalLauncher, quiet: Quiet
+) -> None:
+    quiet()
+
+    class Jobs(Watch):
+        in_order = ""
+
+        def trial(self, number: int, job: Job) -> None:
+            super().trial(number, job)
+            self.in_order += "t" if job.visit is None else "v"
+
+    display = Jobs()
+    text = GRID.replace("visits: 2", "visits: 3\nrepeats: 2")
+    go(loaded(tmp_path, text), tmp_path, launcher, display)
+    assert display.in_order == "ttt" + "vvv" * 2 + "tt" + "vvv"
+
+
 def test_what_is_alone_in_its_block_changes_no_ratio() -> None:
     """A loop of another program that was watched, say."""
     rows = [
@@ -390,8 +425,9 @@ def test_visits_that_fail_are_named_with_their_end(
     summary = go(loaded(tmp_path, GRID.replace("visits: 2", "visits: 1")), tmp_path, launcher)
     assert summary.untimed == ("gradient_checkpointing=true",)
     run._print_summary(summary, Store(tmp_path / "r"))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert f"gradient_checkpointing=true (oom, see {tmp_path / 'r/logs/visit.log'})" in printed.replace("/ ", "/")
+    out = capsys.readouterr().out
+    printed = " ".join(out.split())
+    assert f"gradient_checkpointing=true(oom,see{tmp_path / 'r/logs/visit.log'})" in "".join(out.split())
     assert "their visits failed; their speeds enter no comparison. Time them again with the same command" in printed
 
 

@@ -423,12 +423,14 @@ def _refuse_equal_labels(trials: Sequence[Trial], base: TrialSpec) -> None:
 
 
 def interleave(trials: list[Trial], name: str) -> list[Trial]:
-    """Shuffle each repeat separately, so that no trial takes all of a drift of the machine."""
+    """Shuffle each repeat separately, so that no trial takes all of a drift of the machine, its baselines first: what
+    ends after them can be compared, also where a run stops halfway.
+    """
     ordered: list[Trial] = []
     for repeat, group in itertools.groupby(trials, key=lambda t: t.repeat):
         block = list(group)
         random.Random(f"{name}/{repeat}").shuffle(block)
-        ordered += block
+        ordered += sorted(block, key=lambda t: not t.baseline)
     return ordered
 
 

@@ -18,7 +18,7 @@ from harness.runner.display import Display
 from harness.runner.execution import Policy
 from harness.runner.identity import lease_id, place_in_grid, possible_ids, version_of
 from harness.runner.interrupts import interrupts
-from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, timed_trials, to_come, with_references
+from harness.runner.visits import MOST_FURTHER_BLOCKS, lacking, stages, timed_trials, to_come, with_references
 from harness.runner.workers import GridWorkers
 
 _DEFAULT_POLICY = Policy()
@@ -112,8 +112,8 @@ def run_grid(
 ) -> Summary:
     """Train what is pending, as many trials at the same time as the launcher has workers; keep each record as it ends.
 
-    Speeds are timed apart, in blocks of short visits between the repeats and after them: each block visits every trial
-    once, in random order. Trials whose visits were disturbed are visited again at the end.
+    Speeds are timed apart, in blocks of short visits between the repeats and after them (`visits.stages`): each block
+    visits every trial once, in random order. Trials whose visits were disturbed are visited again at the end.
 
     Several runners may do so in one folder at once: each trial is run by one of them. An interrupt lets the running
     trials finish; a second one stops them. What was recorded stays.
@@ -167,12 +167,10 @@ def run_grid(
             visits += counting
             return counting > 0
 
-        # Repeats that no visits stand between need not wait for one another.
-        apart = min(max(trial.repeat for trial in grid.trials), grid.timing.visits)
-        for repeat in range(apart):
-            workers.train([t for t in chosen if t.repeat == repeat], display, interrupt, is_over)
-            time_block()
-        workers.train([t for t in chosen if t.repeat >= apart], display, interrupt, is_over)
+        for repeats, blocks in stages(1 + max(trial.repeat for trial in grid.trials), grid.timing.visits):
+            workers.train([t for t in chosen if t.repeat in repeats], display, interrupt, is_over)
+            for _ in range(blocks):
+                time_block()
         further = grid.timing.visits + MOST_FURTHER_BLOCKS
         barren = 0
         for _ in range(further):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,22 @@ def to_come(due: Mapping[Trial, int], timed: Sequence[Trial]) -> int:
 def timed_trials(grid: Grid) -> list[Trial]:
     """The trials whose speed is measured: those of the first repeat. A seed does not change the speed."""
     return [trial for trial in grid.trials if trial.repeat == 0]
+
+
+def stages(repeats: int, visits: int) -> list[tuple[range, int]]:
+    """The repeats to train without waiting for one another, each group with the blocks of visits that follow it.
+
+    The blocks are spread evenly, early ones first: a run that is cut off has rather more speeds than losses of later
+    repeats. Those after the last group are not counted: a run makes what is lacking then.
+    """
+    groups: list[tuple[range, int]] = []
+    first = made = 0
+    for repeat in range(1, repeats):
+        wanted = math.ceil(visits * repeat / repeats)
+        if wanted > made:
+            groups.append((range(first, repeat), wanted - made))
+            first, made = repeat, wanted
+    return [*groups, (range(first, repeats), 0)]
 
 
 def in_turn(grid: Grid) -> bool:
