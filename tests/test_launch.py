@@ -499,16 +499,22 @@ def test_trials_side_by_side_share_the_machine(small: Small, tmp_path: Path, lau
     assert len(pending(grid, both, launcher)) == 4, "alone they would be other measurements"
 
 
-def test_an_interrupt_stops_all_workers(small: Small, tmp_path: Path, launcher: Launcher) -> None:
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
+def test_an_interrupt_stops_all_workers(small: Small, tmp_path: Path, numbers: tuple[signal.Signals, ...]) -> None:
     endless = {f"e{seed}": small(seed=seed, train_samples=1_000_000) for seed in range(3)}
 
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
+    def stop() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
 
-    with pytest.raises(KeyboardInterrupt):
-        go(grid_of(**endless), Store(tmp_path), LocalLauncher(workers=2), Watch("e0", "forward", twice))
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(grid_of(**endless), Store(tmp_path), LocalLauncher(workers=2), Watch("e0", "forward", stop))
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, former)
     assert not workers()
     assert not Store(tmp_path).completed()
     assert not list((tmp_path / "leases").glob("*.json"))

@@ -397,18 +397,25 @@ def test_the_page_becomes_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("times", [1, 2])
-def test_an_interrupted_run_leaves_the_page_of_its_rows(tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([signal.SIGINT], 130), ([signal.SIGINT] * 2, 130), ([signal.SIGTERM], 143), ([signal.SIGHUP], 129)],
+)
+def test_an_interrupted_run_leaves_the_page_of_its_rows(
+    tmp_path: Path, signals: list[signal.Signals], code: int
+) -> None:
     process, _ = started(tmp_path)
     assert process.stdout is not None
     lines = iter(process.stdout)
     next(line for line in lines if line.startswith("[1/"))
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # the page counts a trial once the terminal shows it
+    for number in signals:
+        process.send_signal(number)
         time.sleep(0.05)
     output = "".join(lines)
     process.stdout.close()
-    assert process.wait(60) == 130, output
+    assert process.wait(60) == code, output
+    assert "go on" in output or "goes on" in output, "it says what the same command does"
     assert "the report: reports/g/report.html" in output
     assert "baseline" in (tmp_path / "reports/g/report.html").read_text()
     assert not (tmp_path / "reports/g/report.md").exists(), "the page alone, which is quicker"

@@ -408,7 +408,7 @@ def test_failures_stand_first(small: Small, tmp_path: Path, ask: Ask) -> None:
     text = " ".join(printed.split())
     assert code == 0
     assert "2 configurations were tried on this machine; their trials ended as 1 " in text
-    assert "No trial of the baseline ended well: figures are shown, and nothing is compared." in text
+    assert "No trial of the baseline ended well: figures are shown, and no technique is compared with it." in text
     assert ">not compared<" in (tmp_path / "out/report.html").read_text()
     keep(Store(tmp_path / "h"), small(lora_r=8), "lora_r=8", [], peak_memory_bytes=9)
     keep(Store(tmp_path / "h"), small(lora_r=16), "baseline", [], peak_memory_bytes=9)
@@ -514,6 +514,26 @@ def test_levels_that_the_grid_no_longer_has_are_left_out(tmp_path: Path) -> None
     only = grid.run({"big": 16, "small": 2}, "big")
     assert shown(only)["small"] == (2, 1e-4, 1), "--only hides no other level"
     assert shown(only)["big"] == (16, 1e-4, 1)
+
+
+def test_a_run_that_was_cut_off_names_what_is_to_come(tmp_path: Path, ask: Ask) -> None:
+    grid = Edited(tmp_path)
+    assert grid.run({"big": 8, "small": 2}).not_run == {}
+    store = Store(tmp_path / "g")
+    version = store.description()["versions"][current("cpu").id]
+    more = {"big": (*version["specs"]["big"], "later"), "large": ("one", "two"), "last": ("other",)}
+    store.describe({}, {current("cpu").id}, Version(**version | {"specs": version["specs"] | more}))
+    assert loading.load(tmp_path / "g").not_run == {"big": 1, "large": 2, "last": 1}
+    _, out, _ = ask("report", str(tmp_path / "g"), "--format", "md")
+    assert "4 trials have not run yet: big, large, last." in " ".join(out.split())
+    assert "4 trials have not run yet" in (tmp_path / "reports/g/report.md").read_text()
+
+
+def test_a_folder_of_grids_is_none(tmp_path: Path, ask: Ask) -> None:
+    (tmp_path / "results").mkdir()
+    Edited(tmp_path / "results").run({"big": 8})
+    code, _, errors = ask("report", str(tmp_path / "results"))
+    assert (code, "it has the results of g, each a folder of its own" in " ".join(errors.split())) == (2, True)
 
 
 def test_what_was_run_last_is_readable_whatever_is_in_its_file(tmp_path: Path) -> None:
@@ -805,11 +825,11 @@ def test_poor_results_give_a_useful_page(small: Small, tmp_path: Path, ask: Ask,
     assert ("baseline" if case == "one trial" else "lora_r=8") in text
     assert not re.search(r"\bnan\b", text)
     if case in ("no baseline", "baseline failed"):
-        assert any("nothing is compared" in caveat for caveat in report.caveats)
-        assert "nothing is compared" in text.split("| Answer |")[0], "before what looks like an answer"
-        assert "nothing is compared" in page.html(report).split('id="in-words"')[0].split('id="answers"')[1]
+        assert any("no technique is compared" in caveat for caveat in report.caveats)
+        assert "no technique is compared" in text.split("| Answer |")[0], "before what looks like an answer"
+        assert "no technique is compared" in page.html(report).split('id="in-words"')[0].split('id="answers"')[1]
         printed = [ask("report", str(tmp_path / "g"), "--format", "md", *more)[1] for more in ([], ["--full"])]
-        assert [" ".join(each.split()).count("nothing is compared") for each in printed] == [1, 1]
+        assert [" ".join(each.split()).count("no technique is compared") for each in printed] == [1, 1]
     if case == "only ooms":
         assert "oom in forward" in text
     if case != "one trial":
@@ -886,6 +906,42 @@ def test_noise_does_not_decide_a_recommendation(small: Small, tmp_path: Path) ->
     best = recommend.recommend(loading.load(tmp_path))
     assert best.label == "as good", "its loss is higher by less than is negligible, and it is twice as fast"
     assert any(sentence.startswith("For more speed take c") for sentence in best.sentences)
+
+
+def test_a_recommendation_trades_for_nothing_that_is_not_known_to_be_better(small: Small, tmp_path: Path) -> None:
+    """Nor for what is better by less than is negligible."""
+    generator = random.Random(0)
+    noise = [generator.uniform(-0.5, 0.5) for _ in range(8)]
+    for seed in range(3):
+        for r, label, loss, memory in ((4, "baseline", 2.0, 1000), (8, "noisy", 2.3, 999), (9, "large", 1.9995, 2000)):
+            stories = [loss + (r == 8) * each for each in noise]
+            speed = 100.0 + (r == 8) * (20.0 * seed - 15.0) - (r == 9)
+            keep(Store(tmp_path), small(seed=seed, lora_r=r), label, stories, tokens_per_second=speed,
+                 eval_loss=sum(stories) / 8, peak_memory_bytes=memory)  # fmt: skip
+    best = recommend.recommend(loading.load(tmp_path))
+    assert best.label == "baseline"
+    assert not [sentence for sentence in best.sentences if sentence.startswith("For ")]
+
+
+def test_a_level_that_is_better_where_it_ends_well_is_not_named_as_the_best(small: Small, tmp_path: Path) -> None:
+    for seed in range(3):
+        keep(Store(tmp_path), small(seed=seed), "baseline", [2.0, 2.1, 2.2], **BASE)
+        if seed < 2:
+            figures = BASE | {"eval_loss": 1.0}
+            keep(Store(tmp_path), small(seed=seed, lora_r=8), "lora_r=8", [1.0, 1.1, 1.2], **figures)
+    keep(Store(tmp_path), small(seed=2, lora_r=8), "lora_r=8", [], status="diverged")
+    m = loading.load(tmp_path)
+    assert estimate(m, "lora_r=8", "eval_loss").verdict == "better"
+    cards = {card.title: card.figure for card in front.cards(comparison.compare(m))}
+    assert cards["Lowest loss"] == "none that ended well under every seed is better than the baseline"
+
+
+def test_more_is_asked_for_than_most_trials_have() -> None:
+    usual = pandas.Series([3, 3, 1])
+    assert longer._instead("visits", 8, 1, usual) == "8 visits instead of 3"
+    assert longer._instead("visits", 2, 1, usual) == "3 visits that all count", "one of them was lost"
+    assert longer._instead("visits", 8, 5, usual) == "8 visits instead of 5"
+    assert longer._instead("repeats", 8, 1, usual[:0]) == "8 repeats instead of 1"
 
 
 def test_a_recommendation_counts_on_nothing_that_was_not_measured(small: Small, tmp_path: Path) -> None:

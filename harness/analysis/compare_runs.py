@@ -113,7 +113,12 @@ def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, st
     """The fields of two environments that differ, each with both values."""
     flat_a, flat_b = ({**e, **{f"version of {k}": v for k, v in e["versions"].items()}} for e in (a, b))
     names = [name for name in (*flat_a, *(n for n in flat_b if n not in flat_a)) if name != "versions"]
-    return [(n, str(flat_a.get(n)), str(flat_b.get(n))) for n in names if flat_a.get(n) != flat_b.get(n)]
+    pairs = ((n, flat_a.get(n), flat_b.get(n)) for n in names)
+    return [(n, _known(a), _known(b)) for n, a, b in pairs if a != b]
+
+
+def _known(field: Any) -> str:
+    return "unknown" if field is None else str(field)
 
 
 def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pandas.DataFrame, str | None]:

@@ -51,7 +51,9 @@ def load(
     store = Store(folder)
     table = store.read("trials")
     if not len(table):
-        raise InputError(f"{folder}: no trials are recorded; `harness run` fills it")
+        grids = sorted(each.parent.name for each in folder.glob("*/trials"))
+        of = f"it has the results of {' '.join(grids)}, each a folder of its own" if grids else "`harness run` fills it"
+        raise InputError(f"{folder}: no trials are recorded; {of}")
     recorded = table["environment_id"].unique().to_pylist()
     chosen = environment or _choose(folder, recorded, here)
     if chosen not in recorded:
@@ -109,6 +111,7 @@ def load(
         tuned=tuned_of(about, store.folder / "grid.json"),
         _codes=codes,
         alpha=stats.ALPHA / looks_of(about, chosen),
+        not_run=_not_run(table, chosen, version),
     )
 
 
@@ -210,6 +213,23 @@ def _is_listed(trials: pandas.DataFrame, version: Version | None) -> pandas.Seri
         return pandas.Series(True, trials.index)
     specs = {spec for of_label in version.specs.values() for spec in of_label}
     return trials["spec_id"].isin(specs) & _is_one_of(trials["baseline_id"], version.baselines)
+
+
+def _not_run(table: pa.Table, environment_id: str, version: Version | None) -> dict[str, int]:
+    """By label, how many trials of a version neither this environment has nor a device of another type: a grid may have
+    trials for both.
+    """
+    if version is None:
+        return {}
+    here = table.filter(pc.field("environment_id") == environment_id)
+    of_others = table.filter(~pc.field("device_type").isin(here["device_type"].unique()))
+    done = {
+        (label, spec)
+        for rows in (here, of_others)
+        for label, spec in zip(rows["label"].to_pylist(), rows["spec_id"].to_pylist(), strict=True)
+    }
+    missing = {label: sum((label, spec) not in done for spec in specs) for label, specs in version.specs.items()}
+    return {label: count for label, count in missing.items() if count}
 
 
 def _is_one_of(column: pandas.Series, ids: Collection[str | None]) -> pandas.Series:

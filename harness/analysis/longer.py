@@ -54,7 +54,21 @@ def _more(m: Measurements, undecided: Sequence[Estimate]) -> str:
 def _visits(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
     block = _of_visits(m)["seconds"]
     seconds = float(block.sum(skipna=False)) if len(block) else math.nan
-    return f"{amount:,} visits instead of {now} (visits)", (amount - now) * seconds
+    of_trials = m.trials.loc[m.trials["timed_visits"] > 0, "timed_visits"]
+    return f"{_instead('visits', amount, now, of_trials)} (visits)", (amount - now) * seconds
+
+
+def _instead(unit: str, amount: int, now: int, there: pandas.Series) -> str:
+    """How many of something it takes: more than most trials have, or those that there are, which not all count.
+
+    Args:
+        unit: its name.
+        amount: how many a comparison needs.
+        now: how many it has, of which a trial failed, say, or is still to come.
+        there: how many each trial or configuration has.
+    """
+    usual = max(int(there.mode().iloc[-1]) if len(there) else 0, now)
+    return f"{amount:,} {unit} instead of {usual}" if amount > usual else f"{usual:,} {unit} that all count"
 
 
 def _of_visits(m: Measurements) -> pandas.DataFrame:
@@ -88,7 +102,8 @@ def stories_in_all(m: Measurements) -> float:
 def _seeds(m: Measurements, _: Collection[Estimate], now: int, amount: int) -> tuple[str, float]:
     trials = _trials(m)
     repeat = float(trials[~trials["twin"]].drop_duplicates("config")["seconds"].sum(skipna=False))
-    return f"{amount:,} repeats instead of {now} (repeats)", (amount - now) * repeat
+    of_configurations = m.trials.groupby("config")["repeat"].nunique()
+    return f"{_instead('repeats', amount, now, of_configurations)} (repeats)", (amount - now) * repeat
 
 
 def _times(m: Measurements, these: Collection[Estimate], _: int, amount: int) -> tuple[str, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,8 @@ class Measurements:
     """By configuration, each condition as a small integer."""
     alpha: float = stats.ALPHA
     """Error rate of each family: smaller for rows that were looked at several times."""
+    not_run: Mapping[str, int] = field(default_factory=dict)
+    """By label, how many trials the grid has that are not recorded yet."""
 
     @cached_property
     def baseline(self) -> int | None:

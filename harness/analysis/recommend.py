@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pandas
 
-from harness._util.units import show_bytes
+from harness._util.units import counted, show_bytes
 from harness.analysis import stats, words
 from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
@@ -137,7 +137,8 @@ def recommend(
     best = _choose(m, candidates)
     front = candidates[pareto_front(_to_minimise(candidates))]
     choices = pandas.concat([within.loc[[best]], front.drop(index=best, errors="ignore").sort_values("memory")])
-    counts = f"{len(within)} of {len(figures)} configurations are within the limits"
+    verb = "is" if len(within) == 1 else "are"
+    counts = f"{len(within)} of {counted(len(figures), 'configuration')} {verb} within the limits"
     counts += "".join(f"; {m.labels([config])[0]} {how}" for config, how in failed_repeats(m).items())
     if len(candidates) < len(within):
         counts += f"; {len(candidates)} of them were measured again after a search had chosen, and are compared"
@@ -308,14 +309,14 @@ def _trade_offs(m: Measurements, candidates: pandas.DataFrame, best: int) -> lis
     pairs = _pairs([int(config) for config in candidates.index if config != best], best)
     estimates = {metric: m.estimates(m.effects(pairs, metric), metric) for metric in HEADLINE} if len(pairs) else {}
     sentences = []
-    for metric, what, sign, no_effect in (
-        ("eval_loss", "lower loss", 1, 0.0),
-        ("tokens_per_second", "more speed", -1, 1.0),
-        ("peak_memory_bytes", "less memory", 1, 1.0),
+    for metric, what, sign in (
+        ("eval_loss", "lower loss", 1),
+        ("tokens_per_second", "more speed", -1),
+        ("peak_memory_bytes", "less memory", 1),
     ):
-        values = {config: sign * estimate.value for config, estimate in estimates.get(metric, {}).items()}
-        other = min(values, key=values.__getitem__, default=best)
-        if other != best and values[other] < sign * no_effect:
+        better = {c: sign * e.value for c, e in estimates.get(metric, {}).items() if words.is_better(e)}
+        if better:
+            other = min(better, key=better.__getitem__)
             sentences.append(f"For {what} take {m.labels([other])[0]}: {_trade_off(estimates, other)}.")
     return sentences
 

@@ -81,6 +81,11 @@ def is_negligible(estimate: Estimate) -> bool:
     return least <= estimate.value <= most
 
 
+def is_better(estimate: Estimate) -> bool:
+    """Whether it is better than the baseline by more than noise, and by more than is negligible."""
+    return estimate.verdict == "better" and not is_negligible(estimate)
+
+
 def negligible_range(metric: str) -> tuple[float, float]:
     """The ratios, or the differences, that are no more than negligible."""
     declared = FIGURES[metric]

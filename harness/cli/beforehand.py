@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must answer at once
     from harness.spec.trial import TrialSpec
 
 _LEAD = "can show: "
-_NO_BASELINE = "no trial has the values of base, so none is compared with another: give them as a level or a trial too"
+_NO_BASELINE = "no trial has the values of base, so none is compared with it: give them as a level or a trial too"
 _UNITS = {"s": 1, "min": 60, "h": 3600}
 
 

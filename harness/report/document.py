@@ -77,11 +77,12 @@ class Document:
 
     @property
     def ends(self) -> list[str]:
-        """How trials ended, where some did not end well, and why nothing is compared."""
+        """How trials ended, where some did not end well or are still to come, and why nothing is compared."""
         if self.parts:
             return [f"{part.title}: {line}" for part in self.parts for line in part.ends]
-        all_well = (self.comparison.measurements.trials["status"] == "ok").all()
-        how = [] if all_well else [summary.ends(self.comparison)]
+        m = self.comparison.measurements
+        all_well = (m.trials["status"] == "ok").all()
+        how = [] if all_well and not m.not_run else [summary.ends(self.comparison)]
         return how + self.uncompared
 
     @property

@@ -13,7 +13,6 @@ import pandas
 from harness._util.units import counted
 from harness.analysis import recommend, words
 from harness.analysis.comparison import Comparison
-from harness.analysis.estimate import Estimate
 from harness.analysis.measurements import Measurements
 from harness.metrics import HEADLINE, METRICS
 from harness.report.scale import Mark, Scale, mark, scale_of
@@ -221,7 +220,10 @@ def _card(comparison: Comparison, metric: str) -> Card:
     compared = comparison.estimates[metric]
     if not compared:
         return Card(_ANSWERS[metric], "", "none can be compared with the baseline", "", ())
-    better = {c: e for c, e in compared.items() if _is_better(e) and c not in failed}
+    better = {c: e for c, e in compared.items() if words.is_better(e)}
+    if better and better.keys() <= failed.keys():
+        return Card(_ANSWERS[metric], "", "none that ended well under every seed is better than the baseline", "", ())
+    better = {c: e for c, e in better.items() if c not in failed}
     if not better:
         return Card(_ANSWERS[metric], "", f"none is better than the baseline{_detectable(comparison, metric)}", "", ())
     best = min(better, key=lambda c: better[c].value * (1 if wanted == "lower" else -1))
@@ -233,10 +235,6 @@ def _card(comparison: Comparison, metric: str) -> Card:
         words.effect(better[best]),
         tuple(f"{METRICS[x].group} {words.effect_and_word(e)}" for x, e in others if e is not None),
     )
-
-
-def _is_better(estimate: Estimate) -> bool:
-    return estimate.verdict == "better" and not words.is_negligible(estimate)
 
 
 def _detectable(comparison: Comparison, metric: str) -> str:

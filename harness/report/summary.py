@@ -21,6 +21,8 @@ from harness.report import front
 
 MOST_ROWS = 500
 """Configurations that a page or a Markdown table shows; the CSV has them all."""
+_FEW = 4
+"""Labels that a sentence names."""
 
 
 def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
@@ -40,7 +42,7 @@ def sentences(comparison: Comparison, steps: pandas.DataFrame) -> list[str]:
             if not math.isnan(means[metric])
         )
         lines.append(f"The baseline ({_baseline(m)}) takes {figures}.")
-        lines += [card.sentence for card in front.cards(comparison)]
+    lines += [card.sentence for card in front.cards(comparison)]
     if m.floor is not None:
         lines.append(
             f"Speed differences below {math.expm1(m.floor):.1%} are within the noise of the two runs of the baseline; "
@@ -61,7 +63,18 @@ def ends(comparison: Comparison) -> str:
     repeats = sorted({int(r) for r in configs.loc[configs["measured"], "repeats"]})
     repeated = f" with {_span(repeats)} repeats" if repeats and repeats != [1] else ""
     tried = "1 configuration was" if len(configs) == 1 else f"{len(configs):,} configurations{repeated} were"
-    return f"{tried} tried on this machine; {whose} ended as {statuses}."
+    return f"{tried} tried on this machine; {whose} ended as {statuses}.{_not_run(m)}"
+
+
+def _not_run(m: Measurements) -> str:
+    """What of the grid is still to come, in a sentence; empty: nothing."""
+    left = sum(m.not_run.values())
+    if not left:
+        return ""
+    labels = [*m.not_run]
+    more = f" and {len(labels) - _FEW} more" if len(labels) > _FEW else ""
+    verb = "has" if left == 1 else "have"
+    return f" {counted(left, 'trial')} {verb} not run yet: {', '.join(labels[:_FEW])}{more}."
 
 
 def tally(judged: Sequence[verdicts.ClaimVerdict]) -> str:
@@ -101,9 +114,9 @@ def _prediction_errors(m: Measurements) -> list[str]:
     if known.empty:
         return []
     roofline = ok["roofline_share"].dropna()
+    ends = dict.fromkeys(f"×{end:.2f}" for end in (roofline.min(), roofline.max()))
     reached = (
-        f" Timed steps ran at ×{roofline.min():.2f} to ×{roofline.max():.2f} of their speed at measured rates, which "
-        "are no limit."
+        f" Timed steps ran at {' to '.join(ends)} of their speed at measured rates, which are no limit."
         if len(roofline)
         else ""
     )
@@ -183,9 +196,9 @@ def of_nothing_compared(comparison: Comparison) -> list[str]:
     """Why nothing is compared; empty where something may be."""
     m = comparison.measurements
     if m.baseline is None:
-        return ["The grid has no baseline: figures are shown, and nothing is compared."]
+        return ["The grid has no baseline: figures are shown, and no technique is compared with one."]
     if m.baseline not in comparison.means.index:
-        return ["No trial of the baseline ended well: figures are shown, and nothing is compared."]
+        return ["No trial of the baseline ended well: figures are shown, and no technique is compared with it."]
     return []
 
 
