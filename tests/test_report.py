@@ -414,7 +414,7 @@ def test_failures_stand_first(small: Small, tmp_path: Path, ask: Ask) -> None:
     keep(Store(tmp_path / "h"), small(lora_r=16), "baseline", [], peak_memory_bytes=9)
     code, printed, _ = ask("compare", str(tmp_path / "g"), str(tmp_path / "h"))
     assert (code, "baseline │" in printed) == (0, False)
-    assert "not compared, as they did not end well in both runs: baseline" in printed
+    assert "not compared, as these did not end well: baseline (in g)" in " ".join(printed.split())
 
 
 def test_one_of_something_is_in_the_singular(
@@ -1017,6 +1017,30 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
     keep(Store(tmp_path / "d"), small(lora_r=99), "baseline", [], **BASE)
     with pytest.raises(InputError, match="no measured configuration in common"):
         compare_runs.compare_runs(a, loading.load(tmp_path / "d"))
+
+
+def test_runs_of_one_name_are_told_apart(small: Small, tmp_path: Path) -> None:
+    for folder, ranks in (("one/g", (4, 8, 16, 32)), ("other/g", (4, 64, 32))):
+        for r in ranks:
+            failed = {"status": "failed"} if r == 32 and folder == "other/g" else BASE
+            keep(Store(tmp_path / folder), small(lora_r=r), "baseline" if r == 4 else f"lora_r={r}", [2.0], **failed)
+    one, other = (loading.load(tmp_path / folder) for folder in ("one/g", "other/g"))
+    assert compare_runs.compare_runs(one, other).unpaired == (
+        "not compared, as these did not end well: lora_r=32 (in the second); in the first alone: lora_r=8, lora_r=16; "
+        "in the second alone: lora_r=64"
+    )
+
+
+def test_a_speed_is_shown_of_the_runs_that_are_compared(small: Small, tmp_path: Path) -> None:
+    """Also where the second run of the baseline alone was timed."""
+    for folder, speed in (("a", 100.0), ("b", 50.0)):
+        for twin in (False, True):
+            figures = BASE | {"tokens_per_second": speed if twin else None}
+            label = "baseline again" if twin else "baseline"
+            keep(Store(tmp_path / folder), small(), label, [2.0], twin=twin, baseline_id=small().id, **figures)
+    a, b = (loading.load(tmp_path / name) for name in "ab")
+    (pair,) = compare_runs.compare_runs(a, b).pairs
+    assert (pair.first["tokens_per_second"], pair.second["tokens_per_second"]) == (100.0, 50.0)
 
 
 def test_two_runs_are_paired_by_their_seeds(small: Small, tmp_path: Path) -> None:

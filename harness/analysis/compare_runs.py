@@ -102,7 +102,7 @@ def _means(both: Measurements, pairs: pandas.DataFrame) -> pandas.DataFrame:
     matched = both.matched(pairs)
     compared = figures(ok[ok.index.isin([*matched["trial"], *matched["other"]])], "config")
     timed = [name for name in HEADLINE if METRICS[name].group == "speed"]
-    return compared.assign(**figures(ok, "config")[timed])
+    return compared.assign(**figures(ok, "stands_for")[timed])
 
 
 def _figures(means: pandas.DataFrame, config: int) -> dict[str, float]:
@@ -159,26 +159,31 @@ def _joined(first: Measurements, second: Measurements) -> tuple[Measurements, pa
             "alpha": min(first.alpha, second.alpha),
         }
     )
+    names = (first.name, second.name) if first.name != second.name else ("the first", "the second")
     unpaired = []
     if others:
         which = f"{counted(others, 'configuration')} {'is' if others == 1 else 'are'} not compared"
         unpaired.append(
-            f"{which}: {first.name} and {second.name} were measured with different contents of their data or base "
-            "model, or one of them before contents were fingerprinted"
+            f"{which}: {' and '.join(names)} were measured with different contents of their data or base model, or "
+            "one of them before contents were fingerprinted"
         )
-    tried = first.trials.loc[~first.trials["twin"], [*_SAME, "label"]].merge(
-        renumbered.loc[~renumbered["twin"], columns], on=_SAME
-    )
-    failed = tried.loc[~tried["config"].isin(pairs["config"]), "label"].unique()
+    tried = first.trials.loc[~first.trials["twin"], [*columns, "label"]].rename(columns={"config": "reference"})
+    tried = tried.merge(renumbered.loc[~renumbered["twin"], columns], on=_SAME)
+    failed = tried[~tried["config"].isin(pairs["config"])].drop_duplicates("label")
     if len(failed):
-        unpaired.append(f"not compared, as they did not end well in both runs: {', '.join(failed)}")
-    compared_of = {first.name: pairs["reference"], second.name: pairs["config"] - configs}
-    for run, other in ((first, second), (second, first)):
+        well = ({*measured["config"]}, {*also_measured["config"]})
+        shown = []
+        for label, *its in failed[["label", "reference", "config"]].itertuples(index=False, name=None):
+            of = " and ".join(name for name, one, ok in zip(names, its, well, strict=True) if one not in ok)
+            shown.append(f"{label} (in {of})" if of else label)
+        unpaired.append(f"not compared, as these did not end well: {', '.join(shown)}")
+    compared_of = (pairs["reference"], pairs["config"] - configs)
+    for name, run, other, of_run in zip(names, (first, second), (second, first), compared_of, strict=True):
         alone = run.trials[~run.trials["twin"] & ~run.trials["spec_id"].isin(other.trials["spec_id"])]
-        labels = alone.loc[~alone["config"].isin(compared_of[run.name]), "label"].unique().tolist()
+        labels = alone.loc[~alone["config"].isin(of_run), "label"].unique().tolist()
         if labels and not pairs.empty:
             more = f" and {len(labels) - _MOST_NAMED} more" if len(labels) > _MOST_NAMED else ""
-            unpaired.append(f"in {run.name} alone: {', '.join(labels[:_MOST_NAMED])}{more}")
+            unpaired.append(f"in {name} alone: {', '.join(labels[:_MOST_NAMED])}{more}")
     noisy = replace(both, noise=max(floors, default=None))
     return noisy, pairs.assign(comparison=range(len(pairs))), "; ".join(unpaired) or None
 
