@@ -607,6 +607,24 @@ def test_claims_are_judged_by_where_the_interval_lies(small: Small, tmp_path: Pa
     assert verdict(m, **speed, expect="ratio between 0.9 and 1.1").word == "supported"
 
 
+def test_full_fine_tuning_has_no_rank(small: Small, tmp_path: Path) -> None:
+    """Its recorded one, of the base that it comes from, is no level of a claim."""
+    for label, adapter, r, parameters in (
+        ("baseline", "lora", 8, 10),
+        ("large", "lora", 16, 20),
+        ("full", "none", 8, 99),
+    ):
+        spec = small(adapter=adapter, lora_r=r)
+        keep(Store(tmp_path), spec, label, [2.0], trainable_parameters=parameters, **BASE)
+    m = loading.load(tmp_path)
+    of_rank = {"metric": "trainable_parameters", "expect": "value < 50"}
+    assert verdict(m, where={"lora_r": 8}, **of_rank).word == "supported"
+    assert verdict(m, where={"lora_r": "lowest"}, **of_rank).word == "supported"
+    assert verdict(m, where={"lora_r": "any"}, **of_rank).word == "supported"
+    assert verdict(m, where={"adapter": "none"}, **of_rank).word == "contradicted"
+    assert verdict(m, where={"adapter": "none", "lora_r": 8}, **of_rank).word == "not measured here"
+
+
 def test_what_an_own_claim_lacks(small: Small, tmp_path: Path) -> None:
     """Where its trials are there, to run them again would change nothing."""
     own = (
@@ -1019,7 +1037,7 @@ def test_two_runs_compare_memory_and_loss_and_speed_only_when_asked(small: Small
         compare_runs.compare_runs(a, loading.load(tmp_path / "d"))
 
 
-def test_runs_of_one_name_are_told_apart(small: Small, tmp_path: Path) -> None:
+def test_runs_of_one_name_are_distinguished(small: Small, tmp_path: Path) -> None:
     for folder, ranks in (("one/g", (4, 8, 16, 32)), ("other/g", (4, 64, 32))):
         for r in ranks:
             failed = {"status": "failed"} if r == 32 and folder == "other/g" else BASE

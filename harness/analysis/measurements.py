@@ -25,7 +25,7 @@ from harness.metrics import FIGURES, METRICS
 from harness.record import Tuned
 from harness.results.schema import spec_of
 from harness.spec.datasets import Part
-from harness.spec.trial import TrialSpec, part_of
+from harness.spec.trial import TrialSpec, has_key, part_of
 
 SPEC_KEYS = tuple(k for k in CONDITIONS if k not in DERIVED and k != "seed")
 """What makes two trials the same configuration: every key of the spec but the seed."""
@@ -219,9 +219,7 @@ class Measurements:
         rest = self._rest(contrast).reindex(eligible.index)
         before = after = pandas.Series(True, eligible.index)
         for key, (from_level, to_level) in contrast.compare.items():
-            values = eligible[key]
-            levels = (recorded_level(key, level) for level in (from_level, to_level))
-            from_mask, to_mask = (_is_level(values, level, rest) for level in levels)
+            from_mask, to_mask = (_has_level(eligible, key, level, rest) for level in (from_level, to_level))
             before, after = before & from_mask, after & to_mask & ~from_mask
         if not before.any() or not after.any():
             return pandas.DataFrame({"reference": [], "config": []}, dtype="int64")
@@ -250,7 +248,7 @@ class Measurements:
     def _mask(self, where: dict[str, Any]) -> pandas.Series:
         mask = pandas.Series(True, self.configs.index)
         for key, level in where.items():
-            mask &= _is_level(self.configs[key], recorded_level(key, level), None)
+            mask &= _has_level(self.configs, key, level, None)
         return mask
 
     def _rest(self, contrast: Contrast) -> pandas.Series:
@@ -421,6 +419,13 @@ def _known(value: float) -> float | None:
 
 def _whole(value: float) -> int | None:
     return None if math.isnan(value) else int(value)
+
+
+def _has_level(configs: pandas.DataFrame, key: str, level: Any, groups: pandas.Series | None) -> pandas.Series:
+    """Which configurations have a level of a key: where the adapter has no such key (a rank, without one), none."""
+    without = [adapter for adapter in configs["adapter"].unique() if not has_key(str(adapter), key)]
+    levels = configs[key].where(~configs["adapter"].isin(without), None) if without else configs[key]
+    return _is_level(levels, recorded_level(key, level), groups)
 
 
 def _is_level(values: pandas.Series, level: Any, groups: pandas.Series | None) -> pandas.Series:

@@ -46,6 +46,13 @@ _BEGINS_AT_ZERO = ("default", "gaussian", "eva")
 """Initialisations of LoRA by which it adds an exact zero until it is trained."""
 
 
+def has_key(adapter: str, key: str) -> bool:
+    """Whether a key has an effect under an adapter: those of LoRA have none under others, nor any without adapters."""
+    if key.startswith(_OF_LORA) and adapter != LORA:
+        return False
+    return adapter != FULL or not key.startswith(_OF_ADAPTERS)
+
+
 class TrialSpec(Parameters):
     """One fine-tuning. Equal specs have equal ids on every machine."""
 
@@ -335,11 +342,7 @@ class TrialSpec(Parameters):
             values.pop("held_out_part", None)
         if not self.measure_forgetting:
             values.pop("general_samples", None)
-        if self.adapter != LORA:
-            values = {name: value for name, value in values.items() if not name.startswith(_OF_LORA)}
-        if self.adapter == FULL:
-            values = {name: value for name, value in values.items() if not name.startswith(_OF_ADAPTERS)}
-        return values
+        return {name: value for name, value in values.items() if has_key(self.adapter, name)}
 
     @property
     def id(self) -> str:
