@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets the running trial finish, the second stops it, as do signals that leave no time for one."""
+"""Signals that stop a run: the first Ctrl-C lets the running trial finish, the second stops it, as SIGTERM does."""
 
 from __future__ import annotations
 
