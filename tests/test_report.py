@@ -525,8 +525,8 @@ def test_a_run_that_was_cut_off_names_what_is_to_come(tmp_path: Path, ask: Ask) 
     store.describe({}, {current("cpu").id}, Version(**version | {"specs": version["specs"] | more}))
     assert loading.load(tmp_path / "g").not_run == {"big": 1, "large": 2, "last": 1}
     _, out, _ = ask("report", str(tmp_path / "g"), "--format", "md")
-    assert "4 trials have not run yet: big, large, last." in " ".join(out.split())
-    assert "4 trials have not run yet" in (tmp_path / "reports/g/report.md").read_text()
+    assert "4 trials have not run in this environment yet: big, large, last." in " ".join(out.split())
+    assert "4 trials have not run in this environment yet" in (tmp_path / "reports/g/report.md").read_text()
 
 
 def test_a_folder_of_grids_is_none(tmp_path: Path, ask: Ask) -> None:

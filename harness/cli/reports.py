@@ -203,7 +203,7 @@ def recommend(
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="Results to compare with.")],
-    others: Annotated[list[Path], typer.Argument(metavar="OTHER...", help="Results to compare with the first.")],
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER", help="Results to compare with the first.")],
     environment: Annotated[
         list[str] | None,
         typer.Option(metavar="ID", help="Environment id in the first, and again in each other."),

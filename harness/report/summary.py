@@ -74,7 +74,7 @@ def _not_run(m: Measurements) -> str:
     labels = [*m.not_run]
     more = f" and {len(labels) - _FEW} more" if len(labels) > _FEW else ""
     verb = "has" if left == 1 else "have"
-    return f" {counted(left, 'trial')} {verb} not run yet: {', '.join(labels[:_FEW])}{more}."
+    return f" {counted(left, 'trial')} {verb} not run in this environment yet: {', '.join(labels[:_FEW])}{more}."
 
 
 def tally(judged: Sequence[verdicts.ClaimVerdict]) -> str:
