@@ -4,14 +4,16 @@
 
 Three others of the short grid are compared with its baseline: first undisturbed, then beside a process that spins
 on a core for random thirds of the time. No verdict on speed may turn into another, disturbed trials are named, and the
-noise between the two runs of the baseline stays small: 3 % quiet, 5 % disturbed. It needs a machine with nothing else
-to do. The cost of reading the counters is measured too, as a share of a step.
+noise between the two runs of the baseline stays small: 3 % quiet, 5 % disturbed. Visits are as many and as long as they
+are where a grid says nothing of them; those of the short grid are shorter. It needs a machine with nothing else to do.
+The cost of reading the counters is measured too, as a share of a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -27,6 +29,7 @@ from harness.analysis import comparison, loading
 from harness.analysis.estimate import Estimate
 from harness.cli.console import out
 from harness.cli.progress import display
+from harness.grids.document import DEFAULT_TIMING
 from harness.grids.grid import Grid, load
 from harness.launch.local import LocalLauncher
 from harness.results.store import Store
@@ -96,6 +99,7 @@ def main() -> None:
     given = parser.parse_args()
     # Nothing is learnt here: one step is trained, and nothing is evaluated.
     grid = load(given.grid, overrides={"train_samples": 4, "val_set_size": 0}).only(set(OTHERS))
+    grid = dataclasses.replace(grid, timing=DEFAULT_TIMING)
     with tempfile.TemporaryDirectory() as name:
         folder = given.keep or Path(name)
         quiet, quiet_floor, _, quiet_steps = measure(grid, folder / "quiet", disturbed=False)

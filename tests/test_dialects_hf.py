@@ -351,6 +351,8 @@ def test_templates_of_llama_factory() -> None:
     assert lf(template="llama3").mapped["template"] == "chat_template: own (the model's, which it must have)"
     assert spec_of(lf(template="llama3")).chat_template == "own"
     assert spec_of(lf(template="alpaca")).chat_template == "alpaca"
+    for name in ("alpaca", "vicuna"):
+        assert "its own system prompt only where default_system gives it" in lf(template=name).mapped["template"]
     assert "template" in lf(template="default").unsupported
     assert "template" in lf(template="llava").other_tasks
     assert "template" not in lf(template="glm4").other_tasks

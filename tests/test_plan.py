@@ -346,6 +346,10 @@ def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer]
     code, output, errors = ask(*asked)
     assert code == 0, errors
     assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", output)
+    amounts = ("--memory", "20MiB", "--memory", "1MB", "--device", "cpu")
+    code, output, errors = ask("plan", "g.yml", "--largest", "sequence_length", *amounts)
+    assert code == 0, errors
+    assert re.search(r"baseline .* \d+ \(1\d\.\d\d MiB\) .* not even 8 ", output), "no sequence is shorter"
 
 
 @pytest.mark.long
@@ -376,6 +380,7 @@ def test_the_largest_value_is_within_the_budget_and_the_positions(ask: Callable[
         (("g.yml", "--memory", "much"), "--memory"),
         (("g.yml", "--largest", "micro_batch", "--memory", "1GiB"), "micro_batch_size"),
         (("g.yml", "--largest", "lora_r", "--device", "cuda"), "--memory"),
+        (("g.yml", "--fix", "--device", "cuda"), "--fix needs an amount of memory"),
         ((), "grid file"),
         (("--calibrate", "nowhere"), "nowhere"),
     ],
@@ -394,6 +399,8 @@ def test_bad_questions_get_one_line(arguments: tuple[str, ...], message: str, as
         ("NVIDIA GeForce RTX 4090", "rtx4090"), ("A100 80GB PCIe", "a100-80"), ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"), ("Tesla V100-SXM2-16GB", "v100-16"), ("h100-80gb", "h100"),
         ("NVIDIA RTX A6000", "a6000"), ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"), ("RTX 3090 Ti", "rtx3090ti"),
+        ("L4 24GB", "l4"), ("L40S 48GB", "l40s"), ("H200 141GB", "h200"), ("T4 16GB", "t4"), ("B200 192GB", "b200"),
+        ("NVIDIA GH200 480GB", "gh200"), ("NVIDIA H100 NVL 94GB", "h100-nvl"), ("RTX 4060 Ti 16GB", "rtx4060ti-16"),
     ],
 )  # fmt: skip
 def test_cards_go_by_the_drivers_names_too(name: str, key: str) -> None:
@@ -412,6 +419,8 @@ def test_no_other_model_of_a_card_is_suggested(name: str) -> None:
 def test_the_beginning_of_names_suggests_all_of_them() -> None:
     with pytest.raises(ValueError, match=re.escape("did you mean v100-16 or v100-32?")):
         cards.key_of("NVIDIA V100")
+    with pytest.raises(ValueError, match=re.escape("did you mean rtx4060ti-16?")):
+        cards.key_of("NVIDIA GeForce RTX 4060 Ti")  # one of 8 GB has the same name
 
 
 def test_one_reason_for_many_trials_is_one_note(small: Small) -> None:
@@ -419,6 +428,14 @@ def test_one_reason_for_many_trials_is_one_note(small: Small) -> None:
     notes = predictions.Plan("t", "cpu", lines, {}).footnotes()
     assert notes[:2] == ["t0: not predicted, another.", "t1, t2, t3 and 5 others: not predicted, it has no shapes."]
     assert "not predicted" not in "".join(notes[2:])
+
+
+def test_whose_figures_they_are_is_noted(ask: Callable[..., Answer], folder: Path) -> None:
+    (folder / "g.yml").write_text(GRID.replace("precision: fp32", "precision: bf16"))
+    for named, first, other in (("h100,t4", "h100", "t4"), ("t4,h100", "t4", "h100")):
+        notes = " ".join(ask("plan", "g.yml", "--gpu", named)[1].split())
+        assert f"The figures are those on {first}; the columns of {other} go by their own." in notes
+    assert "The figures are those on" not in ask("plan", "g.yml", "--gpu", "a10,rtx4090")[1]
 
 
 def test_a_plan_without_a_prediction_does_not_succeed(folder: Path, ask: Callable[..., Answer]) -> None:

@@ -402,6 +402,17 @@ def test_roles_to_train_by_their_names_in_the_data(tmp_path: Path) -> None:
     assert spec(tmp_path, AXOLOTLS + given).datasets[0].type.roles_to_train == ("assistant", "user")
 
 
+def test_what_carries_loss_in_chats_besides_axolotls_is_noted(tmp_path: Path) -> None:
+    chats = "datasets: [{path: a.jsonl, type: chat_template}]\n"
+    imported = load(tmp_path, AXOLOTLS + chats + "train_on_inputs: true\n").training_file
+    assert imported is not None
+    assert imported.notes["train_on_inputs"].startswith("all of a chat carries loss")
+    for other in (chats, "datasets: [{path: a.jsonl, type: alpaca}]\ntrain_on_inputs: true\n"):
+        imported = load(tmp_path, AXOLOTLS + other).training_file
+        assert imported is not None
+        assert "train_on_inputs" not in imported.notes
+
+
 def test_harness_keys_stand_in_axolotls_files_too(tmp_path: Path) -> None:
     own = spec(tmp_path, AXOLOTLS + "wandb_project: x\ntrain_samples: 4\ndevice: cpu\nnum_processes: 2\n")
     assert (own.train_samples, own.device, own.num_processes) == (4, "cpu", 2)
@@ -426,7 +437,11 @@ def test_harness_keys_stand_in_axolotls_files_too(tmp_path: Path) -> None:
         ("fsdp_config: settings.json\n", "fsdp_config: settings.json (no such file; give its settings"),
         ("fsdp_config: {offload_params: true}\n", "fsdp_config: {'offload_params': True} (use one without offload"),
         ("datasets: [{path: a.jsonl, type: oasst}]\n", "datasets[0].type: oasst (use alpaca"),
-        ("datasets: [{path: a.jsonl, type: alpaca, train_on_eos: all}]\n", "datasets[0].train_on_eos"),
+        ("datasets: [{path: a.jsonl, type: alpaca, train_on_eos: all}]\n", "datasets[0].train_on_eos: all (use turn"),
+        (
+            "datasets: [{path: a.jsonl, type: chat_template, message_field_training: training}]\n",
+            "datasets[0].message_field_training: training (give the turns that are not trained on weight: 0",
+        ),
         ("special_tokens: {additional_special_tokens: [a]}\n", "special_tokens.additional_special_tokens"),
         ("chat_template: my_own\n", "chat_template: my_own (use tokenizer_default"),
         ("excess_length_strategy: cut\n", "excess_length_strategy: cut (use drop"),

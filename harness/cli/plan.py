@@ -163,6 +163,9 @@ def plan(
     is_here = target == "cpu" or environment.resolve_device("auto") == "cuda"
     if is_here and not gpu:
         capacities = capacities or {LOCAL_MACHINE: capacity_of(here)}
+    for option, is_given in (("--largest", largest is not None), ("--fix", fix)):
+        if is_given and not capacities:
+            raise InputError(f"{option} needs an amount of memory: give --memory 24GiB or --gpu rtx4090")
     about: dict[str, Any] = {
         "title": loaded.title,
         "device_type": target,
@@ -279,8 +282,6 @@ def _print_largest(
     from harness.predict import largest
     from harness.report import predictions
 
-    if not plan.capacities:
-        raise InputError("--largest needs an amount of memory: give --memory 24GiB or --gpu rtx4090")
     try:
         specs = largest.distinct_specs(trials, key)
         total = len(specs) * len(plan.capacities)

@@ -59,7 +59,7 @@ def propose(
     """
     from harness.predict import fixes
 
-    (name,) = plan.capacities or ("",)
+    (name,) = plan.capacities
     own = plan.rates is not None and plan.rates_from.startswith("this device")
     measured = _measured_seconds(results, here) if own else {}
 

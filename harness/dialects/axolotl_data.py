@@ -66,6 +66,8 @@ def read(reader: Reader) -> None:
             reader.note(note, "datasets", "pretraining_dataset")
     elif "datasets" not in reader.unsupported:
         reader.notes["datasets"] = "none in the file: the bundled stories (storyteller)"
+    if reader.get("train_on_inputs") is True and _has_chats(reader):
+        reader.note("all of a chat carries loss; in Axolotl its turns do, and not their headers", "train_on_inputs")
     reader.note("system_prompt of each dataset", "default_system_message")
     _set_template(reader, template, entries)
     _special_tokens(reader)
@@ -135,6 +137,8 @@ def _advice(name: str) -> str:
         "revision": "download that revision and give its folder",
         "train_on_eos": "use turn: the end of each trained turn is trained on",
         "shards_idx": "leave it out: the first part is read",
+        "message_field_training": "give the turns that are not trained on weight: 0 in the data",
+        "message_field_training_detail": "leave it out: a turn is trained on whole, or not",
     }.get(name, "leave it out")
 
 
@@ -148,8 +152,8 @@ def _prompt(reader: Reader, where: str, given: dict[str, Any]) -> dict[str, Any]
         prompt = {}
     else:
         prompt = _named(reader, where, str(kind).strip(), given)
-    if given.pop("train_on_eos", "turn") not in ("turn", None):
-        reader.refuse(f"{where}.train_on_eos", _advice("train_on_eos"), "other than turn")
+    if (ends := given.pop("train_on_eos", "turn")) not in ("turn", None):
+        reader.refuse(f"{where}.train_on_eos", _advice("train_on_eos"), ends)
     prompt |= {key: given.pop(key) for key in _PROMPT_KEYS if key in given}
     if prompt.get("kind") == "chat":
         prompt.setdefault("field_system", "system")  # where a chat has no turn of it

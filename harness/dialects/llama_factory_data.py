@@ -17,8 +17,13 @@ _FILES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"})
 _ONLINE = "ONLINE"
 """What `dataset_dir` is where names are those of the hub."""
 
-OWN_TEMPLATES: Mapping[str, str] = {"alpaca": "alpaca", "chatml": "chatml", "vicuna": "vicuna"}
-"""Templates that belong to no model family, and the templates here that they are."""
+_OWN_SYSTEM = "its own system prompt only where default_system gives it"
+OWN_TEMPLATES: Mapping[str, tuple[str, str]] = {
+    "alpaca": ("alpaca", f"begins with BOS; {_OWN_SYSTEM}"),
+    "chatml": ("chatml", ""),
+    "vicuna": ("vicuna", f"with a space after the system prompt and before an answer; {_OWN_SYSTEM}"),
+}
+"""Templates that belong to no model family: the template here, and what is other than there, in a few words."""
 _PLAIN_TEMPLATES = frozenset({"default", "empty", "fewshot"})
 """Templates that are no model's and have no counterpart."""
 _VISION = re.compile(r"(^|_)(omni|audio|vision|mllm)|vl(m|_|$)|llava|paligemma|pixtral|minicpm_[ov]|mllama|glm[0-9_]+v")
@@ -34,7 +39,8 @@ def read_template(reader: Reader) -> None:
     elif reader.get("stage") == "pt":
         reader.ignore("chats, and these are texts", "template")
     elif name in OWN_TEMPLATES:
-        derive(reader, "chat_template", OWN_TEMPLATES[name], "template")
+        own, note = OWN_TEMPLATES[name]
+        derive(reader, "chat_template", own, "template", note=note)
     elif name in _PLAIN_TEMPLATES:
         reader.refuse("template", f"use that of the model's family, or {', '.join(OWN_TEMPLATES)}")
     else:

@@ -181,10 +181,18 @@ def _by_name() -> dict[str, str]:
     names = {}
     for key, card in CARDS.items():
         device = card.device.lower().replace(" ", "")
-        if sum(other.device == card.device for other in CARDS.values()) == 1:
+        if sum(other.device == card.device for other in CARDS.values()) == 1 and not _is_one_of_several(key, card):
             names[device] = key
-        names[f"{device}{round(card.driver_bytes / GIB)}"] = key
+        # What is advertised lies between the driver's bytes in GiB and in GB: 141 GB of an H200, 24 of an L4.
+        for size in range(round(card.driver_bytes / GIB), round(card.driver_bytes / 1e9) + 1):
+            names[f"{device}{size}"] = key
+    names["gh200480"] = "gh200"  # the driver names it by the memory of its processor
     return names | {key.replace("-", ""): key for key in CARDS}
+
+
+def _is_one_of_several(key: str, card: Card) -> bool:
+    """Whether a card's name here has its memory, since another version has the same name: RTX 4060 Ti of 8 GB."""
+    return key.endswith(f"-{round(card.driver_bytes / GIB)}")
 
 
 def _beginnings(key: str) -> list[str]:

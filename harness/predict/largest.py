@@ -30,13 +30,15 @@ class Largest:
     """The answer for one trial and one capacity."""
 
     value: int | None
-    """Null: not even 1 fits."""
+    """Null: not even the least one fits."""
     need: int | None
     """Predicted bytes at that value, with the margin."""
     error: str | None = None
     """Why there is no answer."""
     limit: str | None = None
     """Why no larger value can be trained, where memory is not the reason."""
+    least: int = 1
+    """The smallest value that a spec may have."""
 
 
 def largest(
@@ -74,8 +76,9 @@ def largest(
             continue
         step = _step(spec, key)
         for name in capabilities:
-            search = _search(getattr(spec, key) // step or 1, capacity_of(spec, name), UPPER_BOUNDS[key] // step)
-            searches[spec.id, name] = _OneSearch(spec, step, search, next(search))
+            least, most = -(-_least(key) // step), UPPER_BOUNDS[key] // step
+            search = _search(getattr(spec, key) // step, capacity_of(spec, name), least, most)
+            searches[spec.id, name] = _OneSearch(spec, step, least, search, next(search))
     open_pairs = dict(searches)
     while open_pairs:
         candidates = {pair: _with(each.spec, key, each.step * each.value) for pair, each in open_pairs.items()}
@@ -99,6 +102,7 @@ class _OneSearch:
 
     spec: TrialSpec
     step: int
+    least: int
     search: Generator[int, float, tuple[int | None, int | None, bool]]
     value: int
     """What is tried next."""
@@ -108,7 +112,7 @@ class _OneSearch:
     def answer(self, value: int | None, need: int | None, limited: bool) -> Largest:
         """What came out: the next value is too large for memory, or is refused."""
         if value is None:
-            return Largest(None, None, self.refused if limited else None)
+            return Largest(None, None, self.refused if limited else None, least=self.step * self.least)
         return Largest(self.step * value, need, limit=self.refused if limited else None)
 
 
@@ -149,6 +153,11 @@ def _with(spec: TrialSpec, key: str, value: int) -> TrialSpec:
         raise InputError(explain(error, TrialSpec)) from None
 
 
+def _least(key: str) -> int:
+    """The smallest value that a key may have."""
+    return int(TrialSpec.model_json_schema()["properties"][key]["minimum"])
+
+
 def _step(spec: TrialSpec, key: str) -> int:
     """What all values of the key are multiples of, so that the spec is valid."""
     for step in _STEPS:
@@ -161,16 +170,18 @@ def _step(spec: TrialSpec, key: str) -> int:
     return _ANY_VALUE
 
 
-def _search(start: int, capacity: int, most: int) -> Generator[int, float, tuple[int | None, int | None, bool]]:
-    """Yields values, is sent their needs, returns the largest value that fits, its need, and whether it is refusals
-    that limit it.
+def _search(
+    start: int, capacity: int, least: int, most: int
+) -> Generator[int, float, tuple[int | None, int | None, bool]]:
+    """Yields values from `least` to `most`, is sent their needs, returns the largest value that fits, its need, and
+    whether it is refusals that limit it.
 
     Needs grow almost linearly with the value. The next value is therefore interpolated linearly (regula falsi), or the
     midpoint where the last interval was not halved. The need of a value that is refused is infinite.
     """
     low: tuple[int, float] | None = None
     high: tuple[int, float] | None = None
-    value, width = min(start, most), 2 * most
+    value, width = min(max(start, least), most), 2 * most
     while True:
         need = yield value
         previous_low = low
@@ -178,13 +189,13 @@ def _search(start: int, capacity: int, most: int) -> Generator[int, float, tuple
             low = value, need
         else:
             high = value, need
-        floor, ceiling = (low[0] if low else 0), (high[0] if high else most + 1)
+        floor, ceiling = (low[0] if low else least - 1), (high[0] if high else most + 1)
         limited = high is not None and high[1] == math.inf
         if ceiling - floor <= 1:
             return (low[0], int(low[1]), limited) if low else (None, None, limited)
         following = (floor + ceiling) // 2
         if limited and low is None:
-            following = 1  # where that is refused too, the value is not the reason
+            following = least  # where that is refused too, the value is not the reason
         elif low and high is None:
             following = _interpolate(previous_low, low, capacity) if previous_low else 2 * low[0]
         elif low and high and not limited and ceiling - floor <= width // 2:

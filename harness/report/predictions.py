@@ -153,11 +153,25 @@ class Plan:
             + ("may depend on it and on the allocator's cache." if self.device_type == "cuda" else "depends on it.")
             + ("" if self.calibration else " It is the default; harness plan --calibrate learns from your own rows.")
         )
+        if other := self._of_other_generations():
+            first = next(name for name in self.capacities if name not in other)
+            notes.append(f"The figures are those on {first}; the columns of {', '.join(other)} go by their own.")
         if self.device_type == "cuda":
             notes.append("process: the reserve and the CUDA context, which a card's capacity leaves out.")
         if self.rates is not None:
             notes.append(f"Step: predicted from {self.rates_from}; in brackets, the fraction of it at these rates.")
         return notes
+
+    def _of_other_generations(self) -> list[str]:
+        """Cards on which a trial needs other memory than on the first."""
+        return [
+            name
+            for name in self.capacities
+            if any(
+                (own := line.on(name)) and line.prediction and own.needed_bytes != line.prediction.needed_bytes
+                for line in self.lines
+            )
+        ]
 
     def _unpredicted(self) -> list[tuple[str, str]]:
         """Labels of trials that are not predicted, with why: once for all that have one reason."""
@@ -285,7 +299,7 @@ def _answer(largest: Largest, most: int) -> str:
     if largest.error is not None:
         return "[dim]–[/]" if largest.error == NO_EFFECT else f"[red]{plain(largest.error)}[/]"
     if largest.value is None or largest.need is None:
-        return "[red]not even 1[/]"
+        return f"[red]not even {largest.least}[/]"
     bound = "≥ " if largest.value >= most else ""
     return f"[bold]{bound}{largest.value:,}[/] ({show_bytes(largest.need)})"
 
