@@ -346,10 +346,10 @@ def test_the_largest_value_fits_and_the_next_does_not(ask: Callable[..., Answer]
     code, output, errors = ask(*asked)
     assert code == 0, errors
     assert re.search(r"lora_r=64 .* \d+ \(1\d\.\d\d MiB\)", output)
-    amounts = ("--memory", "20MiB", "--memory", "1MB", "--device", "cpu")
+    amounts = ("--memory", "20MiB", "--memory", "1kB", "--device", "cpu")
     code, output, errors = ask("plan", "g.yml", "--largest", "sequence_length", *amounts)
     assert code == 0, errors
-    assert re.search(r"baseline .* \d+ \(1\d\.\d\d MiB\) .* not even 8 ", output), "no sequence is shorter"
+    assert re.search(r"baseline .* [\d,]+ \(1\d\.\d\d MiB\) .* not even 8 ", output), "no sequence is shorter"
 
 
 @pytest.mark.long
