@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mamba2Config
 
 from harness.environment import current
 from harness.errors import InputError
@@ -273,6 +273,12 @@ def test_code_of_a_model_runs_only_where_it_may(spec: MakeSpec) -> None:
     (Path(asked.base_model) / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="--trust-remote-code"):
         inspection.inspect([("x", asked)])
+
+
+def test_a_configuration_may_have_numbers_that_json_has_not(tmp_path: Path) -> None:
+    Mamba2Config(time_step_limit=(0.0, float("inf"))).save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text(), "as transformers writes it"
+    assert models.random_config("config.json", str(tmp_path))["time_step_limit"] == [0.0, float("inf")]
 
 
 def test_random_weights_are_made_of_models_of_text_alone(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ def test_changes_hold_the_effective_batch_and_can_be_trained() -> None:
     kinds = {change.kind for change in fixes.changes_of(spec, "cuda", ["q_proj", "v_proj"])}
     assert kinds == {"micro-batch", "checkpointing", "loss", "outputs", "optimizer", "precision", "rank", "targets",
                      "length"}  # fmt: skip
+    sizes = [(change.keys["micro_batch_size"], change.keys["gradient_accumulation_steps"])
+             for change in fixes.changes_of(spec, "cuda") if change.kind == "micro-batch"]  # fmt: skip
+    assert sizes == [(3, 2), (2, 3), (1, 6)]
     half = spec.model_copy(update={"precision": "bf16"})
     assert "adapter type" in {change.kind for change in fixes.changes_of(half, "cuda")}
     full = spec.model_copy(update={"adapter": "none", "optimizer": "adamw_torch"})

@@ -84,12 +84,10 @@ def _written(value: Any) -> str:
 
 def _micro_batches(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:
     size, steps = spec.micro_batch_size, spec.gradient_accumulation_steps
-    while size > 1 and size % 2 == 0:
-        size, steps = size // 2, steps * 2
-        keys = {"micro_batch_size": size, "gradient_accumulation_steps": steps}
-        yield Change("micro-batch", "nothing", keys)
-    if size > 1:
-        yield Change("micro-batch", "nothing", {"micro_batch_size": 1, "gradient_accumulation_steps": steps * size})
+    for parts in range(2, size + 1):
+        if size % parts == 0:
+            keys = {"micro_batch_size": size // parts, "gradient_accumulation_steps": steps * parts}
+            yield Change("micro-batch", "nothing", keys)
 
 
 def _checkpointing(spec: TrialSpec, device_type: DeviceType) -> Iterator[Change]:

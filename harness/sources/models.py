@@ -212,7 +212,7 @@ def random_config(architecture: str, folder: str | None = None) -> dict[str, Any
     file = Path(full_path(architecture, folder))
     if file.suffix == ".json":
         try:
-            config: Any = json.loads(file.read_text(encoding="utf-8"))
+            config: Any = json.loads(file.read_text(encoding="utf-8"), object_hook=_with_numbers)
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"base_model random:{architecture}: {reason}; give a config.json of a model") from None
@@ -224,6 +224,11 @@ def random_config(architecture: str, folder: str | None = None) -> dict[str, Any
         f"base_model random:{architecture}: unknown architecture"
         + (f"; did you mean {near[0]}?" if near else f"; use {', '.join(ARCHITECTURES)} or a config.json")
     )
+
+
+def _with_numbers(read: dict[str, Any]) -> Any:
+    """A number that JSON has not, as transformers 5 writes it: `{"__float__": "Infinity"}`."""
+    return float(str(read["__float__"])) if read.keys() == {"__float__"} else read
 
 
 def _unfit(config: Any) -> str:
